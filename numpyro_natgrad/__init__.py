@@ -1,0 +1,29 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Natural-gradient variational inference for NumPyro: ``SVI(model, guide, NaturalGradient(), Trace_ELBO())``.
+
+    F(φ) = ∇² KL(q_φ ‖ q_φ')    the Fisher is the curvature of KL
+    v    = F⁻¹ ∇L               steepest descent in distribution space
+
+==================  ==========================================================
+:mod:`.optimizer`   the ``SVI`` optimizer, which orders the calls
+:mod:`.step`        one step, top to bottom
+:mod:`.effects`     what is heard in, and changed of, NumPyro's loss function
+:mod:`.provenance`  where a value in that function comes from
+:mod:`.structure`   which family moves which parameters
+:mod:`.charts`      what NumPyro's parameters mean
+:mod:`.evidence`    gradient and Hessian products            (direction)
+:mod:`.families`    the geometry of a block of parameters    (movement)
+:mod:`.length`      how far                                  (length)
+==================  ==========================================================
+"""
+
+from .charts import Form as Form
+from .charts import register_gaussian as register_gaussian
+from .errors import StructureError as StructureError
+from .optimizer import NaturalGradient as NaturalGradient
+from .state import State as State
+from .state import StepInfo as StepInfo
+
+__all__ = ["Form", "NaturalGradient", "State", "StepInfo", "StructureError", "register_gaussian"]
+__version__ = "0.1.0"

@@ -1,0 +1,193 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""What NumPyro's parameters mean: reading (m, K) of a Gaussian site out of them, and writing it back.
+
+A *form* says how one argument of a distribution encodes K with Σ = KKᵀ. The registry is open:
+:func:`register_gaussian` makes a user's own location-scale Gaussian class known, the built-in ones take the same way.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_solve
+from numpyro import distributions as dist
+from numpyro.distributions import transforms
+
+from .effects import Hearing, HeardSite
+from .gaussian import inverse_lower, lower_factor
+
+Params = dict[str, Any]
+
+
+class Form(NamedTuple):
+    """``read(argument) -> K`` and ``write(K) -> argument``; ``diagonal``: K is a vector of standard deviations."""
+
+    read: Callable[[jax.Array], jax.Array]
+    write: Callable[[jax.Array], jax.Array]
+    diagonal: bool = False
+
+
+def _gram(lower: jax.Array) -> jax.Array:
+    return lower @ jnp.swapaxes(lower, -1, -2)
+
+
+def _inverse_gram(lower: jax.Array) -> jax.Array:
+    return cho_solve((lower, True), jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape))
+
+
+def _factor_of_inverse(precision: jax.Array) -> jax.Array:
+    # S = CᵀC with C lower (a Cholesky factor of the flipped matrix, flipped back), K = C⁻¹.
+    upper = jnp.linalg.cholesky(precision[..., ::-1, ::-1])[..., ::-1, ::-1]
+    return inverse_lower(jnp.swapaxes(upper, -1, -2))
+
+
+SCALE = Form(lambda x: x, lambda k: k, diagonal=True)
+SCALE_TRIL = Form(jnp.tril, lambda k: k)
+COVARIANCE = Form(jnp.linalg.cholesky, _gram)
+PRECISION = Form(_factor_of_inverse, _inverse_gram)
+
+_REGISTRY: dict[type, tuple[str, Mapping[str, Form]]] = {}
+
+
+def register_gaussian(cls: type, *, loc: str = "loc", forms: Mapping[str, Form]) -> None:
+    """Tell how a Gaussian distribution class is parameterised.
+
+    :param cls: the distribution class (exactly this class, no subclass).
+    :param loc: the name of its mean argument.
+    :param forms: for each argument that can hold the covariance, its :class:`Form`.
+    """
+    _REGISTRY[cls] = (loc, dict(forms))
+
+
+register_gaussian(dist.Normal, forms={"scale": SCALE})
+register_gaussian(
+    dist.MultivariateNormal,
+    forms={"scale_tril": SCALE_TRIL, "covariance_matrix": COVARIANCE, "precision_matrix": PRECISION},
+)
+
+
+class GaussianSite(NamedTuple):
+    """A guide site whose mean and covariance arguments *are* parameters.
+
+    :ivar shape: ``(*batch, d)``: shape of a draw; K is ``(*batch, d, d)``, or ``(*batch, d)`` in a diagonal form.
+    :ivar scale_shape: the shape of the covariance argument's constrained value.
+    """
+
+    name: str
+    loc: str
+    scale: str
+    argument: str
+    form: Form
+    transform: Any
+    shape: tuple[int, ...]
+    scale_shape: tuple[int, ...]
+    analytic: bool
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self, params: Params) -> tuple[jax.Array, jax.Array]:
+        """m and K at unconstrained parameters."""
+        return params[self.loc].reshape(self.shape), self.factor(params[self.scale])
+
+    def factor(self, unconstrained: jax.Array) -> jax.Array:
+        """K from the covariance parameter."""
+        k = self.form.read(self.transform(unconstrained))
+        return k.reshape(self.shape if self.form.diagonal else (*self.shape, self.shape[-1]))
+
+    def unconstrain(self, factor: jax.Array) -> jax.Array:
+        """The covariance parameter from K."""
+        value = self.transform.inv(self.form.write(factor).reshape(self.scale_shape))
+        return jnp.asarray(value, factor.dtype)
+
+    def write(self, params: Params, loc: jax.Array, factor: jax.Array) -> Params:
+        """The parameters with this site's mean and covariance replaced."""
+        old = params[self.loc], params[self.scale]
+        return {
+            **params,
+            self.loc: loc.reshape(old[0].shape).astype(old[0].dtype),
+            self.scale: self.unconstrain(factor).reshape(old[1].shape).astype(old[1].dtype),
+        }
+
+
+def read_site(name: str, hearing: Hearing) -> GaussianSite | None:
+    """The site as a Gaussian in closed form, or ``None`` if it is anything else."""
+    site = hearing.sites[name]
+    if site.base not in _REGISTRY or not site.plain or site.leaks:
+        return None
+    loc_argument, forms = _REGISTRY[site.base]
+    loc = _parameter(loc_argument, site)
+    for argument, form in forms.items():
+        scale = _parameter(argument, site)
+        if loc and scale and _fits(loc, scale, form, site, hearing):
+            shape = site.shape or (1,)
+            heard = hearing.params[scale]
+            return GaussianSite(
+                name, loc, scale, argument, form, heard.transform, shape, heard.shape or (), site.analytic
+            )
+    return None
+
+
+def _parameter(argument: str, site: HeardSite) -> str | None:
+    origin = site.arguments.get(argument)
+    kind, _, name = (origin.copy_of or "" if origin else "").partition(":")
+    return name if kind == "param" else None
+
+
+def _fits(loc: str, scale: str, form: Form, site: HeardSite, hearing: Hearing) -> bool:
+    mean, cov = hearing.params[loc], hearing.params[scale]
+    if mean.shape is None or cov.shape is None or not _is_identity(mean.transform):
+        return False
+    entries = site.size if form.diagonal else site.size * (site.shape or (1,))[-1]
+    return math.prod(mean.shape) == site.size and math.prod(cov.shape) == entries and _keeps(cov.transform, form)
+
+
+def _is_identity(transform: Any) -> bool:
+    while isinstance(transform, transforms.IndependentTransform):
+        transform = transform.base_transform
+    return isinstance(transform, transforms.IdentityTransform)
+
+
+_POSITIVE = (transforms.ExpTransform, transforms.SoftplusTransform)
+_CHOLESKY = (
+    transforms.LowerCholeskyTransform,
+    transforms.ScaledUnitLowerCholeskyTransform,
+    transforms.SoftplusLowerCholeskyTransform,
+)
+
+
+def _keeps(transform: Any, form: Form) -> bool:
+    """Whether the parameter's constraint lets every valid value through (an interval, say, would not)."""
+    while isinstance(transform, transforms.IndependentTransform):
+        transform = transform.base_transform
+    parts = transform.parts if isinstance(transform, transforms.ComposeTransform) else [transform]
+    return isinstance(parts[0], _POSITIVE if form.diagonal else _CHOLESKY)
+
+
+def project(precision_root: jax.Array, sites: tuple[GaussianSite, ...]) -> list[jax.Array]:
+    """The members of the guide's family closest to a joint Gaussian: K of each site, from P with PᵀP = S.
+
+    The minimiser of KL(guide ‖ N(m, S⁻¹)) has the joint precision's diagonal blocks: Σ_b = (S_bb)⁻¹, and σᵢ = Sᵢᵢ^(−1/2)
+    for independent components.
+    """
+    factors, start = [], 0
+    for site in sites:
+        columns = precision_root[:, start : start + site.size]
+        factors.append(_project_block(columns, site))
+        start += site.size
+    return factors
+
+
+def _project_block(columns: jax.Array, site: GaussianSite) -> jax.Array:
+    if site.form.diagonal:
+        return (1 / jnp.sqrt(jnp.sum(columns**2, axis=0))).reshape(site.shape)
+    d = site.shape[-1]
+    blocks = jnp.moveaxis(columns.reshape(columns.shape[0], -1, d), 1, 0)  # (batch, D, d)
+    # S_bb = AᵀA = CᵀC with C lower: flip, factor, flip back.
+    flipped = lower_factor(jnp.swapaxes(blocks[..., ::-1], -1, -2))
+    lower = jnp.swapaxes(flipped[..., ::-1, ::-1], -1, -2)
+    return inverse_lower(lower).reshape(*site.shape, d)

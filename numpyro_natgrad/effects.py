@@ -1,0 +1,359 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""The only file that knows NumPyro's effects: what can be heard in the loss, and what can be changed in it.
+
+``SVI.update`` hands an optimizer one function, ``fn(params) -> (loss, mutable_state)``: the loss at unconstrained
+parameters, with this step's draws and data closed over. It runs NumPyro primitives, so a handler around the *call* of
+``fn`` sees every site of guide and model. Three handlers:
+
+* :class:`Listener` tags parameters, draws and densities, for :mod:`.provenance` to follow;
+* :class:`PathGradient` lets a Gaussian site's density depend on the parameters through the draw alone:
+
+      ∇_φ E[f(z) + log q_φ(z)]  =  E[∇_z (f + log q)(z_φ(ε)) ∂z_φ(ε)],     because E[∇_φ log q_φ(z)] = 0 at fixed z
+  (Roeder, Wu & Duvenaud 2017, "sticking the landing");
+* :class:`Frozen` freezes the draws, silences the model and puts another density in the place of log q: with
+  KL(q_frozen ‖ q_φ) the loss becomes the KL of the guide to itself, whose Hessian is the Fisher matrix.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from numpyro import distributions as dist
+from numpyro.distributions import biject_to, constraints, flows
+from numpyro.distributions.kl import kl_divergence
+from numpyro.distributions.util import sum_rightmost
+from numpyro.infer.util import is_identically_one
+from numpyro.primitives import Messenger
+
+from .errors import StructureError
+from .provenance import Origin, origins, tag
+
+Loss = Callable[[dict[str, Any]], tuple[jax.Array, Any]]
+
+_WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution, dist.TransformedDistribution)
+# Transforms that own parameters in closures, where no tree of leaves shows them.
+_FLOWS = (flows.InverseAutoregressiveTransform, flows.BlockNeuralAutoregressiveTransform)
+
+
+class HeardParam(NamedTuple):
+    """A ``numpyro.param`` site: the bijection to its constrained value, and that value's shape (``None``: a tree)."""
+
+    transform: Any
+    shape: tuple[int, ...] | None
+
+
+class HeardSite(NamedTuple):
+    """A latent sample site of the guide.
+
+    :ivar base: the class of the distribution under its wrappers.
+    :ivar shape: shape of the innermost draw, of one particle.
+    :ivar arguments: for each argument of the base distribution, where it comes from.
+    :ivar density: where the density at frozen draws comes from (``None``: it cannot be computed at given draws).
+    :ivar reparameterized: whether gradients flow through its draws.
+    :ivar plain: no ``scale``, no ``mask`` and no parameter in a transform: the base's Fisher is the site's.
+    :ivar analytic: the loss integrates this site's density itself (``TraceMeanField_ELBO``).
+    :ivar leaks: the base's parameters reach the loss by another way than the site.
+    :ivar divergence: how its KL to itself is got, ``"closed form"`` or ``"Monte Carlo"``.
+    """
+
+    base: type
+    shape: tuple[int, ...]
+    arguments: dict[str, Origin]
+    density: Origin | None
+    reparameterized: bool
+    plain: bool
+    analytic: bool
+    leaks: frozenset[str]
+    divergence: str
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class Hearing(NamedTuple):
+    """All that was heard in one loss function. ``particles`` draws a step; ``is_elbo``: affine in log q."""
+
+    params: dict[str, HeardParam]
+    sites: dict[str, HeardSite]
+    particles: int
+    is_elbo: bool
+
+
+def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
+    """Trace the loss once, without running it, and say what stands in it.
+
+    :raises StructureError: if a parameter's name is taken twice.
+    """
+    listener = Listener()
+
+    def loss(values: dict[str, Any]) -> jax.Array:
+        with listener:
+            return fn(values)[0]
+
+    total, seen = origins(loss, params)
+    sites = {name: _heard(name, site, seen, total) for name, site in listener.sites.items()}
+    counts = [seen[f"draw:{name}"].size // max(site.draw_size, 1) for name, site in listener.sites.items()]
+    return Hearing(listener.params, sites, max(counts, default=1), total.degree <= 1)
+
+
+def _heard(name: str, site: "_Site", seen: Mapping[str, Any], total: Origin) -> HeardSite:
+    arguments = {a: seen[f"argument:{name}/{a}"].origin for a in site.arguments}
+    mine = frozenset().union(*(o.sources for o in arguments.values()))
+    analytic = f"density:{name}" not in total.sources
+    density = seen.get(f"score:{name}")
+    return HeardSite(
+        site.base,
+        site.shape,
+        arguments,
+        density and density.origin,
+        site.reparameterized,
+        site.plain,
+        analytic,
+        frozenset() if analytic else mine & total.sources,
+        site.divergence,
+    )
+
+
+class _Site(NamedTuple):
+    base: type
+    shape: tuple[int, ...]
+    draw_size: int
+    arguments: tuple[str, ...]
+    reparameterized: bool
+    plain: bool
+    divergence: str
+
+
+class Listener(Messenger):
+    """Tag every parameter, and every draw, argument and density of the guide's latent sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params: dict[str, HeardParam] = {}
+        self.sites: dict[str, _Site] = {}
+
+    def process_message(self, msg: Any) -> None:
+        _mark_guide_site(msg)
+
+    def postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "param":
+            self._param(msg)
+        elif _is_guide_site(msg):
+            self._site(msg)
+
+    def _param(self, msg: Any) -> None:
+        name = msg["name"]
+        transform = biject_to(msg["kwargs"].get("constraint", constraints.real))
+        shape = jnp.shape(msg["value"]) if isinstance(msg["value"], jax.Array | float | int) else None
+        heard = HeardParam(transform, shape)
+        if self.params.get(name, heard).shape != shape or name in self.sites:
+            raise StructureError(
+                f"the name `{name}` stands for a parameter of shape {shape} and for something else in guide and "
+                "model; expected one site for one name; rename one of them."
+            )
+        self.params[name] = heard
+        msg["value"] = jax.tree.map(lambda x: tag("param", name, x), msg["value"])
+
+    def _site(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if name in self.params:
+            raise StructureError(f"the name `{name}` stands for a parameter and for a sample site; rename one of them.")
+        base, value = base_of(fn), msg["value"]
+        arguments = _arguments(base)
+        for argument, x in arguments.items():
+            tag("argument", f"{name}/{argument}", x)
+        self.sites[name] = _Site(
+            type(base),
+            _base_shape(fn, msg["kwargs"].get("sample_shape", ())),
+            jnp.size(value),
+            tuple(arguments),
+            bool(fn.has_rsample),
+            _is_plain(fn, msg),
+            "Monte Carlo" if closed_kl(fn) is None else "closed form",
+        )
+        msg["value"] = tag("draw", name, value)
+        _tag_score(name, fn, stop_gradient(msg["value"]))
+        msg["fn"] = with_log_prob(fn, lambda *args: tag("density", name, fn.log_prob(*args)))
+
+
+class PathGradient(Messenger):
+    """Remove the score term of Gaussian sites, in one of two ways.
+
+    :param modes: per site ``"path"`` (log q keeps its gradient through the draw: the path gradient) or ``"silent"``
+        (log q keeps its value and loses its gradient: what is left is the gradient of −log p).
+    :param taps: zeros of the shape of each silent site's draw. The gradient of the loss with respect to a tap is the
+        *mean of the draws over the particles*: ⟨t, x⟩ is added to log q with its value taken out again.
+    """
+
+    def __init__(self, modes: Mapping[str, str], taps: Mapping[str, jax.Array]) -> None:
+        super().__init__()
+        self.modes, self.taps = modes, taps
+
+    def process_message(self, msg: Any) -> None:
+        _mark_guide_site(msg)
+
+    def postprocess_message(self, msg: Any) -> None:
+        mode = self.modes.get(msg["name"]) if _is_guide_site(msg) else None
+        if mode == "path":
+            msg["fn"] = map_base(msg["fn"], _frozen_arguments)
+        elif mode == "silent":
+            tap = self.taps[msg["name"]]
+            msg["fn"] = map_base(msg["fn"], lambda base: _silent(base, tap))
+
+
+class Frozen(Messenger):
+    """Freeze the guide's draws, silence the model, and let ``density(fn, value)`` stand for log q at some sites.
+
+    :param density: array of the site's batch shape, from its distribution and its frozen draw.
+    :param sites: the guide sites that it is asked of; the others are silenced as well.
+    """
+
+    def __init__(self, density: Callable[[Any, Any], jax.Array], sites: frozenset[str]) -> None:
+        super().__init__()
+        self.density, self.sites = density, sites
+
+    def process_message(self, msg: Any) -> None:
+        _mark_guide_site(msg)
+
+    def postprocess_message(self, msg: Any) -> None:
+        if msg["type"] != "sample":
+            return
+        fn = msg["fn"]
+        if _is_guide_site(msg):
+            msg["value"] = stop_gradient(msg["value"])
+        asked = _is_guide_site(msg) and msg["name"] in self.sites
+        msg["fn"] = Assigned(fn, self.density(fn, msg["value"]) if asked else jnp.zeros(fn.batch_shape))
+
+
+class Assigned(dist.Distribution):
+    """A distribution whose log-density at its one value has been assigned. No KL is registered for it."""
+
+    def __init__(self, base: Any, density: jax.Array) -> None:
+        self.base, self.density = base, density
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return self.base.support
+
+    @property
+    def has_rsample(self) -> bool:
+        return bool(self.base.has_rsample)
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        return self.base.sample(key, sample_shape)
+
+    def log_prob(self, value: Any, intermediates: Any = None) -> jax.Array:
+        return self.density
+
+
+def kl_to_self(fn: Any, value: Any) -> jax.Array:
+    """KL(q_frozen ‖ q_φ) in nats per batch element: closed form where NumPyro has one, else by the draw.
+
+    Without a closed form, ½(log q_φ(z) − log q_frozen(z))² at the frozen draw: its Hessian is the outer product of
+    scores, unbiased for the Fisher and positive semi-definite (the Hessian of −log q at a draw is not).
+    """
+    closed = closed_kl(fn)
+    if closed is not None:
+        return closed
+    log_prob = fn.log_prob(value)
+    return 0.5 * jnp.square(log_prob - stop_gradient(log_prob))
+
+
+def closed_kl(fn: Any) -> jax.Array | None:
+    """KL(q_frozen ‖ q_φ) from NumPyro's registry, seen through transforms without parameters; ``None`` if unknown."""
+    if isinstance(fn, dist.Delta):
+        return jnp.zeros(fn.batch_shape)
+    if isinstance(fn, dist.TransformedDistribution) and not owns_parameters(fn.transforms):
+        inner = closed_kl(fn.base_dist)
+        return None if inner is None else sum_rightmost(inner, jnp.ndim(inner) - len(fn.batch_shape))
+    try:
+        return jnp.asarray(kl_divergence(jax.tree.map(stop_gradient, fn), fn))
+    except NotImplementedError:
+        return None
+
+
+def base_of(fn: Any) -> Any:
+    """The distribution under wrappers that a Fisher does not see."""
+    while isinstance(fn, _WRAPPERS):
+        fn = fn.base_dist
+    return fn
+
+
+def map_base(fn: Any, change: Callable[[Any], Any]) -> Any:
+    """The same distribution with ``change`` applied to the one under its wrappers."""
+    if not isinstance(fn, _WRAPPERS):
+        return change(fn)
+    outer = copy.copy(fn)
+    outer.base_dist = map_base(fn.base_dist, change)
+    return outer
+
+
+def with_log_prob(fn: Any, log_prob: Callable[..., jax.Array]) -> Any:
+    """The same distribution, of the same class (KL registries see no difference), with another log-density."""
+    changed = copy.copy(fn)
+    changed.log_prob = log_prob
+    return changed
+
+
+def owns_parameters(chain: Any) -> bool:
+    """Whether a list of transforms may hold parameters: leaves of their tree, or a flow's closure."""
+    return bool(jax.tree.leaves(chain)) or any(isinstance(t, _FLOWS) for t in chain)
+
+
+def _frozen_arguments(base: Any) -> Any:
+    return with_log_prob(base, jax.tree.map(stop_gradient, base).log_prob)
+
+
+def _silent(base: Any, tap: jax.Array) -> Any:
+    def log_prob(value: jax.Array) -> jax.Array:
+        x = stop_gradient(value)
+        statistic = sum_rightmost(tap.reshape(jnp.shape(x)) * x, base.event_dim)
+        return stop_gradient(base.log_prob(x)) + statistic - stop_gradient(statistic)
+
+    return with_log_prob(base, log_prob)
+
+
+def _mark_guide_site(msg: Any) -> None:
+    # This handler is the outermost one: sites of the model that the guide has drawn carry their value by now.
+    msg["is_guide_site"] = msg["type"] == "sample" and not msg["is_observed"] and msg["value"] is None
+
+
+def _is_guide_site(msg: Any) -> bool:
+    return bool(msg.get("is_guide_site", False)) and not isinstance(msg["fn"], dist.Delta)
+
+
+def _arguments(base: Any) -> dict[str, jax.Array]:
+    """The arguments as given: lazily derived ones (a precision made from a Cholesky factor) are not in ``__dict__``."""
+    found = {name: base.__dict__.get(name) for name in type(base).arg_constraints}
+    return {name: jnp.asarray(x) for name, x in found.items() if x is not None}
+
+
+def _base_shape(fn: Any, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.TransformedDistribution):
+        fn = fn.base_dist
+    return tuple(sample_shape) + tuple(fn.shape())
+
+
+def _is_plain(fn: Any, msg: Any) -> bool:
+    unscaled = msg["scale"] is None or is_identically_one(msg["scale"])
+    while isinstance(fn, _WRAPPERS):
+        if isinstance(fn, dist.MaskedDistribution):
+            return False
+        if isinstance(fn, dist.TransformedDistribution) and owns_parameters(fn.transforms):
+            return False
+        fn = fn.base_dist
+    return bool(unscaled)
+
+
+def _tag_score(name: str, fn: Any, frozen: Any) -> None:
+    try:
+        tag("score", name, fn.log_prob(frozen))
+    except NotImplementedError:  # a flow without an inverse has no density at given draws
+        return

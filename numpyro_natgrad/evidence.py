@@ -1,0 +1,107 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""What one step learns from the loss: its value, its gradient, and products with its Hessian.
+
+Everything is a view of the same stochastic function ``fn`` at the same draws. With z = m + Kε, log q does not depend
+on m along the draws, so the Hessian of the loss with respect to m *is* the particles' mean of ∇²f (Price's identity
+says that this is what the covariance needs), and products with it cost one linearised gradient.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .charts import Params
+from .effects import Frozen, Loss, PathGradient
+
+
+class Evidence(NamedTuple):
+    """What the families may use.
+
+    :ivar loss: the loss at the current parameters, nats.
+    :ivar aux: ``fn``'s second output.
+    :ivar gradient: of the loss (score terms of Gaussian sites removed), per unconstrained parameter.
+    :ivar means: for each silent site, the mean of its draws over the particles, ``site.shape``.
+    :ivar push: directional derivative of the gradient, linear: tangents of some parameters in, of all gradients out.
+    :ivar fn: the loss function itself.
+    :ivar particles: draws a step.
+    """
+
+    loss: jax.Array
+    aux: Any
+    gradient: Params
+    means: dict[str, jax.Array]
+    push: Callable[[Params], Params]
+    fn: Loss
+    particles: int
+
+
+class Views(NamedTuple):
+    """How the loss is to be looked at.
+
+    :ivar modes: per Gaussian site ``"silent"`` or ``"path"`` (:class:`.effects.PathGradient`).
+    :ivar taps: per silent site the shape of its draw.
+    :ivar curved: the parameters along which Hessian products are asked (empty: none).
+    :ivar scored: the sites whose score term is subtracted from the gradient.
+    :ivar forward: forward-mode differentiation.
+    """
+
+    modes: Mapping[str, str]
+    taps: Mapping[str, tuple[int, ...]]
+    curved: tuple[str, ...]
+    scored: frozenset[str]
+    forward: bool
+
+
+def gather(fn: Loss, params: Params, views: Views, particles: int) -> Evidence:
+    """Evaluate the loss once, with its gradient, and linearise the gradient along the parameters that ask for it."""
+    dtype = jnp.result_type(*jax.tree.leaves(params))
+    taps = {name: jnp.zeros(shape, dtype) for name, shape in views.taps.items()}
+
+    def viewed(inputs: tuple[Params, Params]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        values, probes = inputs
+        with PathGradient(views.modes, probes):
+            loss, aux = fn(values)
+        return loss, (loss, aux)
+
+    def slope(curved: Params) -> tuple[Params, Any]:
+        (gradient, means), out = derivative(viewed, views.forward)(({**params, **curved}, taps))
+        return {name: gradient[name] for name in curved}, (gradient, means, out)
+
+    curved = {name: params[name] for name in views.curved}
+    if curved:
+        _, push, (gradient, means, (loss, aux)) = jax.linearize(slope, curved, has_aux=True)
+    else:
+        _, (gradient, means, (loss, aux)) = slope(curved)
+        push = lambda tangents: tangents  # noqa: E731
+    if views.scored:
+        gradient = jax.tree.map(jnp.subtract, gradient, score(fn, params, views))
+    return Evidence(loss, aux, gradient, means, push, fn, particles)
+
+
+def derivative(function: Callable, forward: bool) -> Callable:
+    """Gradient (first) and auxiliary output of a function, in the mode of differentiation asked for."""
+    return (jax.jacfwd if forward else jax.grad)(function, has_aux=True)
+
+
+def score(fn: Loss, params: Params, views: Views) -> Params:
+    """∇_φ E[log q_φ(z)] at frozen draws: zero in expectation, and no small part of a gradient's noise."""
+
+    def log_q(values: Params) -> tuple[jax.Array, None]:
+        with Frozen(lambda site, value: site.log_prob(value), views.scored):
+            return fn(values)[0], None
+
+    return derivative(log_q, views.forward)(params)[0]
+
+
+def finite(tree: Any) -> jax.Array:
+    """Whether every number in a tree is finite."""
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)], bool))
+
+
+def cleaned(ok: jax.Array, tree: Any) -> Any:
+    """The tree, or zeros: what follows a failure must not meet a NaN (an eigensolver would never return)."""
+    return jax.tree.map(lambda x: lax.select(ok, x, jnp.zeros_like(x)), tree)

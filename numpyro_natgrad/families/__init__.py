@@ -1,0 +1,66 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Families: the geometry of one block of parameters, behind one protocol.
+
+    sharp     g  ->  natural gradient v = F⁻¹g, in the family's own coordinates
+    norm2     v  ->  vᵀFv, nats
+    kl        v, ρ  ->  KL of the step, exact where closed
+    retract   v, ρ  ->  new parameters, always valid
+
+=================  =====================================================  ==================================
+family             parameters                                             coordinates of the step
+=================  =====================================================  ==================================
+:mod:`.joint`      all Gaussian sites together, up to 128 latents         natural parameters, lifted
+:mod:`.full`       one full Gaussian site, more latents                   natural parameters
+:mod:`.diagonal`   one mean-field Gaussian site, more latents             natural parameters
+:mod:`.curvature`  everything else that a site's density depends on       NumPyro's unconstrained parameters
+=================  =====================================================  ==================================
+"""
+
+from typing import Any, Protocol
+
+import jax
+
+from ..charts import Params
+from ..evidence import Evidence
+from ..state import Memory
+
+
+class Family(Protocol):
+    """The geometry of one block of parameters. ``v`` is a tangent in the family's own coordinates."""
+
+    #: the parameters that it moves
+    params: tuple[str, ...]
+    #: the guide's sites that it owns, and how the loss is to be seen at them (:class:`.effects.PathGradient`)
+    modes: dict[str, str]
+
+    def describe(self) -> list[tuple[str, str, str, str, str]]:
+        """Rows of the report: parameter, site, family, how the Fisher is got, size."""
+        ...
+
+    def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Any:
+        """The natural gradient."""
+        ...
+
+    def norm2(self, v: Any) -> jax.Array:
+        """Squared Fisher norm of the natural gradient, nats."""
+        ...
+
+    def kl(self, v: Any, rho: jax.Array) -> jax.Array:
+        """KL(q ‖ q₊) of a step of length ρ, nats; increasing in ρ."""
+        ...
+
+    def moved(self, v: Any, rho: jax.Array) -> jax.Array:
+        """KL(q₊ ‖ q) of a step of length ρ, nats."""
+        ...
+
+    def remember(self, memory: Memory, v: Any, weight: jax.Array) -> tuple[Memory, jax.Array, jax.Array]:
+        """Take a natural gradient into the running mean: memory ← (1 − weight) memory + weight v.
+
+        :return: the memory, and the squared Fisher norms (nats) of the running mean and of ``v``'s part in it.
+        """
+        ...
+
+    def retract(self, params: Params, memory: Memory, v: Any, rho: jax.Array) -> tuple[Params, Memory]:
+        """The parameters after a step of length ρ, and the memory carried to the new frame."""
+        ...

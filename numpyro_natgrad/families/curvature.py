@@ -1,0 +1,134 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""The family of everything else: F is the Hessian of the guide's KL to itself, whatever the guide computes.
+
+    F(φ) = ∇²_φ' KL(q_φ ‖ q_φ') |_{φ'=φ} = E_z Σ_sites JᵀF_site J        (frozen draws)
+
+heard along the guide's own draws (:class:`.effects.Frozen`), so that plates, scales, data arguments and particles are
+NumPyro's. Up to 512 parameters F is formed and factorised; above, conjugate gradients ask for products with it. The
+step is taken in NumPyro's unconstrained parameters, where the quadratic model of KL is all there is.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jax.flatten_util import ravel_pytree
+from jax.scipy.linalg import cho_factor, cho_solve
+
+from ..charts import Params
+from ..effects import Frozen, kl_to_self
+from ..evidence import Evidence
+from ..state import Memory
+
+#: Parameters up to which F is formed.
+DENSE_LIMIT = 512
+#: Damping: F + (ε diag F + ε² mean diag F) I-like, relative to F's own scale (Martens 2020, section 6).
+DAMPING = 1e-3
+#: Conjugate gradients stop here; a natural gradient is a direction, 1 % is exact enough.
+CG_TOLERANCE, CG_STEPS = 1e-2, 50
+
+
+class Direction(NamedTuple):
+    """−F⁻¹g of one block, raveled.
+
+    :ivar square: its squared Fisher norm gᵀF⁻¹g, nats.
+    :ivar image: F times it.  :ivar trend_image: F times the running mean of earlier ones.
+    """
+
+    step: jax.Array
+    square: jax.Array
+    image: jax.Array
+    trend_image: jax.Array
+
+
+class KLCurvature(NamedTuple):
+    """One connected component of parameters and sites, by the curvature of KL.
+
+    :ivar params: parameter names.  :ivar sites: site names.  :ivar shapes: for the report.
+    """
+
+    params: tuple[str, ...]
+    sites: tuple[tuple[str, str, str], ...]  # name, distribution class, how its KL is got
+    shapes: dict[str, tuple[int, ...]]
+    forward: bool
+
+    @property
+    def modes(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def size(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def describe(self) -> list[tuple[str, str, str, str, str]]:
+        names = ", ".join(name for name, _, _ in self.sites)
+        classes = ", ".join(dict.fromkeys(cls for _, cls, _ in self.sites))
+        ways = ", ".join(dict.fromkeys(how for _, _, how in self.sites))
+        solver = "dense" if self.size <= DENSE_LIMIT else "conjugate gradients"
+        return [
+            (p, names, classes, f"Hessian of KL ({ways}), {solver}", "×".join(map(str, self.shapes[p])) or "1")
+            for p in self.params
+        ]
+
+    def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Direction:
+        mine, unravel = ravel_pytree({p: params[p] for p in self.params})
+        slope, _ = ravel_pytree({p: evidence.gradient[p] for p in self.params})
+        gradient = jax.grad(lambda x: self._kl(evidence, params, unravel(x)))
+
+        def product(v: jax.Array) -> jax.Array:
+            return jax.jvp(gradient, (mine,), (v,))[1]
+
+        ok = jnp.all(jnp.isfinite(slope))
+        solve = _dense if self.size <= DENSE_LIMIT else _iterative
+        v = jnp.where(ok, solve(product, jnp.where(ok, slope, 0.0)), jnp.nan)
+        trend, _ = ravel_pytree({p: memory.trend[p] for p in self.params})
+        return Direction(-v, jnp.maximum(slope @ v, 0.0), -slope, product(trend))
+
+    def norm2(self, v: Direction) -> jax.Array:
+        return v.square
+
+    def kl(self, v: Direction, rho: jax.Array) -> jax.Array:
+        return 0.5 * rho**2 * v.square
+
+    def moved(self, v: Direction, rho: jax.Array) -> jax.Array:
+        return 0.5 * rho**2 * v.square
+
+    def remember(self, memory: Memory, v: Direction, weight: jax.Array) -> tuple[Memory, jax.Array, jax.Array]:
+        old, unravel = ravel_pytree({p: memory.trend[p] for p in self.params})
+        mean, image = ((1 - weight) * a + weight * b for a, b in ((old, v.step), (v.trend_image, v.image)))
+        memory = memory._replace(trend={**memory.trend, **unravel(mean)})
+        return memory, jnp.maximum(mean @ image, 0.0), v.square
+
+    def retract(self, params: Params, memory: Memory, v: Direction, rho: jax.Array) -> tuple[Params, Memory]:
+        mine, unravel = ravel_pytree({p: params[p] for p in self.params})
+        return {**params, **unravel(mine + rho * v.step)}, memory
+
+    def _kl(self, evidence: Evidence, params: Params, mine: Params) -> jax.Array:
+        with Frozen(kl_to_self, frozenset(name for name, _, _ in self.sites)):
+            return evidence.fn({**params, **mine})[0]
+
+
+def _dense(product: Any, slope: jax.Array) -> jax.Array:
+    fisher = jax.vmap(product)(jnp.eye(slope.size, dtype=slope.dtype))
+    fisher = (fisher + fisher.T) / 2
+    damped = fisher + jnp.diag(_damping(jnp.diagonal(fisher)))
+    return cho_solve(cho_factor(damped), slope)
+
+
+def _damping(diagonal: jax.Array) -> jax.Array:
+    # Relative to each parameter's own scale, and to the mean scale where a parameter's Fisher vanishes.
+    return DAMPING * (diagonal + DAMPING * jnp.mean(diagonal)) + jnp.finfo(diagonal.dtype).tiny
+
+
+def _iterative(product: Any, slope: jax.Array) -> jax.Array:
+    shape = jax.ShapeDtypeStruct(slope.shape, slope.dtype)
+    probe = jax.random.rademacher(jax.random.key(0), slope.shape, slope.dtype)
+    scale = jnp.abs(probe @ product(probe)) / slope.size  # Hutchinson: mean of F's diagonal
+    damped = lx.FunctionLinearOperator(
+        lambda v: product(v) + DAMPING * scale * v, shape, lx.positive_semidefinite_tag
+    )
+    solver = lx.CG(rtol=CG_TOLERANCE, atol=0.0, max_steps=CG_STEPS)
+    return lx.linear_solve(damped, slope, solver, throw=False).value

@@ -1,0 +1,88 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""One mean-field Gaussian site with too many latents for a joint step: everything elementwise.
+
+With g = σ ∂L/∂m and λ = σ ∂L/∂σ (Khan & Rue 2023; both whitened), the precision is multiplied by 1 + ρλ and the mean
+moves by −ρσg/(1 + ρλ). First order takes λ from the gradient of σ; second order from k Rademacher probes v of the
+Hessian of the loss, λ = E[v ⊙ σHσv] − 1, whose noise is the Hessian's off-diagonal part instead of the draws'.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .. import gaussian
+from ..charts import GaussianSite, Params
+from ..evidence import Evidence
+from ..gaussian import Tangent
+from ..state import Memory
+from .joint import describe_site
+
+#: Rademacher probes a step in second order.
+PROBES = 8
+
+
+class DiagonalGaussian(NamedTuple):
+    """One site of independent Normals."""
+
+    site: GaussianSite
+    second_order: bool
+    mode: str | None
+    margin: float
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return (self.site.loc, self.site.scale)
+
+    @property
+    def modes(self) -> dict[str, str]:
+        return {self.site.name: self.mode} if self.mode else {}
+
+    def describe(self) -> list[tuple[str, str, str, str, str]]:
+        how = f"{PROBES} products with the Hessian of the loss" if self.second_order else "draws ⊗ gradients"
+        return describe_site(self.site, f"closed form, {how}")
+
+    def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Tangent:
+        scale = self.site.factor(params[self.site.scale])
+        slope = scale * evidence.gradient[self.site.loc].reshape(self.site.shape)
+        if not self.second_order:
+            gradient = evidence.gradient[self.site.scale]
+            # dx/dσ along each coordinate: the parameter's bijection is elementwise.
+            rate = jax.jvp(self.site.unconstrain, (scale,), (jnp.ones_like(scale),))[1].reshape(gradient.shape)
+            return Tangent(slope, scale * (gradient * rate).reshape(self.site.shape), None)
+        return Tangent(slope, self._probed(evidence, params, scale, step), None)
+
+    def norm2(self, v: Tangent) -> jax.Array:
+        return gaussian.norm2(v)
+
+    def kl(self, v: Tangent, rho: jax.Array) -> jax.Array:
+        return gaussian.kl_forward(v, rho, self.margin)
+
+    def moved(self, v: Tangent, rho: jax.Array) -> jax.Array:
+        return gaussian.kl_backward(v, rho, self.margin)
+
+    def remember(self, memory: Memory, v: Tangent, weight: jax.Array) -> tuple[Memory, jax.Array, jax.Array]:
+        # Not carried to the new frame: near the answer, where the memory is long, the frames hardly differ.
+        old = memory.trend
+        parts = {self.site.loc: v.slope, self.site.scale: v.values}
+        new = {name: (1 - weight) * old[name] + weight * x.reshape(old[name].shape) for name, x in parts.items()}
+        mean = Tangent(new[self.site.loc], new[self.site.scale], None)
+        return memory._replace(trend={**old, **new}), gaussian.norm2(mean), gaussian.norm2(v)
+
+    def retract(self, params: Params, memory: Memory, v: Tangent, rho: jax.Array) -> tuple[Params, Memory]:
+        loc, scale = self.site.read(params)
+        shift = scale * gaussian.displacement(v, rho, self.margin)
+        return self.site.write(params, loc + shift, scale * gaussian.contraction(v, rho, self.margin)), memory
+
+    def _probed(self, evidence: Evidence, params: Params, scale: jax.Array, step: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(0), step)
+        still = jnp.zeros_like(params[self.site.scale])
+
+        def product(probe: jax.Array) -> jax.Array:
+            shift = (scale * probe).reshape(params[self.site.loc].shape)
+            image = evidence.push({self.site.loc: shift, self.site.scale: still})[self.site.loc]
+            return probe * scale * image.reshape(self.site.shape)
+
+        probes = jax.random.rademacher(key, (PROBES, *self.site.shape), scale.dtype)
+        return jnp.mean(jax.vmap(product)(probes), axis=0) - 1

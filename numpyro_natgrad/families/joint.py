@@ -1,0 +1,177 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""All Gaussian sites of a guide in one dense step: lift and project.
+
+The step is taken by a *full* joint Gaussian N(m, S⁻¹) over all latents, S ← (1−ρ)S + ρ E_q[∇²f], whatever the guide's
+family; the guide is its projection (:func:`.charts.project`), and the draws come from the guide. Its fixed points are
+the guide's own optima: there S = E_q[∇²f], E_q[∇f] = 0, and the projection makes S − Σ⁻¹ orthogonal to the family's
+tangent space, which is ∇_Σ L = ½(E_q[∇²f] − Σ⁻¹) = 0 along it (Price). Mean-field guides lose their weakness on
+correlated posteriors: the means take Newton steps with the full precision.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import block_diag, solve_triangular
+
+from .. import gaussian
+from ..charts import GaussianSite, Params, project
+from ..evidence import Evidence
+from ..gaussian import Tangent
+from ..state import Joint, Memory
+
+
+class Frame(NamedTuple):
+    """A natural gradient with the frame (m, K) that it is whitened in."""
+
+    tangent: Tangent
+    curvature: jax.Array
+    loc: jax.Array
+    factor: jax.Array
+
+
+class JointGaussian(NamedTuple):
+    """The dense joint step over ``sites``; ``lifted`` unless the guide is one full Gaussian itself."""
+
+    sites: tuple[GaussianSite, ...]
+    margin: float
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return tuple(p for s in self.sites for p in (s.loc, s.scale))
+
+    @property
+    def modes(self) -> dict[str, str]:
+        return {s.name: "silent" for s in self.sites}
+
+    @property
+    def lifted(self) -> bool:
+        return len(self.sites) > 1 or self.sites[0].form.diagonal or len(self.sites[0].shape) > 1
+
+    @property
+    def size(self) -> int:
+        return sum(s.size for s in self.sites)
+
+    def describe(self) -> list[tuple[str, str, str, str, str]]:
+        how = "closed form, Hessian of the loss" + (", lifted" if self.lifted else "")
+        return [row for s in self.sites for row in describe_site(s, how)]
+
+    def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Frame:
+        loc = jnp.concatenate([params[s.loc].ravel() for s in self.sites])
+        factor = self._factor(params, memory.joint, step)
+        slope = self._flat({s.loc: evidence.gradient[s.loc] for s in self.sites})
+        image = jax.vmap(lambda k: self._flat(evidence.push(self._shift(params, k))), in_axes=1, out_axes=1)(factor)
+        curvature = factor.T @ image
+        curvature = (curvature + curvature.T) / 2 - jnp.eye(self.size, dtype=curvature.dtype)
+        whitened = factor.T @ slope + self._control_variate(evidence, params, loc, factor)
+        return Frame(_tangent(whitened, curvature), curvature, loc, factor)
+
+    def norm2(self, v: Frame) -> jax.Array:
+        return gaussian.norm2(v.tangent)
+
+    def kl(self, v: Frame, rho: jax.Array) -> jax.Array:
+        return gaussian.kl_forward(v.tangent, rho, self.margin)
+
+    def moved(self, v: Frame, rho: jax.Array) -> jax.Array:
+        return gaussian.kl_backward(v.tangent, rho, self.margin)
+
+    def remember(self, memory: Memory, v: Frame, weight: jax.Array) -> tuple[Memory, jax.Array, jax.Array]:
+        d, joint = self.size, memory.joint
+        slope = (1 - weight) * joint.slope[:d] + weight * v.tangent.slope
+        curvature = (1 - weight) * joint.curvature[:d, :d] + weight * v.curvature
+        joint = Joint(joint.factor, joint.slope.at[:d].set(slope), joint.curvature.at[:d, :d].set(curvature))
+        return memory._replace(joint=joint), jnp.sum(slope**2) + 0.5 * jnp.sum(curvature**2), self.norm2(v)
+
+    def retract(self, params: Params, memory: Memory, v: Frame, rho: jax.Array) -> tuple[Params, Memory]:
+        shift = gaussian.displacement(v.tangent, rho, self.margin)
+        contraction = gaussian.contraction(v.tangent, rho, self.margin)
+        loc, factor = v.loc + v.factor @ shift, v.factor @ contraction
+        joint = self._carry(memory.joint, shift, contraction, factor)
+        return self._write(params, loc, factor), memory._replace(joint=joint)
+
+    def _factor(self, params: Params, joint: Joint, step: jax.Array) -> jax.Array:
+        """K: the guide's own, or the lifted one, which starts as the guide's."""
+        own = [s.factor(params[s.scale]) for s in self.sites]
+        if not self.lifted:
+            return own[0]
+        blocks = [jnp.diag(k.ravel()) if s.form.diagonal else _blocks(k) for s, k in zip(self.sites, own, strict=True)]
+        return jnp.where(step == 0, block_diag(*blocks), joint.factor[: self.size, : self.size])
+
+    def _carry(self, joint: Joint, shift: jax.Array, contraction: jax.Array, factor: jax.Array) -> Joint:
+        """Move the memory to the new frame: exact, since natural parameters are affine coordinates.
+
+        The gradient with respect to the mean parameter E[zzᵀ] is the same everywhere; seen from the new frame,
+        M' = TᵀMT and g' = Tᵀ(g + M K⁻¹(m₊ − m)).
+        """
+        d = self.size
+        slope, curvature = joint.slope[:d], joint.curvature[:d, :d]
+        return Joint(
+            joint.factor.at[:d, :d].set(factor) if self.lifted else joint.factor,
+            joint.slope.at[:d].set(contraction.T @ (slope + curvature @ shift)),
+            joint.curvature.at[:d, :d].set(contraction.T @ curvature @ contraction),
+        )
+
+    def _write(self, params: Params, loc: jax.Array, factor: jax.Array) -> Params:
+        own = project(gaussian.inverse_lower(factor), self.sites) if self.lifted else [factor]
+        for site, mean, k in zip(self.sites, self._split(loc), own, strict=True):
+            params = site.write(params, mean, k)
+        return params
+
+    def _control_variate(self, evidence: Evidence, params: Params, loc: jax.Array, factor: jax.Array) -> jax.Array:
+        """What takes the noise of the draws' mean out of the slope, whitened.
+
+        Leave-one-out: g = ∇f − (1/S) Σ_s H₋ₛ (z_s − m) with H₋ₛ the mean Hessian of the other particles, unbiased,
+        and without noise where f is quadratic. Σ_s H_s (z_s − m)/S is the derivative of E[∇f] as K grows, so that it
+        costs one more product. A single particle has no others: it is given the current S (sticking the landing).
+        """
+        if any(s.analytic for s in self.sites):
+            return jnp.zeros_like(loc)
+        offset = jnp.concatenate([evidence.means[s.name].ravel() for s in self.sites]) - loc
+        n = evidence.particles
+        if n == 1:
+            return -solve_triangular(factor, offset, lower=True)
+        shift = self._shift(params, -n / (n - 1) * offset)
+        radial = {s.scale: radial_tangent(s, params[s.scale]) / (n - 1) for s in self.sites}
+        return factor.T @ self._flat(evidence.push({**shift, **radial}))
+
+    def _shift(self, params: Params, direction: jax.Array) -> Params:
+        """A tangent that moves the means only."""
+        means = zip(self.sites, self._split(direction), strict=True)
+        return {
+            **{s.scale: jnp.zeros_like(params[s.scale]) for s in self.sites},
+            **{s.loc: x.reshape(params[s.loc].shape) for s, x in means},
+        }
+
+    def _flat(self, values: Params) -> jax.Array:
+        return jnp.concatenate([values[s.loc].ravel() for s in self.sites])
+
+    def _split(self, flat: jax.Array) -> list[jax.Array]:
+        ends = [sum(s.size for s in self.sites[: i + 1]) for i in range(len(self.sites))]
+        return jnp.split(flat, ends[:-1])
+
+
+def describe_site(site: GaussianSite, how: str) -> list[tuple[str, str, str, str, str]]:
+    """The report's rows of a Gaussian site."""
+    family = "Normal" if site.form.diagonal else "MultivariateNormal"
+    shape = "×".join(map(str, site.shape))
+    return [(site.loc, site.name, family, how, shape), (site.scale, site.name, f"{family} ({site.argument})", how, shape)]
+
+
+def radial_tangent(site: GaussianSite, unconstrained: jax.Array) -> jax.Array:
+    """The tangent of the covariance parameter along which K grows by itself: dK = K."""
+    factor = site.factor(unconstrained)
+    tangent = jax.jvp(site.unconstrain, (factor,), (factor,))[1]
+    return tangent.reshape(unconstrained.shape)
+
+
+def _tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
+    # A NaN would keep the eigensolver busy; the step that follows it is skipped because the slope shows it.
+    ok = jnp.all(jnp.isfinite(curvature))
+    spectrum = gaussian.tangent(slope, jnp.where(ok, curvature, 0.0))
+    return spectrum._replace(values=jnp.where(ok, spectrum.values, jnp.nan))
+
+
+def _blocks(factor: jax.Array) -> jax.Array:
+    d = factor.shape[-1]
+    return block_diag(*factor.reshape(-1, d, d))

@@ -1,0 +1,104 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""How far: the step length ρ, and the KL radius that bounds it.
+
+    ρ  =  the longest ρ ≤ cap with KL(q ‖ q₊) ≤ δ
+    cap = S/(S+2) · max(s, min(1, τ/v))            S draws, s share of signal, v nats of noise, τ = 0.04 nats
+    s  =  ‖mean of recent natural gradients‖² / mean of their ‖·‖²
+
+The share of signal is Ranganath et al.'s adaptive rate (2013) in the Fisher metric: 1 while steps agree, 1/t where
+noise rules, so that the iterate becomes a running mean. A noise below τ needs no shortening: an iterate that takes
+steps of length ρ stays ½vρ/(2−ρ) nats above the optimum. The radius grows fourfold when a shortened step delivered
+what it promised on its own draws, and shrinks fourfold when it did not.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .options import Options
+from .state import Pace
+
+#: Nats of noise in the natural gradient that are left alone: a hundredth of a nat in the iterate at ρ = 1/2.
+QUIET = 0.04
+#: A step must deliver this share of its predicted gain, and this share to let the radius grow.
+ACCEPT, GROW = 0.1, 0.5
+#: Bounds of the adaptive radius, nats; its floor is :func:`noise_floor`.
+RADIUS_MAX = 1e5
+
+
+class Observed(NamedTuple):
+    """What a rule for the step length may look at: step number, share of signal, nats of noise, draws a step."""
+
+    step: jax.Array
+    signal: jax.Array
+    noise: jax.Array
+    particles: int
+
+
+def cap(options: Options, seen: Observed) -> jax.Array:
+    """The longest step that the rule asks for, before the KL limit."""
+    if options.step_size is None:
+        return adaptive(seen)
+    if callable(options.step_size):
+        return jnp.asarray(options.step_size(seen.step), seen.signal.dtype)
+    return jnp.asarray(options.step_size, seen.signal.dtype)
+
+
+def adaptive(seen: Observed) -> jax.Array:
+    """The rule that needs no choice."""
+    quiet = jnp.minimum(1.0, QUIET / jnp.maximum(seen.noise, QUIET))
+    return seen.particles / (seen.particles + 2) * jnp.maximum(seen.signal, quiet)
+
+
+def observe(pace: Pace, trend2: jax.Array, square: jax.Array) -> tuple[Pace, jax.Array, jax.Array]:
+    """Take one natural gradient into account.
+
+    :param trend2: ‖mean of recent natural gradients‖², this one included, nats.
+    :param square: ‖this one‖², nats.
+    :return: the pace, the share of signal, and the nats of noise.
+    """
+    weight = 1 / pace.memory
+    mean = (1 - weight) * pace.square + weight * square
+    signal = jnp.clip(trend2 / jnp.maximum(mean, jnp.finfo(mean.dtype).tiny), 1e-6, 1.0)
+    return pace._replace(square=mean, memory=pace.memory * (1 - signal) + 1), signal, mean * (1 - signal)
+
+
+def longest(kl: Callable[[jax.Array], jax.Array], cap: jax.Array, radius: jax.Array) -> jax.Array:
+    """The longest ρ ≤ cap with kl(ρ) ≤ radius, by bisection of log ρ to 1 %; no work where cap will do."""
+
+    def open_(bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return bounds[1] > 1.01 * bounds[0]
+
+    def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = jnp.sqrt(low * high)
+        fits = kl(middle) <= radius
+        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+
+    # kl grows at least linearly in ρ near 0, so that the quadratic rule, halved, bounds it from below.
+    fits = kl(cap) <= radius
+    low, _ = lax.while_loop(open_, halve, (jnp.where(fits, cap, cap * 1e-8), cap))
+    return low
+
+
+def noise_floor(latents: int) -> float:
+    """Nats below which a step is not judged on its own draws: noise would decide."""
+    return max(0.1, 0.02 * latents)
+
+
+def initial_radius(options: Options, latents: int) -> float:
+    """Nats of the first step: one a latent dimension, or what the user allows."""
+    if options.max_kl is None:
+        return float("inf")
+    return float(latents) if options.max_kl == "adaptive" else float(options.max_kl)
+
+
+def resized(pace: Pace, latents: int, *, good: jax.Array, grows: jax.Array) -> Pace:
+    """The radius after a step was judged."""
+    grown = jnp.where(grows, jnp.minimum(4 * pace.radius, RADIUS_MAX), pace.radius)
+    radius = jnp.where(good, grown, pace.radius / 4)
+    return pace._replace(radius=jnp.maximum(radius, noise_floor(latents)).astype(pace.radius.dtype))

@@ -1,0 +1,64 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""The options of :class:`.NaturalGradient`, checked before anything runs."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+Estimator = Literal["first_order", "second_order"]
+
+#: No variance grows by more than 1/margin in one step, unless limits are lifted. See :func:`.gaussian.positive`.
+MARGIN, LIFTED_MARGIN = 0.05, 1e-6
+
+
+class Options(NamedTuple):
+    """See :class:`.NaturalGradient`, whose arguments they are."""
+
+    step_size: float | Callable[[Any], Any] | None
+    max_kl: float | Literal["adaptive"] | None
+    estimator: Estimator | None
+    path_gradient: bool
+
+    @property
+    def margin(self) -> float:
+        return LIFTED_MARGIN if self.max_kl is None else MARGIN
+
+    @property
+    def adaptive(self) -> bool:
+        return self.max_kl == "adaptive"
+
+    def second_order(self, size: int) -> bool:
+        """Whether the covariance's natural gradient comes from Hessian products. They cost little beside the draws
+        for full Gaussians of any size; mean-field sites that are too wide for a joint step do without."""
+        return self.estimator != "first_order" and size > 0
+
+
+def checked(step_size: Any, max_kl: Any, estimator: Any, path_gradient: Any) -> Options:
+    """The options, or an error that names the one that cannot be used."""
+    if step_size is not None and not callable(step_size) and not _positive(step_size):
+        raise ValueError(
+            f"`step_size={step_size!r}`: expected a positive number (1 is the whole way to the minimum of the local "
+            "model), a schedule `step -> number`, or None for the rule that needs no choice."
+        )
+    if max_kl is not None and max_kl != "adaptive" and not _positive(max_kl):
+        raise ValueError(
+            f"`max_kl={max_kl!r}`: expected a positive number of nats a step, 'adaptive' (the default), or None for "
+            "no limit."
+        )
+    if estimator not in (None, "first_order", "second_order"):
+        raise ValueError(
+            f"`estimator={estimator!r}`: expected 'first_order' (gradients only), 'second_order' (Hessian products of "
+            "the loss), or None to choose by cost."
+        )
+    if not isinstance(path_gradient, bool):
+        raise TypeError(f"`path_gradient={path_gradient!r}`: expected True or False.")
+    return Options(step_size, max_kl, estimator, path_gradient)
+
+
+def _positive(x: Any) -> bool:
+    try:
+        return bool(np.ndim(x) == 0 and float(x) > 0 and np.isfinite(float(x)))
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,146 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Where a value of the loss comes from: one forward walk through its jaxpr.
+
+Values are tagged with :func:`tag` while the loss is traced; :func:`origins` then carries, from every tag through every
+equation, an :class:`Origin` = (tags it depends on, the tag it *is* up to its shape, how log-densities enter it). Three
+questions are answered without running anything:
+
+* is a distribution's argument a parameter itself, or computed from parameters?
+* does a parameter reach the loss by another way than the draws and the density of its site?
+* is the loss affine in the log-densities of the guide (an ELBO is; a Rényi bound is not)?
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
+
+_PREFIX = "numpyro_natgrad:"
+
+# Equations that only change the shape, the type or the place in memory of their operand.
+_SHAPE_ONLY = {
+    *("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type", "copy", "copy_p"),
+    *("slice", "dynamic_slice", "gather", "name", "pvary", "optimization_barrier"),
+}
+# Equations through which an affine dependence stays affine whatever the operands are.
+_AFFINE = _SHAPE_ONLY | {"add", "sub", "neg", "reduce_sum", "concatenate", "transpose", "add_any", "cumsum", "pad", "rev"}
+# ... and those that are affine in one operand while the others do not depend on it.
+_BILINEAR = {"mul", "dot_general", "div", "select_n"}
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+class Origin(NamedTuple):
+    """The past of one value.
+
+    :ivar sources: the tags it depends on; a value that is itself *cut* (see :func:`tag`) depends on its tag alone.
+    :ivar copy_of: the tag that it equals up to shape and dtype, or ``None``.
+    :ivar degree: 0 if no log-density enters it, 1 if they enter affinely, 2 otherwise.
+    """
+
+    sources: frozenset[str] = frozenset()
+    copy_of: str | None = None
+    degree: int = 0
+
+
+class Sighting(NamedTuple):
+    """What was seen at a tag: the origin of the tagged value, and how often it was computed (the particles)."""
+
+    origin: Origin
+    size: int
+
+
+def tag(kind: str, name: str, value: Any) -> Any:
+    """Mark ``value`` (an array) with a name that survives tracing, batching and scanning.
+
+    :param kind: ``"param"``, ``"draw"``, ``"density"`` (these three cut the past: what follows depends on the tag), or
+        any other word, which only observes.
+    """
+    return checkpoint_name(value, f"{_PREFIX}{kind}:{name}")
+
+
+def origins(fn: Callable, *args: Any) -> tuple[Origin, dict[str, Sighting]]:
+    """Trace ``fn(*args)`` and follow its tags.
+
+    :param fn: a function whose first output leaf is the loss.
+    :return: the origin of the loss, and what was seen at each tag (``"kind:name"``).
+    """
+    closed = jax.make_jaxpr(fn)(*args)
+    seen: dict[str, Sighting] = {}
+    outputs = _walk(closed.jaxpr, [Origin()] * len(closed.jaxpr.invars), seen, repeats=1)
+    return outputs[0], seen
+
+
+def _walk(jaxpr: Any, inputs: Sequence[Origin], seen: dict[str, Sighting], repeats: int) -> list[Origin]:
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def past(atom: Any) -> Origin:
+        return Origin() if isinstance(atom, core.Literal) else known.get(atom, Origin())
+
+    for eqn in jaxpr.eqns:
+        outs = _equation(eqn, [past(v) for v in eqn.invars], seen, repeats)
+        known.update(zip(eqn.outvars, outs, strict=True))
+    return [past(v) for v in jaxpr.outvars]
+
+
+def _equation(eqn: Any, inputs: list[Origin], seen: dict[str, Sighting], repeats: int) -> list[Origin]:
+    kind = eqn.primitive.name
+    if kind == "name" and eqn.params["name"].startswith(_PREFIX):
+        return [_tagged(eqn.params["name"][len(_PREFIX) :], inputs[0], eqn.outvars[0].aval.shape, seen, repeats)]
+    if kind == "scan":
+        return _scan(eqn, inputs, seen, repeats)
+    if kind not in ("while", "cond"):
+        for inner in (eqn.params.get(key) for key in _CALLS):
+            if inner is not None:
+                body = getattr(inner, "jaxpr", inner)
+                if len(body.invars) == len(inputs) and len(body.outvars) == len(eqn.outvars):
+                    return _walk(body, inputs, seen, repeats)
+    merged = Origin(_union(inputs), _copied(kind, inputs), _degree(kind, inputs))
+    return [merged] * len(eqn.outvars)
+
+
+def _tagged(label: str, past: Origin, shape: tuple[int, ...], seen: dict[str, Sighting], repeats: int) -> Origin:
+    seen[label] = Sighting(past, math.prod(shape) * repeats)
+    kind = label.partition(":")[0]
+    if kind not in ("param", "draw", "density"):
+        return past
+    return Origin(frozenset([label]), label, int(kind == "density"))
+
+
+def _scan(eqn: Any, inputs: list[Origin], seen: dict[str, Sighting], repeats: int) -> list[Origin]:
+    body, consts, carry = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"], eqn.params["num_carry"]
+    outputs: list[Origin] = []
+    for _ in range(carry + 1):  # a carried value hears of one more carried value a round
+        outputs = _walk(body, inputs, seen, repeats * eqn.params["length"])
+        carried = [_join(a, b) for a, b in zip(inputs[consts : consts + carry], outputs[:carry], strict=True)]
+        if carried == inputs[consts : consts + carry]:
+            break
+        inputs = [*inputs[:consts], *carried, *inputs[consts + carry :]]
+    return outputs
+
+
+def _union(inputs: list[Origin]) -> frozenset[str]:
+    return frozenset().union(*(i.sources for i in inputs))
+
+
+def _join(a: Origin, b: Origin) -> Origin:
+    return Origin(a.sources | b.sources, a.copy_of if a.copy_of == b.copy_of else None, max(a.degree, b.degree))
+
+
+def _copied(kind: str, inputs: list[Origin]) -> str | None:
+    return inputs[0].copy_of if kind in _SHAPE_ONLY and not _union(inputs[1:]) else None
+
+
+def _degree(kind: str, inputs: list[Origin]) -> int:
+    degrees = [i.degree for i in inputs]
+    top = max(degrees, default=0)
+    if top == 0 or kind in _AFFINE:
+        return top
+    alone = degrees[1:] if kind == "select_n" else [d for d in degrees if d]
+    affine = {"mul": len(alone) == 1, "dot_general": len(alone) == 1, "div": degrees[-1] == 0}
+    if kind == "select_n":
+        return top if degrees[0] == 0 else 2
+    return top if affine.get(kind, False) else 2

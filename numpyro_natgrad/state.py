@@ -1,0 +1,107 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""What is carried from step to step, and what is reported of one step: two different types, arrays only.
+
+The state is made before any loss has been heard (``SVI.init`` hands over the parameters alone), and its structure may
+not change afterwards (``lax.scan``). So everything in it has the shape of the parameters, but for :class:`Joint`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .charts import Params
+
+#: Latent dimensions up to which all Gaussian sites share one dense joint step.
+JOINT_LIMIT = 128
+
+
+class Joint(NamedTuple):
+    """Memory of the joint Gaussian step over D latents, in the leading D rows and columns of n × n arrays.
+
+    n = min(half of the number of parameters, 128): a Gaussian site has at least two parameters for a latent.
+
+    :ivar factor: K of the lifted covariance (n, n); used where the guide's family is smaller than the full Gaussian.
+    :ivar slope: running mean of the natural gradient, mean part, whitened (n,).
+    :ivar curvature: the same, precision part (n, n).
+    """
+
+    factor: jax.Array
+    slope: jax.Array
+    curvature: jax.Array
+
+
+class Memory(NamedTuple):
+    """What the families remember: ``trend`` is a running mean of natural gradients, shaped like the parameters."""
+
+    trend: Params
+    joint: Joint
+
+
+class Pace(NamedTuple):
+    """What the length rule carries; scalars.
+
+    :ivar square: running mean of the squared Fisher norm of the natural gradient, nats.
+    :ivar memory: number of steps that the running means look back over.
+    :ivar radius: KL in nats that a step may move; set in the first step, when the guide has been heard.
+    """
+
+    square: jax.Array
+    memory: jax.Array
+    radius: jax.Array
+
+
+class StepInfo(NamedTuple):
+    """One step in numbers; scalars. Read it with :meth:`.NaturalGradient.info`.
+
+    :ivar kl_moved: KL(q₊ ‖ q) of this step, nats (0 if it was skipped).
+    :ivar natural_gradient_norm: Fisher norm √(gᵀF⁻¹g) of the natural gradient, √nats: half its square estimates the
+        nats still to gain, plus noise.
+    :ivar step_length: ρ, between 0 and 1: the share of the way to the minimum of the local model.
+    :ivar signal: share of signal in the squared natural gradient, between 0 and 1.
+    :ivar radius: KL that the step was allowed to move, nats.
+    :ivar limited: the KL limit shortened this step.
+    :ivar skipped: this step was not taken.
+    :ivar skipped_total: steps not taken since the start, int32.
+    """
+
+    kl_moved: jax.Array
+    natural_gradient_norm: jax.Array
+    step_length: jax.Array
+    signal: jax.Array
+    radius: jax.Array
+    limited: jax.Array
+    skipped: jax.Array
+    skipped_total: jax.Array
+
+
+class State(NamedTuple):
+    """All that :class:`.NaturalGradient` carries.
+
+    :ivar params: the iterate, unconstrained.
+    :ivar average: the averaged iterate, unconstrained; what ``get_params`` returns.
+    :ivar memory: running means of the natural gradient.
+    :ivar pace: what the length rule carries.
+    :ivar point: the state of the ordinary optimizer of parameters without a Fisher.
+    :ivar info: the last step in numbers.
+    """
+
+    params: Params
+    average: Params
+    memory: Memory
+    pace: Pace
+    point: Any
+    info: StepInfo
+
+
+def initial(params: Params, point: Any) -> State:
+    """The state before the first step."""
+    leaves = jax.tree.leaves(params)
+    dtype = jnp.result_type(*leaves)
+    n = min(sum(jnp.size(x) for x in leaves) // 2, JOINT_LIMIT)
+    zero = jnp.zeros((), dtype)
+    joint = Joint(jnp.zeros((n, n), dtype), jnp.zeros(n, dtype), jnp.zeros((n, n), dtype))
+    memory = Memory(jax.tree.map(jnp.zeros_like, params), joint)
+    info = StepInfo(zero, zero, zero, zero, zero, jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32))
+    return State(params, params, memory, Pace(zero, zero + 1, zero), point, info)
