@@ -87,6 +87,12 @@ def contraction(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:
     return lower_factor(eye + (t.vectors * (root - 1)[..., None, :]) @ _transpose(t.vectors))
 
 
+def growth(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:
+    """Kᵀ(S₊ − S)K = Q (w − 1) Qᵀ, ``(..., d, d)``: what the step adds to the whitened precision."""
+    assert t.vectors is not None
+    return (t.vectors * (positive(rho * t.values, margin) - 1)[..., None, :]) @ _transpose(t.vectors)
+
+
 def lower_factor(square_root: jax.Array) -> jax.Array:
     """L lower triangular with positive diagonal and L Lᵀ = A Aᵀ, from any A of shape ``(..., d, n)``."""
     upper = jnp.linalg.qr(_transpose(square_root), mode="r")

@@ -26,6 +26,10 @@ from .state import Pace
 QUIET = 0.04
 #: A step must deliver this share of its predicted gain, and this share to let the radius grow.
 ACCEPT, GROW = 0.1, 0.5
+#: Steps that the running means look back over at least: a mean of one step cannot tell noise.
+MEMORY_MIN = 2.0
+#: Innovations beyond this many times their expected size are pulled in.
+OUTLIER = 3.0
 #: Bounds of the adaptive radius, nats; its floor is :func:`noise_floor`.
 RADIUS_MAX = 1e5
 
@@ -54,17 +58,44 @@ def adaptive(seen: Observed) -> jax.Array:
     return seen.particles / (seen.particles + 2) * jnp.maximum(seen.signal, quiet)
 
 
-def observe(pace: Pace, trend2: jax.Array, square: jax.Array) -> tuple[Pace, jax.Array, jax.Array]:
-    """Take one natural gradient into account.
+class Comparison(NamedTuple):
+    """Squared Fisher norms, nats: of the mean of recent natural gradients, of (this one − that mean), of this one."""
 
-    :param trend2: ‖mean of recent natural gradients‖², this one included, nats.
-    :param square: ‖this one‖², nats.
-    :return: the pace, the share of signal, and the nats of noise.
+    trend2: jax.Array
+    news2: jax.Array
+    this2: jax.Array
+
+
+class Observation(NamedTuple):
+    """One natural gradient compared with those before: weight in the running mean, share of signal, nats of noise."""
+
+    weight: jax.Array
+    signal: jax.Array
+    noise: jax.Array
+
+
+def observe(pace: Pace, seen: Comparison, step: jax.Array) -> tuple[Pace, Observation]:
+    """Compare one natural gradient with those before.
+
+    The innovation's square has the variance of one natural gradient and of the running mean that foresaw it:
+    v (1 + w/(2−w)) = 2v/(2−w) for a running mean with weight w on the newest. An innovation more than ``OUTLIER``
+    times its expected size is pulled in to that size: one draw from a heavy tail must not decide about the next fifty
+    steps.
+
     """
+    trend2, news2, this2 = seen
+    first, tiny = step == 0, jnp.finfo(trend2.dtype).tiny
     weight = 1 / pace.memory
-    mean = (1 - weight) * pace.square + weight * square
-    signal = jnp.clip(trend2 / jnp.maximum(mean, jnp.finfo(mean.dtype).tiny), 1e-6, 1.0)
-    return pace._replace(square=mean, memory=pace.memory * (1 - signal) + 1), signal, mean * (1 - signal)
+    bound = jnp.where(first, jnp.inf, OUTLIER**2 * (trend2 + pace.noise))
+    pull = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(news2, tiny)))
+    seen2 = pull**2 * news2
+    noise = jnp.where(first, 0.0, pace.noise + weight * (seen2 * (2 - weight) / 2 - pace.noise))
+    # ‖trend + w news‖² without another pass over the parameters: 2⟨trend, news⟩ = ‖this‖² − ‖trend‖² − ‖news‖².
+    w = weight * pull
+    mean2 = jnp.maximum(trend2 + w * (this2 - trend2 - news2) + w**2 * news2, 0.0)
+    signal = jnp.clip(mean2 / jnp.maximum(mean2 + noise, tiny), 1e-6, 1.0)
+    memory = jnp.maximum(pace.memory * (1 - signal) + 1, MEMORY_MIN)
+    return pace._replace(noise=noise, memory=memory), Observation(weight * pull, signal, noise)
 
 
 def longest(kl: Callable[[jax.Array], jax.Array], cap: jax.Array, radius: jax.Array) -> jax.Array:
@@ -97,8 +128,9 @@ def initial_radius(options: Options, latents: int) -> float:
     return float(latents) if options.max_kl == "adaptive" else float(options.max_kl)
 
 
-def resized(pace: Pace, latents: int, *, good: jax.Array, grows: jax.Array) -> Pace:
-    """The radius after a step was judged."""
-    grown = jnp.where(grows, jnp.minimum(4 * pace.radius, RADIUS_MAX), pace.radius)
+def resized(pace: Pace, latents: int, kl: jax.Array, *, good: jax.Array, limited: jax.Array, grows: jax.Array) -> Pace:
+    """The radius after a step of ``kl`` nats was judged; where it was not needed it closes in on what was."""
+    kept = jnp.where(limited, pace.radius, jnp.minimum(pace.radius, 4 * kl))
+    grown = jnp.where(grows, jnp.minimum(4 * pace.radius, RADIUS_MAX), kept)
     radius = jnp.where(good, grown, pace.radius / 4)
     return pace._replace(radius=jnp.maximum(radius, noise_floor(latents)).astype(pace.radius.dtype))

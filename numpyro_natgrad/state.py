@@ -42,12 +42,12 @@ class Memory(NamedTuple):
 class Pace(NamedTuple):
     """What the length rule carries; scalars.
 
-    :ivar square: running mean of the squared Fisher norm of the natural gradient, nats.
+    :ivar noise: running variance of the natural gradient in the Fisher norm, nats.
     :ivar memory: number of steps that the running means look back over.
     :ivar radius: KL in nats that a step may move; set in the first step, when the guide has been heard.
     """
 
-    square: jax.Array
+    noise: jax.Array
     memory: jax.Array
     radius: jax.Array
 

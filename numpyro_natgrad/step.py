@@ -86,19 +86,14 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     tangents = cleaned(ok, tangents)
     start = length.initial_radius(options, context.structure.latents)
     pace = state.pace._replace(radius=jnp.where(step == 0, start, state.pace.radius))
-    memory, trend2, part = _remember(families, tangents, state.memory, 1 / pace.memory)
-    seen, signal, noise = length.observe(pace, trend2, part)
-    cap = length.cap(options, length.Observed(step, signal, noise, evidence.particles))
-    return Direction(tangents, memory, seen, jnp.where(ok, square, 0.0), signal, cap, ok)
-
-
-def _remember(families: Any, tangents: Any, memory: Memory, weight: jax.Array) -> tuple[Memory, jax.Array, jax.Array]:
-    trends, parts = [], []
-    for family, v in zip(families, tangents, strict=True):
-        memory, trend2, part = family.remember(memory, v, weight)
-        trends.append(trend2)
-        parts.append(part)
-    return memory, _total(trends), _total(parts)
+    pairs = list(zip(families, tangents, strict=True))
+    compared = [f.compare(state.memory, v) for f, v in pairs] or [(0.0, 0.0, 0.0)]
+    pace, seen = length.observe(pace, length.Comparison(*map(_total, zip(*compared, strict=True))), step)
+    memory = state.memory
+    for family, v in pairs:
+        memory = family.remember(memory, v, seen.weight)
+    cap = length.cap(options, length.Observed(step, seen.signal, seen.noise, evidence.particles))
+    return Direction(tangents, memory, pace, jnp.where(ok, square, 0.0), seen.signal, cap, ok)
 
 
 def _propose(evidence: Evidence, context: Context, direction: Direction, state: State) -> Proposal:
@@ -138,7 +133,9 @@ def _settle(context: Context, state: State, direction: Direction, proposal: Prop
     good = verdict.good
     pace = direction.pace
     if context.options.adaptive:
-        pace = length.resized(pace, context.structure.latents, good=good, grows=verdict.grows)
+        pace = length.resized(
+            pace, context.structure.latents, proposal.kl, good=good, limited=proposal.limited, grows=verdict.grows
+        )
     # A skipped natural gradient stays in the running means only if it was finite.
     kept = _choose(direction.ok, direction.memory, state.memory)
     pace = pace._replace(**_choose(direction.ok, pace, state.pace)._replace(radius=pace.radius)._asdict())
@@ -156,8 +153,8 @@ def _settle(context: Context, state: State, direction: Direction, proposal: Prop
 
 
 def _average_weight(pace: Pace) -> jax.Array:
-    """Average over the steps that noise rules, and only over those: memory − 1 counts half of them."""
-    return (AVERAGE_DECAY + 1) / (2 * (pace.memory - 1) + AVERAGE_DECAY + 1)
+    """Average over the steps that noise rules, and only over those: the memory counts half of them."""
+    return (AVERAGE_DECAY + 1) / (2 * (pace.memory - length.MEMORY_MIN) + AVERAGE_DECAY + 1)
 
 
 def _info(state: State, direction: Direction, proposal: Proposal, good: jax.Array) -> StepInfo:

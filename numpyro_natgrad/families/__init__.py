@@ -23,6 +23,7 @@ import jax
 
 from ..charts import Params
 from ..evidence import Evidence
+from ..length import Comparison
 from ..state import Memory
 
 
@@ -54,11 +55,12 @@ class Family(Protocol):
         """KL(q₊ ‖ q) of a step of length ρ, nats."""
         ...
 
-    def remember(self, memory: Memory, v: Any, weight: jax.Array) -> tuple[Memory, jax.Array, jax.Array]:
-        """Take a natural gradient into the running mean: memory ← (1 − weight) memory + weight v.
+    def compare(self, memory: Memory, v: Any) -> Comparison:
+        """How ``v`` compares with the running mean of those before."""
+        ...
 
-        :return: the memory, and the squared Fisher norms (nats) of the running mean and of ``v``'s part in it.
-        """
+    def remember(self, memory: Memory, v: Any, weight: jax.Array) -> Memory:
+        """Take a natural gradient into the running mean: memory ← memory + weight (v − memory)."""
         ...
 
     def retract(self, params: Params, memory: Memory, v: Any, rho: jax.Array) -> tuple[Params, Memory]:

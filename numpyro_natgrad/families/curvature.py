@@ -21,6 +21,7 @@ from jax.scipy.linalg import cho_factor, cho_solve
 from ..charts import Params
 from ..effects import Frozen, kl_to_self
 from ..evidence import Evidence
+from ..length import Comparison
 from ..state import Memory
 
 #: Parameters up to which F is formed.
@@ -96,14 +97,19 @@ class KLCurvature(NamedTuple):
     def moved(self, v: Direction, rho: jax.Array) -> jax.Array:
         return 0.5 * rho**2 * v.square
 
-    def remember(self, memory: Memory, v: Direction, weight: jax.Array) -> tuple[Memory, jax.Array, jax.Array]:
+    def compare(self, memory: Memory, v: Direction) -> Comparison:
+        old, _ = ravel_pytree({p: memory.trend[p] for p in self.params})
+        news, image = v.step - old, v.image - v.trend_image
+        return Comparison(jnp.maximum(old @ v.trend_image, 0.0), jnp.maximum(news @ image, 0.0), v.square)
+
+    def remember(self, memory: Memory, v: Direction, weight: jax.Array) -> Memory:
         old, unravel = ravel_pytree({p: memory.trend[p] for p in self.params})
-        mean, image = ((1 - weight) * a + weight * b for a, b in ((old, v.step), (v.trend_image, v.image)))
-        memory = memory._replace(trend={**memory.trend, **unravel(mean)})
-        return memory, jnp.maximum(mean @ image, 0.0), v.square
+        return memory._replace(trend={**memory.trend, **unravel(old + weight * (v.step - old))})
 
     def retract(self, params: Params, memory: Memory, v: Direction, rho: jax.Array) -> tuple[Params, Memory]:
         mine, unravel = ravel_pytree({p: params[p] for p in self.params})
+        trend, _ = ravel_pytree({p: memory.trend[p] for p in self.params})
+        memory = memory._replace(trend={**memory.trend, **unravel(trend - rho * v.step)})
         return {**params, **unravel(mine + rho * v.step)}, memory
 
     def _kl(self, evidence: Evidence, params: Params, mine: Params) -> jax.Array:

@@ -16,6 +16,7 @@ from .. import gaussian
 from ..charts import GaussianSite, Params
 from ..evidence import Evidence
 from ..gaussian import Tangent
+from ..length import Comparison
 from ..state import Memory
 from .joint import describe_site
 
@@ -62,18 +63,35 @@ class DiagonalGaussian(NamedTuple):
     def moved(self, v: Tangent, rho: jax.Array) -> jax.Array:
         return gaussian.kl_backward(v, rho, self.margin)
 
-    def remember(self, memory: Memory, v: Tangent, weight: jax.Array) -> tuple[Memory, jax.Array, jax.Array]:
-        # Not carried to the new frame: near the answer, where the memory is long, the frames hardly differ.
-        old = memory.trend
-        parts = {self.site.loc: v.slope, self.site.scale: v.values}
-        new = {name: (1 - weight) * old[name] + weight * x.reshape(old[name].shape) for name, x in parts.items()}
-        mean = Tangent(new[self.site.loc], new[self.site.scale], None)
-        return memory._replace(trend={**old, **new}), gaussian.norm2(mean), gaussian.norm2(v)
+    def compare(self, memory: Memory, v: Tangent) -> Comparison:
+        old = self._trend(memory)
+        news = Tangent(v.slope - old.slope, v.values - old.values, None)
+        return Comparison(gaussian.norm2(old), gaussian.norm2(news), gaussian.norm2(v))
+
+    def remember(self, memory: Memory, v: Tangent, weight: jax.Array) -> Memory:
+        old = self._trend(memory)
+        slope, values = old.slope + weight * (v.slope - old.slope), old.values + weight * (v.values - old.values)
+        return self._with_trend(memory, Tangent(slope, values, None))
 
     def retract(self, params: Params, memory: Memory, v: Tangent, rho: jax.Array) -> tuple[Params, Memory]:
         loc, scale = self.site.read(params)
-        shift = scale * gaussian.displacement(v, rho, self.margin)
-        return self.site.write(params, loc + shift, scale * gaussian.contraction(v, rho, self.margin)), memory
+        shift = gaussian.displacement(v, rho, self.margin)
+        root = gaussian.contraction(v, rho, self.margin)
+        # The remembered part, seen from the new point: as in JointGaussian._carry, elementwise.
+        old = self._trend(memory)
+        values = old.values - (root**-2 - 1)
+        slope = root * (old.slope - rho * v.slope + values * shift)
+        memory = self._with_trend(memory, Tangent(slope, root**2 * values, None))
+        return self.site.write(params, loc + scale * shift, scale * root), memory
+
+    def _trend(self, memory: Memory) -> Tangent:
+        slope, values = memory.trend[self.site.loc], memory.trend[self.site.scale]
+        return Tangent(slope.reshape(self.site.shape), values.reshape(self.site.shape), None)
+
+    def _with_trend(self, memory: Memory, mean: Tangent) -> Memory:
+        shapes = {name: memory.trend[name].shape for name in self.params}
+        new = {self.site.loc: mean.slope, self.site.scale: mean.values}
+        return memory._replace(trend={**memory.trend, **{n: x.reshape(shapes[n]) for n, x in new.items()}})
 
     def _probed(self, evidence: Evidence, params: Params, scale: jax.Array, step: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(0), step)

@@ -17,6 +17,7 @@ from .. import gaussian
 from ..charts import GaussianSite, Params
 from ..evidence import Evidence
 from ..gaussian import Tangent
+from ..length import Comparison
 from ..state import Memory
 from .joint import describe_site, radial_tangent
 
@@ -70,18 +71,29 @@ class FullGaussian(NamedTuple):
     def moved(self, v: Frame, rho: jax.Array) -> jax.Array:
         return gaussian.kl_backward(v.tangent, rho, self.margin)
 
-    def remember(self, memory: Memory, v: Frame, weight: jax.Array) -> tuple[Memory, jax.Array, jax.Array]:
+    def compare(self, memory: Memory, v: Frame) -> Comparison:
         """The mean part only: successive sketches see different parts of M and would pass for noise."""
-        old, slope = memory.trend[self.site.loc], v.tangent.slope
-        mean = (1 - weight) * old + weight * slope.reshape(old.shape)
-        memory = memory._replace(trend={**memory.trend, self.site.loc: mean})
-        return memory, jnp.sum(mean**2), jnp.sum(slope**2)
+        trend = self._trend(memory)
+        slope = v.tangent.slope
+        return Comparison(jnp.sum(trend**2), jnp.sum((slope - trend) ** 2), jnp.sum(slope**2))
+
+    def remember(self, memory: Memory, v: Frame, weight: jax.Array) -> Memory:
+        trend = self._trend(memory)
+        return self._with_trend(memory, trend + weight * (v.tangent.slope - trend))
 
     def retract(self, params: Params, memory: Memory, v: Frame, rho: jax.Array) -> tuple[Params, Memory]:
         shift = gaussian.displacement(v.tangent, rho, self.margin)
         contraction = gaussian.contraction(v.tangent, rho, self.margin)
         loc = v.loc + jnp.einsum("...ij,...j->...i", v.factor, shift)
-        return self.site.write(params, loc, v.factor @ contraction), memory
+        left = _whiten(contraction, self._trend(memory) - rho * v.tangent.slope)
+        return self.site.write(params, loc, v.factor @ contraction), self._with_trend(memory, left)
+
+    def _trend(self, memory: Memory) -> jax.Array:
+        return memory.trend[self.site.loc].reshape(self.site.shape)
+
+    def _with_trend(self, memory: Memory, slope: jax.Array) -> Memory:
+        old = memory.trend
+        return memory._replace(trend={**old, self.site.loc: slope.reshape(old[self.site.loc].shape)})
 
     def _first_order(self, gradient: jax.Array, factor: jax.Array) -> jax.Array:
         _, pull = jax.vjp(lambda k: self.site.unconstrain(jnp.tril(k)).reshape(gradient.shape), factor)

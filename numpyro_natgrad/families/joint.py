@@ -19,6 +19,7 @@ from .. import gaussian
 from ..charts import GaussianSite, Params, project
 from ..evidence import Evidence
 from ..gaussian import Tangent
+from ..length import Comparison
 from ..state import Joint, Memory
 
 
@@ -76,18 +77,22 @@ class JointGaussian(NamedTuple):
     def moved(self, v: Frame, rho: jax.Array) -> jax.Array:
         return gaussian.kl_backward(v.tangent, rho, self.margin)
 
-    def remember(self, memory: Memory, v: Frame, weight: jax.Array) -> tuple[Memory, jax.Array, jax.Array]:
-        d, joint = self.size, memory.joint
-        slope = (1 - weight) * joint.slope[:d] + weight * v.tangent.slope
-        curvature = (1 - weight) * joint.curvature[:d, :d] + weight * v.curvature
-        joint = Joint(joint.factor, joint.slope.at[:d].set(slope), joint.curvature.at[:d, :d].set(curvature))
-        return memory._replace(joint=joint), jnp.sum(slope**2) + 0.5 * jnp.sum(curvature**2), self.norm2(v)
+    def compare(self, memory: Memory, v: Frame) -> Comparison:
+        slope, curvature = self._trend(memory.joint)
+        news2 = _square(v.tangent.slope - slope, v.curvature - curvature)
+        return Comparison(_square(slope, curvature), news2, self.norm2(v))
+
+    def remember(self, memory: Memory, v: Frame, weight: jax.Array) -> Memory:
+        slope, curvature = self._trend(memory.joint)
+        slope, curvature = slope + weight * (v.tangent.slope - slope), curvature + weight * (v.curvature - curvature)
+        return memory._replace(joint=self._with_trend(memory.joint, slope, curvature))
 
     def retract(self, params: Params, memory: Memory, v: Frame, rho: jax.Array) -> tuple[Params, Memory]:
         shift = gaussian.displacement(v.tangent, rho, self.margin)
         contraction = gaussian.contraction(v.tangent, rho, self.margin)
         loc, factor = v.loc + v.factor @ shift, v.factor @ contraction
-        joint = self._carry(memory.joint, shift, contraction, factor)
+        joint = self._carry(memory.joint, v.tangent, rho, shift, contraction)
+        joint = joint._replace(factor=joint.factor.at[: self.size, : self.size].set(factor)) if self.lifted else joint
         return self._write(params, loc, factor), memory._replace(joint=joint)
 
     def _factor(self, params: Params, joint: Joint, step: jax.Array) -> jax.Array:
@@ -98,19 +103,26 @@ class JointGaussian(NamedTuple):
         blocks = [jnp.diag(k.ravel()) if s.form.diagonal else _blocks(k) for s, k in zip(self.sites, own, strict=True)]
         return jnp.where(step == 0, block_diag(*blocks), joint.factor[: self.size, : self.size])
 
-    def _carry(self, joint: Joint, shift: jax.Array, contraction: jax.Array, factor: jax.Array) -> Joint:
-        """Move the memory to the new frame: exact, since natural parameters are affine coordinates.
+    def _carry(
+        self, joint: Joint, taken: Tangent, rho: jax.Array, shift: jax.Array, contraction: jax.Array
+    ) -> Joint:
+        """What the remembered natural gradients say at the new point, in its frame.
 
-        The gradient with respect to the mean parameter E[zzᵀ] is the same everywhere; seen from the new frame,
+        Each estimated where the optimum lies in natural parameters, η − v; that estimate stays while η moves by −ρv,
+        so the step is subtracted. The frame follows exactly, natural parameters being affine coordinates:
         M' = TᵀMT and g' = Tᵀ(g + M K⁻¹(m₊ − m)).
         """
+        slope, curvature = self._trend(joint)
+        slope, curvature = slope - rho * taken.slope, curvature - gaussian.growth(taken, rho, self.margin)
+        moved = contraction.T @ (slope + curvature @ shift), contraction.T @ curvature @ contraction
+        return self._with_trend(joint, *moved)
+
+    def _trend(self, joint: Joint) -> tuple[jax.Array, jax.Array]:
+        return joint.slope[: self.size], joint.curvature[: self.size, : self.size]
+
+    def _with_trend(self, joint: Joint, slope: jax.Array, curvature: jax.Array) -> Joint:
         d = self.size
-        slope, curvature = joint.slope[:d], joint.curvature[:d, :d]
-        return Joint(
-            joint.factor.at[:d, :d].set(factor) if self.lifted else joint.factor,
-            joint.slope.at[:d].set(contraction.T @ (slope + curvature @ shift)),
-            joint.curvature.at[:d, :d].set(contraction.T @ curvature @ contraction),
-        )
+        return joint._replace(slope=joint.slope.at[:d].set(slope), curvature=joint.curvature.at[:d, :d].set(curvature))
 
     def _write(self, params: Params, loc: jax.Array, factor: jax.Array) -> Params:
         own = project(gaussian.inverse_lower(factor), self.sites) if self.lifted else [factor]
@@ -170,6 +182,10 @@ def _tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
     ok = jnp.all(jnp.isfinite(curvature))
     spectrum = gaussian.tangent(slope, jnp.where(ok, curvature, 0.0))
     return spectrum._replace(values=jnp.where(ok, spectrum.values, jnp.nan))
+
+
+def _square(slope: jax.Array, curvature: jax.Array) -> jax.Array:
+    return jnp.sum(slope**2) + 0.5 * jnp.sum(curvature**2)
 
 
 def _blocks(factor: jax.Array) -> jax.Array:
