@@ -16,6 +16,7 @@ from jax import lax
 
 from .charts import Params
 from .effects import Frozen, Loss, PathGradient
+from .hoist import hoisted
 
 
 class Evidence(NamedTuple):
@@ -26,6 +27,7 @@ class Evidence(NamedTuple):
     :ivar gradient: of the loss (score terms of Gaussian sites removed), per unconstrained parameter.
     :ivar means: for each silent site, the mean of its draws over the particles, ``site.shape``.
     :ivar push: directional derivative of the gradient, linear: tangents of some parameters in, of all gradients out.
+    :ivar value: the loss at other parameters and the same draws.
     :ivar fn: the loss function itself.
     :ivar particles: draws a step.
     """
@@ -35,6 +37,7 @@ class Evidence(NamedTuple):
     gradient: Params
     means: dict[str, jax.Array]
     push: Callable[[Params], Params]
+    value: Callable[[Params], jax.Array]
     fn: Loss
     particles: int
 
@@ -61,11 +64,13 @@ def gather(fn: Loss, params: Params, views: Views, particles: int) -> Evidence:
     dtype = jnp.result_type(*jax.tree.leaves(params))
     taps = {name: jnp.zeros(shape, dtype) for name, shape in views.taps.items()}
 
-    def viewed(inputs: tuple[Params, Params]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    def view(inputs: tuple[Params, Params]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         values, probes = inputs
         with PathGradient(views.modes, probes):
             loss, aux = fn(values)
         return loss, (loss, aux)
+
+    viewed = hoisted(view, (params, taps))
 
     def slope(curved: Params) -> tuple[Params, Any]:
         (gradient, means), out = derivative(viewed, views.forward)(({**params, **curved}, taps))
@@ -79,7 +84,7 @@ def gather(fn: Loss, params: Params, views: Views, particles: int) -> Evidence:
         push = lambda tangents: tangents  # noqa: E731
     if views.scored:
         gradient = jax.tree.map(jnp.subtract, gradient, score(fn, params, views))
-    return Evidence(loss, aux, gradient, means, push, fn, particles)
+    return Evidence(loss, aux, gradient, means, push, lambda values: viewed((values, taps))[0], fn, particles)
 
 
 def derivative(function: Callable, forward: bool) -> Callable:
@@ -99,7 +104,7 @@ def score(fn: Loss, params: Params, views: Views) -> Params:
 
 def finite(tree: Any) -> jax.Array:
     """Whether every number in a tree is finite."""
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)], bool))
+    return jnp.isfinite(sum((jnp.sum(jnp.abs(x) * 0) for x in jax.tree.leaves(tree)), jnp.zeros(())))
 
 
 def cleaned(ok: jax.Array, tree: Any) -> Any:

@@ -121,7 +121,7 @@ def _judge(evidence: Evidence, context: Context, direction: Direction, proposal:
         return Verdict(ok, jnp.array(False))
     large = (proposal.moved > length.noise_floor(context.structure.latents)) | proposal.limited
     gained = evidence.loss - lax.cond(
-        ok & large, lambda p: evidence.fn(p)[0].astype(evidence.loss.dtype), lambda _: evidence.loss, proposal.params
+        ok & large, evidence.value, lambda _: evidence.loss, proposal.params
     )
     promised = proposal.kl / jnp.maximum(proposal.rho, jnp.finfo(proposal.rho.dtype).tiny)
     delivered = ~large | (gained >= length.ACCEPT * promised)

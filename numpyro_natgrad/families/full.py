@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One full Gaussian site with too many latents for a dense Hessian: k random probes of it, or first order.
 
-Second order: k orthonormal probes V of the whitened Hessian give M̂ of rank 2k (:func:`.gaussian.sketch`), without
+Second order: k orthonormal probes V of the whitened Hessian (:func:`sweep`) give M̂ of rank 2k (:func:`.gaussian.sketch`), without
 noise at the solution. First order: M = tril(Kᵀ ∂L/∂K) made symmetric (Tan 2021, section 3), from the gradient alone;
 its noise grows with d over the number of draws.
 """
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.linalg import solve_triangular
 
 from .. import gaussian
@@ -103,9 +104,7 @@ class FullGaussian(NamedTuple):
     def _sketch(
         self, evidence: Evidence, params: Params, slope: jax.Array, factor: jax.Array, step: jax.Array
     ) -> Tangent:
-        d = self.site.size
-        normal = jax.random.normal(jax.random.fold_in(jax.random.key(0), step), (d, min(PROBES, d)), factor.dtype)
-        probes, _ = jnp.linalg.qr(normal)
+        probes = sweep(self.site.size, min(PROBES, self.site.size), step).astype(factor.dtype)
         image = jax.vmap(lambda x: self._push(evidence, params, x), in_axes=1, out_axes=1)(factor @ probes)
         image = factor.T @ image - probes
         ok = jnp.all(jnp.isfinite(image))
@@ -126,6 +125,19 @@ class FullGaussian(NamedTuple):
         if n == 1:
             return -solve_triangular(factor, offset, lower=True)
         return factor.T @ self._push(evidence, params, -n / (n - 1) * offset, 1 / (n - 1))
+
+
+def sweep(d: int, k: int, step: jax.Array) -> jax.Array:
+    """k orthonormal probes of d dimensions, ``(d, k)``: the next k of a cosine basis with random signs.
+
+    V_ij = ±√(2/d) cos(π (i + ½) j / d), the columns j in random order: every direction is seen once in d/k steps,
+    and neither random numbers nor an orthogonalisation are computed.
+    """
+    draw = np.random.default_rng(d)
+    signs, order = draw.choice([-1.0, 1.0], d), draw.permutation(d)
+    j = jnp.asarray(order)[(step * k + jnp.arange(k)) % d]
+    scale = jnp.where(j == 0, np.sqrt(1 / d), np.sqrt(2 / d))
+    return jnp.asarray(signs)[:, None] * scale * jnp.cos(np.pi / d * (jnp.arange(d)[:, None] + 0.5) * j)
 
 
 def _whiten(factor: jax.Array, gradient: jax.Array) -> jax.Array:

@@ -92,7 +92,7 @@ class JointGaussian(NamedTuple):
         contraction = gaussian.contraction(v.tangent, rho, self.margin)
         loc, factor = v.loc + v.factor @ shift, v.factor @ contraction
         joint = self._carry(memory.joint, v.tangent, rho, shift, contraction)
-        joint = joint._replace(factor=joint.factor.at[: self.size, : self.size].set(factor)) if self.lifted else joint
+        joint = joint._replace(factor=_padded(factor, joint.slope.size)) if self.lifted else joint
         return self._write(params, loc, factor), memory._replace(joint=joint)
 
     def _factor(self, params: Params, joint: Joint, step: jax.Array) -> jax.Array:
@@ -121,8 +121,8 @@ class JointGaussian(NamedTuple):
         return joint.slope[: self.size], joint.curvature[: self.size, : self.size]
 
     def _with_trend(self, joint: Joint, slope: jax.Array, curvature: jax.Array) -> Joint:
-        d = self.size
-        return joint._replace(slope=joint.slope.at[:d].set(slope), curvature=joint.curvature.at[:d, :d].set(curvature))
+        n = joint.slope.size
+        return joint._replace(slope=_padded(slope, n), curvature=_padded(curvature, n))
 
     def _write(self, params: Params, loc: jax.Array, factor: jax.Array) -> Params:
         own = project(gaussian.inverse_lower(factor), self.sites) if self.lifted else [factor]
@@ -182,6 +182,10 @@ def _tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
     ok = jnp.all(jnp.isfinite(curvature))
     spectrum = gaussian.tangent(slope, jnp.where(ok, curvature, 0.0))
     return spectrum._replace(values=jnp.where(ok, spectrum.values, jnp.nan))
+
+
+def _padded(x: jax.Array, n: int) -> jax.Array:
+    return jnp.pad(x, [(0, n - size) for size in x.shape])
 
 
 def _square(slope: jax.Array, curvature: jax.Array) -> jax.Array:
