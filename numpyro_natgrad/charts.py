@@ -16,7 +16,7 @@ from jax.scipy.linalg import cho_solve
 from numpyro import distributions as dist
 from numpyro.distributions import transforms
 
-from .effects import Hearing, HeardSite
+from .effects import HeardSite, Hearing
 from .gaussian import inverse_lower, lower_factor
 
 Params = dict[str, Any]
@@ -171,8 +171,8 @@ def _keeps(transform: Any, form: Form) -> bool:
 def project(precision_root: jax.Array, sites: tuple[GaussianSite, ...]) -> list[jax.Array]:
     """The members of the guide's family closest to a joint Gaussian: K of each site, from P with PᵀP = S.
 
-    The minimiser of KL(guide ‖ N(m, S⁻¹)) has the joint precision's diagonal blocks: Σ_b = (S_bb)⁻¹, and σᵢ = Sᵢᵢ^(−1/2)
-    for independent components.
+    The minimiser of KL(guide ‖ N(m, S⁻¹)) has the joint precision's diagonal blocks: Σ_b = (S_bb)⁻¹, and
+    σᵢ = Sᵢᵢ^(−1/2) for independent components.
     """
     factors, start = [], 0
     for site in sites:

@@ -81,7 +81,7 @@ def gather(fn: Loss, params: Params, views: Views, particles: int) -> Evidence:
         _, push, (gradient, means, (loss, aux)) = jax.linearize(slope, curved, has_aux=True)
     else:
         _, (gradient, means, (loss, aux)) = slope(curved)
-        push = lambda tangents: tangents  # noqa: E731
+        push = lambda tangents: tangents
     if views.scored:
         gradient = jax.tree.map(jnp.subtract, gradient, score(fn, params, views))
     return Evidence(loss, aux, gradient, means, push, lambda values: viewed((values, taps))[0], fn, particles)

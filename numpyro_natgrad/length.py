@@ -30,8 +30,8 @@ ACCEPT, GROW = 0.1, 0.5
 MEMORY_MIN = 2.0
 #: Innovations beyond this many times their expected size are pulled in.
 OUTLIER = 3.0
-#: Bounds of the adaptive radius, nats; its floor is :func:`noise_floor`.
-RADIUS_MAX = 1e5
+#: Bounds of the adaptive radius: nats, and multiples of :func:`noise_floor`, to which it closes in by itself.
+RADIUS_MAX, RADIUS_MIN = 1e5, 1e-3
 
 
 class Observed(NamedTuple):
@@ -130,7 +130,8 @@ def initial_radius(options: Options, latents: int) -> float:
 
 def resized(pace: Pace, latents: int, kl: jax.Array, *, good: jax.Array, limited: jax.Array, grows: jax.Array) -> Pace:
     """The radius after a step of ``kl`` nats was judged; where it was not needed it closes in on what was."""
-    kept = jnp.where(limited, pace.radius, jnp.minimum(pace.radius, 4 * kl))
+    floor = noise_floor(latents)
+    kept = jnp.where(limited, pace.radius, jnp.maximum(jnp.minimum(pace.radius, 4 * kl), floor))
     grown = jnp.where(grows, jnp.minimum(4 * pace.radius, RADIUS_MAX), kept)
-    radius = jnp.where(good, grown, pace.radius / 4)
-    return pace._replace(radius=jnp.maximum(radius, noise_floor(latents)).astype(pace.radius.dtype))
+    radius = jnp.where(good, grown, jnp.maximum(pace.radius / 4, RADIUS_MIN * floor))
+    return pace._replace(radius=radius.astype(pace.radius.dtype))

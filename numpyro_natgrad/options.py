@@ -29,11 +29,6 @@ class Options(NamedTuple):
     def adaptive(self) -> bool:
         return self.max_kl == "adaptive"
 
-    def second_order(self, size: int) -> bool:
-        """Whether the covariance's natural gradient comes from Hessian products. They cost little beside the draws
-        for full Gaussians of any size; mean-field sites that are too wide for a joint step do without."""
-        return self.estimator != "first_order" and size > 0
-
 
 def checked(step_size: Any, max_kl: Any, estimator: Any, path_gradient: Any) -> Options:
     """The options, or an error that names the one that cannot be used."""

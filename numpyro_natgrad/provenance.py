@@ -27,7 +27,18 @@ _SHAPE_ONLY = {
     *("slice", "dynamic_slice", "gather", "name", "pvary", "optimization_barrier"),
 }
 # Equations through which an affine dependence stays affine whatever the operands are.
-_AFFINE = _SHAPE_ONLY | {"add", "sub", "neg", "reduce_sum", "concatenate", "transpose", "add_any", "cumsum", "pad", "rev"}
+_AFFINE = _SHAPE_ONLY | {
+    "add",
+    "sub",
+    "neg",
+    "reduce_sum",
+    "concatenate",
+    "transpose",
+    "add_any",
+    "cumsum",
+    "pad",
+    "rev",
+}
 # ... and those that are affine in one operand while the others do not depend on it.
 _BILINEAR = {"mul", "dot_general", "div", "select_n"}
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")

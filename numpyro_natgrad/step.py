@@ -87,8 +87,8 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     start = length.initial_radius(options, context.structure.latents)
     pace = state.pace._replace(radius=jnp.where(step == 0, start, state.pace.radius))
     pairs = list(zip(families, tangents, strict=True))
-    compared = [f.compare(state.memory, v) for f, v in pairs] or [(0.0, 0.0, 0.0)]
-    pace, seen = length.observe(pace, length.Comparison(*map(_total, zip(*compared, strict=True))), step)
+    compared = [f.compare(state.memory, v) for f, v in pairs]
+    pace, seen = length.observe(pace, length.Comparison(*(_total(c[i] for c in compared) for i in range(3))), step)
     memory = state.memory
     for family, v in pairs:
         memory = family.remember(memory, v, seen.weight)
@@ -107,7 +107,7 @@ def _propose(evidence: Evidence, context: Context, direction: Direction, state: 
     for family, v in families:
         params, memory = family.retract(params, memory, v, rho)
     moved = _total(f.moved(v, rho) for f, v in families)
-    params, point = context.point.step(params, evidence.gradient, state.point, context.structure.point)
+    params, point = context.point.step(params, evidence.gradient, state.point, tuple(context.structure.point))
     return Proposal(params, memory, point, rho, kl(rho), moved, rho < direction.cap)
 
 
@@ -120,9 +120,7 @@ def _judge(evidence: Evidence, context: Context, direction: Direction, proposal:
     if not context.options.adaptive:
         return Verdict(ok, jnp.array(False))
     large = (proposal.moved > length.noise_floor(context.structure.latents)) | proposal.limited
-    gained = evidence.loss - lax.cond(
-        ok & large, evidence.value, lambda _: evidence.loss, proposal.params
-    )
+    gained = evidence.loss - lax.cond(ok & large, evidence.value, lambda _: evidence.loss, proposal.params)
     promised = proposal.kl / jnp.maximum(proposal.rho, jnp.finfo(proposal.rho.dtype).tiny)
     delivered = ~large | (gained >= length.ACCEPT * promised)
     return Verdict(ok & delivered, proposal.limited & (gained > length.GROW * promised))

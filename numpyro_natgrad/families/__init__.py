@@ -30,10 +30,20 @@ from ..state import Memory
 class Family(Protocol):
     """The geometry of one block of parameters. ``v`` is a tangent in the family's own coordinates."""
 
-    #: the parameters that it moves
-    params: tuple[str, ...]
-    #: the guide's sites that it owns, and how the loss is to be seen at them (:class:`.effects.PathGradient`)
-    modes: dict[str, str]
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The parameters that it moves."""
+        ...
+
+    @property
+    def modes(self) -> dict[str, str]:
+        """How the loss is to be seen at its Gaussian sites (:class:`.effects.PathGradient`)."""
+        ...
+
+    @property
+    def curved(self) -> tuple[str, ...]:
+        """The parameters along which it asks for products with the Hessian of the loss."""
+        ...
 
     def describe(self) -> list[tuple[str, str, str, str, str]]:
         """Rows of the report: parameter, site, family, how the Fisher is got, size."""

@@ -9,7 +9,7 @@ NumPyro's. Up to 512 parameters F is formed and factorised; above, conjugate gra
 step is taken in NumPyro's unconstrained parameters, where the quadratic model of KL is all there is.
 """
 
-import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from ..state import Memory
 
 #: Parameters up to which F is formed.
 DENSE_LIMIT = 512
-#: Damping: F + (ε diag F + ε² mean diag F) I-like, relative to F's own scale (Martens 2020, section 6).
+#: Damping relative to F's own scale: F + ε (diag F + its mean over the parameter's entries).
 DAMPING = 1e-3
 #: Conjugate gradients stop here; a natural gradient is a direction, 1 % is exact enough.
 CG_TOLERANCE, CG_STEPS = 1e-2, 50
@@ -48,31 +48,33 @@ class Direction(NamedTuple):
 class KLCurvature(NamedTuple):
     """One connected component of parameters and sites, by the curvature of KL.
 
-    :ivar params: parameter names.  :ivar sites: site names.  :ivar shapes: for the report.
+    :ivar params: parameter names.
+    :ivar sites: per site its name, its distribution class, and how its KL is got.
+    :ivar sizes: number of entries of each parameter.
     """
 
     params: tuple[str, ...]
-    sites: tuple[tuple[str, str, str], ...]  # name, distribution class, how its KL is got
-    shapes: dict[str, tuple[int, ...]]
-    forward: bool
+    sites: tuple[tuple[str, str, str], ...]
+    sizes: Mapping[str, int]
 
     @property
     def modes(self) -> dict[str, str]:
         return {}
 
     @property
+    def curved(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def size(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(self.sizes.values())
 
     def describe(self) -> list[tuple[str, str, str, str, str]]:
         names = ", ".join(name for name, _, _ in self.sites)
         classes = ", ".join(dict.fromkeys(cls for _, cls, _ in self.sites))
         ways = ", ".join(dict.fromkeys(how for _, _, how in self.sites))
         solver = "dense" if self.size <= DENSE_LIMIT else "conjugate gradients"
-        return [
-            (p, names, classes, f"Hessian of KL ({ways}), {solver}", "×".join(map(str, self.shapes[p])) or "1")
-            for p in self.params
-        ]
+        return [(p, names, classes, f"Hessian of KL ({ways}), {solver}", str(self.sizes[p])) for p in self.params]
 
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Direction:
         mine, unravel = ravel_pytree({p: params[p] for p in self.params})
@@ -84,7 +86,7 @@ class KLCurvature(NamedTuple):
 
         ok = jnp.all(jnp.isfinite(slope))
         solve = _dense if self.size <= DENSE_LIMIT else _iterative
-        v = jnp.where(ok, solve(product, jnp.where(ok, slope, 0.0)), jnp.nan)
+        v = jnp.where(ok, solve(product, jnp.where(ok, slope, 0.0), unravel), jnp.nan)
         trend, _ = ravel_pytree({p: memory.trend[p] for p in self.params})
         return Direction(-v, jnp.maximum(slope @ v, 0.0), -slope, product(trend))
 
@@ -117,24 +119,28 @@ class KLCurvature(NamedTuple):
             return evidence.fn({**params, **mine})[0]
 
 
-def _dense(product: Any, slope: jax.Array) -> jax.Array:
+def _dense(product: Any, slope: jax.Array, unravel: Any) -> jax.Array:
     fisher = jax.vmap(product)(jnp.eye(slope.size, dtype=slope.dtype))
     fisher = (fisher + fisher.T) / 2
-    damped = fisher + jnp.diag(_damping(jnp.diagonal(fisher)))
+    damped = fisher + jnp.diag(_damping(jnp.diagonal(fisher), unravel))
     return cho_solve(cho_factor(damped), slope)
 
 
-def _damping(diagonal: jax.Array) -> jax.Array:
-    # Relative to each parameter's own scale, and to the mean scale where a parameter's Fisher vanishes.
-    return DAMPING * (diagonal + DAMPING * jnp.mean(diagonal)) + jnp.finfo(diagonal.dtype).tiny
+def _damping(diagonal: jax.Array, unravel: Any) -> jax.Array:
+    """Each parameter's own scale. Where its Fisher vanishes (a factor that starts at zero) it takes the block's."""
+    mean = jnp.mean(diagonal)
+    overall = jnp.where(mean > 0, mean, 1.0)
+    return DAMPING * ravel_pytree(jax.tree.map(lambda x: x + _or(jnp.mean(x), overall), unravel(diagonal)))[0]
 
 
-def _iterative(product: Any, slope: jax.Array) -> jax.Array:
+def _or(mean: jax.Array, overall: jax.Array) -> jax.Array:
+    return jnp.where(mean > 1e-6 * overall, mean, overall)
+
+
+def _iterative(product: Any, slope: jax.Array, unravel: Any) -> jax.Array:
     shape = jax.ShapeDtypeStruct(slope.shape, slope.dtype)
     probe = jax.random.rademacher(jax.random.key(0), slope.shape, slope.dtype)
     scale = jnp.abs(probe @ product(probe)) / slope.size  # Hutchinson: mean of F's diagonal
-    damped = lx.FunctionLinearOperator(
-        lambda v: product(v) + DAMPING * scale * v, shape, lx.positive_semidefinite_tag
-    )
+    damped = lx.FunctionLinearOperator(lambda v: product(v) + DAMPING * scale * v, shape, lx.positive_semidefinite_tag)
     solver = lx.CG(rtol=CG_TOLERANCE, atol=0.0, max_steps=CG_STEPS)
     return lx.linear_solve(damped, slope, solver, throw=False).value

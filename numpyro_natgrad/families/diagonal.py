@@ -40,6 +40,10 @@ class DiagonalGaussian(NamedTuple):
     def modes(self) -> dict[str, str]:
         return {self.site.name: self.mode} if self.mode else {}
 
+    @property
+    def curved(self) -> tuple[str, ...]:
+        return self.params if self.second_order else ()
+
     def describe(self) -> list[tuple[str, str, str, str, str]]:
         how = f"{PROBES} products with the Hessian of the loss" if self.second_order else "draws ⊗ gradients"
         return describe_site(self.site, f"closed form, {how}")

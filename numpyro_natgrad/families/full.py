@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One full Gaussian site with too many latents for a dense Hessian: k random probes of it, or first order.
 
-Second order: k orthonormal probes V of the whitened Hessian (:func:`sweep`) give M̂ of rank 2k (:func:`.gaussian.sketch`), without
-noise at the solution. First order: M = tril(Kᵀ ∂L/∂K) made symmetric (Tan 2021, section 3), from the gradient alone;
-its noise grows with d over the number of draws.
+Second order: k orthonormal probes V of the whitened Hessian (:func:`sweep`) give M̂ of rank 2k
+(:func:`.gaussian.sketch`), without noise at the solution.
+First order: M = tril(Kᵀ ∂L/∂K) made symmetric (Tan 2021, section 3), from the gradient alone; its noise grows with d
+over the number of draws.
 """
 
 from typing import NamedTuple
@@ -49,6 +50,10 @@ class FullGaussian(NamedTuple):
     @property
     def modes(self) -> dict[str, str]:
         return {self.site.name: self.mode} if self.mode else {}
+
+    @property
+    def curved(self) -> tuple[str, ...]:
+        return self.params if self.second_order else ()
 
     def describe(self) -> list[tuple[str, str, str, str, str]]:
         how = f"{PROBES} products with the Hessian of the loss" if self.second_order else "draws ⊗ gradients"

@@ -47,6 +47,10 @@ class JointGaussian(NamedTuple):
         return {s.name: "silent" for s in self.sites}
 
     @property
+    def curved(self) -> tuple[str, ...]:
+        return self.params
+
+    @property
     def lifted(self) -> bool:
         return len(self.sites) > 1 or self.sites[0].form.diagonal or len(self.sites[0].shape) > 1
 
@@ -103,9 +107,7 @@ class JointGaussian(NamedTuple):
         blocks = [jnp.diag(k.ravel()) if s.form.diagonal else _blocks(k) for s, k in zip(self.sites, own, strict=True)]
         return jnp.where(step == 0, block_diag(*blocks), joint.factor[: self.size, : self.size])
 
-    def _carry(
-        self, joint: Joint, taken: Tangent, rho: jax.Array, shift: jax.Array, contraction: jax.Array
-    ) -> Joint:
+    def _carry(self, joint: Joint, taken: Tangent, rho: jax.Array, shift: jax.Array, contraction: jax.Array) -> Joint:
         """What the remembered natural gradients say at the new point, in its frame.
 
         Each estimated where the optimum lies in natural parameters, η − v; that estimate stays while η moves by −ρv,
@@ -167,7 +169,10 @@ def describe_site(site: GaussianSite, how: str) -> list[tuple[str, str, str, str
     """The report's rows of a Gaussian site."""
     family = "Normal" if site.form.diagonal else "MultivariateNormal"
     shape = "×".join(map(str, site.shape))
-    return [(site.loc, site.name, family, how, shape), (site.scale, site.name, f"{family} ({site.argument})", how, shape)]
+    return [
+        (site.loc, site.name, family, how, shape),
+        (site.scale, site.name, f"{family} ({site.argument})", how, shape),
+    ]
 
 
 def radial_tangent(site: GaussianSite, unconstrained: jax.Array) -> jax.Array:

@@ -1,0 +1,170 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter space is not distribution space: the pictures behind the natural gradient.
+
+Above, the means move by the same 4 units, between wide Gaussians and between narrow ones; the
+distributions do not move alike. Below, steepest descent as the parameters see it, and as the
+distributions see it. After A. Kristiadi's article "Natural Gradient Descent".
+
+Run it with `python examples/distribution_space.py`; `--help` lists what can be changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from _common import FIGURES, NATURAL, OTHERS, plain, save
+from jax import Array, lax, random
+from matplotlib.axes import Axes
+from numpyro.infer import SVI, TraceMeanField_ELBO
+from numpyro.infer.svi import SVIState
+from numpyro.optim import SGD, _NumPyroOptim
+
+from numpyro_natgrad import NaturalGradient
+
+MEANS = (-2.0, 2.0)
+TARGET = dist.Normal(0.0, 0.5)
+# Narrower than the target and far from it: its mean cannot move a little without moving many nats.
+START = (1.5, 0.1)  # mean, standard deviation
+RATE, MAX_KL = 0.1, 0.2
+FLOOR = 1e-4  # nats
+
+
+def model() -> None:
+    """A posterior that is known: a Normal."""
+    numpyro.sample("z", TARGET)
+
+
+def guide() -> None:
+    """The Normal to be fitted. NumPyro's optimizers see `loc` and `log scale`."""
+    loc = numpyro.param("loc", START[0])
+    scale = numpyro.param("scale", START[1], constraint=dist.constraints.positive)
+    numpyro.sample("z", dist.Normal(loc, scale))
+
+
+def kl_to_target(loc: Array, scale: Array) -> Array:
+    """Nats from the guide to the target: the loss.
+
+    :param loc: means of the guide.
+    :param scale: standard deviations of the guide.
+    """
+    return dist.kl_divergence(dist.Normal(loc, scale), TARGET)
+
+
+def kl_moved(loc: Array, scale: Array) -> Array:
+    """Nats from the guide before each step to the guide after it: what `max_kl` limits.
+
+    :param loc: means on the way.
+    :param scale: standard deviations on the way.
+    """
+    before, after = dist.Normal(loc[:-1], scale[:-1]), dist.Normal(loc[1:], scale[1:])
+    return dist.kl_divergence(before, after)
+
+
+def path(optimizer: _NumPyroOptim, steps: int) -> tuple[Array, Array]:
+    """Means and standard deviations on the way, the start included.
+
+    The loss is `TraceMeanField_ELBO`, here exactly the KL: no noise enters the picture.
+
+    :param optimizer: what takes the steps.
+    :param steps: how many.
+    """
+    svi = SVI(model, guide, optimizer, TraceMeanField_ELBO())
+
+    def step(state: SVIState, _: None) -> tuple[SVIState, dict[str, Array]]:
+        return svi.update(state)[0], svi.get_params(state)
+
+    walk = jax.jit(lambda state: lax.scan(step, state, length=steps + 1))
+    _, params = walk(svi.init(random.key(0)))
+    return params["loc"], params["scale"]
+
+
+def draw_pair(axis: Axes, variance: float) -> None:
+    """Two Gaussians whose means are 4 units apart, and the nats between them.
+
+    :param axis: where to draw.
+    :param variance: variance of both.
+    """
+    pair = [dist.Normal(mean, np.sqrt(variance)) for mean in MEANS]
+    z = jnp.linspace(-7.0, 7.0, 600)
+    for gaussian, colour in zip(pair, OTHERS, strict=False):
+        density = jnp.exp(gaussian.log_prob(z))
+        axis.plot(z, density, color=colour, lw=1.8)
+        axis.fill_between(z, density, color=colour, alpha=0.15)
+    nats = float(dist.kl_divergence(*pair))
+    axis.set_title(f"variance {variance:g}: means 4 apart, KL = {nats:g} nats")
+    axis.set(xlabel="z", ylabel="density", ylim=(0.0, 0.65))
+
+
+def draw_paths(axis: Axes, paths: dict[str, tuple[Array, Array]]) -> None:
+    """Both descents over contours of the loss, in the plane that NumPyro's optimizers see.
+
+    :param axis: where to draw.
+    :param paths: means and standard deviations on the way of each optimizer.
+    """
+    loc, log_scale = jnp.meshgrid(jnp.linspace(-0.6, 2.0, 200), jnp.linspace(-2.6, 0.3, 200))
+    loss, levels = kl_to_target(loc, jnp.exp(log_scale)), np.geomspace(0.05, 20.0, 9)
+    axis.contour(loc, log_scale, loss, levels, colors="0.75", linewidths=0.9)
+    for label, (means, scales) in paths.items():
+        axis.plot(means, np.log(scales), label=label, **look(label))
+    axis.plot(TARGET.loc, np.log(TARGET.scale), "*", color="black", ms=13)
+    for text, spot in {"start": START, "target": (TARGET.loc, TARGET.scale)}.items():
+        axis.annotate(text, (spot[0], np.log(spot[1])), (6, 8), textcoords="offset points")
+    axis.set(xlabel="mean", ylabel="log standard deviation", aspect="equal")
+    axis.set_title("paths over contours of the loss, KL(q ‖ p)")
+
+
+def draw_moves(axis: Axes, paths: dict[str, tuple[Array, Array]]) -> None:
+    """How far each step goes, measured between distributions.
+
+    :param axis: where to draw.
+    :param paths: means and standard deviations on the way of each optimizer.
+    """
+    for label, (means, scales) in paths.items():
+        moved = kl_moved(means, scales)
+        moved = jnp.where(moved < FLOOR, jnp.nan, moved)  # arrived
+        axis.semilogy(1 + np.arange(len(moved)), moved, label=label, **look(label))
+    axis.set(xlabel="step", ylabel="KL(q before ‖ q after) (nats)", ylim=(FLOOR, 1e3))
+    axis.set_title("nats moved by each step")
+    axis.legend(frameon=False)
+
+
+def look(label: str) -> dict[str, Any]:
+    """How the line of an optimizer looks.
+
+    :param label: its name.
+    """
+    colour = NATURAL if "natural" in label else OTHERS[0]
+    return {"color": colour, "marker": "o", "ms": 3.5, "lw": 1.8}
+
+
+def main() -> None:
+    """Compute both paths and draw the four panels."""
+    parser = argparse.ArgumentParser(description="Pictures of parameter and distribution space.")
+    parser.add_argument("--steps", type=int, default=25, help="steps of each path")
+    parser.add_argument("--output", type=Path, default=FIGURES / "distribution_space.png")
+    chosen = parser.parse_args()
+    paths = {
+        f"gradient, rate {RATE:g}": path(SGD(RATE), chosen.steps),
+        f"natural gradient, {MAX_KL:g} nats a step": path(NaturalGradient(step_size=1.0, max_kl=MAX_KL), chosen.steps),
+    }
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8), layout="constrained")
+    draw_pair(axes[0, 0], variance=2.0)
+    draw_pair(axes[0, 1], variance=0.5)
+    draw_paths(axes[1, 0], paths)
+    draw_moves(axes[1, 1], paths)
+    for axis in axes.flat:
+        plain(axis)
+    save(figure, chosen.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Eight schools: the same SVI, fitted by natural gradients and by Adam.
+
+Run it with `python examples/eight_schools.py`; `--help` lists what can be changed.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from _common import (
+    Problem,
+    follow,
+    follow_adam,
+    options,
+    picture,
+    posterior,
+    save,
+    scoreboard,
+    summary,
+)
+from jax import Array
+from numpyro.infer.autoguide import AutoMultivariateNormal
+
+from numpyro_natgrad import NaturalGradient
+
+EFFECT = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+ERROR = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def model(error: Array, effect: Array) -> None:
+    """Effects of coaching in eight schools, non-centred (Rubin 1981).
+
+    :param error: standard errors of the estimated effects.
+    :param effect: estimated effects, in points of the test.
+    """
+    mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = numpyro.sample("tau", dist.HalfCauchy(5.0))
+    with numpyro.plate("school", len(error)):
+        theta_trans = numpyro.sample("theta_trans", dist.Normal(0.0, 1.0))
+        theta = numpyro.deterministic("theta", mu + tau * theta_trans)
+        numpyro.sample("effect", dist.Normal(theta, error), obs=effect)
+
+
+def main() -> None:
+    """Fit, tabulate, compare, draw."""
+    chosen = options("Eight schools.", "eight_schools.png", steps=100, adam_steps=5000)
+    problem = Problem(model, AutoMultivariateNormal(model), (ERROR, EFFECT))
+    natural = NaturalGradient()
+    curve = follow("NaturalGradient()", problem, natural, chosen.steps)
+    print(f"\n{natural.report()}\n")
+    dims = {"theta": ["school"], "theta_trans": ["school"]}
+    print(summary(posterior(problem, curve), dims=dims, coords={"school": list("ABCDEFGH")}))
+    curves = [curve, *follow_adam(problem, chosen.adam_steps)]
+    print(f"\n{scoreboard(curves)}")
+    title = "Eight schools, full-rank Gaussian guide, 8 draws a step"
+    save(picture(curves, title, depth=12.0), chosen.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests compare with: dense algebra, NumPyro's own distributions, and the loss as ``SVI`` hands it over.
+
+Nothing here uses the package under test.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import random
+from numpyro.infer import SVI
+from numpyro.infer.autoguide import AutoGuide
+from numpyro.optim import _NumPyroOptim
+
+
+def root_eps(dtype) -> float:
+    """√ε: what is left of a result after a computation that loses half of its digits."""
+    return float(np.sqrt(np.finfo(dtype).eps))
+
+
+def assert_close(actual, expected, tolerance: float) -> None:
+    """Two trees agree relative to the largest number of each leaf."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(initial=0.0), 1e-300))
+
+
+def kl(p, q) -> float:
+    """KL(p ‖ q) of two Gaussians given as (mean, covariance), by NumPyro, in double precision."""
+    with jax.enable_x64(True):
+        p, q = ([jnp.asarray(np.asarray(x), jnp.float64) for x in pair] for pair in (p, q))
+        return float(dist.kl_divergence(dist.MultivariateNormal(*p), dist.MultivariateNormal(*q)))
+
+
+def spd(seed: int, d: int, *, low: float = 0.5, high: float = 5.0) -> np.ndarray:
+    """A symmetric positive definite matrix with eigenvalues between ``low`` and ``high``."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.normal(size=(d, d)))[0]
+    return (basis * np.geomspace(low, high, d)) @ basis.T
+
+
+class Tap(_NumPyroOptim):
+    """An optimizer that takes no step and keeps the function that ``SVI`` gives to its optimizer."""
+
+    def __init__(self) -> None:
+        self.fn = None
+
+    def init(self, params):
+        return params
+
+    def get_params(self, state):
+        return state
+
+    def eval_and_update(self, fn, state, forward_mode_differentiation=False):
+        self.fn = fn
+        return (jnp.zeros(()), None), state
+
+
+def tapped(model, guide, loss, *args, seed: int = 0, **kwargs):
+    """(fn, params): fn(key) is the loss at that key as an optimizer of ``SVI`` sees it, params are the start."""
+    tap = Tap()
+    svi = SVI(model, guide, tap, loss)
+    init = lambda key: svi.init(key, *args, **kwargs)
+    # An autoguide keeps what it traces; everything else is initialised by one program instead of a hundred.
+    start = (init if isinstance(guide, AutoGuide) else jax.jit(init))(random.key(seed))
+
+    def at(key):
+        svi.update(start._replace(rng_key=key), *args, **kwargs)
+        return tap.fn
+
+    return at, start.optim_state

@@ -1,0 +1,184 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Law: a chart reads NumPyro's parameters as NumPyro does, writes what it reads, and projects to the nearest member."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+from jax import random
+from jax.flatten_util import ravel_pytree
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+from numpyro.infer import Trace_ELBO
+from oracles import assert_close, root_eps, spd, tapped
+from scipy import optimize
+from tables import FORMS, gram
+
+from numpyro_natgrad import Form, NaturalGradient, charts, register_gaussian
+from numpyro_natgrad.effects import hear
+
+
+def model() -> None:
+    for name, form in FORMS.items():
+        numpyro.sample(name, dist.Normal(0, 1).expand(form.shape).to_event(len(form.shape)))
+
+
+def guide() -> None:
+    for name, form in FORMS.items():
+        form.sample(name)
+
+
+@cache
+def heard(precision: str):
+    at, params = tapped(model, guide, Trace_ELBO())
+    hearing = hear(at(random.key(0)), params)
+    return {name: charts.read_site(name, hearing) for name in FORMS}, params
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_reading_gives_numpyros_mean_and_covariance(form, dtype):
+    sites, params = heard(dtype)
+    loc, factor = sites[form].read(params)
+    cov = factor**2 if FORMS[form].diagonal else gram(np.asarray(factor, np.float64))
+    q = FORMS[form].at(params[f"{form}_loc"], params[f"{form}_cov"])
+    base = q.base_dist if isinstance(q, dist.Independent) else q
+    assert_close((loc, cov), (q.mean, base.variance if FORMS[form].diagonal else base.covariance_matrix), root_eps(dtype))
+    assert loc.dtype == factor.dtype == dtype
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_writing_gives_back_what_was_read(form, dtype):
+    sites, params = heard(dtype)
+    blank = {name: jnp.zeros_like(x) for name, x in params.items()}
+    written = sites[form].write(blank, *sites[form].read(params))
+    mine = {f"{form}_loc", f"{form}_cov"}
+    for name in params:
+        assert_close(written[name], params[name] if name in mine else blank[name], root_eps(dtype))
+        assert written[name].dtype == params[name].dtype
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_reading_gives_back_what_was_written(form, dtype):
+    """At another point than the start, scales from 1e-3 to 1e3."""
+    site, params = heard(dtype)[0][form], heard(dtype)[1]
+    spread = np.geomspace(1e-3, 1e3, site.size).reshape(site.shape)
+    factor = spread if FORMS[form].diagonal else np.tril(spread[..., None] * FORMS[form].factor)
+    loc = jnp.asarray(np.arange(site.size).reshape(site.shape), dtype)
+    read = site.read(site.write(params, loc, jnp.asarray(factor, dtype)))
+    assert_close(read[0], loc, root_eps(dtype))
+    # A precision matrix squares the condition number of K: rows are compared to their own scale.
+    rows = np.abs(factor) if FORMS[form].diagonal else np.abs(factor).max(-1, keepdims=True)
+    if form not in ("covariance_matrix", "precision_matrix") or dtype == "float64":
+        np.testing.assert_allclose(np.asarray(read[1]) / rows, factor / rows, atol=root_eps(dtype))
+
+
+# --- project ---
+
+PROJECTED = {"scale, exp": (2, 2), "covariance_matrix": (3,), "scale_tril, batch": (2, 2)}
+
+
+def covariances(factors):
+    """The covariance of all sites from their K, block by block."""
+    blocks = []
+    for (name, shape), k in zip(PROJECTED.items(), factors, strict=True):
+        if FORMS[name].diagonal:
+            blocks.append(jnp.diag(k.ravel() ** 2))
+        else:
+            blocks += [b @ b.T for b in k.reshape(-1, shape[-1], shape[-1])]
+    return jax.scipy.linalg.block_diag(*blocks)
+
+
+def nats(factors, precision):
+    """KL(guide ‖ N(0, S⁻¹)), by NumPyro."""
+    zero = jnp.zeros(len(precision))
+    guide = dist.MultivariateNormal(zero, covariances(factors))
+    return dist.kl_divergence(guide, dist.MultivariateNormal(zero, precision_matrix=precision))
+
+
+@cache
+def projection():
+    with jax.enable_x64(True):
+        sites = tuple(heard("float64")[0][name] for name in PROJECTED)
+        precision = jnp.asarray(spd(11, sum(s.size for s in sites), low=0.1, high=20.0))
+        root = jnp.linalg.cholesky(precision).T  # any P with PᵀP = S
+        return charts.project(root, sites), precision
+
+
+def test_the_projection_has_the_blocks_of_the_precision(x64):
+    factors, precision = projection()
+    inverse = jnp.linalg.inv(covariances(factors))
+    assert_close(inverse, jnp.where(inverse != 0, precision, 0.0), root_eps("float64"))
+
+
+def test_the_projection_is_stationary_in_kl(x64):
+    factors, precision = projection()
+    slopes = jax.jit(jax.grad(nats))(factors, precision)
+    free = [g if f.ndim == 2 and f.shape == g.shape and i == 0 else jnp.tril(g) for i, (g, f) in enumerate(zip(slopes, factors, strict=True))]
+    for slope in free:
+        np.testing.assert_allclose(slope, 0.0, atol=1e3 * root_eps("float64"))
+
+
+def test_no_member_of_the_family_is_nearer(x64):
+    """SciPy, started elsewhere, finds the same KL."""
+    factors, precision = projection()
+    masks = [jnp.ones_like(k) if i == 0 else jnp.tril(jnp.ones_like(k)) for i, k in enumerate(factors)]
+    start, unravel = ravel_pytree([m if i == 0 else m * jnp.eye(k.shape[-1]) for i, (m, k) in enumerate(zip(masks, factors, strict=True))])
+
+    @jax.jit
+    def objective(flat):
+        return nats([m * k for m, k in zip(masks, unravel(flat), strict=True)], precision)
+
+    slope = jax.jit(jax.value_and_grad(objective))
+    found = optimize.minimize(lambda x: [np.asarray(y) for y in slope(x)], start, jac=True, options={"gtol": 1e-9})
+    np.testing.assert_allclose(nats(factors, precision), found.fun, rtol=root_eps("float64"))
+
+
+def test_the_projection_of_a_member_is_itself(dtype):
+    sites, params = heard(dtype)
+    chosen = tuple(sites[name] for name in PROJECTED)
+    own = [site.read(params)[1] for site in chosen]
+    root = jnp.linalg.inv(jnp.linalg.cholesky(covariances(own)))
+    assert_close(charts.project(root, chosen), own, root_eps(dtype))
+
+
+# --- the registry is open ---
+
+
+class Sharpness(dist.Normal):
+    """A Normal by its precision, known only after it has been registered."""
+
+    arg_constraints = {"loc": constraints.real, "sharpness": constraints.positive}
+
+    def __init__(self, loc, sharpness):
+        self.sharpness = sharpness
+        super().__init__(loc, sharpness**-0.5)
+
+
+def test_a_registered_class_is_a_gaussian(x64):
+    def model():
+        numpyro.sample("z", dist.Normal(2.0, 0.1))
+
+    def guide():
+        loc = numpyro.param("loc", 0.0)
+        numpyro.sample("z", Sharpness(loc, numpyro.param("w", 1.0, constraint=constraints.positive)))
+
+    at, params = tapped(model, guide, Trace_ELBO(num_particles=2))
+
+    def step():
+        optimizer = NaturalGradient(1.0, max_kl=None)
+        _, (_, state) = jax.jit(lambda: optimizer.eval_and_update(at(random.key(0)), optimizer.init(params)))()
+        return optimizer.report(), state.params
+
+    report, _ = step()
+    assert "Hessian of KL" in report
+    register_gaussian(Sharpness, forms={"sharpness": Form(lambda w: w**-0.5, lambda k: k**-2, diagonal=True)})
+    try:
+        report, params = step()
+    finally:
+        del charts._REGISTRY[Sharpness]
+    assert "closed form" in report
+    assert_close(params, {"loc": np.float64(2.0), "w": np.log(100.0)}, root_eps("float64"))

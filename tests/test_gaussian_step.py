@@ -1,0 +1,214 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Law: what the whitened closed forms say of a Gaussian step is what dense algebra and NumPyro's KL say of it.
+
+S₊ = S + ρ K⁻ᵀ M K⁻¹,   m₊ = m − ρ S₊⁻¹ K⁻ᵀ g
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import assert_close, kl, root_eps, spd
+
+from numpyro_natgrad import gaussian
+from numpyro_natgrad.gaussian import Tangent
+
+D, RANK, MARGIN = 6, 4, 0.05
+# Eigenvalues of M: a variance that grows tenfold at ρ = 1, and one that shrinks to a thirtieth.
+SPECTRUM = np.array([-0.9, -0.3, 0.0, 0.7, 4.0, 30.0])
+
+
+class Case(NamedTuple):
+    """A tangent, with the dense M that it stands for."""
+
+    tangent: Tangent
+    curvature: np.ndarray
+
+
+def dense() -> Case:
+    curvature = rotation(D, 1) * SPECTRUM @ rotation(D, 1).T
+    return Case(gaussian.tangent(jnp.asarray(slope()), jnp.asarray(curvature)), curvature)
+
+
+def diagonal() -> Case:
+    return Case(Tangent(jnp.asarray(slope()), jnp.asarray(SPECTRUM), None), np.diag(SPECTRUM))
+
+
+def sketched() -> Case:
+    vectors, values = rotation(D, 2)[:, :RANK], SPECTRUM[[0, 1, 4, 5]]
+    curvature = vectors * values @ vectors.T
+    return Case(Tangent(jnp.asarray(slope()), jnp.asarray(values), jnp.asarray(vectors)), curvature)
+
+
+def rotation(d: int, seed: int) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
+
+
+def slope() -> np.ndarray:
+    return np.random.default_rng(3).normal(size=D)
+
+
+CASES = {"dense": dense, "diagonal": diagonal, "sketched": sketched}
+LENGTHS = [0.01, 0.3, 1.0]
+M, K = np.linspace(-1, 2, D), np.linalg.cholesky(spd(4, D, low=0.01, high=3.0))
+
+
+@pytest.fixture(params=CASES)
+def case(request, dtype) -> Case:
+    return CASES[request.param]()
+
+
+def natural_step(case: Case, rho: float) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """(mean, covariance) before and after, by dense algebra in double precision."""
+    back = np.linalg.inv(K)
+    precision = back.T @ back + rho * back.T @ case.curvature @ back
+    covariance = np.linalg.inv(precision)
+    mean = M - rho * covariance @ back.T @ np.asarray(case.tangent.slope, np.float64)
+    return (M, K @ K.T), (mean, covariance)
+
+
+def matrix(contraction: jax.Array) -> np.ndarray:
+    return np.diag(contraction) if contraction.ndim == 1 else np.asarray(contraction)
+
+
+@pytest.mark.parametrize("rho", LENGTHS)
+def test_the_step_lands_where_natural_parameters_say(case, dtype, rho):
+    _, (mean, covariance) = natural_step(case, rho)
+    factor = K @ matrix(gaussian.contraction(case.tangent, rho, MARGIN))
+    shift = K @ np.asarray(gaussian.displacement(case.tangent, rho, MARGIN))
+    assert_close(M + shift, mean, root_eps(dtype))
+    assert_close(factor @ factor.T, covariance, root_eps(dtype))
+
+
+@pytest.mark.parametrize("rho", LENGTHS)
+def test_both_kls_are_numpyros(case, dtype, rho):
+    before, after = natural_step(case, rho)
+    assert_close(gaussian.kl_forward(case.tangent, rho, MARGIN), kl(before, after), root_eps(dtype))
+    assert_close(gaussian.kl_backward(case.tangent, rho, MARGIN), kl(after, before), root_eps(dtype))
+
+
+@pytest.mark.parametrize("rho", LENGTHS)
+@pytest.mark.parametrize("make", [dense, sketched])
+def test_growth_is_what_the_whitened_precision_gains(make, dtype, rho):
+    case = make()
+    assert_close(gaussian.growth(case.tangent, rho, MARGIN), rho * case.curvature, root_eps(dtype))
+
+
+def test_the_new_factor_is_a_cholesky_factor(case, dtype):
+    factor = matrix(gaussian.contraction(case.tangent, 1.0, MARGIN))
+    assert_close(np.triu(factor, 1), np.zeros((D, D)), 0.0)
+    assert (np.diag(factor) > 0).all()
+
+
+def test_a_step_of_no_length_goes_nowhere(case, dtype):
+    assert_close(gaussian.displacement(case.tangent, 0.0, MARGIN), np.zeros(D), 0.0)
+    assert_close(matrix(gaussian.contraction(case.tangent, 0.0, MARGIN)), np.eye(D), root_eps(dtype))
+    assert abs(float(gaussian.kl_forward(case.tangent, 0.0, MARGIN))) <= root_eps(dtype) ** 2 * D
+
+
+def test_the_norm_is_twice_the_kl_of_a_short_step(case, x64):
+    """KL(ρv) = ½ρ²‖v‖² + O(ρ³): the remainder falls by 8 where ρ falls by 2."""
+    rhos = np.array([4e-3, 2e-3, 1e-3])
+    short = 0.5 * rhos**2 * float(gaussian.norm2(case.tangent))
+    for nats in (gaussian.kl_forward, gaussian.kl_backward):
+        remainder = np.abs(np.array([float(nats(case.tangent, r, MARGIN)) for r in rhos]) - short)
+        np.testing.assert_allclose(remainder[:-1] / remainder[1:], 8.0, rtol=0.1)
+
+
+def test_the_norm_is_that_of_the_dense_matrix(case, dtype):
+    expected = np.sum(slope() ** 2) + 0.5 * np.sum(case.curvature**2)
+    assert_close(gaussian.norm2(case.tangent), expected, root_eps(dtype))
+
+
+def test_leading_axes_are_a_loop(dtype):
+    curvatures = np.stack([spd(seed, 3) - np.eye(3) for seed in range(2)])
+    slopes = np.random.default_rng(5).normal(size=(2, 3))
+    together = gaussian.tangent(jnp.asarray(slopes), jnp.asarray(curvatures))
+    alone = [gaussian.tangent(jnp.asarray(g), jnp.asarray(c)) for g, c in zip(slopes, curvatures, strict=True)]
+    for whole in (gaussian.displacement, gaussian.contraction, gaussian.growth):
+        expected = np.stack([np.asarray(whole(t, 0.5, MARGIN)) for t in alone])
+        assert_close(whole(together, 0.5, MARGIN), expected, root_eps(dtype))
+    for total in (gaussian.kl_forward, gaussian.kl_backward):
+        expected = sum(float(total(t, 0.5, MARGIN)) for t in alone)
+        assert_close(total(together, 0.5, MARGIN), expected, root_eps(dtype))
+    assert_close(gaussian.norm2(together), sum(float(gaussian.norm2(t)) for t in alone), root_eps(dtype))
+
+
+@pytest.mark.parametrize("k", [1, 3, D])
+def test_a_sketch_agrees_with_the_matrix_where_it_was_probed(dtype, k):
+    curvature, v = rotation(D, 1) * SPECTRUM @ rotation(D, 1).T, rotation(D, 6)[:, :k]
+    image = curvature @ v
+    sketch = gaussian.sketch(jnp.asarray(slope()), jnp.asarray(v), jnp.asarray(image))
+    seen = np.asarray(sketch.vectors * sketch.values @ sketch.vectors.T)
+    assert_close(seen @ v, image, root_eps(dtype) * np.linalg.norm(SPECTRUM))
+    rest = np.eye(D) - v @ v.T
+    np.testing.assert_allclose(rest @ seen @ rest, 0.0, atol=root_eps(dtype) * np.abs(SPECTRUM).max())
+    gram = np.asarray(sketch.vectors.T @ sketch.vectors)
+    assert_close(gram, np.eye(len(gram)), root_eps(dtype))
+
+
+margins = st.sampled_from([0.05, 0.25, 1e-6])
+
+
+@given(x=st.floats(-1e6, 1e6), margin=margins)
+def test_the_continuation_is_positive_increasing_and_exact_above(x, margin):
+    with jax.enable_x64(True):
+        value, slope = jax.value_and_grad(gaussian.positive)(x, margin)
+        assert value > 0
+        assert slope > 0
+        if x >= margin - 1:
+            assert value == 1 + x
+
+
+@given(margin=margins)
+def test_the_continuation_is_continuously_differentiable(margin):
+    """One-sided secants at the joint: value margin and slope 1 from both sides."""
+    with jax.enable_x64(True):
+        joint, h = margin - 1, margin * 1e-4
+        assert_close(gaussian.positive(joint, margin), margin, 1e-9)
+        for side in (-h, h):
+            secant = (float(gaussian.positive(joint + side, margin)) - margin) / side
+            np.testing.assert_allclose(secant, 1.0, atol=1e-3)
+            slope = jax.grad(gaussian.positive)(joint + side, margin)
+            np.testing.assert_allclose(slope, 1.0, atol=1e-3)
+
+
+spectra = st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4)
+
+
+@jax.jit
+def everything(slope, values, rho):
+    t = Tangent(slope, values, jnp.asarray(rotation(4, 7), values.dtype))
+    factor = gaussian.contraction(t, rho, MARGIN)
+    return factor, gaussian.displacement(t, rho, MARGIN), gaussian.kl_forward(t, rho, MARGIN), gaussian.norm2(t)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@given(values=spectra, slope=st.floats(-1e3, 1e3, width=32), rho=st.sampled_from([1e-3, 0.3, 1.0]))
+def test_any_curvature_leaves_a_covariance(precision, values, slope, rho):
+    with jax.enable_x64(precision == "float64"):
+        dtype = jnp.dtype(precision)
+        slopes = jnp.full(4, slope, dtype)
+        factor, shift, nats, norm2 = everything(slopes, jnp.asarray(values, dtype), jnp.asarray(rho, dtype))
+        assert factor.dtype == shift.dtype == nats.dtype == dtype
+        assert (jnp.diagonal(factor) > 0).all()
+        assert bool(jnp.isfinite(factor).all() & jnp.isfinite(shift).all() & jnp.isfinite(nats))
+        assert nats >= -4 * jnp.finfo(dtype).eps
+        # No variance grows by more than 1/margin where eigenvalues stay in the exact range.
+        if min(values) * rho >= MARGIN - 1:
+            assert np.linalg.norm(factor, 2) ** 2 <= (1 + root_eps(precision)) / MARGIN
+
+
+@given(values=spectra, slope=st.floats(-1e3, 1e3, width=32))
+def test_the_kl_of_a_step_grows_with_its_length(values, slope):
+    with jax.enable_x64(True):
+        nats = [
+            float(everything(jnp.full(4, slope, float), jnp.asarray(values, float), rho)[2])
+            for rho in np.geomspace(1e-6, 1.0, 25)
+        ]
+        assert (np.diff(nats) >= -1e-12 * np.array(nats[1:])).all()

@@ -1,0 +1,131 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Law: a step is as long as the rule and the KL radius allow, and the rule tells signal from noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_gaussian_step import CASES, MARGIN
+
+from numpyro_natgrad import gaussian, length
+from numpyro_natgrad.length import Comparison, Observed
+from numpyro_natgrad.options import checked
+from numpyro_natgrad.state import Pace
+
+RADII = [1e-4, 1e-2, 0.5]
+ADAPTIVE = checked(None, "adaptive", None, True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_kl_moved_is_the_radius(name, dtype):
+    """To the 1 % of the bisection in ρ: KL is at least linear and, where it is quadratic, 2 % wide."""
+    tangent = CASES[name]().tangent
+
+    @jax.jit
+    def moved(radius):
+        nats = lambda rho: gaussian.kl_forward(tangent, rho, MARGIN)
+        return nats(length.longest(nats, jnp.asarray(1.0), radius))
+
+    for radius in RADII:
+        assert 0.975 * radius <= moved(jnp.asarray(radius)) <= radius
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_wide_radius_leaves_the_rule_alone(name, dtype):
+    tangent = CASES[name]().tangent
+    nats = lambda rho: gaussian.kl_forward(tangent, rho, MARGIN)
+    for radius in (1e9, jnp.inf):
+        assert length.longest(nats, jnp.asarray(0.25), jnp.asarray(radius)) == 0.25
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_quadratic_rule_misses_the_radius_by_its_power_three_halves(name, x64):
+    """ρ = √(2δ/‖v‖²) moves δ + O(δ^1.5) nats: the error falls by 10^1.5 where δ falls by 10."""
+    tangent = CASES[name]().tangent
+    radii = np.array([1e-6, 1e-7, 1e-8])
+    rhos = np.sqrt(2 * radii / float(gaussian.norm2(tangent)))
+    error = [abs(float(gaussian.kl_forward(tangent, rho, MARGIN)) - d) for rho, d in zip(rhos, radii, strict=True)]
+    np.testing.assert_allclose(np.log10(np.array(error[:-1]) / error[1:]), 1.5, atol=0.02)
+
+
+def test_an_infinite_kl_is_shortened_to_something_finite(dtype):
+    nats = lambda rho: jnp.where(rho > 1e-3, jnp.inf, rho)
+    rho = length.longest(nats, jnp.asarray(1.0), jnp.asarray(1.0))
+    assert 0.98e-3 <= rho <= 1e-3
+
+
+@jax.jit
+def watch(samples):
+    """Shares of signal and estimates of noise when the rows are successive natural gradients, all in one frame."""
+
+    def step(carry, inputs):
+        (pace, mean), (t, v) = carry, inputs
+        comparison = Comparison(jnp.sum(mean**2), jnp.sum((v - mean) ** 2), jnp.sum(v**2))
+        pace, seen = length.observe(pace, comparison, t)
+        return (pace, mean + seen.weight * (v - mean)), (seen.signal, seen.noise)
+
+    start = Pace(jnp.zeros(()), jnp.ones(()), jnp.ones(())), jnp.zeros(samples.shape[1])
+    return jax.lax.scan(step, start, (jnp.arange(len(samples)), samples))[1]
+
+
+def test_the_share_of_pure_noise_falls_like_a_running_mean(dtype):
+    """sₜ·t = O(1), which is what makes the iterate an average of all steps (Robbins & Monro)."""
+    signal, _ = watch(jax.random.normal(jax.random.key(0), (1000, 20)))
+    product = np.asarray(signal) * np.arange(1, 1001)
+    assert 0.3 <= np.median(product[500:]) <= 3.0
+
+
+def test_the_share_of_pure_signal_is_one(dtype):
+    signal, noise = watch(jnp.tile(jnp.arange(1.0, 21.0), (50, 1)))
+    np.testing.assert_allclose(signal, 1.0, rtol=np.sqrt(np.finfo(dtype).eps))
+    assert noise.max() <= np.sqrt(np.finfo(dtype).eps) * np.sum(np.arange(1.0, 21.0) ** 2)
+
+
+def test_the_noise_is_the_variance_of_one_natural_gradient(dtype):
+    """d standard normals have E‖n‖² = d, and a mean of t of them a relative standard error of √(2/(d t))."""
+    d, steps = 50, 2000
+    _, noise = watch(jax.random.normal(jax.random.key(0), (steps, d)))
+    # The running mean looks back over a few hundred steps by now; 100 is a safe count.
+    assert abs(noise[-1] / d - 1) < 4 * np.sqrt(2 / (d * 100))
+
+
+def test_one_draw_from_a_heavy_tail_does_not_decide(dtype):
+    """A thousandfold outlier after 200 quiet steps leaves the noise within its bound (3² + 1 times what it was)."""
+    clean = jax.random.normal(jax.random.key(1), (201, 10))
+    dirty = clean.at[200].multiply(1000.0)
+    _, quiet = watch(clean)
+    _, after = watch(dirty)
+    assert after[-1] <= 10 * quiet[-2]
+
+
+@pytest.mark.parametrize("particles", [1, 2, 8, 100])
+def test_the_rule_needs_no_choice_and_stays_below_one(particles, dtype):
+    signal, noise = jnp.meshgrid(jnp.array([1e-6, 0.1, 1.0]), jnp.array([0.0, 1e-3, 1.0, 1e6]))
+    rho = length.adaptive(Observed(jnp.array(3), signal, noise, particles))
+    assert (rho > 0).all()
+    assert (rho <= particles / (particles + 2) + np.finfo(dtype).eps).all()
+    # More signal never shortens a step, more noise never lengthens it.
+    assert (jnp.diff(rho, axis=1) >= 0).all()
+    assert (jnp.diff(rho, axis=0) <= 0).all()
+
+
+@pytest.mark.parametrize("latents", [1, 10, 1000])
+def test_the_radius_grows_and_shrinks_fourfold_between_its_bounds(latents, dtype):
+    def resized(radius, kl, **verdict):
+        pace = Pace(jnp.zeros(()), jnp.ones(()), jnp.asarray(radius))
+        return float(
+            length.resized(pace, latents, jnp.asarray(kl), **{k: jnp.array(v) for k, v in verdict.items()}).radius
+        )
+
+    start, floor = 10.0 * latents, length.noise_floor(latents)
+    assert resized(start, start, good=True, limited=True, grows=True) == 4 * start
+    assert resized(start, start, good=True, limited=True, grows=False) == start
+    assert resized(start, start, good=False, limited=True, grows=False) == start / 4
+    assert resized(start, 0.0, good=False, limited=False, grows=False) == start / 4
+    # An unlimited step shows how much was needed.
+    np.testing.assert_allclose(
+        resized(start, start / 100, good=True, limited=False, grows=False), start / 25, rtol=1e-6
+    )
+    np.testing.assert_allclose(resized(floor, 0.0, good=False, limited=False, grows=False), floor, rtol=1e-6)
+    assert resized(length.RADIUS_MAX, 1.0, good=True, limited=True, grows=True) == length.RADIUS_MAX
