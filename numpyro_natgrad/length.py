@@ -3,12 +3,13 @@
 """How far: the step length ρ, and the KL radius that bounds it.
 
     ρ  =  the longest ρ ≤ cap with KL(q ‖ q₊) ≤ δ
-    cap = S/(S+2) · max(s, min(1, τ/v))            S draws, s share of signal, v nats of noise, τ = 0.04 nats
+    cap = S/(S+2) · max(s, min(1, τ/v)) · o        S draws, s share of signal, v nats of noise, τ = 0.04 nats
     s  =  ‖mean of recent natural gradients‖² / mean of their ‖·‖²
 
 The share of signal is Ranganath et al.'s adaptive rate (2013) in the Fisher metric: 1 while steps agree, 1/t where
 noise rules, so that the iterate becomes a running mean. A noise below τ needs no shortening: an iterate that takes
-steps of length ρ stays ½vρ/(2−ρ) nats above the optimum. The radius grows fourfold when a shortened step delivered
+steps of length ρ stays ½vρ/(2−ρ) nats above the optimum. o < 1 pulls an outlier in: draws from heavy tails now and
+then give a natural gradient a hundred times its usual length. The radius grows fourfold when a shortened step delivered
 what it promised on its own draws, and shrinks fourfold when it did not.
 """
 
@@ -29,17 +30,25 @@ ACCEPT, GROW = 0.1, 0.5
 #: Steps that the running means look back over at least: a mean of one step cannot tell noise.
 MEMORY_MIN = 2.0
 #: Innovations beyond this many times their expected size are pulled in.
-OUTLIER = 3.0
+OUTLIER = 2.0
 #: Bounds of the adaptive radius: nats, and multiples of :func:`noise_floor`, to which it closes in by itself.
 RADIUS_MAX, RADIUS_MIN = 1e5, 1e-3
 
 
 class Observed(NamedTuple):
-    """What a rule for the step length may look at: step number, share of signal, nats of noise, draws a step."""
+    """What a rule for the step length may look at.
+
+    :ivar step: its number, from 0.
+    :ivar signal: share of signal in the natural gradient, between 0 and 1.
+    :ivar noise: its variance, nats.
+    :ivar trust: 1, or the factor that pulls an outlier in.
+    :ivar particles: draws a step.
+    """
 
     step: jax.Array
     signal: jax.Array
     noise: jax.Array
+    trust: jax.Array
     particles: int
 
 
@@ -55,7 +64,7 @@ def cap(options: Options, seen: Observed) -> jax.Array:
 def adaptive(seen: Observed) -> jax.Array:
     """The rule that needs no choice."""
     quiet = jnp.minimum(1.0, QUIET / jnp.maximum(seen.noise, QUIET))
-    return seen.particles / (seen.particles + 2) * jnp.maximum(seen.signal, quiet)
+    return seen.particles / (seen.particles + 2) * jnp.maximum(seen.signal, quiet) * seen.trust
 
 
 class Comparison(NamedTuple):
@@ -67,11 +76,15 @@ class Comparison(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """One natural gradient compared with those before: weight in the running mean, share of signal, nats of noise."""
+    """One natural gradient compared with those before.
+
+    :ivar weight: its weight in the running mean.  The rest as in :class:`Observed`.
+    """
 
     weight: jax.Array
     signal: jax.Array
     noise: jax.Array
+    trust: jax.Array
 
 
 def observe(pace: Pace, seen: Comparison, step: jax.Array) -> tuple[Pace, Observation]:
@@ -95,7 +108,7 @@ def observe(pace: Pace, seen: Comparison, step: jax.Array) -> tuple[Pace, Observ
     mean2 = jnp.maximum(trend2 + w * (this2 - trend2 - news2) + w**2 * news2, 0.0)
     signal = jnp.clip(mean2 / jnp.maximum(mean2 + noise, tiny), 1e-6, 1.0)
     memory = jnp.maximum(pace.memory * (1 - signal) + 1, MEMORY_MIN)
-    return pace._replace(noise=noise, memory=memory), Observation(weight * pull, signal, noise)
+    return pace._replace(noise=noise, memory=memory), Observation(w, signal, noise, pull)
 
 
 def longest(kl: Callable[[jax.Array], jax.Array], cap: jax.Array, radius: jax.Array) -> jax.Array:

@@ -92,7 +92,7 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     memory = state.memory
     for family, v in pairs:
         memory = family.remember(memory, v, seen.weight)
-    cap = length.cap(options, length.Observed(step, seen.signal, seen.noise, evidence.particles))
+    cap = length.cap(options, length.Observed(step, seen.signal, seen.noise, seen.trust, evidence.particles))
     return Direction(tangents, memory, pace, jnp.where(ok, square, 0.0), seen.signal, cap, ok)
 
 

@@ -61,14 +61,18 @@ class Tap(_NumPyroOptim):
 
 
 def tapped(model, guide, loss, *args, seed: int = 0, **kwargs):
-    """(fn, params): fn(key) is the loss at that key as an optimizer of ``SVI`` sees it, params are the start."""
+    """(at, params): ``at(key)`` is the loss at that key as an optimizer of ``SVI`` sees it, params are the start.
+
+    ``at(key, other)`` is another loss of the same model and guide.
+    """
     tap = Tap()
     svi = SVI(model, guide, tap, loss)
     init = lambda key: svi.init(key, *args, **kwargs)
     # An autoguide keeps what it traces; everything else is initialised by one program instead of a hundred.
     start = (init if isinstance(guide, AutoGuide) else jax.jit(init))(random.key(seed))
 
-    def at(key):
+    def at(key, other=None):
+        svi.loss = other or loss
         svi.update(start._replace(rng_key=key), *args, **kwargs)
         return tap.fn
 

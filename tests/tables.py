@@ -1,8 +1,9 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The tables that the laws range over: forms of a Gaussian site."""
+"""The tables that the laws range over: forms of a Gaussian site, guides."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 from numpyro import distributions as dist
+from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
-from oracles import spd
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import (
+    AutoBatchedMultivariateNormal,
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
+from oracles import spd, tapped
 
 
 class GaussianForm(NamedTuple):
@@ -87,3 +99,169 @@ FORMS = {
     "covariance_matrix": GaussianForm(covariance, constraints.positive_definite, gram),
     "precision_matrix": GaussianForm(precision, constraints.positive_definite, lambda k: np.linalg.inv(gram(k))),
 }
+
+
+class GuideCase(NamedTuple):
+    """A guide, and how its parameters are to be understood.
+
+    :ivar model: the model; it takes ``DATA``.
+    :ivar make: the guide, from the model.
+    :ivar gaussian: site → (mean parameter, covariance parameter) of what is to be known in closed form.
+    :ivar curved: parameters to be moved by the curvature of KL.
+    :ivar point: parameters that no distribution owns.
+    """
+
+    model: Callable[..., None]
+    make: Callable[[Any], Any]
+    gaussian: dict[str, tuple[str, str]] = {}
+    curved: set[str] = set()
+    point: set[str] = set()
+
+
+DATA = np.array([0.3, -1.2, 0.7, 2.0])
+
+
+def school(x: Any) -> None:
+    """A small hierarchy: a location, a positive scale, and a plate."""
+    a = numpyro.sample("a", dist.Normal(0, 1))
+    s = numpyro.sample("s", dist.HalfNormal(1))
+    with numpyro.plate("n", len(x)):
+        b = numpyro.sample("b", dist.Normal(a, s))
+        numpyro.sample("x", dist.Normal(b, 1), obs=x)
+
+
+def plated(x: Any) -> None:
+    """Two latents for each datum."""
+    with numpyro.plate("n", len(x)):
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
+        numpyro.sample("x", dist.Normal(z.sum(-1), 1), obs=x)
+
+
+def pair(x: Any) -> None:
+    z1 = numpyro.sample("z1", dist.Normal(0, 1))
+    z2 = numpyro.sample("z2", dist.Normal(z1, 1))
+    numpyro.sample("x", dist.Normal(z2, 1).expand(x.shape).to_event(1), obs=x)
+
+
+def rate(x: Any) -> None:
+    z = numpyro.sample("z", dist.Gamma(2, 1))
+    numpyro.sample("x", dist.Normal(z, 1).expand(x.shape).to_event(1), obs=x)
+
+
+def positive(name: str, value: Any = 0.5) -> Any:
+    return numpyro.param(name, value, constraint=constraints.positive)
+
+
+def lists(model: Any) -> Any:
+    guide = AutoGuideList(model)
+    guide.append(AutoNormal(handlers.block(handlers.seed(model, 0), hide=["b"])))
+    guide.append(AutoMultivariateNormal(handlers.block(handlers.seed(model, 0), expose=["b"])))
+    return guide
+
+
+def by_hand(x: Any) -> None:
+    with numpyro.plate("n", len(x)):
+        loc = numpyro.param("loc", jnp.zeros((len(x), 2)))
+        cov = numpyro.param("tril", jnp.tile(jnp.eye(2), (len(x), 1, 1)), constraint=constraints.lower_cholesky)
+        numpyro.sample("z", dist.MultivariateNormal(loc, scale_tril=cov))
+
+
+def mean_field_by_hand(x: Any) -> None:
+    loc, scale = numpyro.param("loc", jnp.zeros((len(x), 2))), positive("scale", jnp.ones((len(x), 2)))
+    with numpyro.plate("n", len(x)):
+        numpyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+
+def amortised(x: Any) -> None:
+    """The means are computed from data: the scale is a parameter, the mean is not."""
+    weight = numpyro.param("weight", jnp.full(2, 0.1))
+    scale = positive("scale", jnp.ones((len(x), 2)))
+    with numpyro.plate("n", len(x)):
+        numpyro.sample("z", dist.Normal(x[:, None] * weight, scale).to_event(1))
+
+
+def subsampled(x: Any) -> None:
+    """A local parameter gathered by a plate, and a site that is scaled."""
+    loc, scale = numpyro.param("loc", jnp.zeros((len(x), 2))), positive("scale", jnp.ones((len(x), 2)))
+    with numpyro.plate("n", len(x), subsample_size=2) as i:
+        numpyro.sample("z", dist.Normal(loc[i], scale[i]).to_event(1))
+
+
+def batch_of_two(x: Any) -> None:
+    with numpyro.plate("n", len(x), subsample_size=2) as i:
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
+        numpyro.sample("x", dist.Normal(z.sum(-1), 1), obs=x[i])
+
+
+def structured(x: Any) -> None:
+    z1 = numpyro.sample("z1", dist.Normal(numpyro.param("m1", 0.1), positive("s1")))
+    slope, shift = numpyro.param("slope", 0.3), numpyro.param("shift", -0.2)
+    numpyro.sample("z2", dist.Normal(shift + slope * z1, positive("s2")))
+
+
+def shared(x: Any) -> None:
+    both = positive("both")
+    numpyro.sample("z1", dist.Normal(numpyro.param("m1", 0.1), both))
+    numpyro.sample("z2", dist.Normal(numpyro.param("m2", 0.1), both))
+
+
+def log_normal(x: Any) -> None:
+    numpyro.sample("z", dist.LogNormal(numpyro.param("m", 0.1), positive("s")))
+
+
+def gamma(x: Any) -> None:
+    numpyro.sample("z", dist.Gamma(positive("alpha", 2.0), positive("beta", 1.5)))
+
+
+def pinned(x: Any) -> None:
+    """A mean that the loss also meets outside of its site."""
+    loc = numpyro.param("m1", 0.1)
+    numpyro.sample("z1", dist.Normal(loc, positive("s1")))
+    numpyro.sample("z2", dist.Delta(loc))
+
+
+def with_model_param(x: Any) -> None:
+    noise = positive("noise", 1.0)
+    z = numpyro.sample("z", dist.Normal(0, 1))
+    numpyro.sample("x", dist.Normal(z, noise).expand(x.shape).to_event(1), obs=x)
+
+
+def auto(*names: str) -> dict[str, tuple[str, str]]:
+    return {name: (f"{name}_auto_loc", f"{name}_auto_scale") for name in names}
+
+
+LATENT = {"_auto_latent": ("auto_loc", "auto_scale")}
+TRIL = {"_auto_latent": ("auto_loc", "auto_scale_tril")}
+
+GUIDES = {
+    "AutoNormal": GuideCase(school, AutoNormal, auto("a", "s", "b")),
+    "AutoDiagonalNormal": GuideCase(school, AutoDiagonalNormal, LATENT),
+    "AutoMultivariateNormal": GuideCase(school, AutoMultivariateNormal, TRIL),
+    "AutoBatchedMultivariateNormal": GuideCase(
+        plated, lambda m: AutoBatchedMultivariateNormal(m, batch_ndim=1), TRIL
+    ),
+    "AutoGuideList": GuideCase(school, lists, {**auto("a", "s"), **TRIL}),
+    "AutoLowRankMultivariateNormal": GuideCase(
+        school,
+        lambda m: AutoLowRankMultivariateNormal(m, rank=1),
+        curved={"auto_loc", "auto_cov_factor", "auto_scale"},
+    ),
+    "AutoDelta": GuideCase(school, AutoDelta, point={"a_auto_loc", "s_auto_loc", "b_auto_loc"}),
+    "MultivariateNormal in a plate": GuideCase(plated, lambda m: by_hand, {"z": ("loc", "tril")}),
+    "Normal in a plate": GuideCase(plated, lambda m: mean_field_by_hand, {"z": ("loc", "scale")}),
+    "amortised": GuideCase(plated, lambda m: amortised, curved={"weight", "scale"}),
+    "subsampled": GuideCase(batch_of_two, lambda m: subsampled, curved={"loc", "scale"}),
+    "structured": GuideCase(pair, lambda m: structured, {"z1": ("m1", "s1")}, {"slope", "shift", "s2"}),
+    "shared": GuideCase(pair, lambda m: shared, curved={"both", "m1", "m2"}),
+    "pinned": GuideCase(pair, lambda m: pinned, curved={"m1", "s1"}),
+    "LogNormal": GuideCase(rate, lambda m: log_normal, {"z": ("m", "s")}),
+    "Gamma": GuideCase(rate, lambda m: gamma, curved={"alpha", "beta"}),
+    "model param": GuideCase(with_model_param, AutoNormal, auto("z"), point={"noise"}),
+}
+
+
+@cache
+def started(name: str, precision: str) -> tuple[Any, Any]:
+    """(at, params) of a guide, as :func:`.oracles.tapped` gives them; ask for it in that precision."""
+    case = GUIDES[name]
+    return tapped(case.model, case.make(case.model), Trace_ELBO(), jnp.asarray(DATA))
