@@ -104,39 +104,56 @@ def scorer(case: Case, svi: SVI) -> Callable[[Any], jax.Array]:
     return jax.jit(lambda path: jax.lax.map(one, path))
 
 
-def best_adam(fits: list[Fit], target: float) -> Fit:
-    """The setting that nobody has in practice."""
+def best_adam(fits: list[Fit], best: float, case: Case) -> Fit:
+    """The setting that nobody has in practice: first within the gap, else first half-way, else lowest at the end."""
     adam = [f for f in fits if f.name.startswith("Adam")]
-    return min(adam, key=lambda f: (np.median(f.reached(target)), np.median(f.losses[:, -1])))
+
+    def rank(fit: Fit) -> tuple[float, ...]:
+        done, half = (float(np.median(fit.reached(best + gap))) for gap in (case.gap, case.loose))
+        return done, half, float(np.median(fit.losses[:, -1]))
+
+    return min(adam, key=rank)
 
 
-def row(fit: Fit, best: float, gap: float) -> str:
+def row(fit: Fit, best: float, case: Case) -> str:
     """One line of the table."""
-    reached, compiling = fit.reached(best + gap), fit.compiling
-    steps, worst = np.median(reached), reached.max()
-    seconds = steps * fit.seconds
-    final = np.median(fit.losses[:, -1]) - best
-    number = lambda x, form: format(x, form) if np.isfinite(x) else "never"
-    return (
-        f"| {fit.name} | {number(steps, '.0f')} | {number(worst, '.0f')} | {number(seconds, '.3f')} "
-        f"| {number(seconds + compiling, '.1f')} | {1e3 * fit.seconds:.2f} | {final:.3f} (at {fit.marks[-1]}) |"
-    )
+    reached = fit.reached(best + case.gap)
+    seconds, half = (float(np.median(fit.reached(best + gap))) * fit.seconds for gap in (case.gap, case.loose))
+    cells = [
+        fit.name,
+        _number(float(np.median(reached)), ".0f"),
+        _number(float(reached.max()), ".0f"),
+        _number(seconds, ".3f"),
+        _number(seconds + fit.compiling, ".1f"),
+        _number(half, ".3f"),
+        f"{1e3 * fit.seconds:.2f}",
+        f"{np.median(fit.losses[:, -1]) - best:.3f} (at {fit.marks[-1]})",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(x: float, form: str) -> str:
+    return format(x, form) if np.isfinite(x) else "never"
 
 
 def report(case: Case) -> str:
     """The table of one case."""
     fits, best = race(case)
+    oracle = best_adam(fits, best, case)
+    shown = [
+        fits[0]._replace(name="**NaturalGradient()**"),
+        oracle._replace(name=f"**best Adam: {oracle.name}**"),
+        *fits[1:],
+    ]
     dtype = jnp.zeros(()).dtype
-    chosen = [fits[0], best_adam(fits, best + case.gap), *fits[1:]]
-    names = ["**NaturalGradient()**", f"**best Adam: {chosen[1].name}**", *(f.name for f in fits[1:])]
-    lines = [row(f._replace(name=n), best, case.gap) for f, n in zip(chosen, names, strict=True)]
     return "\n".join(
         [
             f"### {case.title}, {dtype}: within {case.gap} nats (best −ELBO known {best:.3f})",
             "",
-            "| method | steps, median | steps, worst seed | seconds | with compilation | ms a step | last gap, nats |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-            *lines,
+            "| method | steps, median | steps, worst seed | seconds | with compilation "
+            f"| seconds to within {case.loose:g} nats | ms a step | last gap, nats |",
+            "| --- " * 8 + "|",
+            *(row(fit, best, case) for fit in shown),
             "",
         ]
     )

@@ -122,7 +122,9 @@ def _tagged(label: str, past: Origin, shape: tuple[int, ...], seen: dict[str, Si
 
 
 def _scan(eqn: Any, inputs: list[Origin], seen: dict[str, Sighting], repeats: int) -> list[Origin]:
-    body, consts, carry = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"], eqn.params["num_carry"]
+    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    carry = _unstacked(eqn.outvars, body.outvars)
+    consts = _unstacked(eqn.invars, body.invars) - carry
     outputs: list[Origin] = []
     for _ in range(carry + 1):  # a carried value hears of one more carried value a round
         outputs = _walk(body, inputs, seen, repeats * eqn.params["length"])
@@ -131,6 +133,11 @@ def _scan(eqn: Any, inputs: list[Origin], seen: dict[str, Sighting], repeats: in
             break
         inputs = [*inputs[:consts], *carried, *inputs[consts + carry :]]
     return outputs
+
+
+def _unstacked(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    """How many operands of a scan are not sliced along its axis: constants and carried values, which come first."""
+    return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))
 
 
 def _union(inputs: list[Origin]) -> frozenset[str]:
@@ -148,10 +155,13 @@ def _copied(kind: str, inputs: list[Origin]) -> str | None:
 def _degree(kind: str, inputs: list[Origin]) -> int:
     degrees = [i.degree for i in inputs]
     top = max(degrees, default=0)
-    if top == 0 or kind in _AFFINE:
+    if top == 0 or kind in _AFFINE or (kind in _BILINEAR and _affine(kind, degrees)):
         return top
-    alone = degrees[1:] if kind == "select_n" else [d for d in degrees if d]
-    affine = {"mul": len(alone) == 1, "dot_general": len(alone) == 1, "div": degrees[-1] == 0}
+    return 2
+
+
+def _affine(kind: str, degrees: list[int]) -> bool:
+    """Whether log-densities enter one operand only, and one that counts linearly."""
     if kind == "select_n":
-        return top if degrees[0] == 0 else 2
-    return top if affine.get(kind, False) else 2
+        return degrees[0] == 0
+    return degrees[1] == 0 if kind == "div" else 0 in degrees

@@ -155,7 +155,7 @@ def positive(name: str, value: Any = 0.5) -> Any:
 def lists(model: Any) -> Any:
     guide = AutoGuideList(model)
     guide.append(AutoNormal(handlers.block(handlers.seed(model, 0), hide=["b"])))
-    guide.append(AutoMultivariateNormal(handlers.block(handlers.seed(model, 0), expose=["b"])))
+    guide.append(AutoMultivariateNormal(handlers.block(handlers.seed(model, 0), hide=["a", "s"])))
     return guide
 
 
@@ -237,9 +237,7 @@ GUIDES = {
     "AutoNormal": GuideCase(school, AutoNormal, auto("a", "s", "b")),
     "AutoDiagonalNormal": GuideCase(school, AutoDiagonalNormal, LATENT),
     "AutoMultivariateNormal": GuideCase(school, AutoMultivariateNormal, TRIL),
-    "AutoBatchedMultivariateNormal": GuideCase(
-        plated, lambda m: AutoBatchedMultivariateNormal(m, batch_ndim=1), TRIL
-    ),
+    "AutoBatchedMultivariateNormal": GuideCase(plated, lambda m: AutoBatchedMultivariateNormal(m, batch_ndim=1), TRIL),
     "AutoGuideList": GuideCase(school, lists, {**auto("a", "s"), **TRIL}),
     "AutoLowRankMultivariateNormal": GuideCase(
         school,

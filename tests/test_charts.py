@@ -46,7 +46,9 @@ def test_reading_gives_numpyros_mean_and_covariance(form, dtype):
     cov = factor**2 if FORMS[form].diagonal else gram(np.asarray(factor, np.float64))
     q = FORMS[form].at(params[f"{form}_loc"], params[f"{form}_cov"])
     base = q.base_dist if isinstance(q, dist.Independent) else q
-    assert_close((loc, cov), (q.mean, base.variance if FORMS[form].diagonal else base.covariance_matrix), root_eps(dtype))
+    assert_close(
+        (loc, cov), (q.mean, base.variance if FORMS[form].diagonal else base.covariance_matrix), root_eps(dtype)
+    )
     assert loc.dtype == factor.dtype == dtype
 
 

@@ -1,0 +1,189 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Law: what is heard in a loss function is what guide and loss were told, whichever of the two is exchanged."""
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import pytest
+from jax import random
+from numpyro import distributions as dist
+from numpyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from oracles import tapped
+from tables import DATA, GUIDES, started
+
+from numpyro_natgrad import NaturalGradient, StructureError, charts
+from numpyro_natgrad.effects import hear
+from numpyro_natgrad.provenance import origins, tag
+
+# loss, draws a step, whether it is an ELBO
+LOSSES = {
+    "Trace_ELBO, 1": (Trace_ELBO(), 1, True),
+    "Trace_ELBO, 8": (Trace_ELBO(num_particles=8), 8, True),
+    "Trace_ELBO, lax.map": (Trace_ELBO(num_particles=3, vectorize_particles=False), 3, True),
+    "Trace_ELBO, callable": (Trace_ELBO(num_particles=3, vectorize_particles=lambda f, x: jax.vmap(f)(x)), 3, True),
+    "TraceMeanField_ELBO, 1": (TraceMeanField_ELBO(), 1, True),
+    "TraceMeanField_ELBO, 4": (TraceMeanField_ELBO(num_particles=4), 4, True),
+    "TraceGraph_ELBO, 1": (TraceGraph_ELBO(), 1, True),
+    "TraceGraph_ELBO, 4": (TraceGraph_ELBO(num_particles=4), 4, True),
+    "RenyiELBO, 2": (RenyiELBO(alpha=0.5, num_particles=2), 2, False),
+}
+PAIRS = [("AutoMultivariateNormal", loss) for loss in LOSSES] + [
+    (guide, loss)
+    for guide in GUIDES
+    for loss in ("Trace_ELBO, 1", "Trace_ELBO, 8", "TraceMeanField_ELBO, 4", "RenyiELBO, 2")
+]
+
+
+@pytest.mark.parametrize(("guide", "loss"), sorted(set(PAIRS)))
+def test_arguments_particles_and_kind_of_loss_are_heard(guide, loss):
+    at, params = started(guide, "float32")
+    objective, particles, is_elbo = LOSSES[loss]
+    hearing = hear(at(random.key(0), objective), params)
+    assert set(hearing.params) == set(params)
+    if hearing.sites:
+        assert (hearing.particles, hearing.is_elbo) == (particles, is_elbo)
+    read = {name: charts.read_site(name, hearing) for name in hearing.sites}
+    found = {name: (g.loc, g.scale) for name, g in read.items() if g is not None}
+    # A parameter of two sites is read at both of them; that it is shared is the structure's affair.
+    assert {n: p for n, p in found.items() if "both" not in p} == GUIDES[guide].gaussian
+
+
+WAYS = ("closed form, ", "Hessian of KL", "ordinary optimizer")
+
+
+@pytest.mark.parametrize("estimator", [None, "first_order"])
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_parameter_has_one_mover(guide, estimator):
+    at, params = started(guide, "float32")
+    optimizer = NaturalGradient(estimator=estimator)
+    fn = at(random.key(0), Trace_ELBO(num_particles=2))
+    jax.eval_shape(lambda: optimizer.eval_and_update(fn, optimizer.init(params)))
+    _, _, *lines = optimizer.report().splitlines()
+    way = {line.split()[0]: line for line in lines}
+    assert len(lines) == len(way)
+    assert set(way) == set(params)
+    case, found = GUIDES[guide], {word: {p for p in way if word in way[p]} for word in WAYS}
+    closed = {parameter for site in case.gaussian.values() for parameter in site}
+    assert found == dict(zip(WAYS, (closed, case.curved, case.point), strict=True))
+
+
+def test_the_loss_integrates_densities_itself_only_in_mean_field():
+    at, params = started("Normal in a plate", "float32")
+    for name, (objective, _, _) in LOSSES.items():
+        site = hear(at(random.key(0), objective), params).sites["z"]
+        assert site.analytic == name.startswith("TraceMeanField")
+
+
+def test_score_functions_are_no_elbo():
+    def model():
+        numpyro.sample("k", dist.Bernoulli(0.3))
+
+    def guide():
+        numpyro.sample("k", dist.Bernoulli(logits=numpyro.param("logit", 0.2)))
+
+    at, params = tapped(model, guide, TraceGraph_ELBO(num_particles=2))
+    assert not hear(at(random.key(0)), params).is_elbo
+
+
+def test_a_name_taken_twice_is_refused():
+    def model():
+        numpyro.param("u", 1.0)
+        numpyro.sample("z", dist.Normal(0, 1))
+
+    def guide():
+        u = numpyro.sample("u", dist.Normal(numpyro.param("m", 0.0), 1), infer={"is_auxiliary": True})
+        numpyro.sample("z", dist.Delta(u))
+
+    at, params = tapped(model, guide, Trace_ELBO())
+    with pytest.raises(StructureError, match="`u`"):
+        hear(at(random.key(0)), params)
+
+
+# --- where a value comes from ---
+
+
+def follow(function, *args):
+    """The origin of ``function``'s value when its arguments are tagged as parameters a, b, …"""
+
+    def tagged(*xs):
+        return function(*[tag("param", name, x) for name, x in zip("abc", xs, strict=False)])
+
+    return origins(tagged, *args)[0]
+
+
+X = jnp.arange(6.0).reshape(2, 3)
+COPIES = {
+    "itself": lambda a: a,
+    "reshape": lambda a: a.reshape(3, 2),
+    "broadcast": lambda a: jnp.broadcast_to(a, (4, 2, 3)),
+    "expand_dims": lambda a: a[None],
+    "dtype": lambda a: a.astype(jnp.float16),
+    "jit": lambda a: jax.jit(lambda x: x[None])(a),
+    "vmap": lambda a: jax.vmap(lambda x: x)(a),
+    "remat": lambda a: jax.checkpoint(lambda x: x.reshape(6))(a),
+}
+COMPUTED = {
+    "sum": lambda a: a.sum(0),
+    "scaled": lambda a: 2 * a,
+    "shifted": lambda a: a + 1,
+    "exp": jnp.exp,
+    "mixed": lambda a: jnp.concatenate([a, -a]),
+    "jit": lambda a: jax.jit(jnp.sin)(a),
+    "scan": lambda a: jax.lax.scan(lambda c, x: (c + x, None), jnp.zeros(3), a)[0],
+    "while": lambda a: jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x + 1, a),
+    "cond": lambda a: jax.lax.cond(a[0, 0] > 0, jnp.sin, jnp.cos, a),
+    "custom_jvp": lambda a: jax.nn.relu(a),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_change_of_shape_is_still_the_parameter(how):
+    assert follow(COPIES[how], X).copy_of == "param:a"
+
+
+@pytest.mark.parametrize("how", COMPUTED)
+def test_a_computed_value_depends_and_is_no_copy(how):
+    origin = follow(COMPUTED[how], X)
+    assert origin.copy_of is None
+    assert origin.sources == {"param:a"}
+
+
+def test_sources_are_all_parameters_that_enter():
+    assert follow(lambda a, b, c: a * jnp.sin(c), X, X, X).sources == {"param:a", "param:c"}
+    gathered = follow(lambda a, b: a[b.astype(int)], X, jnp.zeros(2))
+    assert gathered.sources == {"param:a", "param:b"}
+    assert gathered.copy_of is None
+
+
+DEGREES = {
+    "constant": (lambda p, q: 1.0 + 0 * jnp.ones(()), 0),
+    "sum": (lambda p, q: (2 * p - q + 1).sum(), 1),
+    "weighted": (lambda p, q: jnp.dot(p, jnp.arange(3.0)), 1),
+    "masked": (lambda p, q: jnp.where(jnp.array([True, False, True]), p, 0.0).sum(), 1),
+    "mean": (lambda p, q: (p / 3).mean(), 1),
+    "product": (lambda p, q: (p * q).sum(), 2),
+    "quotient": (lambda p, q: (1 / p).sum(), 2),
+    "logsumexp": (lambda p, q: jax.nn.logsumexp(p), 2),
+    "scan": (lambda p, q: jax.lax.scan(lambda c, x: (c + x, None), 0.0, p)[0], 1),
+    "scanned product": (lambda p, q: jax.lax.scan(lambda c, x: (c * x, None), 1.0, p)[0], 2),
+}
+
+
+@pytest.mark.parametrize("how", DEGREES)
+def test_affine_in_log_densities_or_not(how):
+    function, degree = DEGREES[how]
+    p = jnp.arange(1.0, 4.0)
+    origin, _ = origins(lambda p, q: function(tag("density", "p", p), tag("density", "q", q)), p, p)
+    assert origin.degree == degree
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+def test_what_is_repeated_is_counted(vectorised):
+    def loss(x):
+        one = lambda k: tag("draw", "z", x * k).sum()
+        ks = jnp.arange(5.0)
+        return (jax.vmap(one)(ks) if vectorised else jax.lax.map(one, ks)).sum()
+
+    _, seen = origins(loss, jnp.ones(3))
+    assert seen["draw:z"].size == 15
