@@ -69,12 +69,18 @@ class NaturalGradient(_NumPyroOptim):
     def init(self, params: dict[str, Any]) -> tuple[jax.Array, State]:
         """The state before the first step.
 
-        :raises ValueError: if there is no parameter.
+        :raises ValueError: if there is no parameter, or one that has no derivatives.
         """
         if not jax.tree.leaves(params):
             raise ValueError(
                 "the guide and the model have no parameters, so there is nothing to fit; expected at least one "
                 "`numpyro.param` site. Use an autoguide such as `AutoMultivariateNormal(model)`, or add a `param`."
+            )
+        discrete = [name for name, x in params.items() if not all(map(_is_floating, jax.tree.leaves(x)))]
+        if discrete:
+            raise ValueError(
+                f"the parameters {discrete} are not floating point numbers, so the loss has no derivative with respect "
+                "to them; expected floats. Write `numpyro.param(name, 1.0)` instead of `1`, or make them constants."
             )
         return jnp.array(0), initial(params, self._point.init(params))
 
@@ -137,3 +143,7 @@ class NaturalGradient(_NumPyroOptim):
     def __getstate__(self) -> dict[str, Any]:
         # What was heard belongs to a loss function of this process.
         return {**self.__dict__, "_structure": None}
+
+
+def _is_floating(x: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.floating))

@@ -160,7 +160,7 @@ def _info(state: State, direction: Direction, proposal: Proposal, good: jax.Arra
     return jax.tree.map(
         lambda new, before: jnp.asarray(new, before.dtype),
         StepInfo(
-            jnp.where(good, proposal.moved, 0.0),
+            jnp.where(good, proposal.kl, 0.0),
             jnp.sqrt(direction.square),
             jnp.where(good, proposal.rho, 0.0),
             direction.signal,
