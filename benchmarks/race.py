@@ -46,8 +46,8 @@ class Fit(NamedTuple):
 
 
 def marks(steps: int) -> np.ndarray:
-    """Where a fit is scored: every step up to 100, then every 1 %."""
-    return np.unique(np.r_[1 : min(steps, 100) + 1, np.geomspace(1, steps, 300).astype(int), steps])
+    """Where a fit is scored: every step up to 60, then every 3 %."""
+    return np.unique(np.r_[1:61, np.geomspace(60, steps, 80).astype(int)])
 
 
 def race(case: Case, steps: int = 100, adam_steps: int = 1000) -> tuple[list[Fit], float]:

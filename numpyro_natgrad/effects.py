@@ -31,7 +31,7 @@ from numpyro.infer.util import is_identically_one
 from numpyro.primitives import Messenger
 
 from .errors import StructureError
-from .provenance import Origin, origins, tag
+from .provenance import Origin, Sighting, origins, tag
 
 Loss = Callable[[dict[str, Any]], tuple[jax.Array, Any]]
 
@@ -86,26 +86,34 @@ class Hearing(NamedTuple):
 
 
 def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
-    """Trace the loss once, without running it, and say what stands in it.
+    """Trace the loss, without running it, and say what stands in it.
+
+    A loss that integrates a site's KL itself is traced once more with that KL unknown to it: otherwise what the KL
+    takes from the parameters would hide what else does.
 
     :raises StructureError: if a parameter's name is taken twice.
     """
-    listener = Listener()
+    listener, total, seen = _listened(fn, params, opaque=False)
+    analytic = {name for name in listener.sites if f"density:{name}" not in total.sources}
+    drawn = _listened(fn, params, opaque=True)[1] if analytic else total
+    sites = {name: _heard(name, site, seen, name in analytic, drawn) for name, site in listener.sites.items()}
+    counts = [seen[f"draw:{name}"].size // max(site.draw_size, 1) for name, site in listener.sites.items()]
+    return Hearing(listener.params, sites, max(counts, default=1), total.degree <= 1)
+
+
+def _listened(fn: Loss, params: dict[str, Any], *, opaque: bool) -> "tuple[Listener, Origin, dict[str, Sighting]]":
+    listener = Listener(opaque=opaque)
 
     def loss(values: dict[str, Any]) -> jax.Array:
         with listener:
             return fn(values)[0]
 
-    total, seen = origins(loss, params)
-    sites = {name: _heard(name, site, seen, total) for name, site in listener.sites.items()}
-    counts = [seen[f"draw:{name}"].size // max(site.draw_size, 1) for name, site in listener.sites.items()]
-    return Hearing(listener.params, sites, max(counts, default=1), total.degree <= 1)
+    return listener, *origins(loss, params)
 
 
-def _heard(name: str, site: "_Site", seen: Mapping[str, Any], total: Origin) -> HeardSite:
+def _heard(name: str, site: "_Site", seen: Mapping[str, Sighting], analytic: bool, total: Origin) -> HeardSite:
     arguments = {a: seen[f"argument:{name}/{a}"].origin for a in site.arguments}
     mine = frozenset().union(*(o.sources for o in arguments.values()))
-    analytic = f"density:{name}" not in total.sources
     density = seen.get(f"score:{name}")
     return HeardSite(
         site.base,
@@ -115,7 +123,7 @@ def _heard(name: str, site: "_Site", seen: Mapping[str, Any], total: Origin) -> 
         site.reparameterized,
         site.plain,
         analytic,
-        frozenset() if analytic else mine & total.sources,
+        mine & total.sources,
         site.divergence,
     )
 
@@ -131,10 +139,14 @@ class _Site(NamedTuple):
 
 
 class Listener(Messenger):
-    """Tag every parameter, and every draw, argument and density of the guide's latent sites."""
+    """Tag every parameter, and every draw, argument and density of the guide's latent sites.
 
-    def __init__(self) -> None:
+    :param opaque: hide the sites' classes, so that no KL is known in closed form.
+    """
+
+    def __init__(self, *, opaque: bool) -> None:
         super().__init__()
+        self.opaque = opaque
         self.params: dict[str, HeardParam] = {}
         self.sites: dict[str, _Site] = {}
 
@@ -179,7 +191,10 @@ class Listener(Messenger):
         )
         msg["value"] = tag("draw", name, value)
         _tag_score(name, fn, stop_gradient(msg["value"]))
-        msg["fn"] = with_log_prob(fn, lambda *args: tag("density", name, fn.log_prob(*args)))
+        if self.opaque:
+            msg["fn"] = Assigned(fn, tag("density", name, fn.log_prob(msg["value"])))
+        else:
+            msg["fn"] = with_log_prob(fn, lambda *args: tag("density", name, fn.log_prob(*args)))
 
 
 class PathGradient(Messenger):
