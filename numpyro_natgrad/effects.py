@@ -102,7 +102,7 @@ def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
 
 
 def _listened(fn: Loss, params: dict[str, Any], *, opaque: bool) -> "tuple[Listener, Origin, dict[str, Sighting]]":
-    listener = Listener(opaque=opaque)
+    listener = Listener(frozenset(params), opaque=opaque)
 
     def loss(values: dict[str, Any]) -> jax.Array:
         with listener:
@@ -141,12 +141,13 @@ class _Site(NamedTuple):
 class Listener(Messenger):
     """Tag every parameter, and every draw, argument and density of the guide's latent sites.
 
+    :param names: the names of all parameters.
     :param opaque: hide the sites' classes, so that no KL is known in closed form.
     """
 
-    def __init__(self, *, opaque: bool) -> None:
+    def __init__(self, names: frozenset[str], *, opaque: bool) -> None:
         super().__init__()
-        self.opaque = opaque
+        self.names, self.opaque = names, opaque
         self.params: dict[str, HeardParam] = {}
         self.sites: dict[str, _Site] = {}
 
@@ -156,6 +157,11 @@ class Listener(Messenger):
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "param":
             self._param(msg)
+        elif msg["type"] == "sample" and msg["name"] in self.names:
+            raise StructureError(
+                f"the name `{msg['name']}` stands for a parameter and for a sample site, whose draw the parameter would "
+                "replace; expected one site for one name; rename one of them."
+            )
         elif _is_guide_site(msg):
             self._site(msg)
 
@@ -164,18 +170,16 @@ class Listener(Messenger):
         transform = biject_to(msg["kwargs"].get("constraint", constraints.real))
         shape = jnp.shape(msg["value"]) if isinstance(msg["value"], jax.Array | float | int) else None
         heard = HeardParam(transform, shape)
-        if self.params.get(name, heard).shape != shape or name in self.sites:
+        if self.params.get(name, heard).shape != shape:
             raise StructureError(
-                f"the name `{name}` stands for a parameter of shape {shape} and for something else in guide and "
-                "model; expected one site for one name; rename one of them."
+                f"the name `{name}` stands for parameters of the shapes {self.params[name].shape} and {shape} in guide "
+                "and model; expected one site for one name; rename one of them."
             )
         self.params[name] = heard
         msg["value"] = jax.tree.map(lambda x: tag("param", name, x), msg["value"])
 
     def _site(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
-        if name in self.params:
-            raise StructureError(f"the name `{name}` stands for a parameter and for a sample site; rename one of them.")
         base, value = base_of(fn), msg["value"]
         arguments = _arguments(base)
         for argument, x in arguments.items():

@@ -63,7 +63,7 @@ class Tap(_NumPyroOptim):
 def tapped(model, guide, loss, *args, seed: int = 0, **kwargs):
     """(at, params): ``at(key)`` is the loss at that key as an optimizer of ``SVI`` sees it, params are the start.
 
-    ``at(key, other)`` is another loss of the same model and guide.
+    ``at(key, other, given)`` is another loss of the same model and guide, at other arguments.
     """
     tap = Tap()
     svi = SVI(model, guide, tap, loss)
@@ -71,9 +71,9 @@ def tapped(model, guide, loss, *args, seed: int = 0, **kwargs):
     # An autoguide keeps what it traces; everything else is initialised by one program instead of a hundred.
     start = (init if isinstance(guide, AutoGuide) else jax.jit(init))(random.key(seed))
 
-    def at(key, other=None):
+    def at(key, other=None, given=None):
         svi.loss = other or loss
-        svi.update(start._replace(rng_key=key), *args, **kwargs)
+        svi.update(start._replace(rng_key=key), *(args if given is None else given), **kwargs)
         return tap.fn
 
     return at, start.optim_state
