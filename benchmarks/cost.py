@@ -91,7 +91,7 @@ def report(turns: int = 15) -> str:
     return "\n".join([*lines, "", *_first_steps(dtype)])
 
 
-def _first_steps(dtype: Any, repeats: int = 3) -> list[str]:
+def _first_steps(dtype: Any, repeats: int = 2) -> list[str]:
     lines = [f"### Time to first step, {dtype}, new process, seconds (median of {repeats})", ""]
     lines += ["| case | Adam | NaturalGradient | ratio | first update alone: Adam | NaturalGradient | ratio |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]

@@ -159,8 +159,8 @@ class Listener(Messenger):
             self._param(msg)
         elif msg["type"] == "sample" and msg["name"] in self.names:
             raise StructureError(
-                f"the name `{msg['name']}` stands for a parameter and for a sample site, whose draw the parameter would "
-                "replace; expected one site for one name; rename one of them."
+                f"the name `{msg['name']}` stands for a parameter and for a sample site, whose draw it would replace; "
+                "expected one site for one name; rename one of them."
             )
         elif _is_guide_site(msg):
             self._site(msg)

@@ -29,8 +29,8 @@ QUIET = 0.04
 ACCEPT, GROW = 0.1, 0.5
 #: Steps that the running means look back over at least: a mean of one step cannot tell noise.
 MEMORY_MIN = 2.0
-#: Innovations beyond this many times their expected size are pulled in.
-OUTLIER = 2.0
+#: Innovations beyond this many times their expected size are pulled in, unless they are below so many nats.
+OUTLIER, HARMLESS = 2.0, 1.0
 #: Bounds of the adaptive radius: nats, and multiples of :func:`noise_floor`, to which it closes in by itself.
 RADIUS_MAX, RADIUS_MIN = 1e5, 1e-3
 
@@ -99,7 +99,7 @@ def observe(pace: Pace, seen: Comparison, step: jax.Array) -> tuple[Pace, Observ
     trend2, news2, this2 = seen
     first, tiny = step == 0, jnp.finfo(trend2.dtype).tiny
     weight = 1 / pace.memory
-    bound = jnp.where(first, jnp.inf, OUTLIER**2 * (trend2 + pace.noise))
+    bound = jnp.where(first, jnp.inf, jnp.maximum(OUTLIER**2 * (trend2 + pace.noise), HARMLESS))
     pull = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(news2, tiny)))
     seen2 = pull**2 * news2
     noise = jnp.where(first, 0.0, pace.noise + weight * (seen2 * (2 - weight) / 2 - pace.noise))

@@ -46,7 +46,8 @@ class NaturalGradient(_NumPyroOptim):
         transformation or a NumPyro optimizer; ``optax.adam(1e-2)`` by default.
     :raises ValueError: if an option cannot be used.
 
-    ``get_params`` returns the averaged iterate; the gradient is taken at the last one, ``state.params``.
+    ``get_params`` returns the average of the iterates that noise rules (with a ``step_size`` of yours, the last
+    iterate); the gradient is taken at the last one, ``state.params``.
 
     **References:** Amari (1998), *Natural gradient works efficiently in learning*; Khan & Rue (2023), *The Bayesian
     learning rule*, JMLR 24; Kristiadi (2018), *Natural gradient descent*.

@@ -138,7 +138,7 @@ def _settle(context: Context, state: State, direction: Direction, proposal: Prop
     kept = _choose(direction.ok, direction.memory, state.memory)
     pace = pace._replace(**_choose(direction.ok, pace, state.pace)._replace(radius=pace.radius)._asdict())
     params = _choose(good, proposal.params, state.params)
-    weight = _average_weight(pace)
+    weight = _average_weight(pace, context.options)
     average = jax.tree.map(lambda a, p: a + (weight * (p - a)).astype(a.dtype), state.average, params)
     return State(
         params,
@@ -150,8 +150,13 @@ def _settle(context: Context, state: State, direction: Direction, proposal: Prop
     )
 
 
-def _average_weight(pace: Pace) -> jax.Array:
-    """Average over the steps that noise rules, and only over those: the memory counts half of them."""
+def _average_weight(pace: Pace, options: Options) -> jax.Array:
+    """Average over the steps that noise rules, and only over those: the memory counts half of them.
+
+    Steps of a length that the user has chosen are left alone: then the last iterate is what was asked for.
+    """
+    if options.step_size is not None:
+        return jnp.ones_like(pace.memory)
     return (AVERAGE_DECAY + 1) / (2 * (pace.memory - length.MEMORY_MIN) + AVERAGE_DECAY + 1)
 
 

@@ -107,4 +107,6 @@ class DiagonalGaussian(NamedTuple):
             return probe * scale * image.reshape(self.site.shape)
 
         probes = jax.random.rademacher(key, (PROBES, *self.site.shape), scale.dtype)
-        return jnp.mean(jax.vmap(product)(probes), axis=0) - 1
+        curvature = jnp.mean(jax.vmap(product)(probes), axis=0)
+        # In the path's view log q stays in the loss along the draws, and its Hessian −S is in the product already.
+        return curvature if self.mode == "path" and not self.site.analytic else curvature - 1
