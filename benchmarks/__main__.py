@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks``: all tables in float32 and float64 (half an hour on two cores), written to ``docs/benchmarks.md``.
+"""``python -m benchmarks``: all tables in float32 and float64, written to ``docs/benchmarks.md`` (half an hour).
 
 ``python -m benchmarks race eight`` (or ``gaussian``, ``logistic``), ``exact`` or ``cost``, with ``--x64`` for double
 precision, prints one.

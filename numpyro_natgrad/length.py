@@ -87,7 +87,7 @@ class Observation(NamedTuple):
     trust: jax.Array
 
 
-def observe(pace: Pace, seen: Comparison, step: jax.Array) -> tuple[Pace, Observation]:
+def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     """Compare one natural gradient with those before.
 
     The innovation's square has the variance of one natural gradient and of the running mean that foresaw it:
@@ -97,7 +97,7 @@ def observe(pace: Pace, seen: Comparison, step: jax.Array) -> tuple[Pace, Observ
 
     """
     trend2, news2, this2 = seen
-    first, tiny = step == 0, jnp.finfo(trend2.dtype).tiny
+    first, tiny = pace.memory < MEMORY_MIN, jnp.finfo(trend2.dtype).tiny
     weight = 1 / pace.memory
     bound = jnp.where(first, jnp.inf, jnp.maximum(OUTLIER**2 * (trend2 + pace.noise), HARMLESS))
     pull = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(news2, tiny)))

@@ -85,10 +85,10 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     ok = finite((evidence.loss, evidence.gradient, square))
     tangents = cleaned(ok, tangents)
     start = length.initial_radius(options, context.structure.latents)
-    pace = state.pace._replace(radius=jnp.where(step == 0, start, state.pace.radius))
+    pace = state.pace._replace(radius=jnp.where(state.pace.radius > 0, state.pace.radius, start))
     pairs = list(zip(families, tangents, strict=True))
     compared = [f.compare(state.memory, v) for f, v in pairs]
-    pace, seen = length.observe(pace, length.Comparison(*(_total(c[i] for c in compared) for i in range(3))), step)
+    pace, seen = length.observe(pace, length.Comparison(*(_total(c[i] for c in compared) for i in range(3))))
     memory = state.memory
     for family, v in pairs:
         memory = family.remember(memory, v, seen.weight)

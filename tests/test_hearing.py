@@ -100,6 +100,28 @@ def test_a_name_taken_twice_is_refused():
         hear(at(random.key(0)), params)
 
 
+# --- the state is one tree for good ---
+
+CELLS = [(guide, "Trace_ELBO, 8", "float32") for guide in GUIDES]
+CELLS += [("AutoMultivariateNormal", loss, "float32") for loss in LOSSES if loss != "Trace_ELBO, 8"]
+CELLS += [(guide, "Trace_ELBO, 8", "float64") for guide in ("MultivariateNormal in a plate", "structured", "AutoDelta")]
+
+
+@pytest.mark.parametrize(("guide", "loss", "precision"), CELLS)
+@pytest.mark.filterwarnings("ignore:NaturalGradient. the loss is not affine")
+def test_a_step_keeps_structure_shapes_and_dtypes(guide, loss, precision):
+    with jax.enable_x64(precision == "float64"):
+        at, params = started(guide, precision)
+        optimizer = NaturalGradient()
+        before = optimizer.init(params)
+        after = jax.eval_shape(lambda: optimizer.eval_and_update(at(random.key(0), LOSSES[loss][0]), before)[1])
+        assert jax.tree.structure(after) == jax.tree.structure(before)
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            assert (jnp.shape(old), jnp.result_type(old)) == (new.shape, new.dtype)
+        floats = [x.dtype for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
+        assert set(floats) == {jnp.dtype(precision)}
+
+
 # --- where a value comes from ---
 
 

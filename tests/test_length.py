@@ -59,14 +59,14 @@ def test_an_infinite_kl_is_shortened_to_something_finite(dtype):
 def watch(samples):
     """Shares of signal and estimates of noise when the rows are successive natural gradients, all in one frame."""
 
-    def step(carry, inputs):
-        (pace, mean), (t, v) = carry, inputs
+    def step(carry, v):
+        pace, mean = carry
         comparison = Comparison(jnp.sum(mean**2), jnp.sum((v - mean) ** 2), jnp.sum(v**2))
-        pace, seen = length.observe(pace, comparison, t)
+        pace, seen = length.observe(pace, comparison)
         return (pace, mean + seen.weight * (v - mean)), (seen.signal, seen.noise)
 
     start = Pace(jnp.zeros(()), jnp.ones(()), jnp.ones(())), jnp.zeros(samples.shape[1])
-    return jax.lax.scan(step, start, (jnp.arange(len(samples)), samples))[1]
+    return jax.lax.scan(step, start, samples)[1]
 
 
 def test_the_share_of_pure_noise_falls_like_a_running_mean(dtype):
@@ -102,7 +102,7 @@ def test_one_draw_from_a_heavy_tail_does_not_decide(dtype):
 @pytest.mark.parametrize("particles", [1, 2, 8, 100])
 def test_the_rule_needs_no_choice_and_stays_below_one(particles, dtype):
     signal, noise = jnp.meshgrid(jnp.array([1e-6, 0.1, 1.0]), jnp.array([0.0, 1e-3, 1.0, 1e6]))
-    rho = length.adaptive(Observed(jnp.array(3), signal, noise, particles))
+    rho = length.adaptive(Observed(jnp.array(3), signal, noise, jnp.ones(()), particles))
     assert (rho > 0).all()
     assert (rho <= particles / (particles + 2) + np.finfo(dtype).eps).all()
     # More signal never shortens a step, more noise never lengthens it.
@@ -127,5 +127,9 @@ def test_the_radius_grows_and_shrinks_fourfold_between_its_bounds(latents, dtype
     np.testing.assert_allclose(
         resized(start, start / 100, good=True, limited=False, grows=False), start / 25, rtol=1e-6
     )
-    np.testing.assert_allclose(resized(floor, 0.0, good=False, limited=False, grows=False), floor, rtol=1e-6)
+    np.testing.assert_allclose(resized(start, 0.0, good=True, limited=False, grows=False), floor, rtol=1e-6)
+    # Failures go below what noise decides, down to a bound; a short step that delivers comes back.
+    least = length.RADIUS_MIN * floor
+    np.testing.assert_allclose(resized(least, 0.0, good=False, limited=True, grows=False), least, rtol=1e-6)
+    np.testing.assert_allclose(resized(least, least, good=True, limited=True, grows=True), 4 * least, rtol=1e-6)
     assert resized(length.RADIUS_MAX, 1.0, good=True, limited=True, grows=True) == length.RADIUS_MAX

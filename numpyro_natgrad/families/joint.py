@@ -64,7 +64,7 @@ class JointGaussian(NamedTuple):
 
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Frame:
         loc = jnp.concatenate([params[s.loc].ravel() for s in self.sites])
-        factor = self._factor(params, memory.joint, step)
+        factor = self._factor(params, memory.joint)
         slope = self._flat({s.loc: evidence.gradient[s.loc] for s in self.sites})
         image = jax.vmap(lambda k: self._flat(evidence.push(self._shift(params, k))), in_axes=1, out_axes=1)(factor)
         curvature = factor.T @ image
@@ -99,13 +99,14 @@ class JointGaussian(NamedTuple):
         joint = joint._replace(factor=_padded(factor, joint.slope.size)) if self.lifted else joint
         return self._write(params, loc, factor), memory._replace(joint=joint)
 
-    def _factor(self, params: Params, joint: Joint, step: jax.Array) -> jax.Array:
+    def _factor(self, params: Params, joint: Joint) -> jax.Array:
         """K: the guide's own, or the lifted one, which starts as the guide's."""
         own = [s.factor(params[s.scale]) for s in self.sites]
         if not self.lifted:
             return own[0]
         blocks = [jnp.diag(k.ravel()) if s.form.diagonal else _blocks(k) for s, k in zip(self.sites, own, strict=True)]
-        return jnp.where(step == 0, block_diag(*blocks), joint.factor[: self.size, : self.size])
+        lifted = joint.factor[: self.size, : self.size]
+        return jnp.where(lifted[0, 0] > 0, lifted, block_diag(*blocks))  # zero until the first step is taken
 
     def _carry(self, joint: Joint, taken: Tangent, rho: jax.Array, shift: jax.Array, contraction: jax.Array) -> Joint:
         """What the remembered natural gradients say at the new point, in its frame.

@@ -1,0 +1,185 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Law: one step of length 1 lands on the exact posterior of a conjugate model, or on its projection to the family.
+
+Linear regression with known noise: the posterior is N(m*, H⁻¹), H = XᵀX/s² + prior precision, and the member of a
+smaller family with the least KL to it has the same mean and the diagonal blocks of H.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+from jax import random
+from numpyro import distributions as dist
+from numpyro import handlers
+from numpyro.distributions import constraints
+from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
+from numpyro.infer.autoguide import (
+    AutoBatchedMultivariateNormal,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
+from oracles import kl
+from tables import positive
+
+from numpyro_natgrad import NaturalGradient
+
+GROUPS, NOISE, PRIOR = 2, 0.5, 2.0
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(12, 6)) @ np.diag([1, 3, 1, 0.3, 1, 1])
+Y = X @ RNG.normal(size=6) + NOISE * RNG.normal(size=12)
+# Latents are numbered v₁ v₂, then w₁₁ w₁₂ w₂₁ w₂₂.
+
+
+def model(x: Any, y: Any) -> None:
+    with numpyro.plate("group", GROUPS):
+        v = numpyro.sample("v", dist.Normal(0, PRIOR))
+        w = numpyro.sample("w", dist.Normal(0, PRIOR).expand([2]).to_event(1))
+    mean = x @ jnp.concatenate([v, w.ravel()])
+    numpyro.sample("y", dist.Normal(mean, NOISE).to_event(1), obs=y)
+
+
+def pieces(model: Any) -> Any:
+    guide = AutoGuideList(model)
+    guide.append(AutoNormal(handlers.block(handlers.seed(model, 0), hide=["w"])))
+    guide.append(AutoMultivariateNormal(handlers.block(handlers.seed(model, 0), hide=["v"])))
+    return guide
+
+
+def mixed(x: Any, y: Any) -> None:
+    """A covariance matrix for w, scales for v, means and all shaped as the plate has them."""
+    cov = numpyro.param("cov", jnp.tile(jnp.eye(2), (GROUPS, 1, 1)), constraint=constraints.positive_definite)
+    loc, means = numpyro.param("loc", jnp.zeros((GROUPS, 2))), numpyro.param("means", jnp.ones(GROUPS))
+    with numpyro.plate("group", GROUPS):
+        numpyro.sample("v", dist.Normal(means, positive("scales", jnp.ones(GROUPS))))
+        numpyro.sample("w", dist.MultivariateNormal(loc, covariance_matrix=cov))
+
+
+def order(guide: Any, params: Any) -> np.ndarray:
+    """Where an autoguide's flat vector keeps v₁ v₂ w₁₁ … (its median at a mean of 0, 1, 2, … says so)."""
+    mean = params["auto_loc"]
+    places = guide.median({**params, "auto_loc": jnp.arange(float(mean.size)).reshape(mean.shape)})
+    return np.concatenate([np.ravel(places["v"]), np.ravel(places["w"])]).astype(int)
+
+
+def flat(guide: Any, params: Any) -> tuple[Any, Any]:
+    """Mean and covariance of v and w in an autoguide with one vector."""
+    i, mean = order(guide, params), np.ravel(params["auto_loc"])
+    if "auto_scale" in params:
+        cov = variances(params["auto_scale"])
+    else:
+        k = np.asarray(params["auto_scale_tril"], float)
+        k = k.reshape(-1, *k.shape[-2:])
+        cov = jax.scipy.linalg.block_diag(*(k @ np.swapaxes(k, 1, 2)))
+    return mean[i], np.asarray(cov)[np.ix_(i, i)]
+
+
+def dense(means: list[Any], blocks: list[Any]) -> tuple[Any, Any]:
+    return np.concatenate([np.ravel(m) for m in means]), jax.scipy.linalg.block_diag(*blocks)
+
+
+def variances(scale: Any) -> np.ndarray:
+    return np.diag(np.ravel(scale).astype(float) ** 2)
+
+
+def of_sites(_: Any, p: Any) -> tuple[Any, Any]:
+    """... of one Normal for each site."""
+    return dense([p["v_auto_loc"], p["w_auto_loc"]], [variances(p["v_auto_scale"]), variances(p["w_auto_scale"])])
+
+
+def of_list(_: Any, p: Any) -> tuple[Any, Any]:
+    """... of a Normal for v and a multivariate Normal for w."""
+    k = np.asarray(p["auto_scale_tril"], float)
+    return dense([p["v_auto_loc"], p["auto_loc"]], [variances(p["v_auto_scale"]), k @ k.T])
+
+
+def of_mixed(_: Any, p: Any) -> tuple[Any, Any]:
+    return dense([p["means"], p["loc"]], [variances(p["scales"]), *np.asarray(p["cov"], float)])
+
+
+def owned(*groups: list[int]) -> np.ndarray:
+    """Which entries of the precision a family has: those within a group of latents."""
+    mask = np.zeros((6, 6))
+    for group in groups:
+        mask[np.ix_(group, group)] = 1
+    return mask
+
+
+ALONE = owned(*[[i] for i in range(6)])
+
+
+class Exact(NamedTuple):
+    """A guide, its parameters as mean and covariance, and which entries of the precision its family has."""
+
+    make: Callable[[Any], Any]
+    dense: Callable[[Any, Any], tuple[Any, Any]]
+    owned: np.ndarray
+
+
+GUIDES = {
+    "AutoMultivariateNormal": Exact(AutoMultivariateNormal, flat, np.ones((6, 6))),
+    "AutoDiagonalNormal": Exact(AutoDiagonalNormal, flat, ALONE),
+    "AutoNormal": Exact(AutoNormal, of_sites, ALONE),
+    "AutoBatchedMultivariateNormal": Exact(
+        # NumPyro cuts this guide's flat vector v, w into rows, whatever they hold.
+        lambda m: AutoBatchedMultivariateNormal(m, batch_ndim=1), flat, owned([0, 1, 2], [3, 4, 5])
+    ),
+    "AutoGuideList": Exact(pieces, of_list, owned([0], [1], [2, 3, 4, 5])),
+    "by hand": Exact(lambda m: mixed, of_mixed, owned([0], [1], [2, 3], [4, 5])),
+}
+TOLERANCE = {"float32": 1e-4, "float64": 1e-10}  # nats
+
+
+def gap(guide: str, objective: Any, steps: int = 1, x: Any = X, **options: Any) -> float:
+    """Nats between the guide after some steps of length 1 and the nearest member of its family."""
+    case = GUIDES[guide]
+    made = case.make(model)
+    svi = SVI(model, made, NaturalGradient(1.0, max_kl=None, **options), objective)
+    args = jnp.asarray(x), jnp.asarray(Y)
+    state = svi.init(random.key(0), *args)
+    update = jax.jit(svi.update)
+    for _ in range(steps):
+        state, _ = update(state, *args)
+    hessian = x.T @ x / NOISE**2 + np.eye(6) / PRIOR**2
+    mean = np.linalg.solve(hessian, x.T @ Y / NOISE**2)
+    nearest = mean, np.linalg.inv(hessian * case.owned)
+    return kl(case.dense(made, svi.get_params(state)), nearest)
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_one_step_is_exact(guide, x64):
+    assert gap(guide, Trace_ELBO(num_particles=2)) < TOLERANCE["float64"]
+
+
+@pytest.mark.parametrize("guide", ["AutoMultivariateNormal", "AutoDiagonalNormal", "by hand"])
+def test_one_step_is_exact_in_single_precision(guide):
+    assert gap(guide, Trace_ELBO(num_particles=2)) < TOLERANCE["float32"]
+
+
+def test_any_number_of_draws_and_other_elbos_are_as_good(x64):
+    assert gap("AutoMultivariateNormal", TraceGraph_ELBO(num_particles=5)) < TOLERANCE["float64"]
+
+
+def test_one_draw_a_step_is_exact_in_two(x64):
+    """The first step leaves the noise of its draw in the mean; at the posterior's precision the next one has none."""
+    assert gap("AutoMultivariateNormal", Trace_ELBO(), steps=2) < TOLERANCE["float64"]
+
+
+def test_a_wide_full_gaussian_is_exact_where_probes_see_everything(x64, monkeypatch):
+    monkeypatch.setattr("numpyro_natgrad.structure.JOINT_LIMIT", 2)
+    assert gap("AutoMultivariateNormal", Trace_ELBO(num_particles=2)) < TOLERANCE["float64"]
+
+
+def test_a_wide_mean_field_is_exact_in_two_on_independent_latents(x64, monkeypatch):
+    """Probes see the diagonal of a diagonal Hessian without noise; the path gradient then has none either."""
+    monkeypatch.setattr("numpyro_natgrad.structure.JOINT_LIMIT", 2)
+    orthogonal = np.linalg.qr(X)[0] * np.array([1, 3, 1, 0.3, 1, 1])
+    options = {"steps": 2, "x": orthogonal, "estimator": "second_order"}
+    assert gap("AutoDiagonalNormal", Trace_ELBO(num_particles=2), **options) < TOLERANCE["float64"]

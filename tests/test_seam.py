@@ -1,0 +1,209 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Law: in ``SVI`` it is an optimizer like any other; however the same steps are asked for, they are the same."""
+
+import pickle
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+from jax import lax, random
+from numpyro import distributions as dist
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from oracles import assert_close, root_eps
+from tables import DATA
+
+from numpyro_natgrad import NaturalGradient, State
+
+STEPS = 4
+X = jnp.asarray(DATA, jnp.float32)
+TRACES = []
+
+
+def model(x: Any, width: float = 1.0) -> None:
+    """A Normal of unknown mean and scale: not conjugate to the guide. Tells when it is traced."""
+    TRACES.append(None)
+    mean = numpyro.sample("mean", dist.Normal(0, 3))
+    scale = numpyro.sample("scale", dist.HalfNormal(width))
+    numpyro.sample("x", dist.Normal(mean, scale).expand(x.shape).to_event(1), obs=x)
+
+
+@cache
+def fitted() -> tuple[SVI, Any, Any, list[Any], list[Any]]:
+    """(svi, start, jitted update, states, losses) of a few updates."""
+    svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO(num_particles=2))
+    start = svi.init(random.key(0), X)
+    update, states, losses = jax.jit(svi.update), [start], []
+    for _ in range(STEPS):
+        state, loss = update(states[-1], X)
+        states.append(state)
+        losses.append(loss)
+    return svi, start, update, states, losses
+
+
+def numbers(state: Any) -> Any:
+    """A state without its key."""
+    return state.optim_state
+
+
+def test_run_is_update_repeated():
+    svi, _, _, states, losses = fitted()
+    result = svi.run(random.key(0), STEPS, X, progress_bar=False)
+    assert_close(result.losses, jnp.stack(losses), root_eps("float32"))
+    assert_close(numbers(result.state), numbers(states[-1]), root_eps("float32"))
+    assert_close(result.params, svi.get_params(states[-1]), root_eps("float32"))
+
+
+def test_the_progress_bar_and_a_resumed_run_change_nothing():
+    """Half of the run with a bar, the other half from its state with ``stable_update``."""
+    svi, _, _, states, losses = fitted()
+    first = svi.run(random.key(0), STEPS // 2, X, progress_bar=True)
+    second = svi.run(
+        random.key(9), STEPS // 2, X, progress_bar=False, init_state=first.state, stable_update=True
+    )
+    assert_close(jnp.concatenate([first.losses, second.losses]), jnp.stack(losses), root_eps("float32"))
+    assert_close(numbers(second.state), numbers(states[-1]), root_eps("float32"))
+
+
+def test_evaluate_is_the_loss_at_the_parameters_returned():
+    svi, _, _, states, _ = fitted()
+    state = states[-1]
+    expected = svi.loss.loss(random.split(state.rng_key)[1], svi.get_params(state), svi.model, svi.guide, X)
+    assert_close(svi.evaluate(state, X), expected, root_eps("float32"))
+
+
+def test_the_loss_returned_is_that_before_the_step():
+    """At the iterate, not at its average."""
+    svi, _, _, states, losses = fitted()
+    for state, loss in zip(states, losses, strict=False):
+        key, params = random.split(state.rng_key)[1], svi.constrain_fn(state.optim_state[1].params)
+        assert_close(loss, svi.loss.loss(key, params, svi.model, svi.guide, X), root_eps("float32"))
+
+
+def test_a_map_over_seeds_is_a_loop():
+    svi, start, _, _, _ = fitted()
+    keys = random.split(random.key(7), 3)
+    states = [start._replace(rng_key=key) for key in keys]
+    together, losses = jax.jit(jax.vmap(lambda key: svi.update(start._replace(rng_key=key), X)))(keys)
+    for i, state in enumerate(states):
+        alone, loss = fitted()[2](state, X)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], numbers(together)), numbers(alone), root_eps("float32"))
+        assert_close(losses[i], loss, root_eps("float32"))
+
+
+def test_it_is_compiled_once():
+    """The model is not traced again: neither by a second update, nor by other data of the same shape."""
+    _, _, update, states, _ = fitted()
+    before = len(TRACES)
+    update(states[0], X)
+    update(states[-1], X + 1)
+    assert len(TRACES) == before
+    assert update._cache_size() == 1
+
+
+def test_a_long_run_traces_no_more_than_a_short_one():
+    svi, *_ = fitted()
+
+    def traces(steps):
+        before = len(TRACES)
+        # Abstract: nothing is compiled.
+        jax.eval_shape(lambda: lax.scan(lambda s, _: svi.update(s, X), fitted()[1], length=steps))
+        return len(TRACES) - before
+
+    assert traces(2) == traces(50)
+
+
+def test_optimizer_and_state_survive_pickling():
+    svi, start, update, states, _ = fitted()
+    optimizer = pickle.loads(pickle.dumps(svi.optim))
+    assert isinstance(optimizer, NaturalGradient)
+    arrays = pickle.loads(pickle.dumps(jax.tree.map(np.asarray, numbers(states[1]))))
+    assert isinstance(arrays[1], State)
+    again = SVI(model, svi.guide, optimizer, svi.loss)
+    again.constrain_fn = svi.constrain_fn
+    state = states[1]._replace(optim_state=jax.tree.map(jnp.asarray, arrays))
+    assert_close(numbers(jax.jit(again.update)(state, X)[0]), numbers(states[2]), root_eps("float32"))
+
+
+def test_init_params_are_where_it_starts():
+    svi, *_ = fitted()
+    given = {"mean_auto_loc": jnp.array(1.5), "scale_auto_scale": jnp.array(0.25)}
+    state = svi.init(random.key(0), X, init_params=given)
+    found = svi.get_params(state)
+    assert_close({name: found[name] for name in given}, given, root_eps("float32"))
+    moved = svi.get_params(fitted()[2](state, X)[0])
+    assert not np.isclose(moved["mean_auto_loc"], 1.5)
+
+
+def test_static_kwargs_reach_model_and_guide():
+    svi, start, *_ = fitted()
+    static = SVI(model, svi.guide, NaturalGradient(), svi.loss, width=2.0)
+    static.constrain_fn = svi.constrain_fn
+    state, loss = jax.jit(static.update)(start, X)
+    key, params = random.split(start.rng_key)[1], svi.get_params(start)
+    assert_close(loss, svi.loss.loss(key, params, model, svi.guide, X, width=2.0), root_eps("float32"))
+    assert not static.optim.info(state).skipped
+    assert not np.allclose(loss, fitted()[4][0])
+
+
+# --- forward mode ---
+
+
+def iterated(loop: bool):
+    """A mean that is computed by iteration; with ``loop``, one that only forward mode differentiates."""
+
+    def model(x: Any, steps: Any) -> None:
+        a = numpyro.sample("a", dist.Normal(0, 1))
+        b = numpyro.sample("b", dist.Normal(0, 1))
+        body = lambda _, y: y + 0.3 * (jnp.sin(a) - 0.2 * y * b)
+        if loop:
+            y = lax.fori_loop(0, steps, body, 0.0 * a)
+        else:
+            y = 0.0 * a
+            for i in range(3):
+                y = body(i, y)
+        numpyro.sample("x", dist.Normal(y, 0.5).expand(x.shape).to_event(1), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+def test_forward_mode_takes_the_same_steps(guide):
+    def step(model, forward):
+        svi = SVI(model, guide(model), NaturalGradient(), Trace_ELBO(num_particles=2))
+        state = svi.init(random.key(0), X, 3)
+        update = jax.jit(lambda s, steps: svi.update(s, X, steps, forward_mode_differentiation=forward))
+        state, loss = update(state, 3)
+        return numbers(state), loss
+
+    backward, forward = step(iterated(loop=False), False), step(iterated(loop=True), True)
+    assert not forward[0][1].info.skipped
+    assert_close(forward, backward, root_eps("float32"))
+
+
+# --- mutable state ---
+
+
+def test_mutable_state_goes_its_way():
+    """A counter and a running mean in the model: one step of each a step of the optimizer, as under any optimizer."""
+
+    def counting(x):
+        count = numpyro.primitives.mutable("count", {"n": jnp.array(0.0)})
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("x", dist.Normal(z, 1).expand(x.shape).to_event(1), obs=x)
+        count["n"] = count["n"] + 1
+
+    svi = SVI(counting, AutoNormal(counting), NaturalGradient(), Trace_ELBO())
+    state = svi.init(random.key(0), X)
+    update = jax.jit(svi.update)
+    counts = [float(state.mutable_state["count"]["n"])]
+    for _ in range(3):
+        state, _ = update(state, X)
+        counts.append(float(state.mutable_state["count"]["n"]))
+    assert list(np.diff(counts)) == [1.0, 1.0, 1.0]
+    assert not svi.optim.info(state).skipped
