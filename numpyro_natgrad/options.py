@@ -26,6 +26,11 @@ class Options(NamedTuple):
         return LIFTED_MARGIN if self.max_kl is None else MARGIN
 
     @property
+    def strict(self) -> bool:
+        """Whether the limit is a number of nats, which the guide's own KL has to keep."""
+        return self.max_kl is not None and not self.adaptive
+
+    @property
     def adaptive(self) -> bool:
         return self.max_kl == "adaptive"
 

@@ -55,7 +55,8 @@ class Pace(NamedTuple):
 class StepInfo(NamedTuple):
     """One step in numbers; scalars. Read it with :meth:`.NaturalGradient.info`.
 
-    :ivar kl_moved: KL(q ‖ q₊) of this step, nats (0 if it was skipped); what ``max_kl`` bounds.
+    :ivar kl_moved: KL(q ‖ q₊) of this step, nats (0 if it was skipped); what ``max_kl`` bounds. Of the lifted Gaussian
+        where steps are lifted and ``max_kl`` is no number.
     :ivar natural_gradient_norm: Fisher norm √(gᵀF⁻¹g) of the natural gradient, √nats: half its square estimates the
         nats still to gain, plus noise.
     :ivar step_length: ρ, between 0 and 1: the share of the way to the minimum of the local model.

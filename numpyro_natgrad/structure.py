@@ -84,7 +84,7 @@ def _gaussian_families(sites: list[GaussianSite], hearing: Hearing, options: Opt
     """One joint step where its Hessian is small enough, else a family for every site."""
     latents = sum(s.size for s in sites)
     if 0 < latents <= JOINT_LIMIT and hearing.is_elbo and options.estimator != "first_order":
-        return [JointGaussian(tuple(sites), options.margin)]
+        return [JointGaussian(tuple(sites), options.margin, options.strict)]
     return [_wide(s, hearing, options) for s in sites]
 
 

@@ -33,10 +33,15 @@ class Frame(NamedTuple):
 
 
 class JointGaussian(NamedTuple):
-    """The dense joint step over ``sites``; ``lifted`` unless the guide is one full Gaussian itself."""
+    """The dense joint step over ``sites``; ``lifted`` unless the guide is one full Gaussian itself.
+
+    ``strict``: KL is the guide's own, which a limit given in nats is about, at the price of a projection for every
+    length tried; else it is that of the lifted Gaussian.
+    """
 
     sites: tuple[GaussianSite, ...]
     margin: float
+    strict: bool
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -76,7 +81,13 @@ class JointGaussian(NamedTuple):
         return gaussian.norm2(v.tangent)
 
     def kl(self, v: Frame, rho: jax.Array) -> jax.Array:
-        return gaussian.kl_forward(v.tangent, rho, self.margin)
+        if not (self.strict and self.lifted):
+            return gaussian.kl_forward(v.tangent, rho, self.margin)
+        shift = v.factor @ gaussian.displacement(v.tangent, rho, self.margin)
+        roots = v.factor, v.factor @ gaussian.contraction(v.tangent, rho, self.margin)
+        before, after = (project(gaussian.inverse_lower(k), self.sites) for k in roots)
+        parts = zip(self.sites, before, after, self._split(shift), strict=True)
+        return sum((_kl(s, a, b, x.reshape(s.shape)) for s, a, b, x in parts), jnp.zeros(()))
 
     def moved(self, v: Frame, rho: jax.Array) -> jax.Array:
         return gaussian.kl_backward(v.tangent, rho, self.margin)
@@ -188,6 +199,17 @@ def _tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
     ok = jnp.all(jnp.isfinite(curvature))
     spectrum = gaussian.tangent(slope, jnp.where(ok, curvature, 0.0))
     return spectrum._replace(values=jnp.where(ok, spectrum.values, jnp.nan))
+
+
+def _kl(site: GaussianSite, before: jax.Array, after: jax.Array, shift: jax.Array) -> jax.Array:
+    """KL(N(m, LLᵀ) ‖ N(m + shift, L₊L₊ᵀ)) in nats: with A = L₊⁻¹L, ½(‖A‖² − d − 2 log|A| + ‖L₊⁻¹ shift‖²)."""
+    if site.form.diagonal:
+        ratio = before / after
+        return 0.5 * jnp.sum(ratio**2 - 1 - 2 * jnp.log(ratio) + (shift / after) ** 2)
+    inverse = gaussian.inverse_lower(after)
+    ratio, x = inverse @ before, jnp.einsum("...ij,...j->...i", inverse, shift)
+    logs = jnp.log(jnp.diagonal(ratio, axis1=-2, axis2=-1))
+    return 0.5 * (jnp.sum(ratio**2) - site.size - 2 * jnp.sum(logs) + jnp.sum(x**2))
 
 
 def _padded(x: jax.Array, n: int) -> jax.Array:

@@ -1,0 +1,221 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Law: a step is as long as its options say, moves no more nats than they allow, and what cannot be used is named."""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import optax
+import pytest
+from jax import lax, random
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
+from oracles import assert_close, root_eps, spd
+from tables import positive
+
+from numpyro_natgrad import NaturalGradient
+
+D, STEPS = 3, 25
+PRECISION, CENTRE = spd(0, D, low=1.0, high=100.0), np.arange(1.0, D + 1)
+
+
+def gaussian() -> None:
+    """A correlated Gaussian, far from where the guides start."""
+    z = numpyro.sample("z", dist.ImproperUniform(constraints.real, (), (D,)))
+    numpyro.factor("f", dist.MultivariateNormal(jnp.asarray(CENTRE), precision_matrix=jnp.asarray(PRECISION)).log_prob(z))
+
+
+def full() -> None:
+    tril = numpyro.param("tril", 0.1 * jnp.eye(D), constraint=constraints.lower_cholesky)
+    numpyro.sample("z", dist.MultivariateNormal(numpyro.param("loc", jnp.zeros(D)), scale_tril=tril))
+
+
+def independent() -> None:
+    loc, scale = numpyro.param("loc", jnp.zeros(D)), positive("scale", jnp.full(D, 0.1))
+    numpyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+
+def rates() -> None:
+    z = numpyro.sample("z", dist.Gamma(2.0, 0.5))
+    numpyro.sample("n", dist.Poisson(z), obs=40)
+
+
+def gamma() -> None:
+    numpyro.sample("z", dist.Gamma(positive("a", 2.0), positive("b", 1.0)))
+
+
+class Walk(NamedTuple):
+    """The iterates, the start included, constrained; and what was reported of each step."""
+
+    params: dict[str, np.ndarray]
+    info: Any
+
+
+def walk(model: Any, guide: Any, optimizer: NaturalGradient, loss: Any = None, steps: int = STEPS) -> Walk:
+    svi = SVI(model, guide, optimizer, loss or Trace_ELBO(num_particles=4))
+    start = svi.init(random.key(0))
+
+    def step(state, _):
+        new, _ = svi.update(state)
+        return new, (state.optim_state[1].params, svi.optim.info(new))
+
+    last, (params, info) = jax.jit(lambda s: lax.scan(step, s, length=steps))(start)
+    params = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), params, last.optim_state[1].params)
+    return jax.tree.map(np.asarray, Walk(svi.constrain_fn(params), info))
+
+
+def nats(guide: Any, params: dict[str, np.ndarray]) -> np.ndarray:
+    """KL(q ‖ q₊) of each step, by NumPyro."""
+    make = {
+        full: lambda p: dist.MultivariateNormal(p["loc"], scale_tril=p["tril"]),
+        independent: lambda p: dist.Normal(p["loc"], p["scale"]).to_event(1),
+        gamma: lambda p: dist.Gamma(p["a"], p["b"]),
+    }[guide]
+    before, after = make({n: x[:-1] for n, x in params.items()}), make({n: x[1:] for n, x in params.items()})
+    return np.asarray(dist.kl_divergence(before, after))
+
+
+class Bounded(NamedTuple):
+    """A fit with a fixed KL limit; ``excess``: what the KL may exceed it by, relative."""
+
+    model: Any
+    guide: Any
+    options: dict[str, Any]
+    max_kl: float
+    excess: float
+
+
+# Where KL has a closed form, so has its limit; the quadratic model of it is good to O(δ^½), relative.
+LIMITS = {
+    "full": Bounded(gaussian, full, {}, 0.5, 1e-8),
+    "full, first order": Bounded(gaussian, full, {"estimator": "first_order"}, 0.5, 1e-8),
+    "independent": Bounded(gaussian, independent, {}, 0.5, 1e-8),
+    "independent, first order": Bounded(gaussian, independent, {"estimator": "first_order"}, 0.5, 1e-8),
+    "curvature of KL": Bounded(rates, gamma, {}, 1e-4, 3e-2),
+}
+
+
+@cache
+def limited(name: str) -> Walk:
+    case = LIMITS[name]
+    with jax.enable_x64(True):
+        return walk(case.model, case.guide, NaturalGradient(1.0, max_kl=case.max_kl, **case.options))
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_no_step_moves_the_guide_further_than_max_kl(name, x64):
+    case, (params, _) = LIMITS[name], limited(name)
+    assert nats(case.guide, params).max() <= case.max_kl * (1 + case.excess)
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limited_step_uses_what_it_is_given(name, x64):
+    """To the 1 % of the bisection in ρ: 2 % where KL is quadratic, a few more where a growing variance makes it steeper."""
+    case, (params, info) = LIMITS[name], limited(name)
+    moved = nats(case.guide, params)
+    assert info.limited[:5].all()
+    assert (moved[info.limited] >= case.max_kl * (0.95 - case.excess)).all()
+    assert (info.radius == case.max_kl).all()
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_kl_reported_is_that_moved(name, x64):
+    case, (params, info) = LIMITS[name], limited(name)
+    np.testing.assert_allclose(info.kl_moved, nats(case.guide, params), rtol=max(root_eps("float64"), case.excess), atol=1e-12)
+
+
+RULES = {
+    "number": (0.3, lambda t: 0.3),
+    "optax schedule": (optax.exponential_decay(0.8, 5, 0.5), lambda t: 0.8 * 0.5 ** (t / 5)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_step_is_as_long_as_the_rule_says(rule, x64):
+    """ρ is reported, and it is the share of the way in the precision: S ← (1−ρ) S + ρ H on a Gaussian target."""
+    given, expected = RULES[rule]
+    params, info = walk(gaussian, full, NaturalGradient(given, max_kl=None))
+    rho = np.array([expected(t) for t in range(STEPS)])
+    assert_close(info.step_length, rho, root_eps("float64"))
+    precision = np.linalg.inv(params["tril"] @ np.swapaxes(params["tril"], 1, 2))
+    assert_close(precision[1:], (1 - rho[:, None, None]) * precision[:-1] + rho[:, None, None] * PRECISION, root_eps("float64"))
+    assert not info.limited.any()
+    assert not info.skipped.any()
+
+
+def test_the_default_rule_stays_between_none_and_the_whole_way(x64):
+    params, info = walk(gaussian, full, NaturalGradient())
+    assert (info.step_length[~info.skipped] > 0).all()
+    assert (info.step_length <= 4 / (4 + 2) + root_eps("float64")).all()
+    # A Gaussian target has no noise with two draws or more: S approaches H at the full rate.
+    factor = params["tril"][-1]
+    assert_close(factor @ factor.T, np.linalg.inv(PRECISION), 1e-3)
+
+
+def test_a_loss_that_is_no_elbo_is_announced_and_fitted_by_the_metric_alone(x64):
+    with pytest.warns(UserWarning, match="not affine"):
+        _, info = walk(gaussian, full, NaturalGradient(), RenyiELBO(alpha=0.5, num_particles=8))
+    assert not info.skipped.all()
+    assert np.isfinite(info.natural_gradient_norm).all()
+
+
+# --- what cannot be used is named ---
+
+BAD = {
+    "negative step": (ValueError, {"step_size": -0.5}, "-0.5"),
+    "no step": (ValueError, {"step_size": 0}, "step_size=0"),
+    "infinite step": (ValueError, {"step_size": float("inf")}, "inf"),
+    "step in words": (ValueError, {"step_size": "fast"}, "'fast'"),
+    "many steps": (ValueError, {"step_size": [0.1, 0.2]}, "[0.1, 0.2]"),
+    "negative nats": (ValueError, {"max_kl": -1.0}, "-1.0"),
+    "no nats": (ValueError, {"max_kl": 0.0}, "max_kl=0.0"),
+    "no number": (ValueError, {"max_kl": float("nan")}, "nan"),
+    "nats in words": (ValueError, {"max_kl": "adaptiv"}, "'adaptiv'"),
+    "estimator": (ValueError, {"estimator": "third_order"}, "'third_order'"),
+    "path gradient": (TypeError, {"path_gradient": "yes"}, "'yes'"),
+    "point optimizer": (TypeError, {"point_optimizer": "adam"}, "'adam'"),
+    "point optimizer's rate": (TypeError, {"point_optimizer": 0.01}, "0.01"),
+    "unknown": (TypeError, {"learning_rate": 0.1}, "learning_rate"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_error_quotes_what_was_typed(name):
+    error, options, typed = BAD[name]
+    with pytest.raises(error) as caught:
+        NaturalGradient(**options)
+    assert typed in str(caught.value)
+    if error is ValueError:
+        assert f"`{next(iter(options))}=" in str(caught.value)
+
+
+@pytest.mark.parametrize("x", [1, 0.5, np.float32(0.5), jnp.asarray(0.5), optax.constant_schedule(0.1), None], ids=lambda x: type(x).__name__)
+def test_numbers_of_any_kind_are_numbers(x):
+    NaturalGradient(x)
+
+
+def test_all_but_the_step_size_are_asked_for_by_name():
+    with pytest.raises(TypeError):
+        NaturalGradient(0.1, 0.5)
+
+
+def test_nothing_to_fit_is_refused():
+    with pytest.raises(ValueError, match=r"numpyro\.param"):
+        SVI(gaussian, lambda: None, NaturalGradient(), Trace_ELBO()).optim.init({})
+
+
+def test_a_gradient_alone_is_refused():
+    optimizer = NaturalGradient()
+    state = optimizer.init({"x": jnp.zeros(2)})
+    with pytest.raises(TypeError, match="eval_and_update"):
+        optimizer.update({"x": jnp.ones(2)}, state)
+
+
+def test_a_report_needs_a_fit():
+    with pytest.raises(RuntimeError, match="svi.run"):
+        NaturalGradient().report()

@@ -1,0 +1,89 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Law: a parameter that no distribution owns moves as under the ordinary optimizer alone, and only such a one does."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import random
+from numpyro import optim
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoDelta, AutoNormal
+from oracles import assert_close, root_eps
+from tables import DATA, school, with_model_param
+
+from numpyro_natgrad import NaturalGradient
+
+STEPS = 30
+X = jnp.asarray(DATA, jnp.float32)
+ORDINARY = {
+    "default": (None, optax.adam(1e-2)),
+    "optax": (optax.chain(optax.clip(1.0), optax.sgd(0.1, momentum=0.5)),) * 2,
+    "numpyro": (optim.Adam(5e-2), optim.Adam(5e-2)),
+}
+
+
+@cache
+def delta() -> AutoDelta:
+    return AutoDelta(school)
+
+
+def fit(optimizer: Any) -> tuple[dict[str, Any], Any]:
+    """Parameters that ``svi.get_params`` returns, and losses."""
+    svi = SVI(school, delta(), optimizer, Trace_ELBO())
+    result = svi.run(random.key(0), STEPS, X, progress_bar=False)
+    return result.params, result.losses
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_a_guide_of_points_is_fitted_by_the_ordinary_optimizer(name):
+    given, alone = ORDINARY[name]
+    params, losses = fit(NaturalGradient(point_optimizer=given))
+    expected, expected_losses = fit(alone)
+    assert_close(losses, expected_losses, root_eps("float32"))
+    assert_close(params, expected, root_eps("float32"))
+
+
+@cache
+def beside(name: str) -> tuple[list[Any], list[Any]]:
+    """Iterates of a guide with a ``param`` of the model beside it, and the gradients that it met."""
+    svi = SVI(with_model_param, AutoNormal(with_model_param), NaturalGradient(point_optimizer=OTHERS[name]), Trace_ELBO(2))
+    state, update = svi.init(random.key(0), X), jax.jit(svi.update)
+    loss = lambda params, key: svi.loss.loss(key, svi.constrain_fn(params), svi.model, svi.guide, X)
+    slope, params, slopes = jax.jit(jax.grad(loss)), [state.optim_state[1].params], []
+    for _ in range(5):
+        slopes.append(slope(params[-1], random.split(state.rng_key)[1]))
+        state, _ = update(state, X)
+        assert not svi.optim.info(state).skipped
+        params.append(state.optim_state[1].params)
+    return params, slopes
+
+
+OTHERS = {"adam": optax.adam(1e-2), "still": optax.sgd(0.0)}
+
+
+def test_a_parameter_of_the_model_moves_as_under_adam_alone():
+    """Adam, fed the very gradients that NumPyro computes at the iterates, makes the very same moves."""
+    params, slopes = beside("adam")
+    mine, adam = {"noise": params[0]["noise"]}, optax.adam(1e-2)
+    state = adam.init(mine)
+    for slope, after in zip(slopes, params[1:], strict=True):
+        updates, state = adam.update({"noise": slope["noise"]}, state)
+        mine = optax.apply_updates(mine, updates)
+        np.testing.assert_allclose(after["noise"], mine["noise"], rtol=root_eps("float32"))
+    assert not np.isclose(mine["noise"], params[0]["noise"])
+
+
+def test_parameters_of_gaussian_sites_do_not_move_by_it():
+    """In the first step, where the model is still the same, they go where they go without it."""
+    with_adam, without = beside("adam")[0], beside("still")[0]
+    for name in with_adam[0]:
+        if name != "noise":
+            assert_close(with_adam[1][name], without[1][name], root_eps("float32"))
+            assert not np.isclose(with_adam[1][name], with_adam[0][name])
+    assert without[-1]["noise"] == without[0]["noise"]
