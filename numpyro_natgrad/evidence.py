@@ -50,6 +50,7 @@ class Views(NamedTuple):
     :ivar curved: the parameters along which Hessian products are asked (empty: none).
     :ivar scored: the sites whose score term is subtracted from the gradient.
     :ivar forward: forward-mode differentiation.
+    :ivar keep: hold on to what does not depend on the parameters (:mod:`.hoist`), the draws above all.
     """
 
     modes: Mapping[str, str]
@@ -57,6 +58,7 @@ class Views(NamedTuple):
     curved: tuple[str, ...]
     scored: frozenset[str]
     forward: bool
+    keep: bool
 
 
 def gather(fn: Loss, params: Params, views: Views, particles: int) -> Evidence:
@@ -70,7 +72,7 @@ def gather(fn: Loss, params: Params, views: Views, particles: int) -> Evidence:
             loss, aux = fn(values)
         return loss, (loss, aux)
 
-    viewed = hoisted(view, (params, taps))
+    viewed = hoisted(view, (params, taps)) if views.keep else view
 
     def slope(curved: Params) -> tuple[Params, Any]:
         (gradient, means), out = derivative(viewed, views.forward)(({**params, **curved}, taps))

@@ -20,6 +20,9 @@ from .families.joint import JointGaussian
 from .options import Options
 from .state import JOINT_LIMIT
 
+#: Numbers drawn a step up to which they are kept for the whole step; beyond, memory is worth more than time.
+KEPT_DRAWS = 1_000_000
+
 _NO_ELBO = (
     "NaturalGradient: the loss is not affine in the guide's log-densities, so it is no ELBO (a Rényi bound, or "
     "score-function gradients of a discrete site). Steps use the plain Fisher metric: gradients without the path "
@@ -125,4 +128,5 @@ def _views(
     curved = tuple(p for family in families for p in family.curved)
     sites = {n for n in scored if hearing.sites[n].reparameterized and not hearing.sites[n].analytic}
     usable = options.path_gradient and hearing.is_elbo
-    return Views(modes, taps, curved, frozenset(sites if usable else ()), forward)
+    draws = hearing.particles * sum(s.size for s in hearing.sites.values())
+    return Views(modes, taps, curved, frozenset(sites if usable else ()), forward, draws <= KEPT_DRAWS)

@@ -129,7 +129,9 @@ GUIDES = {
     "AutoNormal": Exact(AutoNormal, of_sites, ALONE),
     "AutoBatchedMultivariateNormal": Exact(
         # NumPyro cuts this guide's flat vector v, w into rows, whatever they hold.
-        lambda m: AutoBatchedMultivariateNormal(m, batch_ndim=1), flat, owned([0, 1, 2], [3, 4, 5])
+        lambda m: AutoBatchedMultivariateNormal(m, batch_ndim=1),
+        flat,
+        owned([0, 1, 2], [3, 4, 5]),
     ),
     "AutoGuideList": Exact(pieces, of_list, owned([0], [1], [2, 3, 4, 5])),
     "by hand": Exact(lambda m: mixed, of_mixed, owned([0], [1], [2, 3], [4, 5])),

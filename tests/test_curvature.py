@@ -51,9 +51,7 @@ NU, SCALE = 5.0, 1.4
 FAMILIES = {
     "Normal": Family(dist.Normal, {"loc": (real, 0.3), "scale": (positive, 0.7)}, np.diag([1, 2]) / 0.7**2),
     "LogNormal": Family(dist.LogNormal, {"loc": (real, 0.3), "scale": (positive, 0.7)}, np.diag([1, 2]) / 0.7**2),
-    "Gamma": Family(
-        dist.Gamma, {"concentration": (positive, 2.3), "rate": (positive, 1.7)}, gamma_block(2.3, 1.7)
-    ),
+    "Gamma": Family(dist.Gamma, {"concentration": (positive, 2.3), "rate": (positive, 1.7)}, gamma_block(2.3, 1.7)),
     "Beta": Family(
         dist.Beta,
         {"concentration1": (positive, 2.5), "concentration0": (positive, 0.9)},

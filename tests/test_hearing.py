@@ -10,7 +10,7 @@ from jax import random
 from numpyro import distributions as dist
 from numpyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from oracles import tapped
-from tables import DATA, GUIDES, started
+from tables import GUIDES, started
 
 from numpyro_natgrad import NaturalGradient, StructureError, charts
 from numpyro_natgrad.effects import hear

@@ -27,7 +27,9 @@ PRECISION, CENTRE = spd(0, D, low=1.0, high=100.0), np.arange(1.0, D + 1)
 def gaussian() -> None:
     """A correlated Gaussian, far from where the guides start."""
     z = numpyro.sample("z", dist.ImproperUniform(constraints.real, (), (D,)))
-    numpyro.factor("f", dist.MultivariateNormal(jnp.asarray(CENTRE), precision_matrix=jnp.asarray(PRECISION)).log_prob(z))
+    numpyro.factor(
+        "f", dist.MultivariateNormal(jnp.asarray(CENTRE), precision_matrix=jnp.asarray(PRECISION)).log_prob(z)
+    )
 
 
 def full() -> None:
@@ -126,7 +128,9 @@ def test_a_limited_step_uses_what_it_is_given(name, x64):
 @pytest.mark.parametrize("name", LIMITS)
 def test_the_kl_reported_is_that_moved(name, x64):
     case, (params, info) = LIMITS[name], limited(name)
-    np.testing.assert_allclose(info.kl_moved, nats(case.guide, params), rtol=max(root_eps("float64"), case.excess), atol=1e-12)
+    np.testing.assert_allclose(
+        info.kl_moved, nats(case.guide, params), rtol=max(root_eps("float64"), case.excess), atol=1e-12
+    )
 
 
 RULES = {
@@ -143,7 +147,9 @@ def test_the_step_is_as_long_as_the_rule_says(rule, x64):
     rho = np.array([expected(t) for t in range(STEPS)])
     assert_close(info.step_length, rho, root_eps("float64"))
     precision = np.linalg.inv(params["tril"] @ np.swapaxes(params["tril"], 1, 2))
-    assert_close(precision[1:], (1 - rho[:, None, None]) * precision[:-1] + rho[:, None, None] * PRECISION, root_eps("float64"))
+    assert_close(
+        precision[1:], (1 - rho[:, None, None]) * precision[:-1] + rho[:, None, None] * PRECISION, root_eps("float64")
+    )
     assert not info.limited.any()
     assert not info.skipped.any()
 
@@ -194,7 +200,9 @@ def test_an_error_quotes_what_was_typed(name):
         assert f"`{next(iter(options))}=" in str(caught.value)
 
 
-@pytest.mark.parametrize("x", [1, 0.5, np.float32(0.5), jnp.asarray(0.5), optax.constant_schedule(0.1), None], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "x", [1, 0.5, np.float32(0.5), jnp.asarray(0.5), optax.constant_schedule(0.1), None], ids=lambda x: type(x).__name__
+)
 def test_numbers_of_any_kind_are_numbers(x):
     NaturalGradient(x)
 

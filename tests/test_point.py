@@ -52,7 +52,9 @@ def test_a_guide_of_points_is_fitted_by_the_ordinary_optimizer(name):
 @cache
 def beside(name: str) -> tuple[list[Any], list[Any]]:
     """Iterates of a guide with a ``param`` of the model beside it, and the gradients that it met."""
-    svi = SVI(with_model_param, AutoNormal(with_model_param), NaturalGradient(point_optimizer=OTHERS[name]), Trace_ELBO(2))
+    svi = SVI(
+        with_model_param, AutoNormal(with_model_param), NaturalGradient(point_optimizer=OTHERS[name]), Trace_ELBO(2)
+    )
     state, update = svi.init(random.key(0), X), jax.jit(svi.update)
     loss = lambda params, key: svi.loss.loss(key, svi.constrain_fn(params), svi.model, svi.guide, X)
     slope, params, slopes = jax.jit(jax.grad(loss)), [state.optim_state[1].params], []

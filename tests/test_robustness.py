@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import pytest
-from jax import lax, random
+from jax import random
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO

@@ -63,9 +63,7 @@ def test_the_progress_bar_and_a_resumed_run_change_nothing():
     """Half of the run with a bar, the other half from its state with ``stable_update``."""
     svi, _, _, states, losses = fitted()
     first = svi.run(random.key(0), STEPS // 2, X, progress_bar=True)
-    second = svi.run(
-        random.key(9), STEPS // 2, X, progress_bar=False, init_state=first.state, stable_update=True
-    )
+    second = svi.run(random.key(9), STEPS // 2, X, progress_bar=False, init_state=first.state, stable_update=True)
     assert_close(jnp.concatenate([first.losses, second.losses]), jnp.stack(losses), root_eps("float32"))
     assert_close(numbers(second.state), numbers(states[-1]), root_eps("float32"))
 
