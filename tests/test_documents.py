@@ -1,28 +1,53 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""What the documents show runs as it stands."""
+"""Law: what the documents show runs as it stands, and prints what they say."""
 
 import doctest
 import importlib
 import pathlib
 import pkgutil
 import re
+import runpy
+import sys
+
+import pytest
 
 import numpyro_natgrad
 
 ROOT = pathlib.Path(__file__).parent.parent
+MODULES = [m.name for m in pkgutil.walk_packages(numpyro_natgrad.__path__, "numpyro_natgrad.")]
 
 
-def test_the_readme_runs_from_top_to_bottom():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_readme_runs_from_top_to_bottom(capsys):
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 3
     namespace: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    shown = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    assert len(shown) >= 1
+    for block in shown:
+        assert block.strip() in printed
 
 
 def test_examples_in_docstrings_give_what_they_say():
-    names = [m.name for m in pkgutil.walk_packages(numpyro_natgrad.__path__, "numpyro_natgrad.")]
-    results = [doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS) for name in names]
+    results = [doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS) for name in MODULES]
     assert sum(r.attempted for r in results) > 0
     assert sum(r.failed for r in results) == 0
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_opens_with_its_idea(name):
+    head = importlib.import_module(name).__doc__
+    assert head is not None
+    assert len(head.splitlines()[0]) > 20
+
+
+def test_the_pictures_of_distribution_space_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    picture = tmp_path / "pictures" / "space.png"
+    monkeypatch.setattr(sys, "argv", ["distribution_space.py", "--steps", "3", "--output", str(picture)])
+    runpy.run_path(str(ROOT / "examples" / "distribution_space.py"), run_name="__main__")
+    assert picture.stat().st_size > 10_000
