@@ -23,12 +23,13 @@ from jax import lax
 from .options import Options
 from .state import Pace
 
-#: Nats of noise in the natural gradient that are left alone: a hundredth of a nat in the iterate at ρ = 1/2.
-QUIET = 0.04
+#: Nats of noise in the natural gradient that are left alone: a hundredth of a nat in the iterate at ρ = 1/2. Where a
+#: step of length 1 is exact on no model, noise comes back multiplied, and less of it is let pass.
+QUIET, QUIET_INEXACT = 0.04, 0.01
 #: A step must deliver this share of its predicted gain, and this share to let the radius grow.
 ACCEPT, GROW = 0.1, 0.5
-#: Steps that the running means look back over at least: a mean of one step cannot tell noise.
-MEMORY_MIN = 2.0
+#: Steps that the running means look back over at least. Little: far from the optimum the model changes with each step.
+MEMORY_MIN = 1.1
 #: Innovations beyond this many times their expected size are pulled in, unless they are below so many nats.
 OUTLIER, HARMLESS = 2.0, 1.0
 #: Bounds of the adaptive radius: nats, and multiples of :func:`noise_floor`, to which it closes in by itself.
@@ -43,6 +44,7 @@ class Observed(NamedTuple):
     :ivar noise: its variance, nats.
     :ivar trust: 1, or the factor that pulls an outlier in.
     :ivar particles: draws a step.
+    :ivar exact: a step of length 1 is exact on conjugate models, so that noise does not grow from step to step.
     """
 
     step: jax.Array
@@ -50,6 +52,7 @@ class Observed(NamedTuple):
     noise: jax.Array
     trust: jax.Array
     particles: int
+    exact: bool
 
 
 def cap(options: Options, seen: Observed) -> jax.Array:
@@ -63,7 +66,8 @@ def cap(options: Options, seen: Observed) -> jax.Array:
 
 def adaptive(seen: Observed) -> jax.Array:
     """The rule that needs no choice."""
-    quiet = jnp.minimum(1.0, QUIET / jnp.maximum(seen.noise, QUIET))
+    left = QUIET if seen.exact else QUIET_INEXACT
+    quiet = jnp.minimum(1.0, left / jnp.maximum(seen.noise, left))
     return seen.particles / (seen.particles + 2) * jnp.maximum(seen.signal, quiet) * seen.trust
 
 

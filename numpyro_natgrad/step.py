@@ -9,6 +9,7 @@ radius; one that is not finite, or does not deliver on its own draws, is *skippe
 skipped is *counted*.
 """
 
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import jax
@@ -92,7 +93,8 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     memory = state.memory
     for family, v in pairs:
         memory = family.remember(memory, v, seen.weight)
-    cap = length.cap(options, length.Observed(step, seen.signal, seen.noise, seen.trust, evidence.particles))
+    exact = context.structure.exact
+    cap = length.cap(options, length.Observed(step, seen.signal, seen.noise, seen.trust, evidence.particles, exact))
     return Direction(tangents, memory, pace, jnp.where(ok, square, 0.0), seen.signal, cap, ok)
 
 
@@ -115,14 +117,17 @@ def _judge(evidence: Evidence, context: Context, direction: Direction, proposal:
     """Compare what the step promised with what it delivers on its own draws, where that says more than noise.
 
     For a conjugate model the gain of a step ρ is at least KL(q ‖ q₊)/ρ exactly; elsewhere a tenth of it is asked for.
+    Below the noise floor a step is believed if its KL is exact; else it has to show that it loses no more than that.
     """
     ok = direction.ok & finite(proposal.params)
     if not context.options.adaptive:
         return Verdict(ok, jnp.array(False))
-    large = (proposal.moved > length.noise_floor(context.structure.latents)) | proposal.limited
-    gained = evidence.loss - lax.cond(ok & large, evidence.value, lambda _: evidence.loss, proposal.params)
+    floor = length.noise_floor(context.structure.latents)
+    large = (proposal.moved > floor) | proposal.limited
+    asked = large | (not context.structure.exact)
+    gained = evidence.loss - lax.cond(ok & asked, evidence.value, lambda _: evidence.loss, proposal.params)
     promised = proposal.kl / jnp.maximum(proposal.rho, jnp.finfo(proposal.rho.dtype).tiny)
-    delivered = ~large | (gained >= length.ACCEPT * promised)
+    delivered = ~asked | (gained >= jnp.where(large, length.ACCEPT * promised, -floor))
     return Verdict(ok & delivered, proposal.limited & (gained > length.GROW * promised))
 
 
@@ -138,8 +143,7 @@ def _settle(context: Context, state: State, direction: Direction, proposal: Prop
     kept = _choose(direction.ok, direction.memory, state.memory)
     pace = pace._replace(**_choose(direction.ok, pace, state.pace)._replace(radius=pace.radius)._asdict())
     params = _choose(good, proposal.params, state.params)
-    weight = _average_weight(pace, context.options)
-    average = jax.tree.map(lambda a, p: a + (weight * (p - a)).astype(a.dtype), state.average, params)
+    average = _averaged(state.average, params, _average_weight(pace, context.options), context.structure.point)
     return State(
         params,
         _choose(good, average, state.average),
@@ -148,6 +152,15 @@ def _settle(context: Context, state: State, direction: Direction, proposal: Prop
         _choose(good, proposal.point, state.point),
         _info(state, direction, proposal, good),
     )
+
+
+def _averaged(average: Params, params: Params, weight: jax.Array, point: Container[str]) -> Params:
+    """The running mean of the iterates. What the ordinary optimizer moves is its own affair: its last iterate."""
+
+    def mean(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old + (weight * (new - old)).astype(old.dtype)
+
+    return {p: x if p in point else jax.tree.map(mean, average[p], x) for p, x in params.items()}
 
 
 def _average_weight(pace: Pace, options: Options) -> jax.Array:

@@ -47,6 +47,11 @@ class Structure(NamedTuple):
     particles: int
     latents: int
 
+    @property
+    def exact(self) -> bool:
+        """Whether every family's step of length 1 is exact on conjugate models."""
+        return all(family.exact for family in self.families)
+
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """The report: parameter, site, family, how the Fisher is got, size."""
         rows = [row for family in self.families for row in family.describe()]

@@ -215,7 +215,7 @@ def test_both_solvers_solve(dtype):
     expected = np.linalg.solve(matrix, slope)
     size = np.sqrt(expected @ matrix @ expected)
     for solve in (curvature._dense, curvature._iterative):
-        v = np.asarray(solve(lambda x: jnp.asarray(matrix) @ x, jnp.asarray(slope)), np.float64)
+        v = np.asarray(solve(lambda x: jnp.asarray(matrix) @ x, jnp.asarray(slope), lambda x: x), np.float64)
         error = v - expected
         # In the Fisher norm, where a residual of 1 % and a condition number of 10 leave at most √10 %.
         assert np.sqrt(error @ matrix @ error) <= np.sqrt(10) * curvature.CG_TOLERANCE * size
@@ -223,8 +223,10 @@ def test_both_solvers_solve(dtype):
 
 def test_a_parameter_that_nothing_depends_on_does_not_spoil_the_others(dtype):
     matrix = np.diag([4.0, 0.0, 1.0])
-    v = curvature._dense(lambda x: jnp.asarray(matrix) @ x, jnp.asarray([1.0, 0.0, 1.0]))
-    np.testing.assert_allclose(v, [0.25, 0.0, 1.0], rtol=2 * curvature.DAMPING)
+    v = curvature._dense(lambda x: jnp.asarray(matrix) @ x, jnp.asarray([1.0, 0.0, 1.0]), lambda x: x)
+    # Damping lengthens the diagonal (4, 0, 1) by ε (4, 0, 1) + ε times its mean 5/3.
+    damped = np.diag(matrix) * (1 + curvature.DAMPING) + curvature.DAMPING * 5 / 3
+    np.testing.assert_allclose(v, [1.0, 0.0, 1.0] / damped, rtol=root_eps(dtype))
 
 
 # --- the whole way ---

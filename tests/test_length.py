@@ -99,10 +99,11 @@ def test_one_draw_from_a_heavy_tail_does_not_decide(dtype):
     assert after[-1] <= 10 * quiet[-2]
 
 
+@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("particles", [1, 2, 8, 100])
-def test_the_rule_needs_no_choice_and_stays_below_one(particles, dtype):
+def test_the_rule_needs_no_choice_and_stays_below_one(particles, exact, dtype):
     signal, noise = jnp.meshgrid(jnp.array([1e-6, 0.1, 1.0]), jnp.array([0.0, 1e-3, 1.0, 1e6]))
-    rho = length.adaptive(Observed(jnp.array(3), signal, noise, jnp.ones(()), particles))
+    rho = length.adaptive(Observed(jnp.array(3), signal, noise, jnp.ones(()), particles, exact=exact))
     assert (rho > 0).all()
     assert (rho <= particles / (particles + 2) + np.finfo(dtype).eps).all()
     # More signal never shortens a step, more noise never lengthens it.

@@ -36,6 +36,11 @@ class Family(Protocol):
         ...
 
     @property
+    def exact(self) -> bool:
+        """Whether a step of length 1 is exact on conjugate models."""
+        ...
+
+    @property
     def modes(self) -> dict[str, str]:
         """How the loss is to be seen at its Gaussian sites (:class:`.effects.PathGradient`)."""
         ...

@@ -27,7 +27,7 @@ from ..state import Memory
 #: Parameters up to which F is formed.
 DENSE_LIMIT = 512
 #: Damping relative to F's own scale: F + ε (diag F + its mean over the parameter's entries).
-DAMPING = 1e-3
+DAMPING = 3e-3
 #: Conjugate gradients stop here; a natural gradient is a direction, 1 % is exact enough.
 CG_TOLERANCE, CG_STEPS = 1e-2, 50
 
@@ -56,6 +56,10 @@ class KLCurvature(NamedTuple):
     params: tuple[str, ...]
     sites: tuple[tuple[str, str, str], ...]
     sizes: Mapping[str, int]
+
+    @property
+    def exact(self) -> bool:
+        return False
 
     @property
     def modes(self) -> dict[str, str]:

@@ -37,6 +37,10 @@ class DiagonalGaussian(NamedTuple):
         return (self.site.loc, self.site.scale)
 
     @property
+    def exact(self) -> bool:
+        return True
+
+    @property
     def modes(self) -> dict[str, str]:
         return {self.site.name: self.mode} if self.mode else {}
 

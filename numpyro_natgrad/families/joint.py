@@ -48,6 +48,10 @@ class JointGaussian(NamedTuple):
         return tuple(p for s in self.sites for p in (s.loc, s.scale))
 
     @property
+    def exact(self) -> bool:
+        return True
+
+    @property
     def modes(self) -> dict[str, str]:
         return {s.name: "silent" for s in self.sites}
 
