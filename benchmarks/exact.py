@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Conjugate Gaussian regression: KL(posterior ‖ guide) after one exact step, and along a run as shipped."""
+"""Conjugate Gaussian regression: KL(guide ‖ posterior) after one exact step, and along a run as shipped."""
 
 import jax
 import jax.numpy as jnp

@@ -57,7 +57,9 @@ def register_gaussian(cls: type, *, loc: str = "loc", forms: Mapping[str, Form])
 
     :param cls: the distribution class (exactly this class, no subclass).
     :param loc: the name of its mean argument.
-    :param forms: for each argument that can hold the covariance, its :class:`Form`.
+    :param forms: for each argument that can hold the covariance, its :class:`Form`. It is used where the argument is a
+        parameter with NumPyro's constraint for it (positive, lower Cholesky, positive definite); one that is
+        unconstrained, or bounded otherwise, is moved by the curvature of KL.
     """
     _REGISTRY[cls] = (loc, dict(forms))
 
@@ -165,7 +167,9 @@ def _keeps(transform: Any, form: Form) -> bool:
     while isinstance(transform, transforms.IndependentTransform):
         transform = transform.base_transform
     parts = transform.parts if isinstance(transform, transforms.ComposeTransform) else [transform]
-    return isinstance(parts[0], _POSITIVE if form.diagonal else _CHOLESKY)
+    # What follows must not narrow the range again: a shift after an exponential is a bound other than zero.
+    narrow = [t for t in parts[1:] if isinstance(t, transforms.AffineTransform)]
+    return isinstance(parts[0], _POSITIVE if form.diagonal else _CHOLESKY) and not narrow
 
 
 def project(precision_root: jax.Array, sites: tuple[GaussianSite, ...]) -> list[jax.Array]:

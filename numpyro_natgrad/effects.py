@@ -247,14 +247,18 @@ class Frozen(Messenger):
         if _is_guide_site(msg):
             msg["value"] = stop_gradient(msg["value"])
         asked = _is_guide_site(msg) and msg["name"] in self.sites
-        msg["fn"] = Assigned(fn, self.density(fn, msg["value"]) if asked else jnp.zeros(fn.batch_shape))
+        density = self.density(fn, msg["value"]) if asked else jnp.zeros(fn.batch_shape)
+        msg["fn"] = Assigned(fn, density, drawn=True)
 
 
 class Assigned(dist.Distribution):
-    """A distribution whose log-density at its one value has been assigned. No KL is registered for it."""
+    """A distribution whose log-density at its one value has been assigned. No KL is registered for it.
 
-    def __init__(self, base: Any, density: jax.Array) -> None:
-        self.base, self.density = base, density
+    ``drawn``: its draws are frozen, so that it is differentiated like a reparameterised one whatever it is.
+    """
+
+    def __init__(self, base: Any, density: jax.Array, *, drawn: bool = False) -> None:
+        self.base, self.density, self.drawn = base, density, drawn
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     @property
@@ -263,7 +267,7 @@ class Assigned(dist.Distribution):
 
     @property
     def has_rsample(self) -> bool:
-        return bool(self.base.has_rsample)
+        return self.drawn or bool(self.base.has_rsample)
 
     def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
         return self.base.sample(key, sample_shape)

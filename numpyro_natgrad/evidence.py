@@ -26,9 +26,11 @@ class Evidence(NamedTuple):
     :ivar aux: ``fn``'s second output.
     :ivar gradient: of the loss (score terms of Gaussian sites removed), per unconstrained parameter.
     :ivar means: for each silent site, the mean of its draws over the particles, ``site.shape``.
-    :ivar push: directional derivative of the gradient, linear: tangents of some parameters in, of all gradients out.
+    :ivar push: directional derivative of the gradient, linear: tangents of any of the parameters that asked for it in
+        (the others stay where they are), of those parameters' gradients out.
     :ivar value: the loss at other parameters and the same draws.
     :ivar fn: the loss function itself.
+    :ivar forward: forward-mode differentiation.
     :ivar particles: draws a step.
     """
 
@@ -39,6 +41,7 @@ class Evidence(NamedTuple):
     push: Callable[[Params], Params]
     value: Callable[[Params], jax.Array]
     fn: Loss
+    forward: bool
     particles: int
 
 
@@ -80,13 +83,20 @@ def gather(fn: Loss, params: Params, views: Views, particles: int) -> Evidence:
 
     curved = {name: params[name] for name in views.curved}
     if curved:
-        _, push, (gradient, means, (loss, aux)) = jax.linearize(slope, curved, has_aux=True)
+        _, linear, (gradient, means, (loss, aux)) = jax.linearize(slope, curved, has_aux=True)
+        push = lambda tangents: linear(_completed(tangents, curved))
     else:
         _, (gradient, means, (loss, aux)) = slope(curved)
         push = lambda tangents: tangents
     if views.scored:
         gradient = jax.tree.map(jnp.subtract, gradient, score(fn, params, views))
-    return Evidence(loss, aux, gradient, means, push, lambda values: viewed((values, taps))[0], fn, particles)
+    value = lambda values: viewed((values, taps))[0]
+    return Evidence(loss, aux, gradient, means, push, value, fn, views.forward, particles)
+
+
+def _completed(tangents: Params, at: Params) -> Params:
+    """Zeros for what a family does not move, in the parameters' own types."""
+    return {p: tangents[p].astype(x.dtype) if p in tangents else jnp.zeros_like(x) for p, x in at.items()}
 
 
 def derivative(function: Callable, forward: bool) -> Callable:

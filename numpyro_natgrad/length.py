@@ -98,7 +98,6 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     v (1 + w/(2−w)) = 2v/(2−w) for a running mean with weight w on the newest. An innovation more than ``OUTLIER``
     times its expected size is pulled in to that size: one draw from a heavy tail must not decide about the next fifty
     steps.
-
     """
     trend2, news2, this2 = seen
     first, tiny = pace.memory < MEMORY_MIN, jnp.finfo(trend2.dtype).tiny
@@ -127,9 +126,9 @@ def longest(kl: Callable[[jax.Array], jax.Array], cap: jax.Array, radius: jax.Ar
         fits = kl(middle) <= radius
         return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
 
-    # kl grows at least linearly in ρ near 0, so that the quadratic rule, halved, bounds it from below.
+    # KL is of order ρ² near 0: so far below, any step of a finite natural gradient is free.
     fits = kl(cap) <= radius
-    low, _ = lax.while_loop(open_, halve, (jnp.where(fits, cap, cap * 1e-8), cap))
+    low, _ = lax.while_loop(open_, halve, (jnp.where(fits, cap, cap * 1e-24), cap))
     return low
 
 

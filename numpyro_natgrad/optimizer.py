@@ -40,8 +40,10 @@ class NaturalGradient(_NumPyroOptim):
     :param max_kl: KL in nats that one step may move the guide: a positive number, ``"adaptive"`` (a radius that grows
         while steps deliver what they promise), or ``None`` for no limit.
     :param estimator: where the covariance's natural gradient comes from: ``"second_order"`` (Price's identity, products
-        with the Hessian of the loss), ``"first_order"`` (draws ⊗ gradients), or ``None`` to choose by cost.
-    :param path_gradient: leave out the score term of the gradient, which has zero mean, wherever that is valid.
+        with the Hessian of the loss), ``"first_order"`` (draws ⊗ gradients), or ``None`` to choose by the number of
+        latents.
+    :param path_gradient: leave out the score term of the gradient, which has zero mean, wherever that is valid. (The
+        second-order estimator takes the entropy in closed form and has none.)
     :param point_optimizer: for parameters without a Fisher (``AutoDelta``, ``param`` statements of the model): an optax
         transformation or a NumPyro optimizer; ``optax.adam(1e-2)`` by default.
     :raises ValueError: if an option cannot be used.
@@ -102,7 +104,7 @@ class NaturalGradient(_NumPyroOptim):
     def eval_and_stable_update(
         self, fn: Callable, state: tuple[jax.Array, State], forward_mode_differentiation: bool = False
     ) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, State]]:
-        """The same step (it is always stable), with ``nan`` for the loss where loss or gradient was not finite."""
+        """The same step: it is always stable. The loss is ``nan`` where it was not finite."""
         (loss, aux), new = self.eval_and_update(fn, state, forward_mode_differentiation)
         return (jnp.where(jnp.isfinite(loss), loss, jnp.nan), aux), new
 

@@ -9,7 +9,8 @@ import numpy as np
 
 Estimator = Literal["first_order", "second_order"]
 
-#: No variance grows by more than 1/margin in one step, unless limits are lifted. See :func:`.gaussian.positive`.
+#: Where a step would leave the cone of precisions, the share of the old one at which it starts to bend back: see
+#: :func:`.gaussian.positive`.
 MARGIN, LIFTED_MARGIN = 0.05, 1e-6
 
 
@@ -50,7 +51,7 @@ def checked(step_size: Any, max_kl: Any, estimator: Any, path_gradient: Any) -> 
     if estimator not in (None, "first_order", "second_order"):
         raise ValueError(
             f"`estimator={estimator!r}`: expected 'first_order' (gradients only), 'second_order' (Hessian products of "
-            "the loss), or None to choose by cost."
+            "the loss), or None to choose by the number of latents."
         )
     if not isinstance(path_gradient, bool):
         raise TypeError(f"`path_gradient={path_gradient!r}`: expected True or False.")

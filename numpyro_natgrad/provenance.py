@@ -12,7 +12,7 @@ questions are answered without running anything:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +24,11 @@ _PREFIX = "numpyro_natgrad:"
 # Equations that only change the shape, the type or the place in memory of their operand.
 _SHAPE_ONLY = {
     *("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type", "copy", "copy_p"),
-    *("slice", "dynamic_slice", "gather", "name", "pvary", "optimization_barrier"),
+    *("slice", "dynamic_slice", "name", "pvary", "optimization_barrier"),
 }
 # Equations through which an affine dependence stays affine whatever the operands are.
 _AFFINE = _SHAPE_ONLY | {
+    "gather",
     "add",
     "sub",
     "neg",
@@ -58,10 +59,18 @@ class Origin(NamedTuple):
 
 
 class Sighting(NamedTuple):
-    """What was seen at a tag: the origin of the tagged value, and how often it was computed (the particles)."""
+    """What was seen at a tag: the origin of the tagged value, and how often it was computed (the particles).
+
+    ``sizes`` is by equation: particles may come in batches, each with a program of its own, and the body of a loop is
+    walked more than once.
+    """
 
     origin: Origin
-    size: int
+    sizes: Mapping[int, int]
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes.values())
 
 
 def tag(kind: str, name: str, value: Any) -> Any:
@@ -100,7 +109,7 @@ def _walk(jaxpr: Any, inputs: Sequence[Origin], seen: dict[str, Sighting], repea
 def _equation(eqn: Any, inputs: list[Origin], seen: dict[str, Sighting], repeats: int) -> list[Origin]:
     kind = eqn.primitive.name
     if kind == "name" and eqn.params["name"].startswith(_PREFIX):
-        return [_tagged(eqn.params["name"][len(_PREFIX) :], inputs[0], eqn.outvars[0].aval.shape, seen, repeats)]
+        return [_tagged(eqn.params["name"][len(_PREFIX) :], inputs[0], eqn.outvars[0], seen, repeats)]
     if kind == "scan":
         return _scan(eqn, inputs, seen, repeats)
     if kind not in ("while", "cond"):
@@ -113,8 +122,9 @@ def _equation(eqn: Any, inputs: list[Origin], seen: dict[str, Sighting], repeats
     return [merged] * len(eqn.outvars)
 
 
-def _tagged(label: str, past: Origin, shape: tuple[int, ...], seen: dict[str, Sighting], repeats: int) -> Origin:
-    seen[label] = Sighting(past, math.prod(shape) * repeats)
+def _tagged(label: str, past: Origin, out: Any, seen: dict[str, Sighting], repeats: int) -> Origin:
+    before = seen[label].sizes if label in seen else {}
+    seen[label] = Sighting(past, {**before, id(out): math.prod(out.aval.shape) * repeats})
     kind = label.partition(":")[0]
     if kind not in ("param", "draw", "density"):
         return past

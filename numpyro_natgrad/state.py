@@ -59,7 +59,7 @@ class StepInfo(NamedTuple):
         where steps are lifted and ``max_kl`` is no number.
     :ivar natural_gradient_norm: Fisher norm √(gᵀF⁻¹g) of the natural gradient, √nats: half its square estimates the
         nats still to gain, plus noise.
-    :ivar step_length: ρ, between 0 and 1: the share of the way to the minimum of the local model.
+    :ivar step_length: ρ: the share of the way to the minimum of the local model, 1 for all of it.
     :ivar signal: share of signal in the squared natural gradient, between 0 and 1.
     :ivar radius: KL that the step was allowed to move, nats.
     :ivar limited: the KL limit shortened this step.

@@ -141,7 +141,7 @@ def _settle(context: Context, state: State, direction: Direction, proposal: Prop
         )
     # A skipped natural gradient stays in the running means only if it was finite.
     kept = _choose(direction.ok, direction.memory, state.memory)
-    pace = pace._replace(**_choose(direction.ok, pace, state.pace)._replace(radius=pace.radius)._asdict())
+    pace = _choose(direction.ok, pace, state.pace)._replace(radius=pace.radius)
     params = _choose(good, proposal.params, state.params)
     average = _averaged(state.average, params, _average_weight(pace, context.options), context.structure.point)
     return State(

@@ -30,6 +30,11 @@ _NO_ELBO = (
     "conjugate models, and expect noisier steps."
 )
 
+_FIRST_ORDER = (
+    "NaturalGradient: `estimator='second_order'` was asked for, but the parameters {} take first-order steps: second "
+    "derivatives help single Gaussian sites and losses that are an ELBO."
+)
+
 
 class Structure(NamedTuple):
     """The families of one loss; static.
@@ -39,6 +44,7 @@ class Structure(NamedTuple):
     :ivar views: how the loss is to be seen.
     :ivar particles: draws a step.
     :ivar latents: latent dimensions of the guide's sites.
+    :ivar exact: whether a step of length 1 is exact on conjugate models.
     """
 
     families: tuple[Family, ...]
@@ -46,11 +52,7 @@ class Structure(NamedTuple):
     views: Views
     particles: int
     latents: int
-
-    @property
-    def exact(self) -> bool:
-        """Whether every family's step of length 1 is exact on conjugate models."""
-        return all(family.exact for family in self.families)
+    exact: bool
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """The report: parameter, site, family, how the Fisher is got, size."""
@@ -73,7 +75,12 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     point = {p: size for p, size in sizes.items() if p not in taken}
     scored = frozenset(name for family in curvatures for name, _, _ in family.sites)
     latents = max(sum(s.size for s in hearing.sites.values()), 1)
-    return Structure(families, point, _views(families, scored, hearing, options, forward), hearing.particles, latents)
+    first_order = [p for family in families if not family.curved for p in family.params]
+    if options.estimator == "second_order" and first_order:
+        warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=4)
+    views = _views(families, scored, hearing, options, forward)
+    exact = hearing.is_elbo and all(family.exact for family in families)
+    return Structure(families, point, views, hearing.particles, latents, exact)
 
 
 def _shared(hearing: Hearing) -> set[str]:

@@ -20,7 +20,7 @@ from jax.scipy.linalg import cho_factor, cho_solve
 
 from ..charts import Params
 from ..effects import Frozen, kl_to_self
-from ..evidence import Evidence
+from ..evidence import Evidence, derivative
 from ..length import Comparison
 from ..state import Memory
 
@@ -83,14 +83,15 @@ class KLCurvature(NamedTuple):
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Direction:
         mine, unravel = ravel_pytree({p: params[p] for p in self.params})
         slope, _ = ravel_pytree({p: evidence.gradient[p] for p in self.params})
-        gradient = jax.grad(lambda x: self._kl(evidence, params, unravel(x)))
+        gradient = derivative(lambda x: (self._kl(evidence, params, unravel(x)), None), evidence.forward)
 
         def product(v: jax.Array) -> jax.Array:
-            return jax.jvp(gradient, (mine,), (v,))[1]
+            return jax.jvp(lambda x: gradient(x)[0], (mine,), (v,))[1]
 
         ok = jnp.all(jnp.isfinite(slope))
-        solve = _dense if self.size <= DENSE_LIMIT else _iterative
-        v = jnp.where(ok, solve(product, jnp.where(ok, slope, 0.0), unravel), jnp.nan)
+        clean = jnp.where(ok, slope, 0.0)
+        v = _dense(product, clean, unravel) if self.size <= DENSE_LIMIT else _iterative(product, clean)
+        v = jnp.where(ok, v, jnp.nan)
         trend, _ = ravel_pytree({p: memory.trend[p] for p in self.params})
         return Direction(-v, jnp.maximum(slope @ v, 0.0), -slope, product(trend))
 
@@ -141,10 +142,11 @@ def _or(mean: jax.Array, overall: jax.Array) -> jax.Array:
     return jnp.where(mean > 1e-6 * overall, mean, overall)
 
 
-def _iterative(product: Any, slope: jax.Array, unravel: Any) -> jax.Array:
+def _iterative(product: Any, slope: jax.Array) -> jax.Array:
     shape = jax.ShapeDtypeStruct(slope.shape, slope.dtype)
     probe = jax.random.rademacher(jax.random.key(0), slope.shape, slope.dtype)
-    scale = jnp.abs(probe @ product(probe)) / slope.size  # Hutchinson: mean of F's diagonal
+    mean = jnp.abs(probe @ product(probe)) / slope.size  # Hutchinson: of F's diagonal
+    scale = jnp.where(mean > 0, mean, 1.0)
     damped = lx.FunctionLinearOperator(lambda v: product(v) + DAMPING * scale * v, shape, lx.positive_semidefinite_tag)
     solver = lx.CG(rtol=CG_TOLERANCE, atol=0.0, max_steps=CG_STEPS)
     return lx.linear_solve(damped, slope, solver, throw=False).value

@@ -1,0 +1,155 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Guides, losses and starts that look like the usual ones and are not: each keeps the law that its neighbours keep."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+from jax import lax, random
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
+from numpyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal
+from oracles import kl
+from tables import positive
+
+from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.effects import hear
+
+MEAN, SD = jnp.array([1.0, -2.0, 0.5]), jnp.array([0.5, 2.0, 1.0])
+EXACT = {"step_size": 1.0, "max_kl": None}
+
+
+def target() -> None:
+    """Two sites, so that a guide may have two of everything."""
+    numpyro.sample("x", dist.Normal(MEAN, SD).to_event(1))
+    numpyro.sample("y", dist.Normal(-MEAN, SD).to_event(1))
+
+
+def run(model: Any, guide: Any, steps: int, loss: Any = None, **options: Any) -> tuple[dict[str, Any], NaturalGradient]:
+    optimizer = NaturalGradient(**options)
+    svi = SVI(model, guide, optimizer, loss or Trace_ELBO(num_particles=4))
+    return svi.run(random.key(0), steps, progress_bar=False).params, optimizer
+
+
+def test_two_wide_full_gaussians(x64, monkeypatch):
+    monkeypatch.setattr("numpyro_natgrad.structure.JOINT_LIMIT", 1)
+    guide = AutoGuideList(target)
+    for name in "xy":
+        one = numpyro.handlers.block(target, expose=[name])
+        guide.append(AutoMultivariateNormal(numpyro.handlers.seed(one, random.key(0)), prefix=name))
+    params, _ = run(target, guide, 1, **EXACT)
+    for name, mean in (("x", MEAN), ("y", -MEAN)):
+        found = np.asarray(params[f"{name}_loc"]), np.asarray(params[f"{name}_scale_tril"])
+        assert kl((found[0], found[1] @ found[1].T), (np.asarray(mean), np.diag(np.asarray(SD) ** 2))) < 1e-10
+
+
+def test_two_wide_mean_fields_by_second_order(x64, monkeypatch):
+    monkeypatch.setattr("numpyro_natgrad.structure.JOINT_LIMIT", 1)
+    params, _ = run(target, AutoNormal(target), 1, estimator="second_order", **EXACT)
+    # The Hessian is diagonal: one random probe sees it all.
+    np.testing.assert_allclose(params["x_auto_scale"], SD, rtol=1e-8)
+    np.testing.assert_allclose(params["y_auto_scale"], SD, rtol=1e-8)
+
+
+def test_a_bound_above_zero_is_kept():
+    """The optimum, 0.05, is outside: the guide ends at its bound, and the means move all the same."""
+
+    def guide() -> None:
+        s = numpyro.param("s", 0.5, constraint=constraints.greater_than(0.1))
+        numpyro.sample("z", dist.Normal(numpyro.param("m", 0.0), s))
+
+    params, optimizer = run(lambda: numpyro.sample("z", dist.Normal(1.0, 0.05)), guide, 200)
+    assert "Hessian of KL" in optimizer.report()
+    assert abs(params["m"] - 1) < 0.02
+    assert 0.1 < params["s"] < 0.11
+
+
+def test_a_permuted_parameter_is_no_copy_of_it(x64):
+    order = jnp.array([2, 0, 1])
+
+    def guide() -> None:
+        loc, scale = numpyro.param("loc", jnp.zeros(3)), positive("scale", jnp.ones(3))
+        numpyro.sample("z", dist.Normal(loc[order], scale[order]).to_event(1))
+
+    params, _ = run(lambda: numpyro.sample("z", dist.Normal(MEAN, SD).to_event(1)), guide, 100)
+    np.testing.assert_allclose(params["loc"][order], MEAN, atol=1e-3)
+    np.testing.assert_allclose(params["scale"][order], SD, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [3, 4, 10])
+def test_particles_in_batches_are_counted(batch):
+    loss = Trace_ELBO(10, vectorize_particles=lambda f, x: lax.map(f, x, batch_size=batch))
+    svi = SVI(target, AutoNormal(target), NaturalGradient(), loss)
+    params = svi.init(random.key(0)).optim_state[1].params
+    fn = lambda p: (loss.loss(random.key(0), svi.constrain_fn(p), svi.model, svi.guide), None)
+    assert hear(fn, params).particles == 10
+
+
+@pytest.mark.parametrize("sd", [1e-5, 1e-6])
+def test_max_kl_holds_where_the_posterior_is_narrow(sd):
+    """The whole way is 5e11 nats; KL is in closed form here, for the guide's own numbers."""
+    start, limit = 0.1, 0.5
+
+    def guide() -> None:
+        numpyro.sample("z", dist.Normal(numpyro.param("m", 0.0), positive("s", start)))
+
+    model = lambda: numpyro.sample("z", dist.Normal(1.0, sd))
+    params, _ = run(model, guide, 1, step_size=1.0, max_kl=limit)
+    moved = dist.kl_divergence(dist.Normal(0.0, start), dist.Normal(params["m"], params["s"]))
+    assert 0.9 * limit < moved <= 1.01 * limit
+
+
+def test_a_discrete_guide_has_a_fisher():
+    """Bernoulli in its logit: F = p(1 − p), to which the logit's step of length ρ is held: ½ ρ² gᵀF⁻¹g ≤ max_kl."""
+
+    def model() -> None:
+        z = numpyro.sample("z", dist.Bernoulli(0.5))
+        numpyro.sample("y", dist.Normal(z, 1.0), obs=2.0)
+
+    guide = lambda: numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logit", 0.0)))
+    with pytest.warns(UserWarning, match="no ELBO"):
+        params, _ = run(model, guide, 1, TraceGraph_ELBO(4), max_kl=0.1, step_size=1.0)
+    # Damping lets a little less than the limit pass.
+    assert 0.5 * 0.25 * params["logit"] ** 2 <= 0.1 * (1 + 1e-3)
+    with pytest.warns(UserWarning, match="no ELBO"):
+        params, _ = run(model, guide, 300, TraceGraph_ELBO(32))
+    exact = 2.0 - 0.5  # log N(2 | 1, 1) − log N(2 | 0, 1)
+    assert abs(params["logit"] - exact) < 0.3
+
+
+def test_forward_mode_goes_through_a_loop_without_a_fixed_end():
+    def guide(n: Any) -> None:
+        slope = numpyro.param("slope", 0.1)
+        mean = lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] + slope), (0, 0.0))[1]
+        numpyro.sample("z", dist.Normal(mean, positive("s", 1.0)))
+
+    model = lambda n: numpyro.sample("z", dist.Normal(3.0, 0.5))
+    svi = SVI(model, guide, NaturalGradient(), Trace_ELBO(num_particles=8))
+    update = jax.jit(partial(svi.update, forward_mode_differentiation=True))
+    state = svi.init(random.key(0), 3)
+    for _ in range(60):
+        state, _ = update(state, 3)
+    params = svi.get_params(state)
+    assert dist.kl_divergence(dist.Normal(3 * params["slope"], params["s"]), dist.Normal(3.0, 0.5)) < 0.01
+
+
+def test_parameters_of_two_precisions(x64):
+    def guide() -> None:
+        loc, scale = numpyro.param("loc", np.zeros(3, np.float32)), positive("scale", np.ones(3))
+        numpyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    params, _ = run(lambda: numpyro.sample("z", dist.Normal(MEAN, SD).to_event(1)), guide, 1, **EXACT)
+    assert params["loc"].dtype == jnp.float32
+    np.testing.assert_allclose(params["loc"], MEAN, rtol=1e-5)
+
+
+def test_an_estimator_that_cannot_be_had_is_announced():
+    guide = lambda: numpyro.sample("z", dist.Gamma(positive("a", 2.0), positive("b", 1.0)))
+    with pytest.warns(UserWarning, match="second_order.*first-order"):
+        run(lambda: numpyro.sample("z", dist.Gamma(2.0, 3.0)), guide, 1, estimator="second_order")
