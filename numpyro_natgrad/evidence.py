@@ -90,7 +90,8 @@ def gather(fn: Loss, params: Params, views: Views, particles: int) -> Evidence:
         push = lambda tangents: tangents
     if views.scored:
         gradient = jax.tree.map(jnp.subtract, gradient, score(fn, params, views))
-    value = lambda values: viewed((values, taps))[0]
+    # A view changes gradients only. Where draws are not kept the bare loss holds fewer arrays at a time.
+    value = (lambda values: viewed((values, taps))[0]) if views.keep else (lambda values: fn(values)[0])
     return Evidence(loss, aux, gradient, means, push, value, fn, views.forward, particles)
 
 
