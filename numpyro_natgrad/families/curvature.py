@@ -81,8 +81,8 @@ class KLCurvature(NamedTuple):
         return [(p, names, classes, f"Hessian of KL ({ways}), {solver}", str(self.sizes[p])) for p in self.params]
 
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Direction:
-        mine, unravel = ravel_pytree({p: params[p] for p in self.params})
-        slope, _ = ravel_pytree({p: evidence.gradient[p] for p in self.params})
+        mine, unravel = self._mine(params)
+        slope, _ = self._mine(evidence.gradient)
         gradient = derivative(lambda x: (self._kl(evidence, params, unravel(x)), None), evidence.forward)
 
         def product(v: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ class KLCurvature(NamedTuple):
         clean = jnp.where(ok, slope, 0.0)
         v = _dense(product, clean, unravel) if self.size <= DENSE_LIMIT else _iterative(product, clean)
         v = jnp.where(ok, v, jnp.nan)
-        trend, _ = ravel_pytree({p: memory.trend[p] for p in self.params})
+        trend, _ = self._mine(memory.trend)
         return Direction(-v, jnp.maximum(slope @ v, 0.0), -slope, product(trend))
 
     def norm2(self, v: Direction) -> jax.Array:
@@ -105,19 +105,23 @@ class KLCurvature(NamedTuple):
         return 0.5 * rho**2 * v.square
 
     def compare(self, memory: Memory, v: Direction) -> Comparison:
-        old, _ = ravel_pytree({p: memory.trend[p] for p in self.params})
+        old, _ = self._mine(memory.trend)
         news, image = v.step - old, v.image - v.trend_image
         return Comparison(jnp.maximum(old @ v.trend_image, 0.0), jnp.maximum(news @ image, 0.0), v.square)
 
     def remember(self, memory: Memory, v: Direction, weight: jax.Array) -> Memory:
-        old, unravel = ravel_pytree({p: memory.trend[p] for p in self.params})
+        old, unravel = self._mine(memory.trend)
         return memory._replace(trend={**memory.trend, **unravel(old + weight * (v.step - old))})
 
     def retract(self, params: Params, memory: Memory, v: Direction, rho: jax.Array) -> tuple[Params, Memory]:
-        mine, unravel = ravel_pytree({p: params[p] for p in self.params})
-        trend, _ = ravel_pytree({p: memory.trend[p] for p in self.params})
+        mine, unravel = self._mine(params)
+        trend, _ = self._mine(memory.trend)
         memory = memory._replace(trend={**memory.trend, **unravel(trend - rho * v.step)})
         return {**params, **unravel(mine + rho * v.step)}, memory
+
+    def _mine(self, tree: Params) -> tuple[jax.Array, Any]:
+        """This block's part of a tree shaped like the parameters, raveled, and the way back."""
+        return ravel_pytree({p: tree[p] for p in self.params})
 
     def _kl(self, evidence: Evidence, params: Params, mine: Params) -> jax.Array:
         with Frozen(kl_to_self, frozenset(name for name, _, _ in self.sites)):

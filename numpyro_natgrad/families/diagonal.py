@@ -103,11 +103,10 @@ class DiagonalGaussian(NamedTuple):
 
     def _probed(self, evidence: Evidence, params: Params, scale: jax.Array, step: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(0), step)
-        still = jnp.zeros_like(params[self.site.scale])
 
         def product(probe: jax.Array) -> jax.Array:
             shift = (scale * probe).reshape(params[self.site.loc].shape)
-            image = evidence.push({self.site.loc: shift, self.site.scale: still})[self.site.loc]
+            image = evidence.push({self.site.loc: shift})[self.site.loc]
             return probe * scale * image.reshape(self.site.shape)
 
         probes = jax.random.rademacher(key, (PROBES, *self.site.shape), scale.dtype)

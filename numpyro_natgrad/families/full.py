@@ -121,9 +121,9 @@ class FullGaussian(NamedTuple):
         return sketched._replace(values=jnp.where(ok, sketched.values, jnp.nan))
 
     def _push(self, evidence: Evidence, params: Params, shift: jax.Array, radial: float = 0.0) -> jax.Array:
-        scale = params[self.site.scale]
-        growth = radial * radial_tangent(self.site, scale) if radial else jnp.zeros_like(scale)
-        tangents = {self.site.loc: shift.reshape(params[self.site.loc].shape), self.site.scale: growth}
+        tangents = {self.site.loc: shift.reshape(params[self.site.loc].shape)}
+        if radial:
+            tangents[self.site.scale] = radial * radial_tangent(self.site, params[self.site.scale])
         return evidence.push(tangents)[self.site.loc].reshape(self.site.shape)
 
     def _control_variate(self, evidence: Evidence, params: Params, loc: jax.Array, factor: jax.Array) -> jax.Array:

@@ -168,10 +168,7 @@ class JointGaussian(NamedTuple):
     def _shift(self, params: Params, direction: jax.Array) -> Params:
         """A tangent that moves the means only."""
         means = zip(self.sites, self._split(direction), strict=True)
-        return {
-            **{s.scale: jnp.zeros_like(params[s.scale]) for s in self.sites},
-            **{s.loc: x.reshape(params[s.loc].shape) for s, x in means},
-        }
+        return {s.loc: x.reshape(params[s.loc].shape) for s, x in means}
 
     def _flat(self, values: Params) -> jax.Array:
         return jnp.concatenate([values[s.loc].ravel() for s in self.sites])
