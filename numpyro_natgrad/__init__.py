@@ -18,12 +18,24 @@
 ==================  ==========================================================
 """
 
+from . import zoo as _zoo  # noqa: F401  (fills the registry)
 from .charts import Form as Form
 from .charts import register_gaussian as register_gaussian
 from .errors import StructureError as StructureError
+from .exponential import register_exponential as register_exponential
+from .exponential import register_fisher as register_fisher
 from .optimizer import NaturalGradient as NaturalGradient
 from .state import State as State
 from .state import StepInfo as StepInfo
 
-__all__ = ["Form", "NaturalGradient", "State", "StepInfo", "StructureError", "register_gaussian"]
+__all__ = [
+    "Form",
+    "NaturalGradient",
+    "State",
+    "StepInfo",
+    "StructureError",
+    "register_exponential",
+    "register_fisher",
+    "register_gaussian",
+]
 __version__ = "0.1.0"

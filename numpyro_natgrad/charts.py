@@ -122,9 +122,9 @@ def read_site(name: str, hearing: Hearing) -> GaussianSite | None:
     if site.base not in _REGISTRY or not site.plain or site.leaks:
         return None
     loc_argument, forms = _REGISTRY[site.base]
-    loc = _parameter(loc_argument, site)
+    loc = argument_parameter(loc_argument, site)
     for argument, form in forms.items():
-        scale = _parameter(argument, site)
+        scale = argument_parameter(argument, site)
         if loc and scale and _fits(loc, scale, form, site, hearing):
             shape = site.shape or (1,)
             heard = hearing.params[scale]
@@ -134,7 +134,8 @@ def read_site(name: str, hearing: Hearing) -> GaussianSite | None:
     return None
 
 
-def _parameter(argument: str, site: HeardSite) -> str | None:
+def argument_parameter(argument: str, site: HeardSite) -> str | None:
+    """The parameter that an argument is, up to its shape."""
     origin = site.arguments.get(argument)
     kind, _, name = (origin.copy_of or "" if origin else "").partition(":")
     return name if kind == "param" else None
@@ -155,7 +156,7 @@ def _is_identity(transform: Any) -> bool:
 
 
 _POSITIVE = (transforms.ExpTransform, transforms.SoftplusTransform)
-_CHOLESKY = (
+CHOLESKY = (
     transforms.LowerCholeskyTransform,
     transforms.ScaledUnitLowerCholeskyTransform,
     transforms.SoftplusLowerCholeskyTransform,
@@ -169,7 +170,7 @@ def _keeps(transform: Any, form: Form) -> bool:
     parts = transform.parts if isinstance(transform, transforms.ComposeTransform) else [transform]
     # What follows must not narrow the range again: a shift after an exponential is a bound other than zero.
     narrow = [t for t in parts[1:] if isinstance(t, transforms.AffineTransform)]
-    return isinstance(parts[0], _POSITIVE if form.diagonal else _CHOLESKY) and not narrow
+    return isinstance(parts[0], _POSITIVE if form.diagonal else CHOLESKY) and not narrow
 
 
 def project(precision_root: jax.Array, sites: tuple[GaussianSite, ...]) -> list[jax.Array]:

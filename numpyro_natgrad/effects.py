@@ -30,10 +30,14 @@ from numpyro.distributions.util import sum_rightmost
 from numpyro.infer.util import is_identically_one
 from numpyro.primitives import Messenger
 
+from . import exponential
 from .errors import StructureError
 from .provenance import Origin, Sighting, origins, tag
 
 Loss = Callable[[dict[str, Any]], tuple[jax.Array, Any]]
+
+#: How the Fisher of a site is got.
+CLOSED, MONTE_CARLO = "closed form", "Monte Carlo"
 
 _WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution, dist.TransformedDistribution)
 # Transforms that own parameters in closures, where no tree of leaves shows them.
@@ -52,6 +56,7 @@ class HeardSite(NamedTuple):
 
     :ivar base: the class of the distribution under its wrappers.
     :ivar shape: shape of the innermost draw, of one particle.
+    :ivar batch: batch shape of the base distribution, before it is expanded.  :ivar event_size: numbers in its event.
     :ivar arguments: for each argument of the base distribution, where it comes from.
     :ivar density: where the density at frozen draws comes from (``None``: it cannot be computed at given draws).
     :ivar reparameterized: whether gradients flow through its draws.
@@ -61,8 +66,10 @@ class HeardSite(NamedTuple):
     :ivar divergence: how its KL to itself is got, ``"closed form"`` or ``"Monte Carlo"``.
     """
 
-    base: type
+    base: Any
     shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    event_size: int
     arguments: dict[str, Origin]
     density: Origin | None
     reparameterized: bool
@@ -115,22 +122,27 @@ def _heard(name: str, site: "_Site", seen: Mapping[str, Sighting], analytic: boo
     arguments = {a: seen[f"argument:{name}/{a}"].origin for a in site.arguments}
     mine = frozenset().union(*(o.sources for o in arguments.values()))
     density = seen.get(f"score:{name}")
+    bounded = any(arguments[a].sources for a in exponential.fixed(site.base) if a in arguments)
     return HeardSite(
         site.base,
         site.shape,
+        site.batch,
+        site.event_size,
         arguments,
         density and density.origin,
         site.reparameterized,
         site.plain,
         analytic,
         mine & total.sources,
-        site.divergence,
+        MONTE_CARLO if bounded else site.divergence,
     )
 
 
 class _Site(NamedTuple):
-    base: type
+    base: Any
     shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    event_size: int
     draw_size: int
     arguments: tuple[str, ...]
     reparameterized: bool
@@ -187,11 +199,13 @@ class Listener(Messenger):
         self.sites[name] = _Site(
             type(base),
             _base_shape(fn, msg["kwargs"].get("sample_shape", ())),
+            base.batch_shape,
+            math.prod(base.event_shape),
             jnp.size(value),
             tuple(arguments),
             bool(fn.has_rsample),
             _is_plain(fn, msg),
-            "Monte Carlo" if closed_kl(fn) is None else "closed form",
+            MONTE_CARLO if closed_kl(fn) is None else CLOSED,
         )
         msg["value"] = tag("draw", name, value)
         _tag_score(name, fn, stop_gradient(msg["value"]))
@@ -204,10 +218,12 @@ class Listener(Messenger):
 class PathGradient(Messenger):
     """Remove the score term of Gaussian sites, in one of two ways.
 
-    :param modes: per site ``"path"`` (log q keeps its gradient through the draw: the path gradient) or ``"silent"``
-        (log q keeps its value and loses its gradient: what is left is the gradient of −log p).
-    :param taps: zeros of the shape of each silent site's draw. The gradient of the loss with respect to a tap is the
-        *mean of the draws over the particles*: ⟨t, x⟩ is added to log q with its value taken out again.
+    :param modes: per site ``"path"`` (log q keeps its gradient through the draw: the path gradient), ``"silent"``
+        (log q keeps its value and loses its gradient: what is left is the gradient of −log p) or ``"tilted"`` (the
+        path gradient, of an exponential family).
+    :param taps: for each silent site zeros of the shape of its draw. The gradient of the loss with respect to a tap is
+        the *mean of the draws over the particles*: ⟨t, x⟩ is added to log q with its value taken out again. For each
+        tilted site zeros of the shape of η: ⟨t, T(x)⟩ is added in the same way, and along the draw.
     """
 
     def __init__(self, modes: Mapping[str, str], taps: Mapping[str, jax.Array]) -> None:
@@ -224,18 +240,21 @@ class PathGradient(Messenger):
         elif mode == "silent":
             tap = self.taps[msg["name"]]
             msg["fn"] = map_base(msg["fn"], lambda base: _silent(base, tap))
+        elif mode == "tilted":
+            tap = self.taps[msg["name"]]
+            msg["fn"] = map_base(msg["fn"], lambda base: _tilted(base, tap))
 
 
 class Frozen(Messenger):
-    """Freeze the guide's draws, silence the model, and let ``density(fn, value)`` stand for log q at some sites.
+    """Freeze the guide's draws, silence the model, and let other densities stand for log q at some sites.
 
-    :param density: array of the site's batch shape, from its distribution and its frozen draw.
-    :param sites: the guide sites that it is asked of; the others are silenced as well.
+    :param densities: per guide site ``density(fn, value)``, an array of its batch shape, from its distribution and its
+        frozen draw; the other sites are silenced as well.
     """
 
-    def __init__(self, density: Callable[[Any, Any], jax.Array], sites: frozenset[str]) -> None:
+    def __init__(self, densities: Mapping[str, Callable[[Any, Any], jax.Array]]) -> None:
         super().__init__()
-        self.density, self.sites = density, sites
+        self.densities = densities
 
     def process_message(self, msg: Any) -> None:
         _mark_guide_site(msg)
@@ -246,9 +265,8 @@ class Frozen(Messenger):
         fn = msg["fn"]
         if _is_guide_site(msg):
             msg["value"] = stop_gradient(msg["value"])
-        asked = _is_guide_site(msg) and msg["name"] in self.sites
-        density = self.density(fn, msg["value"]) if asked else jnp.zeros(fn.batch_shape)
-        msg["fn"] = Assigned(fn, density, drawn=True)
+        density = self.densities.get(msg["name"], _none) if _is_guide_site(msg) else _none
+        msg["fn"] = Assigned(fn, density(fn, msg["value"]), drawn=True)
 
 
 class Assigned(dist.Distribution):
@@ -276,42 +294,78 @@ class Assigned(dist.Distribution):
         return self.density
 
 
-def kl_to_self(fn: Any, value: Any) -> jax.Array:
-    """KL(q_frozen ‖ q_φ) in nats per batch element: closed form where NumPyro has one, else by the draw.
+def _none(fn: Any, value: Any) -> jax.Array:
+    return jnp.zeros(fn.batch_shape)
 
-    Without a closed form, ½(log q_φ(z) − log q_frozen(z))² at the frozen draw: its Hessian is the outer product of
-    scores, unbiased for the Fisher and positive semi-definite (the Hessian of −log q at a draw is not).
+
+def half_squared_score(fn: Any, value: Any) -> jax.Array:
+    """½(log q_φ(z) − log q_frozen(z))² at a frozen draw, nats per batch element.
+
+    Its Hessian is the outer product of scores: unbiased for the Fisher and positive semi-definite (the Hessian of −log q
+    at a draw is not).
     """
-    closed = closed_kl(fn)
-    if closed is not None:
-        return closed
     log_prob = fn.log_prob(value)
     return 0.5 * jnp.square(log_prob - stop_gradient(log_prob))
 
 
+def kl_to_self(fn: Any, value: Any = None) -> jax.Array:
+    """A function whose Hessian is the Fisher in closed form, nats per batch element: KL(q_frozen ‖ q_φ) mostly."""
+    closed = closed_kl(fn)
+    if closed is None:
+        raise StructureError(f"`{type(fn).__name__}` has no closed-form Fisher; expected a registered distribution.")
+    return closed
+
+
 def closed_kl(fn: Any) -> jax.Array | None:
-    """KL(q_frozen ‖ q_φ) from NumPyro's registry, seen through transforms without parameters; ``None`` if unknown."""
+    """KL(q_frozen ‖ q_φ), or its quadratic model, seen through transforms without parameters; ``None`` if unknown.
+
+    NumPyro's registry is asked first, then :mod:`.exponential`.
+    """
     if isinstance(fn, dist.Delta):
         return jnp.zeros(fn.batch_shape)
+    if exponential.is_registered(type(fn)):
+        return _registered(fn)
     if isinstance(fn, dist.TransformedDistribution) and not owns_parameters(fn.transforms):
         inner = closed_kl(fn.base_dist)
         return None if inner is None else sum_rightmost(inner, jnp.ndim(inner) - len(fn.batch_shape))
+    if isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        return _unwrapped(fn)
     try:
         return jnp.asarray(kl_divergence(jax.tree.map(stop_gradient, fn), fn))
     except NotImplementedError:
         return None
 
 
+def _registered(fn: Any) -> jax.Array | None:
+    arguments = _arguments(fn)
+    return exponential.divergence(type(fn), jax.tree.map(stop_gradient, arguments), arguments)
+
+
+def _unwrapped(fn: Any) -> jax.Array | None:
+    inner = closed_kl(fn.base_dist)
+    if inner is None:
+        return None
+    if isinstance(fn, dist.Independent):
+        return sum_rightmost(inner, fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.MaskedDistribution):
+        return jnp.where(fn._mask, inner, 0.0)
+    return jnp.broadcast_to(inner, fn.batch_shape)
+
+
 def base_of(fn: Any) -> Any:
     """The distribution under wrappers that a Fisher does not see."""
-    while isinstance(fn, _WRAPPERS):
+    while _is_wrapper(fn):
         fn = fn.base_dist
     return fn
 
 
+def _is_wrapper(fn: Any) -> bool:
+    return isinstance(fn, _WRAPPERS) and not exponential.is_registered(type(fn))
+
+
 def map_base(fn: Any, change: Callable[[Any], Any]) -> Any:
     """The same distribution with ``change`` applied to the one under its wrappers."""
-    if not isinstance(fn, _WRAPPERS):
+    if not _is_wrapper(fn):
         return change(fn)
     outer = copy.copy(fn)
     outer.base_dist = map_base(fn.base_dist, change)
@@ -343,6 +397,21 @@ def _silent(base: Any, tap: jax.Array) -> Any:
     return with_log_prob(base, log_prob)
 
 
+def _tilted(base: Any, tap: jax.Array) -> Any:
+    frozen = jax.tree.map(stop_gradient, base)
+    family, arguments = exponential.exponential(type(base)), _arguments(frozen)
+    assert family is not None
+    eta = family.natural(**exponential.given(family, arguments))
+
+    def log_prob(value: jax.Array, intermediates: Any = None) -> jax.Array:
+        # ⟨t, T(x)⟩ up to a constant: log q is affine in η.
+        rebuilt = lambda at: type(base)(**family.arguments(at), validate_args=False).log_prob(value)
+        tilt = jax.jvp(rebuilt, (eta,), (jnp.broadcast_to(tap, eta.shape),))[1]
+        return frozen.log_prob(value) + tilt - stop_gradient(tilt)
+
+    return with_log_prob(base, log_prob)
+
+
 def _mark_guide_site(msg: Any) -> None:
     # This handler is the outermost one: sites of the model that the guide has drawn carry their value by now.
     msg["is_guide_site"] = msg["type"] == "sample" and not msg["is_observed"] and msg["value"] is None
@@ -359,14 +428,14 @@ def _arguments(base: Any) -> dict[str, jax.Array]:
 
 
 def _base_shape(fn: Any, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
-    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.TransformedDistribution):
+    while _is_wrapper(fn) and not isinstance(fn, dist.ExpandedDistribution):
         fn = fn.base_dist
     return tuple(sample_shape) + tuple(fn.shape())
 
 
 def _is_plain(fn: Any, msg: Any) -> bool:
     unscaled = msg["scale"] is None or is_identically_one(msg["scale"])
-    while isinstance(fn, _WRAPPERS):
+    while _is_wrapper(fn):
         if isinstance(fn, dist.MaskedDistribution):
             return False
         if isinstance(fn, dist.TransformedDistribution) and owns_parameters(fn.transforms):

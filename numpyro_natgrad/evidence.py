@@ -28,6 +28,8 @@ class Evidence(NamedTuple):
     :ivar means: for each silent site, the mean of its draws over the particles, ``site.shape``.
     :ivar push: directional derivative of the gradient, linear: tangents of any of the parameters that asked for it in
         (the others stay where they are), of those parameters' gradients out.
+    :ivar tilt: for exponential families, linear: ⟨t, T⟩ added to log q in, its part of the gradient out: F̂t, with F̂ the
+        draws' own estimate of the Fisher.
     :ivar value: the loss at other parameters and the same draws.
     :ivar fn: the loss function itself.
     :ivar forward: forward-mode differentiation.
@@ -39,6 +41,7 @@ class Evidence(NamedTuple):
     gradient: Params
     means: dict[str, jax.Array]
     push: Callable[[Params], Params]
+    tilt: Callable[[Params], Params]
     value: Callable[[Params], jax.Array]
     fn: Loss
     forward: bool
@@ -48,8 +51,8 @@ class Evidence(NamedTuple):
 class Views(NamedTuple):
     """How the loss is to be looked at.
 
-    :ivar modes: per Gaussian site ``"silent"`` or ``"path"`` (:class:`.effects.PathGradient`).
-    :ivar taps: per silent site the shape of its draw.
+    :ivar modes: how sites with a path gradient are seen (:class:`.effects.PathGradient`).
+    :ivar taps: per silent site the shape of its draw, per tilted site that of its natural parameters.
     :ivar curved: the parameters along which Hessian products are asked (empty: none).
     :ivar scored: the sites whose score term is subtracted from the gradient.
     :ivar forward: forward-mode differentiation.
@@ -90,9 +93,19 @@ def gather(fn: Loss, params: Params, views: Views, particles: int) -> Evidence:
         push = lambda tangents: tangents
     if views.scored:
         gradient = jax.tree.map(jnp.subtract, gradient, score(fn, params, views))
+    tilted = {name: taps[name] for name, mode in views.modes.items() if mode == "tilted"}
+    tilt = _tilt(viewed, params, taps, tilted, views.forward) if tilted else lambda tangents: tangents
     # A view changes gradients only. Where draws are not kept the bare loss holds fewer arrays at a time.
     value = (lambda values: viewed((values, taps))[0]) if views.keep else (lambda values: fn(values)[0])
-    return Evidence(loss, aux, gradient, means, push, value, fn, views.forward, particles)
+    return Evidence(loss, aux, gradient, means, push, tilt, value, fn, views.forward, particles)
+
+
+def _tilt(viewed: Callable, params: Params, taps: Params, tilted: Params, forward: bool) -> Callable:
+    def slope(tilts: Params) -> Params:
+        return derivative(viewed, forward)((params, {**taps, **tilts}))[0][0]
+
+    _, linear = jax.linearize(slope, tilted)
+    return lambda tangents: linear(_completed(tangents, tilted))
 
 
 def _completed(tangents: Params, at: Params) -> Params:
@@ -109,7 +122,7 @@ def score(fn: Loss, params: Params, views: Views) -> Params:
     """∇_φ E[log q_φ(z)] at frozen draws: zero in expectation, and no small part of a gradient's noise."""
 
     def log_q(values: Params) -> tuple[jax.Array, None]:
-        with Frozen(lambda site, value: site.log_prob(value), views.scored):
+        with Frozen(dict.fromkeys(views.scored, lambda site, value: site.log_prob(value))):
             return fn(values)[0], None
 
     return derivative(log_q, views.forward)(params)[0]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .charts import GaussianSite, Params, read_site
+from .coordinates import read_natural
 from .effects import HeardSite, Hearing, hear
 from .evidence import Views
 from .families import Family
@@ -17,6 +18,7 @@ from .families.curvature import KLCurvature
 from .families.diagonal import DiagonalGaussian
 from .families.full import FullGaussian
 from .families.joint import JointGaussian
+from .families.natural import NaturalParameters
 from .options import Options
 from .state import JOINT_LIMIT
 
@@ -69,8 +71,10 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     shared = _shared(hearing)
     read = [read_site(name, hearing) for name in hearing.sites]
     gaussians = [g for g in read if g is not None and not shared & {g.loc, g.scale}]
-    curvatures = _curvature_families(hearing, {g.name for g in gaussians}, sizes)
-    families = (*_gaussian_families(gaussians, hearing, options), *curvatures)
+    naturals = _natural_families(hearing, {g.name for g in gaussians}, shared, options)
+    closed = {g.name for g in gaussians} | {n.site.name for n in naturals}
+    curvatures = _curvature_families(hearing, closed, sizes)
+    families = (*_gaussian_families(gaussians, hearing, options), *naturals, *curvatures)
     taken = {p for family in families for p in family.params}
     point = {p: size for p, size in sizes.items() if p not in taken}
     scored = frozenset(name for family in curvatures for name, _, _ in family.sites)
@@ -78,7 +82,7 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     first_order = [p for family in families if not family.curved for p in family.params]
     if options.estimator == "second_order" and first_order:
         warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=4)
-    views = _views(families, scored, hearing, options, forward)
+    views = _views(families, naturals, scored, hearing, options, forward)
     exact = hearing.is_elbo and all(family.exact for family in families)
     return Structure(families, point, views, hearing.particles, latents, exact)
 
@@ -113,6 +117,20 @@ def _wide(site: GaussianSite, hearing: Hearing, options: Options) -> Family:
     return FullGaussian(site, second, "silent" if second else mode, options.margin)
 
 
+def _natural_families(hearing: Hearing, taken: set[str], shared: set[str], options: Options) -> list[NaturalParameters]:
+    """A family for every site of an exponential family whose arguments are its own parameters."""
+    read = [read_natural(name, hearing) for name in hearing.sites if name not in taken]
+    sites = [s for s in read if s is not None and not shared & set(s.params)]
+    return [NaturalParameters(s, _is_tilted(hearing, s.name, options), options.margin) for s in sites]
+
+
+def _is_tilted(hearing: Hearing, name: str, options: Options) -> bool:
+    """Whether draws, and nothing else, carry the gradient: then their noise can be foreseen."""
+    site = hearing.sites[name]
+    carried = site.reparameterized and not site.analytic and not site.leaks
+    return options.path_gradient and hearing.is_elbo and carried
+
+
 def _curvature_families(hearing: Hearing, taken: set[str], sizes: dict[str, int]) -> list[KLCurvature]:
     """Connected components of the remaining parameters and the sites that depend on them."""
     groups: list[tuple[set[str], list[str]]] = []
@@ -133,10 +151,16 @@ def _curvature(names: set[str], sites: list[str], hearing: Hearing, sizes: dict[
 
 
 def _views(
-    families: tuple[Family, ...], scored: frozenset[str], hearing: Hearing, options: Options, forward: bool
+    families: tuple[Family, ...],
+    naturals: list[NaturalParameters],
+    scored: frozenset[str],
+    hearing: Hearing,
+    options: Options,
+    forward: bool,
 ) -> Views:
     modes = {name: mode for family in families for name, mode in family.modes.items()}
     taps = {name: hearing.sites[name].shape for name, mode in modes.items() if mode == "silent"}
+    taps.update({n.site.name: n.site.eta_shape for n in naturals if n.tilted})
     curved = tuple(p for family in families for p in family.curved)
     sites = {n for n in scored if hearing.sites[n].reparameterized and not hearing.sites[n].analytic}
     usable = options.path_gradient and hearing.is_elbo

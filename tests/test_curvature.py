@@ -115,7 +115,7 @@ def fisher(fn: Any, params: Any, names: list[str], sites: frozenset[str]) -> jax
     flat, unravel = ravel_pytree([params[name] for name in names])
 
     def nats(x: jax.Array) -> jax.Array:
-        with Frozen(kl_to_self, sites):
+        with Frozen(dict.fromkeys(sites, kl_to_self)):
             return fn({**params, **dict(zip(names, unravel(x), strict=True))})[0]
 
     return jax.hessian(nats)(flat)

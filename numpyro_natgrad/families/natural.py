@@ -1,0 +1,142 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""One site of an exponential family whose arguments are parameters: steps in natural parameters.
+
+    η₊ = η − ρ v,    v = F⁻¹ ∇_η L = ∇_μ L          (Khan & Rue 2023, eq. 4; μ = E[T])
+
+On a conjugate model η − v is the posterior, whatever η is. Draws add noise, which a guess w of v takes out: tilting log q
+by ⟨w, T⟩ changes the path gradient by F̂w, with F̂ the draws' own estimate of F and E[F̂] = F, so that
+
+    v = w + F⁻¹(ĝ − F̂w)
+
+is unbiased for any w that these draws have not seen, and without noise if w is right and the model conjugate. The guess
+is the mean of earlier natural gradients. There is none at first, and v = F̂⁻¹ĝ is taken: the regression of Salimans &
+Knowles (2013), exact on a conjugate model, and biased otherwise, but for one step only.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..charts import Params
+from ..coordinates import NaturalSite
+from ..evidence import Evidence
+from ..length import Comparison
+from ..state import Memory
+
+#: Natural parameters up to which F̂ is formed, and the least ratio of vᵀF̂v to vᵀFv, or inverse, at which it is believed.
+REGRESSION_LIMIT, BELIEVED = 16, 0.1
+
+
+class Direction(NamedTuple):
+    """A natural gradient ``(*batch, k)`` at η.  ``trend_image``: F times the running mean of earlier ones."""
+
+    v: jax.Array
+    image: jax.Array
+    trend_image: jax.Array
+    eta: jax.Array
+
+
+class NaturalParameters(NamedTuple):
+    """One site in natural parameters; ``tilted``: its draws are reparameterised, and their noise is taken out."""
+
+    site: NaturalSite
+    tilted: bool
+    margin: float
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return self.site.params
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    @property
+    def modes(self) -> dict[str, str]:
+        return {self.site.name: "tilted"} if self.tilted else {}
+
+    @property
+    def curved(self) -> tuple[str, ...]:
+        return ()
+
+    def describe(self) -> list[tuple[str, str, str, str, str]]:
+        sizes = (math.prod(shape) for shape in self.site.shapes)
+        how = "closed form, natural parameters"
+        rows = zip(self.site.params, self.site.arguments, sizes, strict=True)
+        return [(p, self.site.name, f"{self.site.cls.__name__} ({a})", how, str(n)) for p, a, n in rows]
+
+    def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Direction:
+        eta, trend = self.site.read(params), self._trend(memory)
+        slope = self.site.pull(params, evidence.gradient)
+        v = self._unbiased(evidence, params, eta, trend, slope) if self.tilted else self.site.family.sharp(eta, slope)
+        ok = jnp.all(jnp.isfinite(slope))
+        product = self.site.family.product
+        return Direction(jnp.where(ok, v, jnp.nan), product(eta, v), product(eta, trend), eta)
+
+    def norm2(self, v: Direction) -> jax.Array:
+        return self._square(v.v, v.image)
+
+    def kl(self, v: Direction, rho: jax.Array) -> jax.Array:
+        return self.site.copies * self.site.family.kl(v.eta, self._change(v, rho))
+
+    def moved(self, v: Direction, rho: jax.Array) -> jax.Array:
+        return self.site.copies * self.site.family.kl_back(v.eta, self._change(v, rho))
+
+    def compare(self, memory: Memory, v: Direction) -> Comparison:
+        old = self._trend(memory)
+        news = self._square(v.v - old, v.image - v.trend_image)
+        return Comparison(self._square(old, v.trend_image), news, self.norm2(v))
+
+    def remember(self, memory: Memory, v: Direction, weight: jax.Array) -> Memory:
+        old = self._trend(memory)
+        return self._with_trend(memory, old + weight * (v.v - old))
+
+    def retract(self, params: Params, memory: Memory, v: Direction, rho: jax.Array) -> tuple[Params, Memory]:
+        change = self._change(v, rho)
+        # Where the optimum lies, η − v, is remembered: it stays while η moves.
+        memory = self._with_trend(memory, self._trend(memory) + change)
+        return self.site.write(params, v.eta + change), memory
+
+    def _change(self, v: Direction, rho: jax.Array) -> jax.Array:
+        return self.site.family.step(v.eta, -rho * v.v, self.margin) - v.eta
+
+    def _square(self, v: jax.Array, image: jax.Array) -> jax.Array:
+        return self.site.copies * jnp.maximum(jnp.sum(v * image), 0.0)
+
+    def _unbiased(
+        self, evidence: Evidence, params: Params, eta: jax.Array, trend: jax.Array, gradient: jax.Array
+    ) -> jax.Array:
+        tilt = lambda w: self.site.pull(params, evidence.tilt({self.site.name: w}))
+        innovation = lambda: trend + self.site.family.sharp(eta, gradient - tilt(trend))
+        if not self._regresses(evidence.particles):
+            return innovation()
+        return lax.cond(jnp.any(trend != 0), innovation, lambda: self._regressed(tilt, eta, gradient))
+
+    def _regresses(self, particles: int) -> bool:
+        k = self.site.eta_shape[-1]
+        return k <= REGRESSION_LIMIT and particles * self.site.copies * self.site.event_size >= k
+
+    def _regressed(self, tilt: Callable, eta: jax.Array, gradient: jax.Array) -> jax.Array:
+        """F̂⁻¹ĝ, element by element; F⁻¹ĝ where F̂ measures it otherwise than F does, by more than noise."""
+        columns = jax.vmap(lambda e: tilt(jnp.broadcast_to(e, eta.shape)), out_axes=-1)
+        v = jnp.linalg.solve(columns(jnp.eye(eta.shape[-1], dtype=eta.dtype)), gradient[..., None])[..., 0]
+        ratio = jnp.sum(v * gradient, axis=-1) / jnp.sum(v * self.site.family.product(eta, v), axis=-1)
+        ok = (ratio > BELIEVED) & (ratio < 1 / BELIEVED)
+        return jnp.where(ok[..., None], v, self.site.family.sharp(eta, gradient))
+
+    def _trend(self, memory: Memory) -> jax.Array:
+        flat = jnp.concatenate([memory.trend[p].ravel() for p in self.site.params])
+        return flat.reshape(self.site.eta_shape)
+
+    def _with_trend(self, memory: Memory, trend: jax.Array) -> Memory:
+        old, flat, start = memory.trend, trend.ravel(), 0
+        new = {}
+        for p in self.site.params:
+            new[p] = flat[start : start + old[p].size].reshape(old[p].shape).astype(old[p].dtype)
+            start += old[p].size
+        return memory._replace(trend={**old, **new})
