@@ -301,8 +301,8 @@ def _none(fn: Any, value: Any) -> jax.Array:
 def half_squared_score(fn: Any, value: Any) -> jax.Array:
     """½(log q_φ(z) − log q_frozen(z))² at a frozen draw, nats per batch element.
 
-    Its Hessian is the outer product of scores: unbiased for the Fisher and positive semi-definite (the Hessian of −log q
-    at a draw is not).
+    Its Hessian is the outer product of scores: unbiased for the Fisher and positive semi-definite (the Hessian of
+    −log q at a draw is not).
     """
     log_prob = fn.log_prob(value)
     return 0.5 * jnp.square(log_prob - stop_gradient(log_prob))
@@ -314,6 +314,11 @@ def kl_to_self(fn: Any, value: Any = None) -> jax.Array:
     if closed is None:
         raise StructureError(f"`{type(fn).__name__}` has no closed-form Fisher; expected a registered distribution.")
     return closed
+
+
+def fisher_density(how: str) -> Callable[[Any, Any], jax.Array]:
+    """What stands for log q (:class:`Frozen`) so that the Hessian of the loss is the Fisher."""
+    return kl_to_self if how == CLOSED else half_squared_score
 
 
 def closed_kl(fn: Any) -> jax.Array | None:

@@ -85,8 +85,8 @@ class Exponential(NamedTuple):
         def speed(t: jax.Array) -> jax.Array:
             return jnp.sum(change * self.product(eta + t * change, change))
 
-        nodes, weights = (jnp.asarray(x, eta.dtype) for x in (_NODES, weights * _WEIGHTS))
-        return jnp.maximum(weights @ jax.lax.map(speed, nodes), 0.0)
+        speeds = jax.lax.map(speed, jnp.asarray(_NODES, eta.dtype))
+        return jnp.maximum(jnp.asarray(weights * _WEIGHTS, eta.dtype) @ speeds, 0.0)
 
 
 Metric = Callable[[Arguments, Arguments], jax.Array]

@@ -107,6 +107,7 @@ class GuideCase(NamedTuple):
     :ivar model: the model; it takes ``DATA``.
     :ivar make: the guide, from the model.
     :ivar gaussian: site → (mean parameter, covariance parameter) of what is to be known in closed form.
+    :ivar natural: parameters of an exponential family, to be moved in natural parameters.
     :ivar curved: parameters to be moved by the curvature of KL.
     :ivar point: parameters that no distribution owns.
     """
@@ -114,6 +115,7 @@ class GuideCase(NamedTuple):
     model: Callable[..., None]
     make: Callable[[Any], Any]
     gaussian: dict[str, tuple[str, str]] = {}
+    natural: set[str] = set()
     curved: set[str] = set()
     point: set[str] = set()
 
@@ -253,7 +255,7 @@ GUIDES = {
     "shared": GuideCase(pair, lambda m: shared, curved={"both", "m1", "m2"}),
     "pinned": GuideCase(pair, lambda m: pinned, curved={"m1", "s1"}),
     "LogNormal": GuideCase(rate, lambda m: log_normal, {"z": ("m", "s")}),
-    "Gamma": GuideCase(rate, lambda m: gamma, curved={"alpha", "beta"}),
+    "Gamma": GuideCase(rate, lambda m: gamma, natural={"alpha", "beta"}),
     "model param": GuideCase(with_model_param, AutoNormal, auto("z"), point={"noise"}),
 }
 

@@ -64,7 +64,7 @@ def test_every_parameter_has_one_mover(guide, estimator):
     assert len(lines) == len(way)
     assert set(way) == set(params)
     case, found = GUIDES[guide], {word: {p for p in way if word in way[p]} for word in WAYS}
-    closed = {parameter for site in case.gaussian.values() for parameter in site}
+    closed = {parameter for site in case.gaussian.values() for parameter in site} | case.natural
     assert found == dict(zip(WAYS, (closed, case.curved, case.point), strict=True))
 
 

@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from ..charts import Params
-from ..effects import CLOSED, Frozen, half_squared_score, kl_to_self
+from ..effects import Frozen, fisher_density
 from ..evidence import Evidence, derivative
 from ..length import Comparison
 from ..state import Memory
@@ -124,7 +124,7 @@ class KLCurvature(NamedTuple):
         return ravel_pytree({p: tree[p] for p in self.params})
 
     def _kl(self, evidence: Evidence, params: Params, mine: Params) -> jax.Array:
-        with Frozen({name: kl_to_self if how == CLOSED else half_squared_score for name, _, how in self.sites}):
+        with Frozen({name: fisher_density(how) for name, _, how in self.sites}):
             return evidence.fn({**params, **mine})[0]
 
 

@@ -4,8 +4,8 @@
 
     η₊ = η − ρ v,    v = F⁻¹ ∇_η L = ∇_μ L          (Khan & Rue 2023, eq. 4; μ = E[T])
 
-On a conjugate model η − v is the posterior, whatever η is. Draws add noise, which a guess w of v takes out: tilting log q
-by ⟨w, T⟩ changes the path gradient by F̂w, with F̂ the draws' own estimate of F and E[F̂] = F, so that
+On a conjugate model η − v is the posterior, whatever η is. Draws add noise, which a guess w of v takes out: tilting
+log q by ⟨w, T⟩ changes the path gradient by F̂w, with F̂ the draws' own estimate of F and E[F̂] = F, so that
 
     v = w + F⁻¹(ĝ − F̂w)
 
