@@ -118,9 +118,10 @@ def _judge(evidence: Evidence, context: Context, direction: Direction, proposal:
 
     For a conjugate model the gain of a step ρ is at least KL(q ‖ q₊)/ρ exactly; elsewhere a tenth of it is asked for.
     Below the noise floor a step is believed if its KL is exact; else it has to show that it loses no more than that.
+    Where draws do not move with the parameters, the difference of two losses is noise, and all steps are believed.
     """
     ok = direction.ok & finite(proposal.params)
-    if not context.options.adaptive:
+    if not context.options.adaptive or not context.structure.paired:
         return Verdict(ok, jnp.array(False))
     floor = length.noise_floor(context.structure.latents)
     large = (proposal.moved > floor) | proposal.limited

@@ -47,6 +47,8 @@ class Structure(NamedTuple):
     :ivar particles: draws a step.
     :ivar latents: latent dimensions of the guide's sites.
     :ivar exact: whether a step of length 1 is exact on conjugate models.
+    :ivar paired: whether the draws move with the parameters, so that two values of the loss at the same draws differ by
+        less than their noise. Draws of a discrete site jump.
     """
 
     families: tuple[Family, ...]
@@ -55,6 +57,7 @@ class Structure(NamedTuple):
     particles: int
     latents: int
     exact: bool
+    paired: bool
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """The report: parameter, site, family, how the Fisher is got, size."""
@@ -84,7 +87,8 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
         warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=4)
     views = _views(families, naturals, scored, hearing, options, forward)
     exact = hearing.is_elbo and all(family.exact for family in families)
-    return Structure(families, point, views, hearing.particles, latents, exact)
+    paired = all(site.reparameterized for site in hearing.sites.values())
+    return Structure(families, point, views, hearing.particles, latents, exact, paired)
 
 
 def _shared(hearing: Hearing) -> set[str]:

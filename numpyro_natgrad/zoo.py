@@ -151,7 +151,9 @@ def _log_complement(eta: jax.Array) -> jax.Array:
 
 def _binary(cls: type, to_logits: Any, back: Any, trials: tuple[str, ...] = ()) -> None:
     def log_normalizer(eta: jax.Array, total_count: Any = 1.0) -> jax.Array:
-        return total_count * softplus(eta[..., 0])
+        # log(1 + e^η), from the side where neither it nor its derivatives round to those of η.
+        x = eta[..., 0]
+        return total_count * jnp.where(x > 0, x + softplus(-x), softplus(x))
 
     register_exponential(cls, natural=to_logits, log_normalizer=log_normalizer, arguments=back, fixed=trials)
 
