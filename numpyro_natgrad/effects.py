@@ -96,20 +96,26 @@ def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
     """Trace the loss, without running it, and say what stands in it.
 
     A loss that integrates a site's KL itself is traced once more with that KL unknown to it: otherwise what the KL
-    takes from the parameters would hide what else does.
+    takes from the parameters would hide what else does. One that enumerates sites is traced again when it is known
+    which of them are the guide's.
 
     :raises StructureError: if a parameter's name is taken twice.
     """
     listener, total, seen = _listened(fn, params, opaque=False)
-    analytic = {name for name in listener.sites if f"density:{name}" not in total.sources}
+    if summed := listener.summed:
+        listener, total, seen = _listened(fn, params, opaque=False, summed=frozenset(summed))
+    found = {name: site for name, site in listener.sites.items() if f"draw:{name}" in seen}
+    analytic = {name for name in found if f"density:{name}" not in total.sources}
     drawn = _listened(fn, params, opaque=True)[1] if analytic else total
-    sites = {name: _heard(name, site, seen, name in analytic, drawn) for name, site in listener.sites.items()}
-    counts = [seen[f"draw:{name}"].size // max(site.draw_size, 1) for name, site in listener.sites.items()]
+    sites = {name: _heard(name, site, seen, name in analytic, drawn) for name, site in found.items()}
+    counts = [seen[f"draw:{name}"].size // max(site.draw_size, 1) for name, site in found.items()]
     return Hearing(listener.params, sites, max(counts, default=1), total.degree <= 1)
 
 
-def _listened(fn: Loss, params: dict[str, Any], *, opaque: bool) -> "tuple[Listener, Origin, dict[str, Sighting]]":
-    listener = Listener(frozenset(params), opaque=opaque)
+def _listened(
+    fn: Loss, params: dict[str, Any], *, opaque: bool, summed: frozenset[str] = frozenset()
+) -> "tuple[Listener, Origin, dict[str, Sighting]]":
+    listener = Listener(frozenset(params), opaque=opaque, summed=summed)
 
     def loss(values: dict[str, Any]) -> jax.Array:
         with listener:
@@ -155,16 +161,23 @@ class Listener(Messenger):
 
     :param names: the names of all parameters.
     :param opaque: hide the sites' classes, so that no KL is known in closed form.
+    :param summed: guide sites that the loss sums over instead of drawing them (``TraceEnum_ELBO``).
     """
 
-    def __init__(self, names: frozenset[str], *, opaque: bool) -> None:
+    def __init__(self, names: frozenset[str], *, opaque: bool, summed: frozenset[str]) -> None:
         super().__init__()
-        self.names, self.opaque = names, opaque
+        self.names, self.opaque, self._known = names, opaque, summed
         self.params: dict[str, HeardParam] = {}
         self.sites: dict[str, _Site] = {}
+        self.summed: set[str] = set()
 
     def process_message(self, msg: Any) -> None:
         _mark_guide_site(msg)
+        if msg["type"] == "sample" and msg["infer"].get("enumerate") == "parallel" and msg["value"] is not None:
+            # The model's site replays the guide's, and what the guide's trace has written down with it.
+            replayed = "dim_to_name" in msg["infer"]
+            self.summed |= {msg["name"]} if replayed else set()
+            msg["is_guide_site"] = not replayed and msg["name"] in self._known
 
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "param":
