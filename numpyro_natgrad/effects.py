@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import stop_gradient
 from numpyro import distributions as dist
 from numpyro.distributions import biject_to, constraints, flows
@@ -60,6 +61,7 @@ class HeardSite(NamedTuple):
     :ivar arguments: for each argument of the base distribution, where it comes from.
     :ivar density: where the density at frozen draws comes from (``None``: it cannot be computed at given draws).
     :ivar reparameterized: whether gradients flow through its draws.
+    :ivar weight: how many draws of the whole data set one draw stands for (the ``scale`` of a subsampled plate).
     :ivar plain: no ``scale``, no ``mask`` and no parameter in a transform: the base's Fisher is the site's.
     :ivar analytic: the loss integrates this site's density itself (``TraceMeanField_ELBO``).
     :ivar leaks: the base's parameters reach the loss by another way than the site.
@@ -73,6 +75,7 @@ class HeardSite(NamedTuple):
     arguments: dict[str, Origin]
     density: Origin | None
     reparameterized: bool
+    weight: float
     plain: bool
     analytic: bool
     leaks: frozenset[str]
@@ -137,6 +140,7 @@ def _heard(name: str, site: "_Site", seen: Mapping[str, Sighting], analytic: boo
         arguments,
         density and density.origin,
         site.reparameterized,
+        site.weight,
         site.plain,
         analytic,
         mine & total.sources,
@@ -152,6 +156,7 @@ class _Site(NamedTuple):
     draw_size: int
     arguments: tuple[str, ...]
     reparameterized: bool
+    weight: float
     plain: bool
     divergence: str
 
@@ -217,6 +222,7 @@ class Listener(Messenger):
             jnp.size(value),
             tuple(arguments),
             bool(fn.has_rsample),
+            _weight(msg["scale"]),
             _is_plain(fn, msg),
             MONTE_CARLO if closed_kl(fn) is None else CLOSED,
         )
@@ -460,6 +466,12 @@ def _is_plain(fn: Any, msg: Any) -> bool:
             return False
         fn = fn.base_dist
     return bool(unscaled)
+
+
+def _weight(scale: Any) -> float:
+    """The scale of a site where it is one known number, else 1."""
+    known = isinstance(scale, float | int) or (isinstance(scale, np.ndarray) and scale.ndim == 0)
+    return float(scale) if known else 1.0
 
 
 def _tag_score(name: str, fn: Any, frozen: Any) -> None:

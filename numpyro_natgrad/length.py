@@ -37,7 +37,7 @@ RADIUS_MAX, RADIUS_MIN = 1e5, 1e-3
 
 
 class Observed(NamedTuple):
-    """What a rule for the step length may look at.
+    """What a rule for the step length may look at; ``signal``, ``noise`` and ``trust`` of each family.
 
     :ivar step: its number, from 0.
     :ivar signal: share of signal in the natural gradient, between 0 and 1.
@@ -56,23 +56,26 @@ class Observed(NamedTuple):
 
 
 def cap(options: Options, seen: Observed) -> jax.Array:
-    """The longest step that the rule asks for, before the KL limit."""
+    """The longest step that the rule asks for, before the KL limit, for each family."""
     if options.step_size is None:
         return adaptive(seen)
-    if callable(options.step_size):
-        return jnp.asarray(options.step_size(seen.step), seen.signal.dtype)
-    return jnp.asarray(options.step_size, seen.signal.dtype)
+    given = options.step_size(seen.step) if callable(options.step_size) else options.step_size
+    return jnp.full_like(seen.signal, jnp.asarray(given, seen.signal.dtype))
 
 
 def adaptive(seen: Observed) -> jax.Array:
     """The rule that needs no choice."""
-    left = QUIET if seen.exact else QUIET_INEXACT
+    left = (QUIET if seen.exact else QUIET_INEXACT) / max(seen.signal.size, 1)
     quiet = jnp.minimum(1.0, left / jnp.maximum(seen.noise, left))
     return seen.particles / (seen.particles + 2) * jnp.maximum(seen.signal, quiet) * seen.trust
 
 
 class Comparison(NamedTuple):
-    """Squared Fisher norms, nats: of the mean of recent natural gradients, of (this one − that mean), of this one."""
+    """Squared Fisher norms, nats: of the mean of recent natural gradients, of (this one − that mean), of this one.
+
+    Of one family, or of each: every family has a pace of its own. Rows of a subsampled plate see their own data alone,
+    and move by whole steps, while what all the data is about has to average over batches.
+    """
 
     trend2: jax.Array
     news2: jax.Array
@@ -100,18 +103,20 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     steps.
     """
     trend2, news2, this2 = seen
-    first, tiny = pace.memory < MEMORY_MIN, jnp.finfo(trend2.dtype).tiny
-    weight = 1 / pace.memory
-    bound = jnp.where(first, jnp.inf, jnp.maximum(OUTLIER**2 * (trend2 + pace.noise), HARMLESS))
+    kept, old_noise = pace.memory[: trend2.size], pace.noise[: trend2.size]
+    first, tiny = kept < MEMORY_MIN, jnp.finfo(trend2.dtype).tiny
+    weight = 1 / kept
+    bound = jnp.where(first, jnp.inf, jnp.maximum(OUTLIER**2 * (trend2 + old_noise), HARMLESS))
     pull = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(news2, tiny)))
     seen2 = pull**2 * news2
-    noise = jnp.where(first, 0.0, pace.noise + weight * (seen2 * (2 - weight) / 2 - pace.noise))
+    noise = jnp.where(first, 0.0, old_noise + weight * (seen2 * (2 - weight) / 2 - old_noise))
     # ‖trend + w news‖² without another pass over the parameters: 2⟨trend, news⟩ = ‖this‖² − ‖trend‖² − ‖news‖².
     w = weight * pull
     mean2 = jnp.maximum(trend2 + w * (this2 - trend2 - news2) + w**2 * news2, 0.0)
     signal = jnp.clip(mean2 / jnp.maximum(mean2 + noise, tiny), 1e-6, 1.0)
-    memory = jnp.maximum(pace.memory * (1 - signal) + 1, MEMORY_MIN)
-    return pace._replace(noise=noise, memory=memory), Observation(w, signal, noise, pull)
+    memory = jnp.maximum(kept * (1 - signal) + 1, MEMORY_MIN)
+    pace = pace._replace(noise=pace.noise.at[: noise.size].set(noise), memory=pace.memory.at[: noise.size].set(memory))
+    return pace, Observation(w, signal, noise, pull)
 
 
 def longest(kl: Callable[[jax.Array], jax.Array], cap: jax.Array, radius: jax.Array) -> jax.Array:
@@ -145,9 +150,13 @@ def initial_radius(options: Options, latents: int) -> float:
 
 
 def resized(pace: Pace, latents: int, kl: jax.Array, *, good: jax.Array, limited: jax.Array, grows: jax.Array) -> Pace:
-    """The radius after a step of ``kl`` nats was judged; where it was not needed it closes in on what was."""
+    """The radius after a step of ``kl`` nats was judged; where it was not needed it closes in on what was.
+
+    Below the noise floor, where the verdict that brought it there may have been noise, it recovers with every step.
+    """
     floor = noise_floor(latents)
-    kept = jnp.where(limited, pace.radius, jnp.maximum(jnp.minimum(pace.radius, 4 * kl), floor))
+    recovered = jnp.maximum(pace.radius, jnp.minimum(4 * pace.radius, floor))
+    kept = jnp.where(limited, recovered, jnp.maximum(jnp.minimum(pace.radius, 4 * kl), floor))
     grown = jnp.where(grows, jnp.minimum(4 * pace.radius, RADIUS_MAX), kept)
     radius = jnp.where(good, grown, jnp.maximum(pace.radius / 4, RADIUS_MIN * floor))
     return pace._replace(radius=radius.astype(pace.radius.dtype))

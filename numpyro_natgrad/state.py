@@ -40,11 +40,11 @@ class Memory(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """What the length rule carries; scalars.
+    """What the length rule carries. There are no more families than parameters, so that n of those suffice.
 
-    :ivar noise: running variance of the natural gradient in the Fisher norm, nats.
-    :ivar memory: number of steps that the running means look back over.
-    :ivar radius: KL in nats that a step may move; set in the first step, when the guide has been heard.
+    :ivar noise: per family, running variance of the natural gradient in the Fisher norm, nats; ``(n,)``.
+    :ivar memory: per family, number of steps that the running means look back over; ``(n,)``.
+    :ivar radius: KL in nats that a step may move; set in the first step, when the guide has been heard; scalar.
     """
 
     noise: jax.Array
@@ -59,7 +59,8 @@ class StepInfo(NamedTuple):
         where steps are lifted and ``max_kl`` is no number.
     :ivar natural_gradient_norm: Fisher norm √(gᵀF⁻¹g) of the natural gradient, √nats: half its square estimates the
         nats still to gain, plus noise.
-    :ivar step_length: ρ: the share of the way to the minimum of the local model, 1 for all of it.
+    :ivar step_length: ρ: the share of the way to the minimum of the local model, 1 for all of it. Families have one
+        each: their root mean square, weighted by the squared natural gradient.
     :ivar signal: share of signal in the squared natural gradient, between 0 and 1.
     :ivar radius: KL that the step was allowed to move, nats.
     :ivar limited: the KL limit shortened this step.
@@ -105,4 +106,5 @@ def initial(params: Params, point: Any) -> State:
     joint = Joint(jnp.zeros((n, n), dtype), jnp.zeros(n, dtype), jnp.zeros((n, n), dtype))
     memory = Memory(jax.tree.map(jnp.zeros_like, params), joint)
     info = StepInfo(zero, zero, zero, zero, zero, jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32))
-    return State(params, params, memory, Pace(zero, zero + 1, zero), point, info)
+    pace = Pace(jnp.zeros(len(params), dtype), jnp.ones(len(params), dtype), zero)
+    return State(params, params, memory, pace, point, info)

@@ -9,7 +9,7 @@ radius; one that is not finite, or does not deliver on its own draws, is *skippe
 skipped is *counted*.
 """
 
-from collections.abc import Container
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -39,7 +39,10 @@ class Context(NamedTuple):
 
 
 class Direction(NamedTuple):
-    """The natural gradient, block by block, and what the length rule made of it."""
+    """The natural gradient, block by block, and what the length rule made of it; arrays have an entry for each family.
+
+    ``square``: squared Fisher norm, nats.  ``cap``: the longest step that the rule asks for.
+    """
 
     tangents: list[Any]
     memory: Memory
@@ -51,7 +54,7 @@ class Direction(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """Where the step leads. ``kl``: KL(q ‖ q₊) and ``moved``: KL(q₊ ‖ q), nats."""
+    """Where the step leads. ``kl``: KL(q ‖ q₊) of each family and ``moved``: KL(q₊ ‖ q) of all of them, nats."""
 
     params: Params
     memory: Memory
@@ -80,37 +83,39 @@ def natural_step(fn: Loss, context: Context, step: jax.Array, state: State) -> t
 
 
 def _direction(evidence: Evidence, context: Context, step: jax.Array, state: State) -> Direction:
-    families, options = context.structure.families, context.options
+    families = context.structure.families
     tangents = [f.sharp(evidence, state.params, state.memory, step) for f in families]
-    square = _total(f.norm2(v) for f, v in zip(families, tangents, strict=True))
+    square = _each(f.norm2(v) for f, v in zip(families, tangents, strict=True))
     ok = finite((evidence.loss, evidence.gradient, square))
     tangents = cleaned(ok, tangents)
-    start = length.initial_radius(options, context.structure.latents)
+    start = length.initial_radius(context.options, context.structure.latents)
     pace = state.pace._replace(radius=jnp.where(state.pace.radius > 0, state.pace.radius, start))
     pairs = list(zip(families, tangents, strict=True))
     compared = [f.compare(state.memory, v) for f, v in pairs]
-    pace, seen = length.observe(pace, length.Comparison(*(_total(c[i] for c in compared) for i in range(3))))
+    pace, seen = length.observe(pace, length.Comparison(*(_each(c[i] for c in compared) for i in range(3))))
     memory = state.memory
-    for family, v in pairs:
-        memory = family.remember(memory, v, seen.weight)
+    for k, (family, v) in enumerate(pairs):
+        memory = family.remember(memory, v, seen.weight[k])
     exact = context.structure.exact
-    cap = length.cap(options, length.Observed(step, seen.signal, seen.noise, seen.trust, evidence.particles, exact))
+    observed = length.Observed(step, seen.signal, seen.noise, seen.trust, evidence.particles, exact)
+    cap = length.cap(context.options, observed)
     return Direction(tangents, memory, pace, jnp.where(ok, square, 0.0), seen.signal, cap, ok)
 
 
 def _propose(evidence: Evidence, context: Context, direction: Direction, state: State) -> Proposal:
     families = list(zip(context.structure.families, direction.tangents, strict=True))
 
-    def kl(rho: jax.Array) -> jax.Array:
-        return _total(f.kl(v, rho) for f, v in families)
+    def kl(share: jax.Array) -> jax.Array:
+        return _each(f.kl(v, share * direction.cap[k]) for k, (f, v) in enumerate(families))
 
-    rho = length.longest(kl, direction.cap, direction.pace.radius)
+    share = length.longest(lambda s: jnp.sum(kl(s)), jnp.ones((), direction.cap.dtype), direction.pace.radius)
+    rho = share * direction.cap
     params, memory = state.params, direction.memory
-    for family, v in families:
-        params, memory = family.retract(params, memory, v, rho)
-    moved = _total(f.moved(v, rho) for f, v in families)
+    for k, (family, v) in enumerate(families):
+        params, memory = family.retract(params, memory, v, rho[k])
+    moved = jnp.sum(_each(f.moved(v, rho[k]) for k, (f, v) in enumerate(families)))
     params, point = context.point.step(params, evidence.gradient, state.point, tuple(context.structure.point))
-    return Proposal(params, memory, point, rho, kl(rho), moved, rho < direction.cap)
+    return Proposal(params, memory, point, rho, kl(share), moved, share < 1)
 
 
 def _judge(evidence: Evidence, context: Context, direction: Direction, proposal: Proposal) -> Verdict:
@@ -124,10 +129,10 @@ def _judge(evidence: Evidence, context: Context, direction: Direction, proposal:
     if not context.options.adaptive or not context.structure.paired:
         return Verdict(ok, jnp.array(False))
     floor = length.noise_floor(context.structure.latents)
-    large = (proposal.moved > floor) | proposal.limited
+    large = (proposal.moved > floor) | (proposal.limited & (direction.pace.radius >= floor))
     asked = large | (not context.structure.exact)
     gained = evidence.loss - lax.cond(ok & asked, evidence.value, lambda _: evidence.loss, proposal.params)
-    promised = proposal.kl / jnp.maximum(proposal.rho, jnp.finfo(proposal.rho.dtype).tiny)
+    promised = jnp.sum(proposal.kl / jnp.maximum(proposal.rho, jnp.finfo(proposal.rho.dtype).tiny))
     delivered = ~asked | (gained >= jnp.where(large, length.ACCEPT * promised, -floor))
     return Verdict(ok & delivered, proposal.limited & (gained > length.GROW * promised))
 
@@ -137,14 +142,13 @@ def _settle(context: Context, state: State, direction: Direction, proposal: Prop
     good = verdict.good
     pace = direction.pace
     if context.options.adaptive:
-        pace = length.resized(
-            pace, context.structure.latents, proposal.kl, good=good, limited=proposal.limited, grows=verdict.grows
-        )
+        nats, limited = jnp.sum(proposal.kl), proposal.limited
+        pace = length.resized(pace, context.structure.latents, nats, good=good, limited=limited, grows=verdict.grows)
     # A skipped natural gradient stays in the running means only if it was finite.
     kept = _choose(direction.ok, direction.memory, state.memory)
     pace = _choose(direction.ok, pace, state.pace)._replace(radius=pace.radius)
     params = _choose(good, proposal.params, state.params)
-    average = _averaged(state.average, params, _average_weight(pace, context.options), context.structure.point)
+    average = _averaged(state.average, params, _average_weights(pace, context))
     return State(
         params,
         _choose(good, average, state.average),
@@ -155,34 +159,36 @@ def _settle(context: Context, state: State, direction: Direction, proposal: Prop
     )
 
 
-def _averaged(average: Params, params: Params, weight: jax.Array, point: Container[str]) -> Params:
+def _averaged(average: Params, params: Params, weights: dict[str, jax.Array]) -> Params:
     """The running mean of the iterates. What the ordinary optimizer moves is its own affair: its last iterate."""
 
-    def mean(old: jax.Array, new: jax.Array) -> jax.Array:
+    def mean(weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         return old + (weight * (new - old)).astype(old.dtype)
 
-    return {p: x if p in point else jax.tree.map(mean, average[p], x) for p, x in params.items()}
+    return {p: jax.tree.map(partial(mean, weights[p]), average[p], x) if p in weights else x for p, x in params.items()}
 
 
-def _average_weight(pace: Pace, options: Options) -> jax.Array:
+def _average_weights(pace: Pace, context: Context) -> dict[str, jax.Array]:
     """Average over the steps that noise rules, and only over those: the memory counts half of them.
 
     Steps of a length that the user has chosen are left alone: then the last iterate is what was asked for.
     """
-    if options.step_size is not None:
-        return jnp.ones_like(pace.memory)
-    return (AVERAGE_DECAY + 1) / (2 * (pace.memory - length.MEMORY_MIN) + AVERAGE_DECAY + 1)
+    weights = (AVERAGE_DECAY + 1) / (2 * (pace.memory - length.MEMORY_MIN) + AVERAGE_DECAY + 1)
+    if context.options.step_size is not None:
+        weights = jnp.ones_like(weights)
+    return {p: weights[k] for k, family in enumerate(context.structure.families) for p in family.params}
 
 
 def _info(state: State, direction: Direction, proposal: Proposal, good: jax.Array) -> StepInfo:
-    old = state.info
+    old, square = state.info, jnp.sum(direction.square)
+    share = direction.square / jnp.maximum(square, jnp.finfo(square.dtype).tiny)
     return jax.tree.map(
         lambda new, before: jnp.asarray(new, before.dtype),
         StepInfo(
-            jnp.where(good, proposal.kl, 0.0),
-            jnp.sqrt(direction.square),
-            jnp.where(good, proposal.rho, 0.0),
-            direction.signal,
+            jnp.where(good, jnp.sum(proposal.kl), 0.0),
+            jnp.sqrt(square),
+            jnp.where(good, jnp.sqrt(jnp.sum(share * proposal.rho**2)), 0.0),
+            jnp.sum(share * direction.signal),
             direction.pace.radius,
             proposal.limited & good,
             ~good,
@@ -196,5 +202,6 @@ def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b).astype(b.dtype), yes, no)
 
 
-def _total(terms: Any) -> jax.Array:
-    return sum(terms, jnp.zeros(()))
+def _each(terms: Any) -> jax.Array:
+    """One number for each family, as an array."""
+    return jnp.stack([*terms, jnp.zeros(())])[:-1]  # there may be none

@@ -45,7 +45,7 @@ class Structure(NamedTuple):
     :ivar point: parameters without a Fisher, left to the ordinary optimizer, with their sizes.
     :ivar views: how the loss is to be seen.
     :ivar particles: draws a step.
-    :ivar latents: latent dimensions of the guide's sites.
+    :ivar latents: latent dimensions of the guide's sites, for the whole data set.
     :ivar exact: whether a step of length 1 is exact on conjugate models.
     :ivar paired: whether the draws move with the parameters, so that two values of the loss at the same draws differ by
         less than their noise. Draws of a discrete site jump.
@@ -81,7 +81,7 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     taken = {p for family in families for p in family.params}
     point = {p: size for p, size in sizes.items() if p not in taken}
     scored = frozenset(name for family in curvatures for name, _, _ in family.sites)
-    latents = max(sum(s.size for s in hearing.sites.values()), 1)
+    latents = max(round(sum(s.weight * s.size for s in hearing.sites.values())), 1)
     first_order = [p for family in families if not family.curved for p in family.params]
     if options.estimator == "second_order" and first_order:
         warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=4)
@@ -151,7 +151,15 @@ def _curvature_families(hearing: Hearing, taken: set[str], sizes: dict[str, int]
 def _curvature(names: set[str], sites: list[str], hearing: Hearing, sizes: dict[str, int]) -> KLCurvature:
     ordered = tuple(p for p in sizes if p in names)
     rows = tuple((n, hearing.sites[n].base.__name__, hearing.sites[n].divergence) for n in sites)
-    return KLCurvature(ordered, rows, {p: sizes[p] for p in ordered})
+    return KLCurvature(ordered, rows, {p: sizes[p] for p in ordered}, _is_local(ordered, sites, hearing, sizes))
+
+
+def _is_local(names: tuple[str, ...], sites: list[str], hearing: Hearing, sizes: dict[str, int]) -> bool:
+    """Whether all parameters have an entry for every row of a subsampled plate, and sites are drawn for some rows."""
+    heard = [hearing.sites[name] for name in sites]
+    return all(s.weight > 1 for s in heard) and all(
+        sizes[p] >= 0.99 * s.weight * s.size for p in names for s in heard if p in _parameters(s)
+    )
 
 
 def _views(

@@ -61,11 +61,11 @@ def watch(samples):
 
     def step(carry, v):
         pace, mean = carry
-        comparison = Comparison(jnp.sum(mean**2), jnp.sum((v - mean) ** 2), jnp.sum(v**2))
-        pace, seen = length.observe(pace, comparison)
-        return (pace, mean + seen.weight * (v - mean)), (seen.signal, seen.noise)
+        squares = jnp.sum(jnp.stack([mean, v - mean, v]) ** 2, axis=1)
+        pace, seen = length.observe(pace, Comparison(*squares[:, None]))
+        return (pace, mean + seen.weight * (v - mean)), (seen.signal[0], seen.noise[0])
 
-    start = Pace(jnp.zeros(()), jnp.ones(()), jnp.ones(())), jnp.zeros(samples.shape[1])
+    start = Pace(jnp.zeros(1), jnp.ones(1), jnp.ones(())), jnp.zeros(samples.shape[1])
     return jax.lax.scan(step, start, samples)[1]
 
 
@@ -99,6 +99,18 @@ def test_one_draw_from_a_heavy_tail_does_not_decide(dtype):
     assert after[-1] <= 10 * quiet[-2]
 
 
+def test_families_keep_a_pace_of_their_own(dtype):
+    """Noise in one of them shortens its steps, and not those of one that is all signal."""
+    pace = Pace(jnp.zeros(3), jnp.ones(3), jnp.ones(()))  # three parameters, two families
+    observe = jax.jit(length.observe)
+    for n in range(50):
+        quiet, noisy = jnp.array([1.0, 1.0]), jnp.array([0.0, 1.0 if n else 0.0])
+        pace, seen = observe(pace, Comparison(jnp.array([1.0, 1e-3]), noisy, quiet))
+    assert seen.signal[0] > 0.999
+    assert seen.signal[1] < 0.01
+    assert pace.noise.shape == pace.memory.shape == (3,)
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("particles", [1, 2, 8, 100])
 def test_the_rule_needs_no_choice_and_stays_below_one(particles, exact, dtype):
@@ -129,8 +141,10 @@ def test_the_radius_grows_and_shrinks_fourfold_between_its_bounds(latents, dtype
         resized(start, start / 100, good=True, limited=False, grows=False), start / 25, rtol=1e-6
     )
     np.testing.assert_allclose(resized(start, 0.0, good=True, limited=False, grows=False), floor, rtol=1e-6)
-    # Failures go below what noise decides, down to a bound; a short step that delivers comes back.
+    # Failures go below what noise decides, down to a bound; there every step that is not one comes back.
     least = length.RADIUS_MIN * floor
+    np.testing.assert_allclose(resized(least, least, good=True, limited=True, grows=False), 4 * least, rtol=1e-6)
+    np.testing.assert_allclose(resized(floor / 2, floor, good=True, limited=True, grows=False), floor, rtol=1e-6)
     np.testing.assert_allclose(resized(least, 0.0, good=False, limited=True, grows=False), least, rtol=1e-6)
     np.testing.assert_allclose(resized(least, least, good=True, limited=True, grows=True), 4 * least, rtol=1e-6)
     assert resized(length.RADIUS_MAX, 1.0, good=True, limited=True, grows=True) == length.RADIUS_MAX

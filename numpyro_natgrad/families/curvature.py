@@ -51,11 +51,13 @@ class KLCurvature(NamedTuple):
     :ivar params: parameter names.
     :ivar sites: per site its name, its distribution class, and how its KL is got.
     :ivar sizes: number of entries of each parameter.
+    :ivar local: they belong to the rows of a subsampled plate, of which a step sees a few.
     """
 
     params: tuple[str, ...]
     sites: tuple[tuple[str, str, str], ...]
     sizes: Mapping[str, int]
+    local: bool
 
     @property
     def exact(self) -> bool:
@@ -105,6 +107,9 @@ class KLCurvature(NamedTuple):
         return 0.5 * rho**2 * v.square
 
     def compare(self, memory: Memory, v: Direction) -> Comparison:
+        # A row is seen again after many steps, and sees all of its own data then (Hoffman et al. 2013): no comparison.
+        if self.local:
+            return Comparison(v.square, jnp.zeros_like(v.square), v.square)
         old, _ = self._mine(memory.trend)
         news, image = v.step - old, v.image - v.trend_image
         return Comparison(jnp.maximum(old @ v.trend_image, 0.0), jnp.maximum(news @ image, 0.0), v.square)
