@@ -36,9 +36,10 @@ from .errors import StructureError
 from .provenance import Origin, Sighting, origins, tag
 
 Loss = Callable[[dict[str, Any]], tuple[jax.Array, Any]]
+Density = Callable[[Any, Any], jax.Array]
 
-#: How the Fisher of a site is got.
-CLOSED, MONTE_CARLO = "closed form", "Monte Carlo"
+#: How the Fisher of a site is got. The empirical one is no Fisher: its scores are those of the data as observed.
+CLOSED, MONTE_CARLO, EMPIRICAL = "closed form", "Monte Carlo", "empirical"
 
 _WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution, dist.TransformedDistribution)
 # Transforms that own parameters in closures, where no tree of leaves shows them.
@@ -86,12 +87,38 @@ class HeardSite(NamedTuple):
         return math.prod(self.shape)
 
 
+class ModelSite(NamedTuple):
+    """A sample site of the model at a value that is known: observed, or a point of the guide (``AutoDelta``).
+
+    :ivar base: the class of the distribution under its wrappers.
+    :ivar size: numbers in its value.
+    :ivar params: the parameters that its density, or its value, is computed from.
+    :ivar observed: its value is data.
+    :ivar weight: how many rows of the whole data set one row stands for.
+    :ivar divergence: how its Fisher is got.
+    """
+
+    base: Any
+    size: int
+    params: frozenset[str]
+    observed: bool
+    weight: float
+    divergence: str
+
+
 class Hearing(NamedTuple):
-    """All that was heard in one loss function. ``particles`` draws a step; ``is_elbo``: affine in log q."""
+    """All that was heard in one loss function.
+
+    :ivar sites: the latent sites of the guide.
+    :ivar modelled: the sites of the model, if their joint density at given values is what the loss is about.
+    :ivar particles: draws a step; infinity where nothing is drawn.
+    :ivar is_elbo: affine in log q.
+    """
 
     params: dict[str, HeardParam]
     sites: dict[str, HeardSite]
-    particles: int
+    modelled: dict[str, ModelSite]
+    particles: float
     is_elbo: bool
 
 
@@ -112,7 +139,9 @@ def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
     drawn = _listened(fn, params, opaque=True)[1] if analytic else total
     sites = {name: _heard(name, site, seen, name in analytic, drawn) for name, site in found.items()}
     counts = [seen[f"draw:{name}"].size // max(site.draw_size, 1) for name, site in found.items()]
-    return Hearing(listener.params, sites, max(counts, default=1), total.degree <= 1)
+    drawn_or_summed = sites or summed or listener.enumerated
+    modelled = {} if drawn_or_summed else {n: _modelled(n, site, seen) for n, site in listener.modelled.items()}
+    return Hearing(listener.params, sites, modelled, max(counts, default=math.inf), total.degree <= 1)
 
 
 def _listened(
@@ -148,6 +177,11 @@ def _heard(name: str, site: "_Site", seen: Mapping[str, Sighting], analytic: boo
     )
 
 
+def _modelled(name: str, site: ModelSite, seen: Mapping[str, Sighting]) -> ModelSite:
+    sources = seen[f"modelled:{name}"].origin.sources
+    return site._replace(params=frozenset(x.removeprefix("param:") for x in sources if x.startswith("param:")))
+
+
 class _Site(NamedTuple):
     base: Any
     shape: tuple[int, ...]
@@ -174,11 +208,14 @@ class Listener(Messenger):
         self.names, self.opaque, self._known = names, opaque, summed
         self.params: dict[str, HeardParam] = {}
         self.sites: dict[str, _Site] = {}
+        self.modelled: dict[str, ModelSite] = {}
         self.summed: set[str] = set()
+        self.enumerated = False
 
     def process_message(self, msg: Any) -> None:
         _mark_guide_site(msg)
         if msg["type"] == "sample" and msg["infer"].get("enumerate") == "parallel" and msg["value"] is not None:
+            self.enumerated = True
             # The model's site replays the guide's, and what the guide's trace has written down with it.
             replayed = "dim_to_name" in msg["infer"]
             self.summed |= {msg["name"]} if replayed else set()
@@ -194,6 +231,15 @@ class Listener(Messenger):
             )
         elif _is_guide_site(msg):
             self._site(msg)
+        elif _is_model_site(msg):
+            self._model_site(msg)
+
+    def _model_site(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        how = MONTE_CARLO if closed_kl(fn) is None else CLOSED
+        size, observed, weight = jnp.size(msg["value"]), bool(msg["is_observed"]), _weight(msg["scale"])
+        self.modelled[name] = ModelSite(type(base_of(fn)), size, frozenset(), observed, weight, how)
+        tag("modelled", name, fn.log_prob(msg["value"]))
 
     def _param(self, msg: Any) -> None:
         name = msg["name"]
@@ -265,15 +311,16 @@ class PathGradient(Messenger):
 
 
 class Frozen(Messenger):
-    """Freeze the guide's draws, silence the model, and let other densities stand for log q at some sites.
+    """Freeze the guide's draws, and let other densities stand for log q, or −log p, at some sites; silence the others.
 
     :param densities: per guide site ``density(fn, value)``, an array of its batch shape, from its distribution and its
-        frozen draw; the other sites are silenced as well.
+        frozen draw.
+    :param modelled: the same for sites of the model, at their value.
     """
 
-    def __init__(self, densities: Mapping[str, Callable[[Any, Any], jax.Array]]) -> None:
+    def __init__(self, densities: Mapping[str, Density], modelled: Mapping[str, Density] | None = None) -> None:
         super().__init__()
-        self.densities = densities
+        self.densities, self.modelled = densities, modelled or {}
 
     def process_message(self, msg: Any) -> None:
         _mark_guide_site(msg)
@@ -284,8 +331,10 @@ class Frozen(Messenger):
         fn = msg["fn"]
         if _is_guide_site(msg):
             msg["value"] = stop_gradient(msg["value"])
-        density = self.densities.get(msg["name"], _none) if _is_guide_site(msg) else _none
-        msg["fn"] = Assigned(fn, density(fn, msg["value"]), drawn=True)
+            density = self.densities.get(msg["name"], _none)(fn, msg["value"])
+        else:
+            density = -self.modelled.get(msg["name"], _none)(fn, msg["value"])
+        msg["fn"] = Assigned(fn, density, drawn=True)
 
 
 class Assigned(dist.Distribution):
@@ -335,9 +384,43 @@ def kl_to_self(fn: Any, value: Any = None) -> jax.Array:
     return closed
 
 
-def fisher_density(how: str) -> Callable[[Any, Any], jax.Array]:
+def fisher_density(how: str) -> Density:
     """What stands for log q (:class:`Frozen`) so that the Hessian of the loss is the Fisher."""
     return kl_to_self if how == CLOSED else half_squared_score
+
+
+def likelihood_density(how: str, key: jax.Array) -> Density:
+    """What stands for −log p of an observed site. The Fisher does not look at the data; the empirical one does.
+
+    Where there is no closed form, data is drawn from the model at its present parameters.
+    """
+    if how != MONTE_CARLO:
+        return fisher_density(how)
+
+    def density(fn: Any, value: Any) -> jax.Array:
+        return half_squared_score(fn, stop_gradient(fn.sample(key)))
+
+    return density
+
+
+def prior_density(how: str, key: jax.Array) -> Density:
+    """What stands for −log p of a site at a point of the guide: its Fisher, and the curvature of its value.
+
+    ½ ((z − E z) − (z − E z)_frozen)² / Var z has the Hessian of −log p for a normal prior and is positive semi-definite
+    for any. A prior without mean or variance adds nothing.
+    """
+
+    def density(fn: Any, value: Any) -> jax.Array:
+        metric = likelihood_density(how, key)(fn, value)
+        try:
+            residual, variance = value - fn.mean, stop_gradient(fn.variance)
+        except NotImplementedError:
+            return metric
+        known = jnp.isfinite(variance) & (variance > 0)
+        moved = jnp.where(known, residual - stop_gradient(residual), 0.0)
+        return metric + 0.5 * sum_rightmost(moved**2 / jnp.where(known, variance, 1.0), fn.event_dim)
+
+    return density
 
 
 def closed_kl(fn: Any) -> jax.Array | None:
@@ -442,13 +525,18 @@ def _mark_guide_site(msg: Any) -> None:
 
 
 def _is_guide_site(msg: Any) -> bool:
-    return bool(msg.get("is_guide_site", False)) and not isinstance(msg["fn"], dist.Delta)
+    return bool(msg.get("is_guide_site", False)) and not isinstance(base_of(msg["fn"]), dist.Delta)
+
+
+def _is_model_site(msg: Any) -> bool:
+    known = msg["type"] == "sample" and not msg.get("is_guide_site", False)
+    return known and not isinstance(base_of(msg["fn"]), dist.Delta | dist.Unit)
 
 
 def _arguments(base: Any) -> dict[str, jax.Array]:
     """The arguments as given: lazily derived ones (a precision made from a Cholesky factor) are not in ``__dict__``."""
     found = {name: base.__dict__.get(name) for name in type(base).arg_constraints}
-    return {name: jnp.asarray(x) for name, x in found.items() if x is not None}
+    return {name: jnp.asarray(x, jnp.result_type(float, x)) for name, x in found.items() if x is not None}
 
 
 def _base_shape(fn: Any, sample_shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ class Evidence(NamedTuple):
     :ivar value: the loss at other parameters and the same draws.
     :ivar fn: the loss function itself.
     :ivar forward: forward-mode differentiation.
-    :ivar particles: draws a step.
+    :ivar particles: draws a step; infinity where nothing is drawn.
     """
 
     loss: jax.Array
@@ -45,7 +45,7 @@ class Evidence(NamedTuple):
     value: Callable[[Params], jax.Array]
     fn: Loss
     forward: bool
-    particles: int
+    particles: float
 
 
 class Views(NamedTuple):
@@ -67,7 +67,7 @@ class Views(NamedTuple):
     keep: bool
 
 
-def gather(fn: Loss, params: Params, views: Views, particles: int) -> Evidence:
+def gather(fn: Loss, params: Params, views: Views, particles: float) -> Evidence:
     """Evaluate the loss once, with its gradient, and linearise the gradient along the parameters that ask for it."""
     dtype = jnp.result_type(*jax.tree.leaves(params))
     taps = {name: jnp.zeros(shape, dtype) for name, shape in views.taps.items()}

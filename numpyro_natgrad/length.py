@@ -43,7 +43,7 @@ class Observed(NamedTuple):
     :ivar signal: share of signal in the natural gradient, between 0 and 1.
     :ivar noise: its variance, nats.
     :ivar trust: 1, or the factor that pulls an outlier in.
-    :ivar particles: draws a step.
+    :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar exact: a step of length 1 is exact on conjugate models, so that noise does not grow from step to step.
     """
 
@@ -51,7 +51,7 @@ class Observed(NamedTuple):
     signal: jax.Array
     noise: jax.Array
     trust: jax.Array
-    particles: int
+    particles: float
     exact: bool
 
 
@@ -67,7 +67,7 @@ def adaptive(seen: Observed) -> jax.Array:
     """The rule that needs no choice."""
     left = (QUIET if seen.exact else QUIET_INEXACT) / max(seen.signal.size, 1)
     quiet = jnp.minimum(1.0, left / jnp.maximum(seen.noise, left))
-    return seen.particles / (seen.particles + 2) * jnp.maximum(seen.signal, quiet) * seen.trust
+    return 1 / (1 + 2 / seen.particles) * jnp.maximum(seen.signal, quiet) * seen.trust
 
 
 class Comparison(NamedTuple):

@@ -44,8 +44,12 @@ class NaturalGradient(_NumPyroOptim):
         latents.
     :param path_gradient: leave out the score term of the gradient, which has zero mean, wherever that is valid. (The
         second-order estimator takes the entropy in closed form and has none.)
-    :param point_optimizer: for parameters without a Fisher (``AutoDelta``, ``param`` statements of the model): an optax
-        transformation or a NumPyro optimizer; ``optax.adam(1e-2)`` by default.
+    :param fisher: by which route the Fisher is got: ``"closed_form"``, ``"kl_hessian"``, ``"monte_carlo"``,
+        ``"empirical"`` (:func:`.routes.routed`), or ``None`` for the best one of every site.
+    :param point_optimizer: for parameters without a Fisher, such as ``param`` statements of the model beside a guide
+        that draws: an optax transformation or a NumPyro optimizer; ``optax.adam(1e-2)`` by default. Where nothing is
+        drawn (no guide, ``AutoDelta``) parameters take the natural gradient of the likelihood, unless an optimizer is
+        given here.
     :raises ValueError: if an option cannot be used.
 
     ``get_params`` returns the average of the iterates that noise rules (with a ``step_size`` of yours, the last
@@ -62,9 +66,11 @@ class NaturalGradient(_NumPyroOptim):
         max_kl: float | Literal["adaptive"] | None = "adaptive",
         estimator: options.Estimator | None = None,
         path_gradient: bool = True,
+        fisher: options.Fisher | None = None,
         point_optimizer: Any = None,
     ) -> None:
-        self._options = options.checked(step_size, max_kl, estimator, path_gradient)
+        likelihood = point_optimizer is None or fisher is not None
+        self._options = options.checked(step_size, max_kl, estimator, path_gradient, fisher, likelihood=likelihood)
         point.checked(point_optimizer)
         self._point_optimizer = point_optimizer
         self._structure: Structure | None = None

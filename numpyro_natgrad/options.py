@@ -3,11 +3,12 @@
 """The options of :class:`.NaturalGradient`, checked before anything runs."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 Estimator = Literal["first_order", "second_order"]
+Fisher = Literal["closed_form", "kl_hessian", "monte_carlo", "empirical"]
 
 #: Where a step would leave the cone of precisions, the share of the old one at which it starts to bend back: see
 #: :func:`.gaussian.positive`.
@@ -15,12 +16,17 @@ MARGIN, LIFTED_MARGIN = 0.05, 1e-6
 
 
 class Options(NamedTuple):
-    """See :class:`.NaturalGradient`, whose arguments they are."""
+    """See :class:`.NaturalGradient`, whose arguments they are.
+
+    ``likelihood``: points take the natural gradient of the likelihood (no ordinary optimizer was asked for).
+    """
 
     step_size: float | Callable[[Any], Any] | None
     max_kl: float | Literal["adaptive"] | None
     estimator: Estimator | None
     path_gradient: bool
+    fisher: Fisher | None = None
+    likelihood: bool = True
 
     @property
     def margin(self) -> float:
@@ -36,7 +42,9 @@ class Options(NamedTuple):
         return self.max_kl == "adaptive"
 
 
-def checked(step_size: Any, max_kl: Any, estimator: Any, path_gradient: Any) -> Options:
+def checked(
+    step_size: Any, max_kl: Any, estimator: Any, path_gradient: Any, fisher: Any = None, *, likelihood: bool = True
+) -> Options:
     """The options, or an error that names the one that cannot be used."""
     if step_size is not None and not callable(step_size) and not _positive(step_size):
         raise ValueError(
@@ -55,7 +63,12 @@ def checked(step_size: Any, max_kl: Any, estimator: Any, path_gradient: Any) -> 
         )
     if not isinstance(path_gradient, bool):
         raise TypeError(f"`path_gradient={path_gradient!r}`: expected True or False.")
-    return Options(step_size, max_kl, estimator, path_gradient)
+    if fisher is not None and fisher not in get_args(Fisher):
+        raise ValueError(
+            f"`fisher={fisher!r}`: expected one of {', '.join(map(repr, get_args(Fisher)))}, or None for the best way "
+            "at every site."
+        )
+    return Options(step_size, max_kl, estimator, path_gradient, fisher, likelihood)
 
 
 def _positive(x: Any) -> bool:

@@ -4,6 +4,7 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +19,10 @@ from .families.curvature import KLCurvature
 from .families.diagonal import DiagonalGaussian
 from .families.full import FullGaussian
 from .families.joint import JointGaussian
+from .families.likelihood import LikelihoodFisher
 from .families.natural import NaturalParameters
 from .options import Options
+from .routes import routed
 from .state import JOINT_LIMIT
 
 #: Numbers drawn a step up to which they are kept for the whole step; beyond, memory is worth more than time.
@@ -44,8 +47,8 @@ class Structure(NamedTuple):
     :ivar families: who moves what.
     :ivar point: parameters without a Fisher, left to the ordinary optimizer, with their sizes.
     :ivar views: how the loss is to be seen.
-    :ivar particles: draws a step.
-    :ivar latents: latent dimensions of the guide's sites, for the whole data set.
+    :ivar particles: draws a step; infinity where nothing is drawn.
+    :ivar latents: latent dimensions of the guide's sites, for the whole data set; of a likelihood, observations.
     :ivar exact: whether a step of length 1 is exact on conjugate models.
     :ivar paired: whether the draws move with the parameters, so that two values of the loss at the same draws differ by
         less than their noise. Draws of a discrete site jump.
@@ -54,7 +57,7 @@ class Structure(NamedTuple):
     families: tuple[Family, ...]
     point: dict[str, int]
     views: Views
-    particles: int
+    particles: float
     latents: int
     exact: bool
     paired: bool
@@ -67,21 +70,19 @@ class Structure(NamedTuple):
 
 def discover(fn: Any, params: Params, options: Options, forward: bool) -> Structure:
     """Listen to the loss and give every parameter to a family."""
-    hearing = hear(fn, params)
+    hearing = routed(hear(fn, params), options.fisher)
     if not hearing.is_elbo:
         warnings.warn(_NO_ELBO, stacklevel=4)
     sizes = {name: sum(jnp.size(x) for x in jax.tree.leaves(tree)) for name, tree in params.items()}
-    shared = _shared(hearing)
-    read = [read_site(name, hearing) for name in hearing.sites]
-    gaussians = [g for g in read if g is not None and not shared & {g.loc, g.scale}]
-    naturals = _natural_families(hearing, {g.name for g in gaussians}, shared, options)
+    gaussians, naturals = _charted(hearing, options)
     closed = {g.name for g in gaussians} | {n.site.name for n in naturals}
     curvatures = _curvature_families(hearing, closed, sizes)
-    families = (*_gaussian_families(gaussians, hearing, options), *naturals, *curvatures)
+    likelihoods = _likelihood_families(hearing, sizes) if options.likelihood else []
+    families = (*_gaussian_families(gaussians, hearing, options), *naturals, *curvatures, *likelihoods)
     taken = {p for family in families for p in family.params}
     point = {p: size for p, size in sizes.items() if p not in taken}
     scored = frozenset(name for family in curvatures for name, _, _ in family.sites)
-    latents = max(round(sum(s.weight * s.size for s in hearing.sites.values())), 1)
+    latents = max(round(sum(s.weight * s.size for s in (hearing.sites or hearing.modelled).values())), 1)
     first_order = [p for family in families if not family.curved for p in family.params]
     if options.estimator == "second_order" and first_order:
         warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=4)
@@ -89,6 +90,16 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     exact = hearing.is_elbo and all(family.exact for family in families)
     paired = all(site.reparameterized for site in hearing.sites.values())
     return Structure(families, point, views, hearing.particles, latents, exact, paired)
+
+
+def _charted(hearing: Hearing, options: Options) -> tuple[list[GaussianSite], list[NaturalParameters]]:
+    """The sites that have coordinates of their own: Gaussians, and exponential families in natural parameters."""
+    if options.fisher not in (None, "closed_form"):
+        return [], []
+    shared = _shared(hearing)
+    read = [read_site(name, hearing) for name in hearing.sites]
+    gaussians = [g for g in read if g is not None and not shared & {g.loc, g.scale}]
+    return gaussians, _natural_families(hearing, {g.name for g in gaussians}, shared, options)
 
 
 def _shared(hearing: Hearing) -> set[str]:
@@ -137,15 +148,34 @@ def _is_tilted(hearing: Hearing, name: str, options: Options) -> bool:
 
 def _curvature_families(hearing: Hearing, taken: set[str], sizes: dict[str, int]) -> list[KLCurvature]:
     """Connected components of the remaining parameters and the sites that depend on them."""
+    owners = {name: _parameters(site) & set(sizes) for name, site in hearing.sites.items() if name not in taken}
+    return [_curvature(names, sites, hearing, sizes) for names, sites in _components(owners)]
+
+
+def _components(owners: Mapping[str, frozenset[str] | set[str]]) -> list[tuple[set[str], list[str]]]:
+    """Connected components of the graph between sites and their parameters; sites without any are left out."""
     groups: list[tuple[set[str], list[str]]] = []
-    for name, site in hearing.sites.items():
-        mine = _parameters(site) & set(sizes)
-        if name in taken or not mine:
+    for name, mine in owners.items():
+        if not mine:
             continue
         touching = [g for g in groups if g[0] & mine]
-        merged = (mine.union(*(g[0] for g in touching)), [n for g in touching for n in g[1]] + [name])
+        merged = (set(mine).union(*(g[0] for g in touching)), [n for g in touching for n in g[1]] + [name])
         groups = [g for g in groups if g not in touching] + [merged]
-    return [_curvature(names, sites, hearing, sizes) for names, sites in groups]
+    return groups
+
+
+def _likelihood_families(hearing: Hearing, sizes: dict[str, int]) -> list[LikelihoodFisher]:
+    owners = {name: site.params & set(sizes) for name, site in hearing.modelled.items()}
+    return [_likelihood(names, sites, hearing, sizes) for names, sites in _components(owners)]
+
+
+def _likelihood(names: set[str], sites: list[str], hearing: Hearing, sizes: dict[str, int]) -> LikelihoodFisher:
+    ordered = {p: size for p, size in sizes.items() if p in names}
+    mine = {n: hearing.modelled[n] for n in sites}
+    rows = tuple((n, site.base.__name__, site.divergence) for n, site in mine.items())
+    points = frozenset(n for n, site in mine.items() if not site.observed)
+    whole = all(site.weight == 1 for site in mine.values())
+    return LikelihoodFisher(tuple(ordered), rows, ordered, False, points, whole)
 
 
 def _curvature(names: set[str], sites: list[str], hearing: Hearing, sizes: dict[str, int]) -> KLCurvature:
@@ -176,5 +206,5 @@ def _views(
     curved = tuple(p for family in families for p in family.curved)
     sites = {n for n in scored if hearing.sites[n].reparameterized and not hearing.sites[n].analytic}
     usable = options.path_gradient and hearing.is_elbo
-    draws = hearing.particles * sum(s.size for s in hearing.sites.values())
+    draws = sum(hearing.particles * s.size for s in hearing.sites.values())
     return Views(modes, taps, curved, frozenset(sites if usable else ()), forward, draws <= KEPT_DRAWS)

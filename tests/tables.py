@@ -110,6 +110,7 @@ class GuideCase(NamedTuple):
     :ivar natural: parameters of an exponential family, to be moved in natural parameters.
     :ivar curved: parameters to be moved by the curvature of KL.
     :ivar point: parameters that no distribution owns.
+    :ivar likely: parameters to be moved by the Fisher of the likelihood.
     """
 
     model: Callable[..., None]
@@ -118,6 +119,7 @@ class GuideCase(NamedTuple):
     natural: set[str] = set()
     curved: set[str] = set()
     point: set[str] = set()
+    likely: set[str] = set()
 
 
 DATA = np.array([0.3, -1.2, 0.7, 2.0])
@@ -246,12 +248,12 @@ GUIDES = {
         lambda m: AutoLowRankMultivariateNormal(m, rank=1),
         curved={"auto_loc", "auto_cov_factor", "auto_scale"},
     ),
-    "AutoDelta": GuideCase(school, AutoDelta, point={"a_auto_loc", "s_auto_loc", "b_auto_loc"}),
+    "AutoDelta": GuideCase(school, AutoDelta, likely={"a_auto_loc", "s_auto_loc", "b_auto_loc"}),
     "MultivariateNormal in a plate": GuideCase(plated, lambda m: by_hand, {"z": ("loc", "tril")}),
     "Normal in a plate": GuideCase(plated, lambda m: mean_field_by_hand, {"z": ("loc", "scale")}),
     "amortised": GuideCase(plated, lambda m: amortised, curved={"weight", "scale"}),
     "subsampled": GuideCase(batch_of_two, lambda m: subsampled, curved={"loc", "scale"}),
-    "structured": GuideCase(pair, lambda m: structured, {"z1": ("m1", "s1")}, {"slope", "shift", "s2"}),
+    "structured": GuideCase(pair, lambda m: structured, {"z1": ("m1", "s1")}, curved={"slope", "shift", "s2"}),
     "shared": GuideCase(pair, lambda m: shared, curved={"both", "m1", "m2"}),
     "pinned": GuideCase(pair, lambda m: pinned, curved={"m1", "s1"}),
     "LogNormal": GuideCase(rate, lambda m: log_normal, {"z": ("m", "s")}),

@@ -49,7 +49,7 @@ def test_arguments_particles_and_kind_of_loss_are_heard(guide, loss):
     assert {n: p for n, p in found.items() if "both" not in p} == GUIDES[guide].gaussian
 
 
-WAYS = ("closed form, ", "Hessian of KL", "ordinary optimizer")
+WAYS = ("closed form, ", "Hessian of KL", "ordinary optimizer", "Fisher of the likelihood")
 
 
 @pytest.mark.parametrize("estimator", [None, "first_order"])
@@ -65,7 +65,7 @@ def test_every_parameter_has_one_mover(guide, estimator):
     assert set(way) == set(params)
     case, found = GUIDES[guide], {word: {p for p in way if word in way[p]} for word in WAYS}
     closed = {parameter for site in case.gaussian.values() for parameter in site} | case.natural
-    assert found == dict(zip(WAYS, (closed, case.curved, case.point), strict=True))
+    assert found == dict(zip(WAYS, (closed, case.curved, case.point, case.likely), strict=True))
 
 
 def test_the_loss_integrates_densities_itself_only_in_mean_field():

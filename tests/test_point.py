@@ -22,7 +22,6 @@ from numpyro_natgrad import NaturalGradient
 STEPS = 30
 X = jnp.asarray(DATA, jnp.float32)
 ORDINARY = {
-    "default": (None, optax.adam(1e-2)),
     "optax": (optax.chain(optax.clip(1.0), optax.sgd(0.1, momentum=0.5)),) * 2,
     "numpyro": (optim.Adam(5e-2), optim.Adam(5e-2)),
 }

@@ -10,6 +10,7 @@ step is taken in NumPyro's unconstrained parameters, where the quadratic model o
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from ..state import Memory
 
 #: Parameters up to which F is formed.
 DENSE_LIMIT = 512
-#: Damping relative to F's own scale: F + ε (diag F + its mean over the parameter's entries).
+#: Damping of guides' Fisher matrices, relative to their own scale.
 DAMPING = 3e-3
 #: Conjugate gradients stop here; a natural gradient is a direction, 1 % is exact enough.
 CG_TOLERANCE, CG_STEPS = 1e-2, 50
@@ -45,7 +46,8 @@ class Direction(NamedTuple):
     trend_image: jax.Array
 
 
-class KLCurvature(NamedTuple):
+@dataclass(frozen=True)
+class KLCurvature:
     """One connected component of parameters and sites, by the curvature of KL.
 
     :ivar params: parameter names.
@@ -75,24 +77,34 @@ class KLCurvature(NamedTuple):
     def size(self) -> int:
         return sum(self.sizes.values())
 
+    @property
+    def damping(self) -> float:
+        """Relative to F's own scale: F + ε (diag F + its mean over the parameter's entries)."""
+        return DAMPING
+
+    @property
+    def source(self) -> str:
+        """What F is the curvature of, for the report."""
+        return "Hessian of KL"
+
     def describe(self) -> list[tuple[str, str, str, str, str]]:
         names = ", ".join(name for name, _, _ in self.sites)
         classes = ", ".join(dict.fromkeys(cls for _, cls, _ in self.sites))
         ways = ", ".join(dict.fromkeys(how for _, _, how in self.sites))
         solver = "dense" if self.size <= DENSE_LIMIT else "conjugate gradients"
-        return [(p, names, classes, f"Hessian of KL ({ways}), {solver}", str(self.sizes[p])) for p in self.params]
+        return [(p, names, classes, f"{self.source} ({ways}), {solver}", str(self.sizes[p])) for p in self.params]
 
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Direction:
         mine, unravel = self._mine(params)
         slope, _ = self._mine(evidence.gradient)
-        gradient = derivative(lambda x: (self._kl(evidence, params, unravel(x)), None), evidence.forward)
+        gradient = derivative(lambda x: (self._kl(evidence, params, step, unravel(x)), None), evidence.forward)
 
         def product(v: jax.Array) -> jax.Array:
             return jax.jvp(lambda x: gradient(x)[0], (mine,), (v,))[1]
 
         ok = jnp.all(jnp.isfinite(slope))
         clean = jnp.where(ok, slope, 0.0)
-        v = _dense(product, clean, unravel) if self.size <= DENSE_LIMIT else _iterative(product, clean)
+        v = self._solved(product, clean, unravel)
         v = jnp.where(ok, v, jnp.nan)
         trend, _ = self._mine(memory.trend)
         return Direction(-v, jnp.maximum(slope @ v, 0.0), -slope, product(trend))
@@ -128,34 +140,39 @@ class KLCurvature(NamedTuple):
         """This block's part of a tree shaped like the parameters, raveled, and the way back."""
         return ravel_pytree({p: tree[p] for p in self.params})
 
-    def _kl(self, evidence: Evidence, params: Params, mine: Params) -> jax.Array:
+    def _solved(self, product: Any, slope: jax.Array, unravel: Any) -> jax.Array:
+        if self.size <= DENSE_LIMIT:
+            return _dense(product, slope, unravel, self.damping)
+        return _iterative(product, slope, self.damping)
+
+    def _kl(self, evidence: Evidence, params: Params, step: jax.Array, mine: Params) -> jax.Array:
         with Frozen({name: fisher_density(how) for name, _, how in self.sites}):
             return evidence.fn({**params, **mine})[0]
 
 
-def _dense(product: Any, slope: jax.Array, unravel: Any) -> jax.Array:
+def _dense(product: Any, slope: jax.Array, unravel: Any, damping: float) -> jax.Array:
     fisher = jax.vmap(product)(jnp.eye(slope.size, dtype=slope.dtype))
     fisher = (fisher + fisher.T) / 2
-    damped = fisher + jnp.diag(_damping(jnp.diagonal(fisher), unravel))
+    damped = fisher + jnp.diag(damping * _scale(jnp.diagonal(fisher), unravel))
     return cho_solve(cho_factor(damped), slope)
 
 
-def _damping(diagonal: jax.Array, unravel: Any) -> jax.Array:
+def _scale(diagonal: jax.Array, unravel: Any) -> jax.Array:
     """Each parameter's own scale. Where its Fisher vanishes (a factor that starts at zero) it takes the block's."""
     mean = jnp.mean(diagonal)
     overall = jnp.where(mean > 0, mean, 1.0)
-    return DAMPING * ravel_pytree(jax.tree.map(lambda x: x + _or(jnp.mean(x), overall), unravel(diagonal)))[0]
+    return ravel_pytree(jax.tree.map(lambda x: x + _or(jnp.mean(x), overall), unravel(diagonal)))[0]
 
 
 def _or(mean: jax.Array, overall: jax.Array) -> jax.Array:
     return jnp.where(mean > 1e-6 * overall, mean, overall)
 
 
-def _iterative(product: Any, slope: jax.Array) -> jax.Array:
+def _iterative(product: Any, slope: jax.Array, damping: float) -> jax.Array:
     shape = jax.ShapeDtypeStruct(slope.shape, slope.dtype)
     probe = jax.random.rademacher(jax.random.key(0), slope.shape, slope.dtype)
     mean = jnp.abs(probe @ product(probe)) / slope.size  # Hutchinson: of F's diagonal
     scale = jnp.where(mean > 0, mean, 1.0)
-    damped = lx.FunctionLinearOperator(lambda v: product(v) + DAMPING * scale * v, shape, lx.positive_semidefinite_tag)
+    damped = lx.FunctionLinearOperator(lambda v: product(v) + damping * scale * v, shape, lx.positive_semidefinite_tag)
     solver = lx.CG(rtol=CG_TOLERANCE, atol=0.0, max_steps=CG_STEPS)
     return lx.linear_solve(damped, slope, solver, throw=False).value

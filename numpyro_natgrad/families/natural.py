@@ -117,7 +117,7 @@ class NaturalParameters(NamedTuple):
             return innovation()
         return lax.cond(jnp.any(trend != 0), innovation, lambda: self._regressed(tilt, eta, gradient))
 
-    def _regresses(self, particles: int) -> bool:
+    def _regresses(self, particles: float) -> bool:
         k = self.site.eta_shape[-1]
         return k <= REGRESSION_LIMIT and particles * self.site.copies * self.site.event_size >= k
 
