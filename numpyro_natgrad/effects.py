@@ -15,7 +15,6 @@ parameters, with this step's draws and data closed over. It runs NumPyro primiti
   KL(q_frozen ‖ q_φ) the loss becomes the KL of the guide to itself, whose Hessian is the Fisher matrix.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -25,25 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
 from numpyro import distributions as dist
-from numpyro.distributions import biject_to, constraints, flows
-from numpyro.distributions.kl import kl_divergence
-from numpyro.distributions.util import sum_rightmost
+from numpyro.distributions import biject_to, constraints
 from numpyro.infer.util import is_identically_one
 from numpyro.primitives import Messenger
 
 from . import exponential
+from .densities import CLOSED, MONTE_CARLO, Density, frozen_arguments, nothing, silent, tilted
 from .errors import StructureError
 from .provenance import Origin, Sighting, origins, tag
+from .wrappers import arguments_of, base_of, base_shape, closed_kl, is_wrapper, map_base, owns_parameters, with_log_prob
 
 Loss = Callable[[dict[str, Any]], tuple[jax.Array, Any]]
-Density = Callable[[Any, Any], jax.Array]
-
-#: How the Fisher of a site is got. The empirical one is no Fisher: its scores are those of the data as observed.
-CLOSED, MONTE_CARLO, EMPIRICAL = "closed form", "Monte Carlo", "empirical"
-
-_WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution, dist.TransformedDistribution)
-# Transforms that own parameters in closures, where no tree of leaves shows them.
-_FLOWS = (flows.InverseAutoregressiveTransform, flows.BlockNeuralAutoregressiveTransform)
 
 
 class HeardParam(NamedTuple):
@@ -257,12 +248,12 @@ class Listener(Messenger):
     def _site(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
         base, value = base_of(fn), msg["value"]
-        arguments = _arguments(base)
+        arguments = arguments_of(base)
         for argument, x in arguments.items():
             tag("argument", f"{name}/{argument}", x)
         self.sites[name] = _Site(
             type(base),
-            _base_shape(fn, msg["kwargs"].get("sample_shape", ())),
+            base_shape(fn, msg["kwargs"].get("sample_shape", ())),
             base.batch_shape,
             math.prod(base.event_shape),
             jnp.size(value),
@@ -301,13 +292,13 @@ class PathGradient(Messenger):
     def postprocess_message(self, msg: Any) -> None:
         mode = self.modes.get(msg["name"]) if _is_guide_site(msg) else None
         if mode == "path":
-            msg["fn"] = map_base(msg["fn"], _frozen_arguments)
+            msg["fn"] = map_base(msg["fn"], frozen_arguments)
         elif mode == "silent":
             tap = self.taps[msg["name"]]
-            msg["fn"] = map_base(msg["fn"], lambda base: _silent(base, tap))
+            msg["fn"] = map_base(msg["fn"], lambda base: silent(base, tap))
         elif mode == "tilted":
             tap = self.taps[msg["name"]]
-            msg["fn"] = map_base(msg["fn"], lambda base: _tilted(base, tap))
+            msg["fn"] = map_base(msg["fn"], lambda base: tilted(base, tap))
 
 
 class Frozen(Messenger):
@@ -331,9 +322,9 @@ class Frozen(Messenger):
         fn = msg["fn"]
         if _is_guide_site(msg):
             msg["value"] = stop_gradient(msg["value"])
-            density = self.densities.get(msg["name"], _none)(fn, msg["value"])
+            density = self.densities.get(msg["name"], nothing)(fn, msg["value"])
         else:
-            density = -self.modelled.get(msg["name"], _none)(fn, msg["value"])
+            density = -self.modelled.get(msg["name"], nothing)(fn, msg["value"])
         msg["fn"] = Assigned(fn, density, drawn=True)
 
 
@@ -362,163 +353,6 @@ class Assigned(dist.Distribution):
         return self.density
 
 
-def _none(fn: Any, value: Any) -> jax.Array:
-    return jnp.zeros(fn.batch_shape)
-
-
-def half_squared_score(fn: Any, value: Any) -> jax.Array:
-    """½(log q_φ(z) − log q_frozen(z))² at a frozen draw, nats per batch element.
-
-    Its Hessian is the outer product of scores: unbiased for the Fisher and positive semi-definite (the Hessian of
-    −log q at a draw is not).
-    """
-    log_prob = fn.log_prob(value)
-    return 0.5 * jnp.square(log_prob - stop_gradient(log_prob))
-
-
-def kl_to_self(fn: Any, value: Any = None) -> jax.Array:
-    """A function whose Hessian is the Fisher in closed form, nats per batch element: KL(q_frozen ‖ q_φ) mostly."""
-    closed = closed_kl(fn)
-    if closed is None:
-        raise StructureError(f"`{type(fn).__name__}` has no closed-form Fisher; expected a registered distribution.")
-    return closed
-
-
-def fisher_density(how: str) -> Density:
-    """What stands for log q (:class:`Frozen`) so that the Hessian of the loss is the Fisher."""
-    return kl_to_self if how == CLOSED else half_squared_score
-
-
-def likelihood_density(how: str, key: jax.Array) -> Density:
-    """What stands for −log p of an observed site. The Fisher does not look at the data; the empirical one does.
-
-    Where there is no closed form, data is drawn from the model at its present parameters.
-    """
-    if how != MONTE_CARLO:
-        return fisher_density(how)
-
-    def density(fn: Any, value: Any) -> jax.Array:
-        return half_squared_score(fn, stop_gradient(fn.sample(key)))
-
-    return density
-
-
-def prior_density(how: str, key: jax.Array) -> Density:
-    """What stands for −log p of a site at a point of the guide: its Fisher, and the curvature of its value.
-
-    ½ ((z − E z) − (z − E z)_frozen)² / Var z has the Hessian of −log p for a normal prior and is positive semi-definite
-    for any. A prior without mean or variance adds nothing.
-    """
-
-    def density(fn: Any, value: Any) -> jax.Array:
-        metric = likelihood_density(how, key)(fn, value)
-        try:
-            residual, variance = value - fn.mean, stop_gradient(fn.variance)
-        except NotImplementedError:
-            return metric
-        known = jnp.isfinite(variance) & (variance > 0)
-        moved = jnp.where(known, residual - stop_gradient(residual), 0.0)
-        return metric + 0.5 * sum_rightmost(moved**2 / jnp.where(known, variance, 1.0), fn.event_dim)
-
-    return density
-
-
-def closed_kl(fn: Any) -> jax.Array | None:
-    """KL(q_frozen ‖ q_φ), or its quadratic model, seen through transforms without parameters; ``None`` if unknown.
-
-    NumPyro's registry is asked first, then :mod:`.exponential`.
-    """
-    if isinstance(fn, dist.Delta):
-        return jnp.zeros(fn.batch_shape)
-    if exponential.is_registered(type(fn)):
-        return _registered(fn)
-    if isinstance(fn, dist.TransformedDistribution) and not owns_parameters(fn.transforms):
-        inner = closed_kl(fn.base_dist)
-        return None if inner is None else sum_rightmost(inner, jnp.ndim(inner) - len(fn.batch_shape))
-    if isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        return _unwrapped(fn)
-    try:
-        return jnp.asarray(kl_divergence(jax.tree.map(stop_gradient, fn), fn))
-    except NotImplementedError:
-        return None
-
-
-def _registered(fn: Any) -> jax.Array | None:
-    arguments = _arguments(fn)
-    return exponential.divergence(type(fn), jax.tree.map(stop_gradient, arguments), arguments)
-
-
-def _unwrapped(fn: Any) -> jax.Array | None:
-    inner = closed_kl(fn.base_dist)
-    if inner is None:
-        return None
-    if isinstance(fn, dist.Independent):
-        return sum_rightmost(inner, fn.reinterpreted_batch_ndims)
-    if isinstance(fn, dist.MaskedDistribution):
-        return jnp.where(fn._mask, inner, 0.0)
-    return jnp.broadcast_to(inner, fn.batch_shape)
-
-
-def base_of(fn: Any) -> Any:
-    """The distribution under wrappers that a Fisher does not see."""
-    while _is_wrapper(fn):
-        fn = fn.base_dist
-    return fn
-
-
-def _is_wrapper(fn: Any) -> bool:
-    return isinstance(fn, _WRAPPERS) and not exponential.is_registered(type(fn))
-
-
-def map_base(fn: Any, change: Callable[[Any], Any]) -> Any:
-    """The same distribution with ``change`` applied to the one under its wrappers."""
-    if not _is_wrapper(fn):
-        return change(fn)
-    outer = copy.copy(fn)
-    outer.base_dist = map_base(fn.base_dist, change)
-    return outer
-
-
-def with_log_prob(fn: Any, log_prob: Callable[..., jax.Array]) -> Any:
-    """The same distribution, of the same class (KL registries see no difference), with another log-density."""
-    changed = copy.copy(fn)
-    changed.log_prob = log_prob
-    return changed
-
-
-def owns_parameters(chain: Any) -> bool:
-    """Whether a list of transforms may hold parameters: leaves of their tree, or a flow's closure."""
-    return bool(jax.tree.leaves(chain)) or any(isinstance(t, _FLOWS) for t in chain)
-
-
-def _frozen_arguments(base: Any) -> Any:
-    return with_log_prob(base, jax.tree.map(stop_gradient, base).log_prob)
-
-
-def _silent(base: Any, tap: jax.Array) -> Any:
-    def log_prob(value: jax.Array) -> jax.Array:
-        x = stop_gradient(value)
-        statistic = sum_rightmost(tap.reshape(jnp.shape(x)) * x, base.event_dim)
-        return stop_gradient(base.log_prob(x)) + statistic - stop_gradient(statistic)
-
-    return with_log_prob(base, log_prob)
-
-
-def _tilted(base: Any, tap: jax.Array) -> Any:
-    frozen = jax.tree.map(stop_gradient, base)
-    family, arguments = exponential.exponential(type(base)), _arguments(frozen)
-    assert family is not None
-    eta = family.natural(**exponential.given(family, arguments))
-
-    def log_prob(value: jax.Array, intermediates: Any = None) -> jax.Array:
-        # ⟨t, T(x)⟩ up to a constant: log q is affine in η.
-        rebuilt = lambda at: type(base)(**family.arguments(at), validate_args=False).log_prob(value)
-        tilt = jax.jvp(rebuilt, (eta,), (jnp.broadcast_to(tap, eta.shape),))[1]
-        return frozen.log_prob(value) + tilt - stop_gradient(tilt)
-
-    return with_log_prob(base, log_prob)
-
-
 def _mark_guide_site(msg: Any) -> None:
     # This handler is the outermost one: sites of the model that the guide has drawn carry their value by now.
     msg["is_guide_site"] = msg["type"] == "sample" and not msg["is_observed"] and msg["value"] is None
@@ -533,21 +367,9 @@ def _is_model_site(msg: Any) -> bool:
     return known and not isinstance(base_of(msg["fn"]), dist.Delta | dist.Unit)
 
 
-def _arguments(base: Any) -> dict[str, jax.Array]:
-    """The arguments as given: lazily derived ones (a precision made from a Cholesky factor) are not in ``__dict__``."""
-    found = {name: base.__dict__.get(name) for name in type(base).arg_constraints}
-    return {name: jnp.asarray(x, jnp.result_type(float, x)) for name, x in found.items() if x is not None}
-
-
-def _base_shape(fn: Any, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
-    while _is_wrapper(fn) and not isinstance(fn, dist.ExpandedDistribution):
-        fn = fn.base_dist
-    return tuple(sample_shape) + tuple(fn.shape())
-
-
 def _is_plain(fn: Any, msg: Any) -> bool:
     unscaled = msg["scale"] is None or is_identically_one(msg["scale"])
-    while _is_wrapper(fn):
+    while is_wrapper(fn):
         if isinstance(fn, dist.MaskedDistribution):
             return False
         if isinstance(fn, dist.TransformedDistribution) and owns_parameters(fn.transforms):

@@ -4,7 +4,8 @@
 
 from typing import NoReturn
 
-from .effects import CLOSED, EMPIRICAL, MONTE_CARLO, HeardSite, Hearing, ModelSite
+from .densities import CLOSED, EMPIRICAL, MONTE_CARLO
+from .effects import HeardSite, Hearing, ModelSite
 from .errors import StructureError
 
 

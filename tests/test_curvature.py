@@ -23,7 +23,8 @@ from scipy.special import polygamma
 from tables import GUIDES, started
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.effects import Frozen, fisher_density, half_squared_score, hear, kl_to_self
+from numpyro_natgrad.densities import fisher_density, half_squared_score, kl_to_self
+from numpyro_natgrad.effects import Frozen, hear
 from numpyro_natgrad.families import curvature
 
 real, positive = constraints.real, constraints.positive
@@ -220,7 +221,10 @@ def test_both_solvers_solve(dtype):
     expected = np.linalg.solve(matrix, slope)
     size = np.sqrt(expected @ matrix @ expected)
     product, g = lambda x: jnp.asarray(matrix) @ x, jnp.asarray(slope)
-    for solution in (curvature._dense(product, g, lambda x: x), curvature._iterative(product, g)):
+    for solution in (
+        curvature._dense(product, g, lambda x: x, curvature.DAMPING),
+        curvature._iterative(product, g, curvature.DAMPING),
+    ):
         v = np.asarray(solution, np.float64)
         error = v - expected
         # In the Fisher norm, where a residual of 1 % and a condition number of 10 leave at most √10 %.
@@ -229,7 +233,9 @@ def test_both_solvers_solve(dtype):
 
 def test_a_parameter_that_nothing_depends_on_does_not_spoil_the_others(dtype):
     matrix = np.diag([4.0, 0.0, 1.0])
-    v = curvature._dense(lambda x: jnp.asarray(matrix) @ x, jnp.asarray([1.0, 0.0, 1.0]), lambda x: x)
+    v = curvature._dense(
+        lambda x: jnp.asarray(matrix) @ x, jnp.asarray([1.0, 0.0, 1.0]), lambda x: x, curvature.DAMPING
+    )
     # Damping lengthens the diagonal (4, 0, 1) by ε (4, 0, 1) + ε times its mean 5/3.
     damped = np.diag(matrix) * (1 + curvature.DAMPING) + curvature.DAMPING * 5 / 3
     np.testing.assert_allclose(v, [1.0, 0.0, 1.0] / damped, rtol=root_eps(dtype))

@@ -20,7 +20,8 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from ..charts import Params
-from ..effects import Frozen, fisher_density
+from ..densities import fisher_density
+from ..effects import Frozen
 from ..evidence import Evidence, derivative
 from ..length import Comparison
 from ..state import Memory

@@ -19,7 +19,8 @@ from jax import random
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from ..charts import Params
-from ..effects import CLOSED, Frozen, likelihood_density, prior_density
+from ..densities import CLOSED, likelihood_density, prior_density
+from ..effects import Frozen
 from ..evidence import Evidence
 from ..length import Comparison
 from ..state import Memory

@@ -1,0 +1,106 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Distributions seen through their wrappers: the base, its arguments, and the KL of the whole to itself.
+
+    Masked(Independent(Expanded(Transformed(base))))      F is the base's, summed over what the wrappers repeat
+
+NumPyro's own KLs are asked first, then the registry (:mod:`.exponential`).
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from numpyro import distributions as dist
+from numpyro.distributions import flows
+from numpyro.distributions.kl import kl_divergence
+from numpyro.distributions.util import sum_rightmost
+
+from . import exponential
+
+_WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution, dist.TransformedDistribution)
+# Transforms that own parameters in closures, where no tree of leaves shows them.
+_FLOWS = (flows.InverseAutoregressiveTransform, flows.BlockNeuralAutoregressiveTransform)
+
+
+def closed_kl(fn: Any) -> jax.Array | None:
+    """KL(q_frozen ‖ q_φ), or its quadratic model, seen through transforms without parameters; ``None`` if unknown.
+
+    NumPyro's registry is asked first, then :mod:`.exponential`.
+    """
+    if isinstance(fn, dist.Delta):
+        return jnp.zeros(fn.batch_shape)
+    if exponential.is_registered(type(fn)):
+        return _registered(fn)
+    if isinstance(fn, dist.TransformedDistribution) and not owns_parameters(fn.transforms):
+        inner = closed_kl(fn.base_dist)
+        return None if inner is None else sum_rightmost(inner, jnp.ndim(inner) - len(fn.batch_shape))
+    if isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        return _unwrapped(fn)
+    try:
+        return jnp.asarray(kl_divergence(jax.tree.map(stop_gradient, fn), fn))
+    except NotImplementedError:
+        return None
+
+
+def _registered(fn: Any) -> jax.Array | None:
+    arguments = arguments_of(fn)
+    return exponential.divergence(type(fn), jax.tree.map(stop_gradient, arguments), arguments)
+
+
+def _unwrapped(fn: Any) -> jax.Array | None:
+    inner = closed_kl(fn.base_dist)
+    if inner is None:
+        return None
+    if isinstance(fn, dist.Independent):
+        return sum_rightmost(inner, fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.MaskedDistribution):
+        return jnp.where(fn._mask, inner, 0.0)
+    return jnp.broadcast_to(inner, fn.batch_shape)
+
+
+def base_of(fn: Any) -> Any:
+    """The distribution under wrappers that a Fisher does not see."""
+    while is_wrapper(fn):
+        fn = fn.base_dist
+    return fn
+
+
+def is_wrapper(fn: Any) -> bool:
+    return isinstance(fn, _WRAPPERS) and not exponential.is_registered(type(fn))
+
+
+def map_base(fn: Any, change: Callable[[Any], Any]) -> Any:
+    """The same distribution with ``change`` applied to the one under its wrappers."""
+    if not is_wrapper(fn):
+        return change(fn)
+    outer = copy.copy(fn)
+    outer.base_dist = map_base(fn.base_dist, change)
+    return outer
+
+
+def with_log_prob(fn: Any, log_prob: Callable[..., jax.Array]) -> Any:
+    """The same distribution, of the same class (KL registries see no difference), with another log-density."""
+    changed = copy.copy(fn)
+    changed.log_prob = log_prob
+    return changed
+
+
+def owns_parameters(chain: Any) -> bool:
+    """Whether a list of transforms may hold parameters: leaves of their tree, or a flow's closure."""
+    return bool(jax.tree.leaves(chain)) or any(isinstance(t, _FLOWS) for t in chain)
+
+
+def arguments_of(base: Any) -> dict[str, jax.Array]:
+    """The arguments as given: lazily derived ones (a precision made from a Cholesky factor) are not in ``__dict__``."""
+    found = {name: base.__dict__.get(name) for name in type(base).arg_constraints}
+    return {name: jnp.asarray(x, jnp.result_type(float, x)) for name, x in found.items() if x is not None}
+
+
+def base_shape(fn: Any, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
+    while is_wrapper(fn) and not isinstance(fn, dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return tuple(sample_shape) + tuple(fn.shape())
