@@ -25,6 +25,8 @@ import numpy as np
 from jax.lax import stop_gradient
 from numpyro import distributions as dist
 from numpyro.distributions import biject_to, constraints
+from numpyro.distributions.kl import kl_divergence
+from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer.util import is_identically_one
 from numpyro.primitives import Messenger
 
@@ -351,6 +353,25 @@ class Assigned(dist.Distribution):
 
     def log_prob(self, value: Any, intermediates: Any = None) -> jax.Array:
         return self.density
+
+
+def log_ratios(guide: Any, key: jax.Array, old: Any, new: Any, args: Any, kwargs: Any) -> jax.Array:
+    """log q_old(z) − log q_new(z) at one draw z of q_old, nats; KL itself at sites where NumPyro knows it."""
+    drawn = trace(seed(substitute(guide, data=old), key)).get_trace(*args, **kwargs)
+    again = trace(seed(substitute(replay(guide, drawn), data=new), key)).get_trace(*args, **kwargs)
+    return sum((_log_ratio(site, again[name]) for name, site in drawn.items() if _is_random(site)), jnp.zeros(()))
+
+
+def _is_random(site: Any) -> bool:
+    return site["type"] == "sample" and not site["is_observed"] and not isinstance(base_of(site["fn"]), dist.Delta)
+
+
+def _log_ratio(old: Any, new: Any) -> jax.Array:
+    try:
+        nats = kl_divergence(old["fn"], new["fn"])
+    except NotImplementedError:
+        nats = old["fn"].log_prob(old["value"]) - new["fn"].log_prob(old["value"])
+    return jnp.sum(nats if old["scale"] is None else old["scale"] * nats)
 
 
 def _mark_guide_site(msg: Any) -> None:
