@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import stop_gradient
 from numpyro import distributions as dist
 from numpyro.distributions import flows
@@ -90,14 +91,21 @@ def with_log_prob(fn: Any, log_prob: Callable[..., jax.Array]) -> Any:
 
 
 def owns_parameters(chain: Any) -> bool:
-    """Whether a list of transforms may hold parameters: leaves of their tree, or a flow's closure."""
-    return bool(jax.tree.leaves(chain)) or any(isinstance(t, _FLOWS) for t in chain)
+    """Whether a list of transforms may hold parameters: leaves of their tree but for constants, or a flow's closure."""
+    leaves = (leaf for leaf in jax.tree.leaves(chain) if not isinstance(leaf, bool | int | float | np.ndarray))
+    return any(True for _ in leaves) or any(isinstance(t, _FLOWS) for t in chain)
 
 
 def arguments_of(base: Any) -> dict[str, jax.Array]:
     """The arguments as given: lazily derived ones (a precision made from a Cholesky factor) are not in ``__dict__``."""
-    found = {name: base.__dict__.get(name) for name in type(base).arg_constraints}
+    found = {name: _argument(base, name) for name in type(base).arg_constraints}
     return {name: jnp.asarray(x, jnp.result_type(float, x)) for name, x in found.items() if x is not None}
+
+
+def _argument(base: Any, name: str) -> Any:
+    # ``NegativeBinomial2`` is given a mean and keeps what it computes from it.
+    computed = isinstance(getattr(type(base), name, None), property)
+    return getattr(base, name) if computed else base.__dict__.get(name)
 
 
 def base_shape(fn: Any, sample_shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -63,14 +63,14 @@ register_exponential(
 # InverseGamma is a transformed Gamma, LogNormal a transformed Normal: their Fisher is that of what they transform.
 register_exponential(
     dist.Exponential,
-    natural=_stack,
+    natural=lambda rate: _stack(rate),
     log_normalizer=lambda eta: -jnp.log(eta[..., 0]),
     arguments=_named("rate"),
     lower=0.0,
 )
 register_exponential(
     dist.Chi2,  # T = log(z/2)/2
-    natural=_stack,
+    natural=lambda df: _stack(df),
     log_normalizer=lambda eta: gammaln(eta[..., 0] / 2),
     arguments=_named("df"),
     lower=0.0,
@@ -140,6 +140,18 @@ def _log(probability: jax.Array) -> jax.Array:
     return jnp.log(jnp.maximum(probability, jnp.finfo(jnp.result_type(probability, float)).tiny))
 
 
+def _inner(probability: jax.Array) -> jax.Array:
+    """Off 0 and 1 by what the precision can tell, so that it has a logit."""
+    info = jnp.finfo(probability.dtype)
+    return jnp.clip(probability, info.tiny, 1 - info.epsneg)
+
+
+def _exp(x: jax.Array) -> jax.Array:
+    """e^x, positive and finite whatever x."""
+    limit = 0.9 * math.log(float(jnp.finfo(x.dtype).max))
+    return jnp.exp(jnp.clip(x, -limit, limit))
+
+
 def _logit(probs: jax.Array) -> jax.Array:
     return _log(probs) - _log(1 - probs)
 
@@ -164,7 +176,7 @@ for _cls, _trials in ((BernoulliProbs, ()), (BinomialProbs, ("total_count",))):
     _binary(
         _cls,
         lambda probs: _stack(_logit(probs)),
-        lambda eta: {"probs": jax.nn.sigmoid(eta[..., 0])},
+        lambda eta: {"probs": _inner(jax.nn.sigmoid(eta[..., 0]))},
         _trials,
     )
 
@@ -221,13 +233,13 @@ register_exponential(
     dist.Poisson,
     natural=lambda rate: _stack(_log(rate)),
     log_normalizer=lambda eta: jnp.exp(eta[..., 0]),
-    arguments=lambda eta: {"rate": jnp.exp(eta[..., 0])},
+    arguments=lambda eta: {"rate": _exp(eta[..., 0])},
 )
 register_exponential(
     dist.GeometricProbs,  # p(1−p)^z: η = −log(1−p), T = −z
     natural=lambda probs: _stack(-jnp.log1p(-probs)),
     log_normalizer=lambda eta: -_log_complement(eta[..., 0]),
-    arguments=lambda eta: {"probs": -jnp.expm1(-eta[..., 0])},
+    arguments=lambda eta: {"probs": _inner(-jnp.expm1(-eta[..., 0]))},
     lower=0.0,
 )
 register_exponential(
@@ -251,7 +263,9 @@ def _negative_binomial(cls: type, name: str, to_eta: Any, back: Any, count: str)
     )
 
 
-_negative_binomial(dist.NegativeBinomialProbs, "probs", lambda p: -_log(p), lambda eta: jnp.exp(-eta), "total_count")
+_negative_binomial(
+    dist.NegativeBinomialProbs, "probs", lambda p: -_log(p), lambda eta: _inner(jnp.exp(-eta)), "total_count"
+)
 _negative_binomial(
     dist.NegativeBinomialLogits,
     "logits",
@@ -322,10 +336,16 @@ def _wishart_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array
     inverse = inverse_lower(factor)
     whitened = inverse @ _matrix(change) @ jnp.swapaxes(inverse, -1, -2)
     values, vectors = jnp.linalg.eigh(whitened)
-    root = lower_factor(factor @ vectors * jnp.sqrt(positive(values, margin))[..., None, :])
+    stretch = positive(values, margin)
+    # A matrix whose condition number is beyond the precision is not one that has a Cholesky factor.
+    stretch = jnp.maximum(stretch, 1e2 * jnp.finfo(eta.dtype).eps * jnp.max(stretch, axis=-1, keepdims=True))
+    root = lower_factor(factor @ vectors * jnp.sqrt(stretch)[..., None, :])
     least = factor.shape[-1] - 1.0
     room = eta[..., 0] - least
-    return _vech(least + shrunk(room, change[..., 0], margin), root @ jnp.swapaxes(root, -1, -2))
+    concentration = jnp.maximum(
+        least + shrunk(room, change[..., 0], margin), least * (1 + 4 * jnp.finfo(eta.dtype).eps)
+    )
+    return _vech(concentration, root @ jnp.swapaxes(root, -1, -2))
 
 
 def _inverted(matrix: jax.Array) -> jax.Array:
