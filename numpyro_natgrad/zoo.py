@@ -342,9 +342,8 @@ def _wishart_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array
     root = lower_factor(factor @ vectors * jnp.sqrt(stretch)[..., None, :])
     least = factor.shape[-1] - 1.0
     room = eta[..., 0] - least
-    concentration = jnp.maximum(
-        least + shrunk(room, change[..., 0], margin), least * (1 + 4 * jnp.finfo(eta.dtype).eps)
-    )
+    above = least * (1 + 4 * float(jnp.finfo(eta.dtype).eps))
+    concentration = jnp.maximum(least + shrunk(room, change[..., 0], margin), above)
     return _vech(concentration, root @ jnp.swapaxes(root, -1, -2))
 
 

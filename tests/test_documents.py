@@ -18,13 +18,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 MODULES = [m.name for m in pkgutil.walk_packages(numpyro_natgrad.__path__, "numpyro_natgrad.")]
 
 
-def test_the_readme_runs_from_top_to_bottom(capsys):
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize(("document", "least"), [("README.md", 3), ("docs/your_own_distribution.md", 4)])
+def test_a_document_runs_from_top_to_bottom(document, least, capsys):
+    text = (ROOT / document).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= 3
+    assert len(blocks) >= least
     namespace: dict = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, document, "exec"), namespace)
     printed = capsys.readouterr().out
     shown = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
     assert len(shown) >= 1
