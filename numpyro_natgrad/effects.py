@@ -31,6 +31,7 @@ from numpyro.primitives import Messenger
 from . import exponential
 from .densities import CLOSED, MONTE_CARLO, Density, frozen_arguments, nothing, silent, tilted
 from .errors import StructureError
+from .flows import at_draw
 from .provenance import Origin, Sighting, origins, tag
 from .wrappers import arguments_of, base_of, base_shape, closed_kl, is_wrapper, map_base, owns_parameters, with_log_prob
 
@@ -50,6 +51,7 @@ class HeardSite(NamedTuple):
     :ivar base: the class of the distribution under its wrappers.
     :ivar shape: shape of the innermost draw, of one particle.
     :ivar batch: batch shape of the base distribution, before it is expanded.  :ivar event_size: numbers in its event.
+    :ivar elements: how many densities its batch has.
     :ivar arguments: for each argument of the base distribution, where it comes from.
     :ivar density: where the density at frozen draws comes from (``None``: it cannot be computed at given draws).
     :ivar reparameterized: whether gradients flow through its draws.
@@ -64,6 +66,7 @@ class HeardSite(NamedTuple):
     shape: tuple[int, ...]
     batch: tuple[int, ...]
     event_size: int
+    elements: int
     arguments: dict[str, Origin]
     density: Origin | None
     reparameterized: bool
@@ -157,6 +160,7 @@ def _heard(name: str, site: "_Site", seen: Mapping[str, Sighting], analytic: boo
         site.shape,
         site.batch,
         site.event_size,
+        site.elements,
         arguments,
         density and density.origin,
         site.reparameterized,
@@ -178,6 +182,7 @@ class _Site(NamedTuple):
     shape: tuple[int, ...]
     batch: tuple[int, ...]
     event_size: int
+    elements: int
     draw_size: int
     arguments: tuple[str, ...]
     reparameterized: bool
@@ -204,7 +209,7 @@ class Listener(Messenger):
         self.enumerated = False
 
     def process_message(self, msg: Any) -> None:
-        _mark_guide_site(msg)
+        guide_site(msg)
         if msg["type"] == "sample" and msg["infer"].get("enumerate") == "parallel" and msg["value"] is not None:
             self.enumerated = True
             # The model's site replays the guide's, and what the guide's trace has written down with it.
@@ -220,7 +225,7 @@ class Listener(Messenger):
                 f"the name `{msg['name']}` stands for a parameter and for a sample site, whose draw it would replace; "
                 "expected one site for one name; rename one of them."
             )
-        elif _is_guide_site(msg):
+        elif is_guide_site(msg):
             self._site(msg)
         elif _is_model_site(msg):
             self._model_site(msg)
@@ -256,6 +261,7 @@ class Listener(Messenger):
             base_shape(fn, msg["kwargs"].get("sample_shape", ())),
             base.batch_shape,
             math.prod(base.event_shape),
+            math.prod(fn.batch_shape),
             jnp.size(value),
             tuple(arguments),
             bool(fn.has_rsample),
@@ -264,7 +270,7 @@ class Listener(Messenger):
             MONTE_CARLO if closed_kl(fn) is None else CLOSED,
         )
         msg["value"] = tag("draw", name, value)
-        _tag_score(name, fn, stop_gradient(msg["value"]))
+        _tag_score(name, at_draw(fn, msg["intermediates"]), stop_gradient(msg["value"]))
         if self.opaque:
             msg["fn"] = Assigned(fn, tag("density", name, fn.log_prob(msg["value"])))
         else:
@@ -287,10 +293,10 @@ class PathGradient(Messenger):
         self.modes, self.taps = modes, taps
 
     def process_message(self, msg: Any) -> None:
-        _mark_guide_site(msg)
+        guide_site(msg)
 
     def postprocess_message(self, msg: Any) -> None:
-        mode = self.modes.get(msg["name"]) if _is_guide_site(msg) else None
+        mode = self.modes.get(msg["name"]) if is_guide_site(msg) else None
         if mode == "path":
             msg["fn"] = map_base(msg["fn"], frozen_arguments)
         elif mode == "silent":
@@ -314,14 +320,15 @@ class Frozen(Messenger):
         self.densities, self.modelled = densities, modelled or {}
 
     def process_message(self, msg: Any) -> None:
-        _mark_guide_site(msg)
+        guide_site(msg)
 
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] != "sample":
             return
         fn = msg["fn"]
-        if _is_guide_site(msg):
+        if is_guide_site(msg):
             msg["value"] = stop_gradient(msg["value"])
+            fn = at_draw(fn, msg["intermediates"])
             density = self.densities.get(msg["name"], nothing)(fn, msg["value"])
         else:
             density = -self.modelled.get(msg["name"], nothing)(fn, msg["value"])
@@ -353,12 +360,15 @@ class Assigned(dist.Distribution):
         return self.density
 
 
-def _mark_guide_site(msg: Any) -> None:
+def guide_site(msg: Any) -> bool:
+    """Mark a message, before it is processed, as one of a site that the guide draws."""
     # This handler is the outermost one: sites of the model that the guide has drawn carry their value by now.
     msg["is_guide_site"] = msg["type"] == "sample" and not msg["is_observed"] and msg["value"] is None
+    return bool(msg["is_guide_site"])
 
 
-def _is_guide_site(msg: Any) -> bool:
+def is_guide_site(msg: Any) -> bool:
+    """Whether a message has been marked so."""
     return bool(msg.get("is_guide_site", False)) and not isinstance(base_of(msg["fn"]), dist.Delta)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from .charts import GaussianSite, Params, read_site
 from .coordinates import read_natural
+from .densities import MONTE_CARLO
 from .effects import HeardSite, Hearing, hear
 from .evidence import Views
 from .families import Family
@@ -21,6 +22,7 @@ from .families.full import FullGaussian
 from .families.joint import JointGaussian
 from .families.likelihood import LikelihoodFisher
 from .families.natural import NaturalParameters
+from .families.scores import ScoreFisher
 from .options import Options
 from .routes import routed
 from .state import JOINT_LIMIT
@@ -181,7 +183,10 @@ def _likelihood(names: set[str], sites: list[str], hearing: Hearing, sizes: dict
 def _curvature(names: set[str], sites: list[str], hearing: Hearing, sizes: dict[str, int]) -> KLCurvature:
     ordered = tuple(p for p in sizes if p in names)
     rows = tuple((n, hearing.sites[n].base.__name__, hearing.sites[n].divergence) for n in sites)
-    return KLCurvature(ordered, rows, {p: sizes[p] for p in ordered}, _is_local(ordered, sites, hearing, sizes))
+    # One density of many parameters has one score a draw; many densities of a few each have many.
+    single = any(hearing.sites[n].elements == 1 for n, _, how in rows if how == MONTE_CARLO)
+    family = ScoreFisher if single else KLCurvature
+    return family(ordered, rows, {p: sizes[p] for p in ordered}, _is_local(ordered, sites, hearing, sizes))
 
 
 def _is_local(names: tuple[str, ...], sites: list[str], hearing: Hearing, sizes: dict[str, int]) -> bool:
