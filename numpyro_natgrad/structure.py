@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from . import length
 from .charts import GaussianSite, Params, read_site
 from .coordinates import read_natural
 from .densities import MONTE_CARLO
@@ -52,6 +53,7 @@ class Structure(NamedTuple):
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar latents: latent dimensions of the guide's sites, for the whole data set; of a likelihood, observations.
     :ivar exact: whether a step of length 1 is exact on conjugate models.
+    :ivar quiet: how much noise every family's step is left with, nats.
     :ivar paired: whether the draws move with the parameters, so that two values of the loss at the same draws differ by
         less than their noise. Draws of a discrete site jump.
     """
@@ -62,6 +64,7 @@ class Structure(NamedTuple):
     particles: float
     latents: int
     exact: bool
+    quiet: tuple[float, ...]
     paired: bool
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
@@ -91,7 +94,8 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     views = _views(families, naturals, scored, hearing, options, forward)
     exact = hearing.is_elbo and all(family.exact for family in families)
     paired = all(site.reparameterized for site in hearing.sites.values())
-    return Structure(families, point, views, hearing.particles, latents, exact, paired)
+    quiet = tuple(length.QUIET_SCORES if isinstance(f, ScoreFisher) else length.quiet(exact) for f in families)
+    return Structure(families, point, views, hearing.particles, latents, exact, quiet, paired)
 
 
 def _charted(hearing: Hearing, options: Options) -> tuple[list[GaussianSite], list[NaturalParameters]]:

@@ -25,6 +25,8 @@ from .curvature import Direction, KLCurvature
 DRAWS = 64
 #: λ relative to tr F̂.
 DAMPING = 1e-2
+#: Nats. A natural gradient that is longer says where to go, not how far: so far away KL is not its quadratic model.
+CLIP = 4.0
 
 
 class ScoreFisher(KLCurvature):
@@ -43,9 +45,11 @@ class ScoreFisher(KLCurvature):
         damping = DAMPING * jnp.sum(scores**2)
         damping = jnp.where(damping > 0, damping, 1.0)
         v = jnp.where(ok, solve(scores, damping, clean), jnp.nan)
+        square = jnp.maximum(slope @ v, 0.0)
+        share = jnp.minimum(1.0, jnp.sqrt(CLIP / jnp.maximum(square, jnp.finfo(square.dtype).tiny)))
         trend, _ = self._mine(memory.trend)
         image = scores @ (trend @ scores) + damping * trend
-        return Direction(-v, jnp.maximum(slope @ v, 0.0), -slope, image)
+        return Direction(-share * v, share**2 * square, -share * slope, image)
 
     def scores(self, evidence: Evidence, params: Params) -> jax.Array:
         """U, ``(P, S)`` with S ≥ ``DRAWS``: UUᵀ is unbiased for the Fisher."""
