@@ -321,28 +321,35 @@ class Frozen(Messenger):
 
     def process_message(self, msg: Any) -> None:
         guide_site(msg)
+        msg["is_summed"] = _is_summed(msg)
 
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] != "sample":
             return
-        fn = msg["fn"]
-        if is_guide_site(msg):
+        fn, measure = msg["fn"], None
+        if msg["is_summed"]:
+            density = self.densities.get(msg["name"], nothing)(fn, msg["value"])
+            measure = stop_gradient(fn.log_prob(msg["value"]))
+        elif is_guide_site(msg):
             msg["value"] = stop_gradient(msg["value"])
             fn = at_draw(fn, msg["intermediates"])
             density = self.densities.get(msg["name"], nothing)(fn, msg["value"])
         else:
             density = -self.modelled.get(msg["name"], nothing)(fn, msg["value"])
-        msg["fn"] = Assigned(fn, density, drawn=True)
+        msg["fn"] = Assigned(fn, density, measure, drawn=True)
 
 
 class Assigned(dist.Distribution):
     """A distribution whose log-density at its one value has been assigned. No KL is registered for it.
 
     ``drawn``: its draws are frozen, so that it is differentiated like a reparameterised one whatever it is.
+    ``measure``: the log-weights of a sum over its values, which ``TraceEnum_ELBO`` takes from the expanded distribution.
     """
 
-    def __init__(self, base: Any, density: jax.Array, *, drawn: bool = False) -> None:
-        self.base, self.density, self.drawn = base, density, drawn
+    def __init__(
+        self, base: Any, density: jax.Array, measure: jax.Array | None = None, *, drawn: bool = False
+    ) -> None:
+        self.base, self.density, self.measure, self.drawn = base, density, measure, drawn
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     @property
@@ -356,8 +363,17 @@ class Assigned(dist.Distribution):
     def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
         return self.base.sample(key, sample_shape)
 
+    def expand(self, batch_shape: tuple[int, ...]) -> Any:
+        return super().expand(batch_shape) if self.measure is None else Assigned(self.base, self.measure, drawn=True)
+
     def log_prob(self, value: Any, intermediates: Any = None) -> jax.Array:
         return self.density
+
+
+def _is_summed(msg: Any) -> bool:
+    """Whether the loss sums over a site's values; the model's site that replays the guide's is not summed again."""
+    enumerated = msg["type"] == "sample" and msg["infer"].get("enumerate") == "parallel" and msg["value"] is not None
+    return enumerated and not msg["is_observed"] and "dim_to_name" not in msg["infer"]
 
 
 def guide_site(msg: Any) -> bool:
