@@ -21,9 +21,10 @@ from numpyro.infer.autoguide import AutoBNAFNormal, AutoDAIS, AutoIAFNormal, Aut
 from oracles import assert_close, root_eps, tapped
 
 from numpyro_natgrad import NaturalGradient, flows, redraw
-from numpyro_natgrad.densities import kl_to_self
+from numpyro_natgrad.densities import MONTE_CARLO, kl_to_self
 from numpyro_natgrad.effects import Frozen
-from numpyro_natgrad.families.scores import solve
+from numpyro_natgrad.evidence import Evidence
+from numpyro_natgrad.families.scores import DRAWS, ScoreFisher, solve
 
 
 def banana() -> None:
@@ -35,18 +36,19 @@ def banana() -> None:
 
 
 def test_the_score_at_a_flows_own_draw_is_that_of_its_inverse(x64):
-    guide = AutoIAFNormal(banana, num_flows=2)
+    guide = AutoIAFNormal(banana, num_flows=1)
     params = SVI(banana, guide, NaturalGradient(), Trace_ELBO()).init(random.key(0)).optim_state[1].params
     value, noted = flow(guide, params).sample_with_intermediates(random.key(1), (4,))
 
-    def scores(inverts: bool) -> jax.Array:
+    def score(inverts: bool) -> Any:
         def log_q(changed: Any) -> jax.Array:
             q = flow(guide, changed)
-            return (q if inverts else flows.at_draw(q, noted)).log_prob(value)
+            each = (q if inverts else flows.at_draw(q, noted)).log_prob(value)
+            return each @ jnp.array([1.0, -0.4, 2.0, 0.3])
 
-        return ravel_pytree(jax.jacrev(log_q)(params))[0]
+        return jax.jit(jax.value_and_grad(log_q))(params)
 
-    assert_close(jax.jit(lambda: scores(False))(), jax.jit(lambda: scores(True))(), root_eps(value.dtype))
+    assert_close(score(False), score(True), root_eps(value.dtype))
 
 
 def flow(guide: AutoIAFNormal, params: Any) -> Any:
@@ -88,6 +90,17 @@ def test_scores_of_fresh_draws_are_unbiased_for_the_fisher(particles, batched):
     error = samples.std(axis=0) / np.sqrt(ROWS)
     assert np.all(np.abs(samples.mean(axis=0) - fisher) < 5 * error)
     assert np.all(np.linalg.eigvalsh(samples) > -1e-3)
+
+
+@pytest.mark.parametrize("particles", [1, 5, 100])
+def test_the_draws_of_the_fisher_do_not_depend_on_the_particles(particles):
+    at, params = tapped(gaussian_model, gaussian_guide, Trace_ELBO(particles))
+    family = ScoreFisher(tuple(params), (("z", "Normal", MONTE_CARLO),), {p: x.size for p, x in params.items()}, False)
+    nothing: dict[str, Any] = dict.fromkeys(Evidence._fields)
+    evidence = Evidence(**{**nothing, "fn": at(random.key(0)), "particles": particles})
+    shape = jax.eval_shape(lambda p: family.scores(evidence, p), params).shape
+    assert shape[0] == 4
+    assert DRAWS <= shape[1] < DRAWS + particles
 
 
 @pytest.mark.parametrize("p, s", [(7, 4), (4, 9)])
@@ -193,3 +206,38 @@ def marginal_fisher(params: Any) -> np.ndarray:
 
     value, score = jax.jit(jax.vmap(jax.value_and_grad(log_q), in_axes=(None, 0)))(flat, grid)
     return np.einsum("n,ni,nj->ij", np.exp(value), score, score) * float(grid[1] - grid[0])
+
+
+# Fits.
+
+
+def fitted(model: Any, guide: Any, steps: int, loss: Any) -> tuple[Any, np.ndarray, str]:
+    """State, losses and report."""
+    svi = SVI(model, guide, NaturalGradient(), loss)
+    start = svi.init(random.key(1))
+    run = jax.jit(lambda state: jax.lax.scan(lambda s, _: svi.update(s), state, length=steps))
+    state, losses = run(start)
+    return state, np.asarray(losses), svi.optim.report()
+
+
+GUIDES = {
+    "IAF": (lambda model: AutoIAFNormal(model, num_flows=1), "scores of 64 draws", 0.5),
+    "BNAF": (lambda model: AutoBNAFNormal(model, hidden_factors=[2]), "scores of 64 draws", 1.0),
+    "DAIS": (lambda model: AutoDAIS(model, K=2), "Hessian of KL", 2.0),
+}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_guides_without_a_closed_form_come_down(name):
+    make, route, gap = GUIDES[name]
+    state, losses, report = fitted(banana, make(banana), 60, Trace_ELBO(8))
+    assert route in report
+    assert np.isfinite(ravel_pytree(state.optim_state)[0].astype(float)).all()
+    assert losses[-10:].mean() < min(losses[:3].mean(), gap)  # the log evidence is zero
+
+
+def test_a_mixture_is_found():
+    with pytest.warns(UserWarning, match="no ELBO"):
+        _, losses, report = fitted(mixture_model, marginal_guide, 60, TraceGraph_ELBO(num_particles=32))
+    assert report.count("scores of 64 draws") == 3
+    assert abs(losses[-10:]).max() < 0.02
