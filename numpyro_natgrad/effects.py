@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that knows NumPyro's effects: what can be heard in the loss, and what can be changed in it.
+"""The file that knows NumPyro's effects: what can be heard in the loss, and what can be changed in it.
 
 ``SVI.update`` hands an optimizer one function, ``fn(params) -> (loss, mutable_state)``: the loss at unconstrained
 parameters, with this step's draws and data closed over. It runs NumPyro primitives, so a handler around the *call* of
@@ -343,12 +343,10 @@ class Assigned(dist.Distribution):
     """A distribution whose log-density at its one value has been assigned. No KL is registered for it.
 
     ``drawn``: its draws are frozen, so that it is differentiated like a reparameterised one whatever it is.
-    ``measure``: the log-weights of a sum over its values, which ``TraceEnum_ELBO`` takes from the expanded distribution.
+    ``measure``: log-weights of a sum over its values; ``TraceEnum_ELBO`` takes them from the expanded distribution.
     """
 
-    def __init__(
-        self, base: Any, density: jax.Array, measure: jax.Array | None = None, *, drawn: bool = False
-    ) -> None:
+    def __init__(self, base: Any, density: jax.Array, measure: jax.Array | None = None, *, drawn: bool = False) -> None:
         self.base, self.density, self.measure, self.drawn = base, density, measure, drawn
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 

@@ -24,7 +24,9 @@ from .options import Options
 from .state import Pace
 
 #: Nats of noise in the natural gradient that are left alone: a hundredth of a nat in the iterate at ρ = 1/2. Where a
-#: step of length 1 is exact on no model, noise comes back multiplied, and less of it is let pass.
+#: step of length 1 is exact on no model, noise comes back multiplied, and less of it is let pass. Where the Fisher is
+#: sampled, most of what is measured as noise lies in directions that hardly change the distribution, and damping keeps
+#: them short: half a nat.
 QUIET, QUIET_INEXACT, QUIET_SCORES = 0.04, 0.01, 0.5
 #: A step must deliver this share of its predicted gain, and this share to let the radius grow.
 ACCEPT, GROW = 0.1, 0.5
@@ -68,11 +70,6 @@ def adaptive(seen: Observed) -> jax.Array:
     left = seen.quiet / max(seen.signal.size, 1)
     quiet = jnp.minimum(1.0, left / jnp.maximum(seen.noise, left))
     return 1 / (1 + 2 / seen.particles) * jnp.maximum(seen.signal, quiet) * seen.trust
-
-
-def quiet(exact: bool) -> float:
-    """How much noise a step in closed form is left with, nats."""
-    return QUIET if exact else QUIET_INEXACT
 
 
 class Comparison(NamedTuple):

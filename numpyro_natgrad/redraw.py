@@ -93,6 +93,7 @@ class Scored(Frozen):
 
 def own(copies: jax.Array, key: jax.Array) -> jax.Array:
     """A particle's copy: row s of ``copies`` in the s-th particle, told apart by its key; outside a batch, row 0."""
+    # A primitive, because only a batching rule sees that what it is called for is a batch of particles.
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     return _own.bind(copies, data)
 
@@ -112,11 +113,10 @@ def _abstract(copies: Any, key: Any) -> Any:
 
 def _batch(args: tuple[jax.Array, jax.Array], dims: tuple[int | None, int | None]) -> tuple[jax.Array, int]:
     (copies, key), (along, by) = args, dims
-    if along is None and by is not None and key.shape[by] == copies.shape[0]:
-        return copies, 0
-    if along is None:
-        return jnp.broadcast_to(copies[0], (key.shape[by], *copies.shape[1:])), 0
-    return jnp.moveaxis(copies, along, 0)[:, 0], 0
+    if along is not None:
+        return jnp.moveaxis(copies, along, 0)[:, 0], 0
+    size = key.shape[by or 0]
+    return copies if size == copies.shape[0] else jnp.broadcast_to(copies[0], (size, *copies.shape[1:])), 0
 
 
 def _transpose(slope: Any, copies: Any, key: jax.Array) -> tuple[jax.Array, None]:

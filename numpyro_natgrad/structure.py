@@ -53,7 +53,7 @@ class Structure(NamedTuple):
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar latents: latent dimensions of the guide's sites, for the whole data set; of a likelihood, observations.
     :ivar exact: whether a step of length 1 is exact on conjugate models.
-    :ivar quiet: how much noise every family's step is left with, nats.
+    :ivar quiet: how much noise is left alone, for every family, nats.
     :ivar paired: whether the draws move with the parameters, so that two values of the loss at the same draws differ by
         less than their noise. Draws of a discrete site jump.
     """
@@ -94,8 +94,12 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     views = _views(families, naturals, scored, hearing, options, forward)
     exact = hearing.is_elbo and all(family.exact for family in families)
     paired = all(site.reparameterized for site in hearing.sites.values())
-    quiet = tuple(length.QUIET_SCORES if isinstance(f, ScoreFisher) else length.quiet(exact) for f in families)
-    return Structure(families, point, views, hearing.particles, latents, exact, quiet, paired)
+    return Structure(families, point, views, hearing.particles, latents, exact, _quiet(families, exact), paired)
+
+
+def _quiet(families: tuple[Family, ...], exact: bool) -> tuple[float, ...]:
+    rest = length.QUIET if exact else length.QUIET_INEXACT
+    return tuple(length.QUIET_SCORES if isinstance(family, ScoreFisher) else rest for family in families)
 
 
 def _charted(hearing: Hearing, options: Options) -> tuple[list[GaussianSite], list[NaturalParameters]]:

@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
-from numpyro.infer.autoguide import AutoBNAFNormal, AutoDAIS, AutoIAFNormal, AutoSurrogateLikelihoodDAIS
+from numpyro.infer.autoguide import AutoBNAFNormal, AutoDAIS, AutoIAFNormal
 from oracles import assert_close, root_eps, tapped
 
 from numpyro_natgrad import NaturalGradient, flows, redraw
@@ -73,7 +73,7 @@ def gaussian_model() -> None:
     numpyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
 
 
-@pytest.mark.parametrize("particles, batched", [(1, True), (5, True), (5, False)])
+@pytest.mark.parametrize(("particles", "batched"), [(1, True), (5, True), (5, False)])
 def test_scores_of_fresh_draws_are_unbiased_for_the_fisher(particles, batched):
     """In the unconstrained (loc, log σ) the Fisher is 3 diag(1/σ², 2): three copies, of every particle's own draw."""
     loss = Trace_ELBO(particles, vectorize_particles=batched)
@@ -103,7 +103,7 @@ def test_the_draws_of_the_fisher_do_not_depend_on_the_particles(particles):
     assert DRAWS <= shape[1] < DRAWS + particles
 
 
-@pytest.mark.parametrize("p, s", [(7, 4), (4, 9)])
+@pytest.mark.parametrize(("p", "s"), [(7, 4), (4, 9)])
 def test_the_solve_in_the_space_of_draws_is_the_dense_one(p, s, dtype):
     u, g = random.normal(random.key(0), (p, s)), random.normal(random.key(1), (p,))
     dense = np.linalg.solve(np.asarray(u @ u.T) + 0.3 * np.eye(p), np.asarray(g))
