@@ -35,7 +35,7 @@ class ScoreFisher(KLCurvature):
     def describe(self) -> list[tuple[str, str, str, str, str]]:
         names = ", ".join(name for name, _, _ in self.sites)
         classes = ", ".join(dict.fromkeys(cls for _, cls, _ in self.sites))
-        return [(p, names, classes, f"scores of {DRAWS} draws", str(self.sizes[p])) for p in self.params]
+        return [(p, names, classes, f"Monte Carlo, scores of {DRAWS} draws", str(self.sizes[p])) for p in self.params]
 
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Direction:
         slope, _ = self._mine(evidence.gradient)
