@@ -7,14 +7,18 @@
 
 ==================  ==========================================================
 :mod:`.optimizer`   the ``SVI`` optimizer, which orders the calls
+:mod:`.geometry`    Fisher operator, natural gradient and KL of any ``SVI``
 :mod:`.step`        one step, top to bottom
 :mod:`.effects`     what is heard in, and changed of, NumPyro's loss function
 :mod:`.provenance`  where a value in that function comes from
 :mod:`.structure`   which family moves which parameters
+:mod:`.routes`      by which route the Fisher of a site is got
 :mod:`.charts`      what NumPyro's parameters mean
 :mod:`.evidence`    gradient and Hessian products            (direction)
 :mod:`.families`    the geometry of a block of parameters    (movement)
 :mod:`.length`      how far                                  (length)
+:mod:`.exponential` the registry of Fisher matrices in closed form
+:mod:`.zoo`         NumPyro's distributions in that registry
 ==================  ==========================================================
 """
 
@@ -24,18 +28,30 @@ from .charts import register_gaussian as register_gaussian
 from .errors import StructureError as StructureError
 from .exponential import register_exponential as register_exponential
 from .exponential import register_fisher as register_fisher
+from .geometry import Estimate as Estimate
+from .geometry import Fisher as Fisher
+from .geometry import fisher as fisher
+from .geometry import kl as kl
+from .geometry import natural_gradient as natural_gradient
+from .geometry import scale_by_fisher as scale_by_fisher
 from .optimizer import NaturalGradient as NaturalGradient
 from .state import State as State
 from .state import StepInfo as StepInfo
 
 __all__ = [
+    "Estimate",
+    "Fisher",
     "Form",
     "NaturalGradient",
     "State",
     "StepInfo",
     "StructureError",
+    "fisher",
+    "kl",
+    "natural_gradient",
     "register_exponential",
     "register_fisher",
     "register_gaussian",
+    "scale_by_fisher",
 ]
 __version__ = "0.1.0"

@@ -25,6 +25,8 @@ import numpy as np
 from jax.lax import stop_gradient
 from numpyro import distributions as dist
 from numpyro.distributions import biject_to, constraints
+from numpyro.distributions.kl import kl_divergence
+from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer.util import is_identically_one
 from numpyro.primitives import Messenger
 
@@ -57,7 +59,7 @@ class HeardSite(NamedTuple):
     :ivar reparameterized: whether gradients flow through its draws.
     :ivar weight: how many draws of the whole data set one draw stands for (the ``scale`` of a subsampled plate).
     :ivar plain: no ``scale``, no ``mask`` and no parameter in a transform: the base's Fisher is the site's.
-    :ivar analytic: the loss integrates this site's density itself (``TraceMeanField_ELBO``).
+    :ivar analytic: the loss integrates this site itself (``TraceMeanField_ELBO``, or ``TraceEnum_ELBO`` by summing).
     :ivar leaks: the base's parameters reach the loss by another way than the site.
     :ivar divergence: how its KL to itself is got, ``"closed form"`` or ``"Monte Carlo"``.
     """
@@ -132,7 +134,8 @@ def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
     analytic = {name for name in found if f"density:{name}" not in total.sources}
     drawn = _listened(fn, params, opaque=True)[1] if analytic else total
     sites = {name: _heard(name, site, seen, name in analytic, drawn) for name, site in found.items()}
-    counts = [seen[f"draw:{name}"].size // max(site.draw_size, 1) for name, site in found.items()]
+    random = {name: site for name, site in found.items() if name not in listener.summed}
+    counts = [seen[f"draw:{name}"].size // max(site.draw_size, 1) for name, site in random.items()]
     drawn_or_summed = sites or summed or listener.enumerated
     modelled = {} if drawn_or_summed else {n: _modelled(n, site, seen) for n, site in listener.modelled.items()}
     return Hearing(listener.params, sites, modelled, max(counts, default=math.inf), total.degree <= 1)
@@ -210,12 +213,10 @@ class Listener(Messenger):
 
     def process_message(self, msg: Any) -> None:
         guide_site(msg)
-        if msg["type"] == "sample" and msg["infer"].get("enumerate") == "parallel" and msg["value"] is not None:
+        if _is_enumerated(msg):
             self.enumerated = True
-            # The model's site replays the guide's, and what the guide's trace has written down with it.
-            replayed = "dim_to_name" in msg["infer"]
-            self.summed |= {msg["name"]} if replayed else set()
-            msg["is_guide_site"] = not replayed and msg["name"] in self._known
+            self.summed |= set() if _is_summed(msg) else {msg["name"]}
+            msg["is_guide_site"] = _is_summed(msg) and msg["name"] in self._known
 
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "param":
@@ -271,6 +272,8 @@ class Listener(Messenger):
         )
         msg["value"] = tag("draw", name, value)
         _tag_score(name, at_draw(fn, msg["intermediates"]), stop_gradient(msg["value"]))
+        if name in self._known:
+            return  # summed over, with weights q: no density that a draw carries
         if self.opaque:
             msg["fn"] = Assigned(fn, tag("density", name, fn.log_prob(msg["value"])))
         else:
@@ -368,10 +371,23 @@ class Assigned(dist.Distribution):
         return self.density
 
 
-def _is_summed(msg: Any) -> bool:
-    """Whether the loss sums over a site's values; the model's site that replays the guide's is not summed again."""
-    enumerated = msg["type"] == "sample" and msg["infer"].get("enumerate") == "parallel" and msg["value"] is not None
-    return enumerated and not msg["is_observed"] and "dim_to_name" not in msg["infer"]
+def log_ratios(guide: Any, key: jax.Array, old: Any, new: Any, args: Any, kwargs: Any) -> jax.Array:
+    """log q_old(z) − log q_new(z) at one draw z of q_old, nats; KL itself at sites where NumPyro knows it."""
+    drawn = trace(seed(substitute(guide, data=old), key)).get_trace(*args, **kwargs)
+    again = trace(seed(substitute(replay(guide, drawn), data=new), key)).get_trace(*args, **kwargs)
+    return sum((_log_ratio(site, again[name]) for name, site in drawn.items() if _is_random(site)), jnp.zeros(()))
+
+
+def _is_random(site: Any) -> bool:
+    return site["type"] == "sample" and not site["is_observed"] and not isinstance(base_of(site["fn"]), dist.Delta)
+
+
+def _log_ratio(old: Any, new: Any) -> jax.Array:
+    try:
+        nats = kl_divergence(old["fn"], new["fn"])
+    except NotImplementedError:
+        nats = old["fn"].log_prob(old["value"]) - new["fn"].log_prob(old["value"])
+    return jnp.sum(nats if old["scale"] is None else old["scale"] * nats)
 
 
 def guide_site(msg: Any) -> bool:
@@ -379,6 +395,16 @@ def guide_site(msg: Any) -> bool:
     # This handler is the outermost one: sites of the model that the guide has drawn carry their value by now.
     msg["is_guide_site"] = msg["type"] == "sample" and not msg["is_observed"] and msg["value"] is None
     return bool(msg["is_guide_site"])
+
+
+def _is_enumerated(msg: Any) -> bool:
+    summable = msg["type"] == "sample" and not msg["is_observed"] and msg["value"] is not None
+    return summable and msg["infer"].get("enumerate") == "parallel"
+
+
+def _is_summed(msg: Any) -> bool:
+    """Whether the loss sums over a site here; else it replays the guide's, with what the guide's trace wrote down."""
+    return _is_enumerated(msg) and "dim_to_name" not in msg["infer"]
 
 
 def is_guide_site(msg: Any) -> bool:

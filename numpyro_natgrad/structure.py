@@ -93,7 +93,7 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
         warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=4)
     views = _views(families, naturals, scored, hearing, options, forward)
     exact = hearing.is_elbo and all(family.exact for family in families)
-    paired = all(site.reparameterized for site in hearing.sites.values())
+    paired = all(site.reparameterized or site.analytic for site in hearing.sites.values())
     return Structure(families, point, views, hearing.particles, latents, exact, _quiet(families, exact), paired)
 
 
