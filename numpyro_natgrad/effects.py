@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that knows NumPyro's effects: what can be heard in the loss, and what can be changed in it.
+"""The file that knows NumPyro's effects: what can be heard in the loss, and what can be changed in it.
 
 ``SVI.update`` hands an optimizer one function, ``fn(params) -> (loss, mutable_state)``: the loss at unconstrained
 parameters, with this step's draws and data closed over. It runs NumPyro primitives, so a handler around the *call* of
@@ -33,6 +33,7 @@ from numpyro.primitives import Messenger
 from . import exponential
 from .densities import CLOSED, MONTE_CARLO, Density, frozen_arguments, nothing, silent, tilted
 from .errors import StructureError
+from .flows import at_draw
 from .provenance import Origin, Sighting, origins, tag
 from .wrappers import arguments_of, base_of, base_shape, closed_kl, is_wrapper, map_base, owns_parameters, with_log_prob
 
@@ -52,6 +53,7 @@ class HeardSite(NamedTuple):
     :ivar base: the class of the distribution under its wrappers.
     :ivar shape: shape of the innermost draw, of one particle.
     :ivar batch: batch shape of the base distribution, before it is expanded.  :ivar event_size: numbers in its event.
+    :ivar elements: how many densities its batch has.
     :ivar arguments: for each argument of the base distribution, where it comes from.
     :ivar density: where the density at frozen draws comes from (``None``: it cannot be computed at given draws).
     :ivar reparameterized: whether gradients flow through its draws.
@@ -66,6 +68,7 @@ class HeardSite(NamedTuple):
     shape: tuple[int, ...]
     batch: tuple[int, ...]
     event_size: int
+    elements: int
     arguments: dict[str, Origin]
     density: Origin | None
     reparameterized: bool
@@ -160,6 +163,7 @@ def _heard(name: str, site: "_Site", seen: Mapping[str, Sighting], analytic: boo
         site.shape,
         site.batch,
         site.event_size,
+        site.elements,
         arguments,
         density and density.origin,
         site.reparameterized,
@@ -181,6 +185,7 @@ class _Site(NamedTuple):
     shape: tuple[int, ...]
     batch: tuple[int, ...]
     event_size: int
+    elements: int
     draw_size: int
     arguments: tuple[str, ...]
     reparameterized: bool
@@ -207,7 +212,7 @@ class Listener(Messenger):
         self.enumerated = False
 
     def process_message(self, msg: Any) -> None:
-        _mark_guide_site(msg)
+        guide_site(msg)
         if _is_enumerated(msg):
             self.enumerated = True
             self.summed |= set() if _is_summed(msg) else {msg["name"]}
@@ -221,7 +226,7 @@ class Listener(Messenger):
                 f"the name `{msg['name']}` stands for a parameter and for a sample site, whose draw it would replace; "
                 "expected one site for one name; rename one of them."
             )
-        elif _is_guide_site(msg):
+        elif is_guide_site(msg):
             self._site(msg)
         elif _is_model_site(msg):
             self._model_site(msg)
@@ -257,6 +262,7 @@ class Listener(Messenger):
             base_shape(fn, msg["kwargs"].get("sample_shape", ())),
             base.batch_shape,
             math.prod(base.event_shape),
+            math.prod(fn.batch_shape),
             jnp.size(value),
             tuple(arguments),
             bool(fn.has_rsample),
@@ -265,7 +271,7 @@ class Listener(Messenger):
             MONTE_CARLO if closed_kl(fn) is None else CLOSED,
         )
         msg["value"] = tag("draw", name, value)
-        _tag_score(name, fn, stop_gradient(msg["value"]))
+        _tag_score(name, at_draw(fn, msg["intermediates"]), stop_gradient(msg["value"]))
         if name in self._known:
             return  # summed over, with weights q: no density that a draw carries
         if self.opaque:
@@ -290,10 +296,10 @@ class PathGradient(Messenger):
         self.modes, self.taps = modes, taps
 
     def process_message(self, msg: Any) -> None:
-        _mark_guide_site(msg)
+        guide_site(msg)
 
     def postprocess_message(self, msg: Any) -> None:
-        mode = self.modes.get(msg["name"]) if _is_guide_site(msg) else None
+        mode = self.modes.get(msg["name"]) if is_guide_site(msg) else None
         if mode == "path":
             msg["fn"] = map_base(msg["fn"], frozen_arguments)
         elif mode == "silent":
@@ -317,29 +323,34 @@ class Frozen(Messenger):
         self.densities, self.modelled = densities, modelled or {}
 
     def process_message(self, msg: Any) -> None:
-        _mark_guide_site(msg)
-        msg["is_guide_site"] |= _is_summed(msg) and msg["name"] in self.densities
+        guide_site(msg)
+        msg["is_summed"] = _is_summed(msg)
 
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] != "sample":
             return
-        fn = msg["fn"]
-        if _is_guide_site(msg):
+        fn, measure = msg["fn"], None
+        if msg["is_summed"]:
+            density = self.densities.get(msg["name"], nothing)(fn, msg["value"])
+            measure = stop_gradient(fn.log_prob(msg["value"]))
+        elif is_guide_site(msg):
             msg["value"] = stop_gradient(msg["value"])
+            fn = at_draw(fn, msg["intermediates"])
             density = self.densities.get(msg["name"], nothing)(fn, msg["value"])
         else:
             density = -self.modelled.get(msg["name"], nothing)(fn, msg["value"])
-        msg["fn"] = Assigned(fn, density, drawn=True)
+        msg["fn"] = Assigned(fn, density, measure, drawn=True)
 
 
 class Assigned(dist.Distribution):
     """A distribution whose log-density at its one value has been assigned. No KL is registered for it.
 
     ``drawn``: its draws are frozen, so that it is differentiated like a reparameterised one whatever it is.
+    ``measure``: log-weights of a sum over its values; ``TraceEnum_ELBO`` takes them from the expanded distribution.
     """
 
-    def __init__(self, base: Any, density: jax.Array, *, drawn: bool = False) -> None:
-        self.base, self.density, self.drawn = base, density, drawn
+    def __init__(self, base: Any, density: jax.Array, measure: jax.Array | None = None, *, drawn: bool = False) -> None:
+        self.base, self.density, self.measure, self.drawn = base, density, measure, drawn
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     @property
@@ -352,6 +363,9 @@ class Assigned(dist.Distribution):
 
     def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
         return self.base.sample(key, sample_shape)
+
+    def expand(self, batch_shape: tuple[int, ...]) -> Any:
+        return super().expand(batch_shape) if self.measure is None else Assigned(self.base, self.measure, drawn=True)
 
     def log_prob(self, value: Any, intermediates: Any = None) -> jax.Array:
         return self.density
@@ -376,13 +390,16 @@ def _log_ratio(old: Any, new: Any) -> jax.Array:
     return jnp.sum(nats if old["scale"] is None else old["scale"] * nats)
 
 
-def _mark_guide_site(msg: Any) -> None:
+def guide_site(msg: Any) -> bool:
+    """Mark a message, before it is processed, as one of a site that the guide draws."""
     # This handler is the outermost one: sites of the model that the guide has drawn carry their value by now.
     msg["is_guide_site"] = msg["type"] == "sample" and not msg["is_observed"] and msg["value"] is None
+    return bool(msg["is_guide_site"])
 
 
 def _is_enumerated(msg: Any) -> bool:
-    return msg["type"] == "sample" and msg["infer"].get("enumerate") == "parallel" and msg["value"] is not None
+    summable = msg["type"] == "sample" and not msg["is_observed"] and msg["value"] is not None
+    return summable and msg["infer"].get("enumerate") == "parallel"
 
 
 def _is_summed(msg: Any) -> bool:
@@ -390,7 +407,8 @@ def _is_summed(msg: Any) -> bool:
     return _is_enumerated(msg) and "dim_to_name" not in msg["infer"]
 
 
-def _is_guide_site(msg: Any) -> bool:
+def is_guide_site(msg: Any) -> bool:
+    """Whether a message has been marked so."""
     return bool(msg.get("is_guide_site", False)) and not isinstance(base_of(msg["fn"]), dist.Delta)
 
 

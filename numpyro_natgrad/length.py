@@ -24,8 +24,10 @@ from .options import Options
 from .state import Pace
 
 #: Nats of noise in the natural gradient that are left alone: a hundredth of a nat in the iterate at ρ = 1/2. Where a
-#: step of length 1 is exact on no model, noise comes back multiplied, and less of it is let pass.
-QUIET, QUIET_INEXACT = 0.04, 0.01
+#: step of length 1 is exact on no model, noise comes back multiplied, and less of it is let pass. Where the Fisher is
+#: sampled, most of what is measured as noise lies in directions that hardly change the distribution, and damping keeps
+#: them short: half a nat.
+QUIET, QUIET_INEXACT, QUIET_SCORES = 0.04, 0.01, 0.5
 #: A step must deliver this share of its predicted gain, and this share to let the radius grow.
 ACCEPT, GROW = 0.1, 0.5
 #: Steps that the running means look back over at least. Little: far from the optimum the model changes with each step.
@@ -44,7 +46,7 @@ class Observed(NamedTuple):
     :ivar noise: its variance, nats.
     :ivar trust: 1, or the factor that pulls an outlier in.
     :ivar particles: draws a step; infinity where nothing is drawn.
-    :ivar exact: a step of length 1 is exact on conjugate models, so that noise does not grow from step to step.
+    :ivar quiet: how much noise is left alone, nats, per family.
     """
 
     step: jax.Array
@@ -52,7 +54,7 @@ class Observed(NamedTuple):
     noise: jax.Array
     trust: jax.Array
     particles: float
-    exact: bool
+    quiet: jax.Array
 
 
 def cap(options: Options, seen: Observed) -> jax.Array:
@@ -65,7 +67,7 @@ def cap(options: Options, seen: Observed) -> jax.Array:
 
 def adaptive(seen: Observed) -> jax.Array:
     """The rule that needs no choice."""
-    left = (QUIET if seen.exact else QUIET_INEXACT) / max(seen.signal.size, 1)
+    left = seen.quiet / max(seen.signal.size, 1)
     quiet = jnp.minimum(1.0, left / jnp.maximum(seen.noise, left))
     return 1 / (1 + 2 / seen.particles) * jnp.maximum(seen.signal, quiet) * seen.trust
 

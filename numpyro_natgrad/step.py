@@ -96,8 +96,8 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     memory = state.memory
     for k, (family, v) in enumerate(pairs):
         memory = family.remember(memory, v, seen.weight[k])
-    exact = context.structure.exact
-    observed = length.Observed(step, seen.signal, seen.noise, seen.trust, evidence.particles, exact)
+    quiet = jnp.array(context.structure.quiet, square.dtype)
+    observed = length.Observed(step, seen.signal, seen.noise, seen.trust, evidence.particles, quiet)
     cap = length.cap(context.options, observed)
     return Direction(tangents, memory, pace, jnp.where(ok, square, 0.0), seen.signal, cap, ok)
 

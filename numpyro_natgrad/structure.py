@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from . import length
 from .charts import GaussianSite, Params, read_site
 from .coordinates import read_natural
+from .densities import MONTE_CARLO
 from .effects import HeardSite, Hearing, hear
 from .evidence import Views
 from .families import Family
@@ -21,6 +23,7 @@ from .families.full import FullGaussian
 from .families.joint import JointGaussian
 from .families.likelihood import LikelihoodFisher
 from .families.natural import NaturalParameters
+from .families.scores import ScoreFisher
 from .options import Options
 from .routes import routed
 from .state import JOINT_LIMIT
@@ -50,6 +53,7 @@ class Structure(NamedTuple):
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar latents: latent dimensions of the guide's sites, for the whole data set; of a likelihood, observations.
     :ivar exact: whether a step of length 1 is exact on conjugate models.
+    :ivar quiet: how much noise is left alone, for every family, nats.
     :ivar paired: whether the draws move with the parameters, so that two values of the loss at the same draws differ by
         less than their noise. Draws of a discrete site jump.
     """
@@ -60,6 +64,7 @@ class Structure(NamedTuple):
     particles: float
     latents: int
     exact: bool
+    quiet: tuple[float, ...]
     paired: bool
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
@@ -89,7 +94,12 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     views = _views(families, naturals, scored, hearing, options, forward)
     exact = hearing.is_elbo and all(family.exact for family in families)
     paired = all(site.reparameterized or site.analytic for site in hearing.sites.values())
-    return Structure(families, point, views, hearing.particles, latents, exact, paired)
+    return Structure(families, point, views, hearing.particles, latents, exact, _quiet(families, exact), paired)
+
+
+def _quiet(families: tuple[Family, ...], exact: bool) -> tuple[float, ...]:
+    rest = length.QUIET if exact else length.QUIET_INEXACT
+    return tuple(length.QUIET_SCORES if isinstance(family, ScoreFisher) else rest for family in families)
 
 
 def _charted(hearing: Hearing, options: Options) -> tuple[list[GaussianSite], list[NaturalParameters]]:
@@ -181,7 +191,10 @@ def _likelihood(names: set[str], sites: list[str], hearing: Hearing, sizes: dict
 def _curvature(names: set[str], sites: list[str], hearing: Hearing, sizes: dict[str, int]) -> KLCurvature:
     ordered = tuple(p for p in sizes if p in names)
     rows = tuple((n, hearing.sites[n].base.__name__, hearing.sites[n].divergence) for n in sites)
-    return KLCurvature(ordered, rows, {p: sizes[p] for p in ordered}, _is_local(ordered, sites, hearing, sizes))
+    # One density of many parameters has one score a draw; many densities of a few each have many.
+    single = any(hearing.sites[n].elements == 1 for n, _, how in rows if how == MONTE_CARLO)
+    family = ScoreFisher if single else KLCurvature
+    return family(ordered, rows, {p: sizes[p] for p in ordered}, _is_local(ordered, sites, hearing, sizes))
 
 
 def _is_local(names: tuple[str, ...], sites: list[str], hearing: Hearing, sizes: dict[str, int]) -> bool:

@@ -16,15 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
 from numpyro import distributions as dist
-from numpyro.distributions import flows
 from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.util import sum_rightmost
 
 from . import exponential
+from .flows import FLOWS
 
 _WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution, dist.TransformedDistribution)
-# Transforms that own parameters in closures, where no tree of leaves shows them.
-_FLOWS = (flows.InverseAutoregressiveTransform, flows.BlockNeuralAutoregressiveTransform)
 
 
 def closed_kl(fn: Any) -> jax.Array | None:
@@ -93,7 +91,7 @@ def with_log_prob(fn: Any, log_prob: Callable[..., jax.Array]) -> Any:
 def owns_parameters(chain: Any) -> bool:
     """Whether a list of transforms may hold parameters: leaves of their tree but for constants, or a flow's closure."""
     leaves = (leaf for leaf in jax.tree.leaves(chain) if not isinstance(leaf, bool | int | float | np.ndarray))
-    return any(True for _ in leaves) or any(isinstance(t, _FLOWS) for t in chain)
+    return any(True for _ in leaves) or any(isinstance(t, FLOWS) for t in chain)
 
 
 def arguments_of(base: Any) -> dict[str, jax.Array]:

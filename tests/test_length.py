@@ -111,11 +111,11 @@ def test_families_keep_a_pace_of_their_own(dtype):
     assert pace.noise.shape == pace.memory.shape == (3,)
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("quiet", [length.QUIET, length.QUIET_INEXACT, length.QUIET_SCORES])
 @pytest.mark.parametrize("particles", [1, 2, 8, 100])
-def test_the_rule_needs_no_choice_and_stays_below_one(particles, exact, dtype):
+def test_the_rule_needs_no_choice_and_stays_below_one(particles, quiet, dtype):
     signal, noise = jnp.meshgrid(jnp.array([1e-6, 0.1, 1.0]), jnp.array([0.0, 1e-3, 1.0, 1e6]))
-    rho = length.adaptive(Observed(jnp.array(3), signal, noise, jnp.ones(()), particles, exact=exact))
+    rho = length.adaptive(Observed(jnp.array(3), signal, noise, jnp.ones(()), particles, jnp.array(quiet)))
     assert (rho > 0).all()
     assert (rho <= particles / (particles + 2) + np.finfo(dtype).eps).all()
     # More signal never shortens a step, more noise never lengthens it.

@@ -14,6 +14,7 @@ family             parameters                                             coordi
 :mod:`.full`       one full Gaussian site, more latents                   natural parameters
 :mod:`.diagonal`   one mean-field Gaussian site, more latents             natural parameters
 :mod:`.curvature`  everything else that a site's density depends on       NumPyro's unconstrained parameters
+:mod:`.scores`     one density of many parameters, without a KL: a flow   the same
 =================  =====================================================  ==================================
 """
 

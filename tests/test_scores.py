@@ -1,0 +1,243 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Law: where no KL is known, the scores of fresh draws have the Fisher as their covariance, whatever the ELBO draws.
+
+Flows, mixtures and annealed guides; at the end, that their fits come down.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+from jax import random
+from jax.flatten_util import ravel_pytree
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from numpyro.infer.autoguide import AutoBNAFNormal, AutoDAIS, AutoIAFNormal
+from oracles import assert_close, root_eps, tapped
+
+from numpyro_natgrad import NaturalGradient, flows, redraw
+from numpyro_natgrad.densities import MONTE_CARLO, kl_to_self
+from numpyro_natgrad.effects import Frozen
+from numpyro_natgrad.evidence import Evidence
+from numpyro_natgrad.families.scores import DRAWS, ScoreFisher, solve
+
+
+def banana() -> None:
+    z = numpyro.sample("z", dist.ImproperUniform(constraints.real_vector, (), (2,)))
+    numpyro.factor("bend", dist.Normal(0, 1).log_prob(z[0]) + dist.Normal(z[0] ** 2, 0.5).log_prob(z[1]))
+
+
+# A flow's score.
+
+
+def test_the_score_at_a_flows_own_draw_is_that_of_its_inverse(x64):
+    guide = AutoIAFNormal(banana, num_flows=1)
+    params = SVI(banana, guide, NaturalGradient(), Trace_ELBO()).init(random.key(0)).optim_state[1].params
+    value, noted = flow(guide, params).sample_with_intermediates(random.key(1), (4,))
+
+    def score(inverts: bool) -> Any:
+        def log_q(changed: Any) -> jax.Array:
+            q = flow(guide, changed)
+            each = (q if inverts else flows.at_draw(q, noted)).log_prob(value)
+            return each @ jnp.array([1.0, -0.4, 2.0, 0.3])
+
+        return jax.jit(jax.value_and_grad(log_q))(params)
+
+    assert_close(score(False), score(True), root_eps(value.dtype))
+
+
+def flow(guide: AutoIAFNormal, params: Any) -> Any:
+    with numpyro.handlers.substitute(data=params):
+        return guide._get_posterior()
+
+
+# Fresh draws.
+
+ROWS = 1500
+
+
+def gaussian_guide() -> None:
+    """A Gaussian of which the product of the scores is asked, and a scale that stands for three copies of a site."""
+    loc = numpyro.param("loc", jnp.array([0.5, -1.0]))
+    scale = numpyro.param("scale", jnp.array([0.4, 2.0]), constraint=constraints.positive)
+    with numpyro.handlers.scale(scale=3.0):
+        numpyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+
+def gaussian_model() -> None:
+    numpyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+
+
+@pytest.mark.parametrize(("particles", "batched"), [(1, True), (5, True), (5, False)])
+def test_scores_of_fresh_draws_are_unbiased_for_the_fisher(particles, batched):
+    """In the unconstrained (loc, log σ) the Fisher is 3 diag(1/σ², 2): three copies, of every particle's own draw."""
+    loss = Trace_ELBO(particles, vectorize_particles=batched)
+    at, params = tapped(gaussian_model, gaussian_guide, loss)
+    fn = at(random.key(3))
+
+    def row(number: jax.Array) -> jax.Array:
+        each = redraw.scores(fn, params, params, frozenset({"z"}), particles, number)
+        flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(each)
+        return particles * flat.T @ flat
+
+    samples = np.asarray(jax.jit(jax.vmap(row))(jnp.arange(ROWS)), np.float64)
+    fisher = 3 * np.diag([1 / 0.4**2, 1 / 2.0**2, 2.0, 2.0])
+    error = samples.std(axis=0) / np.sqrt(ROWS)
+    assert np.all(np.abs(samples.mean(axis=0) - fisher) < 5 * error)
+    assert np.all(np.linalg.eigvalsh(samples) > -1e-3)
+
+
+@pytest.mark.parametrize("particles", [1, 5, 100])
+def test_the_draws_of_the_fisher_do_not_depend_on_the_particles(particles):
+    at, params = tapped(gaussian_model, gaussian_guide, Trace_ELBO(particles))
+    family = ScoreFisher(tuple(params), (("z", "Normal", MONTE_CARLO),), {p: x.size for p, x in params.items()}, False)
+    nothing: dict[str, Any] = dict.fromkeys(Evidence._fields)
+    evidence = Evidence(**{**nothing, "fn": at(random.key(0)), "particles": particles})
+    shape = jax.eval_shape(lambda p: family.scores(evidence, p), params).shape
+    assert shape[0] == 4
+    assert DRAWS <= shape[1] < DRAWS + particles
+
+
+@pytest.mark.parametrize(("p", "s"), [(7, 4), (4, 9)])
+def test_the_solve_in_the_space_of_draws_is_the_dense_one(p, s, dtype):
+    u, g = random.normal(random.key(0), (p, s)), random.normal(random.key(1), (p,))
+    dense = np.linalg.solve(np.asarray(u @ u.T) + 0.3 * np.eye(p), np.asarray(g))
+    assert_close(solve(u, jnp.array(0.3), g), dense.astype(u.dtype), root_eps(u.dtype))
+
+
+# Mixtures.
+
+WEIGHTS, LOCS, SCALES = np.array([0.3, 0.7]), np.array([-2.0, 1.5]), np.array([0.5, 0.8])
+
+
+def mixture_model() -> None:
+    numpyro.sample("z", dist.MixtureSameFamily(dist.Categorical(WEIGHTS), dist.Normal(LOCS, SCALES)))
+
+
+def pieces() -> tuple[Any, Any, Any]:
+    weights = numpyro.param("weights", jnp.array([0.4, 0.6]), constraint=constraints.simplex)
+    locs = numpyro.param("locs", jnp.array([-1.0, 1.0]))
+    scales = numpyro.param("scales", jnp.array([0.9, 1.1]), constraint=constraints.positive)
+    return weights, locs, scales
+
+
+def marginal_guide() -> None:
+    weights, locs, scales = pieces()
+    numpyro.sample("z", dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(locs, scales)))
+
+
+def general_guide() -> None:
+    weights, locs, scales = pieces()
+    components = [dist.Normal(locs[k], scales[k]) for k in range(2)]
+    numpyro.sample("z", dist.MixtureGeneral(dist.Categorical(weights), components))
+
+
+def joint_model() -> None:
+    w = numpyro.sample("w", dist.Categorical(jnp.array(WEIGHTS)))
+    numpyro.sample("z", dist.Normal(jnp.array(LOCS)[w], jnp.array(SCALES)[w]))
+
+
+def joint_guide() -> None:
+    weights, locs, scales = pieces()
+    w = numpyro.sample("w", dist.Categorical(weights), infer={"enumerate": "parallel"})
+    numpyro.sample("z", dist.Normal(locs[w], scales[w]))
+
+
+def joint_fisher(params: Any, jacobian: np.ndarray) -> np.ndarray:
+    """Lin, Khan & Schmidt (2019): diag(F_weights, π_c F_c) of the joint of assignment and value, in (loc, log σ)."""
+    pi, scales = np.array([0.4, 0.6]), np.array([0.9, 1.1])
+    weights = jacobian.T @ np.diag(1 / pi) @ jacobian
+    blocks = {"locs": np.diag(pi / scales**2), "scales": np.diag(2 * pi), "weights": weights}
+    return np.asarray(jax.scipy.linalg.block_diag(*(blocks[name] for name in sorted(params))))
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    """The enumerated loss, its parameters, and the Fisher of the joint in closed form."""
+    at, params = tapped(joint_model, joint_guide, TraceEnum_ELBO())
+    jacobian = jax.jacfwd(numpyro.distributions.biject_to(constraints.simplex))(params["weights"])
+    return at(random.key(0)), params, joint_fisher(params, np.asarray(jacobian))
+
+
+def test_an_enumerated_mixture_has_the_expectation_conditional_fisher(mixture):
+    fn, params, expected = mixture
+    flat, unravel = ravel_pytree(params)
+
+    def kl(x: jax.Array) -> jax.Array:
+        with Frozen({"w": kl_to_self, "z": kl_to_self}):
+            return fn(unravel(x))[0]
+
+    assert_close(jax.jit(jax.hessian(kl))(flat), expected.astype(np.float32), 1e-4)
+
+
+@pytest.mark.parametrize("guide", [marginal_guide, general_guide])
+def test_the_fisher_of_a_marginal_mixture_is_at_most_that_of_the_joint(mixture, guide):
+    """Against numerical integration; what is forgotten with the assignment is positive semi-definite."""
+    _, params, joint = mixture
+    at, _ = tapped(mixture_model, guide, TraceGraph_ELBO(num_particles=8))
+    fn = at(random.key(2))
+
+    def rows(number: jax.Array) -> jax.Array:
+        each = redraw.scores(fn, params, params, frozenset({"z"}), 8, number)
+        flat = 8 * jax.vmap(lambda tree: ravel_pytree(tree)[0])(each)
+        return flat.T @ flat / 8
+
+    samples = np.asarray(jax.jit(jax.vmap(rows))(jnp.arange(ROWS)), np.float64)
+    error = samples.std(axis=0) / np.sqrt(ROWS)
+    assert np.all(np.abs(samples.mean(axis=0) - marginal_fisher(params)) < 5 * error)
+    assert np.linalg.eigvalsh(joint - marginal_fisher(params)).min() > -1e-4
+
+
+def marginal_fisher(params: Any) -> np.ndarray:
+    """∫ q ∇log q ∇log qᵀ dz of the mixture, by the trapezoidal rule."""
+    flat, unravel = ravel_pytree(params)
+    grid = jnp.linspace(-9.0, 9.0, 2001)
+
+    def log_q(x: jax.Array, z: jax.Array) -> jax.Array:
+        p = unravel(x)
+        weights = numpyro.distributions.biject_to(constraints.simplex)(p["weights"])
+        parts = dist.Normal(p["locs"], jnp.exp(p["scales"])).log_prob(z)
+        return jax.scipy.special.logsumexp(jnp.log(weights) + parts)
+
+    value, score = jax.jit(jax.vmap(jax.value_and_grad(log_q), in_axes=(None, 0)))(flat, grid)
+    return np.einsum("n,ni,nj->ij", np.exp(value), score, score) * float(grid[1] - grid[0])
+
+
+# Fits.
+
+
+def fitted(model: Any, guide: Any, steps: int, loss: Any) -> tuple[Any, np.ndarray, str]:
+    """State, losses and report."""
+    svi = SVI(model, guide, NaturalGradient(), loss)
+    start = svi.init(random.key(1))
+    run = jax.jit(lambda state: jax.lax.scan(lambda s, _: svi.update(s), state, length=steps))
+    state, losses = run(start)
+    return state, np.asarray(losses), svi.optim.report()
+
+
+GUIDES = {
+    "IAF": (lambda model: AutoIAFNormal(model, num_flows=1), "scores of 64 draws", 0.5),
+    "BNAF": (lambda model: AutoBNAFNormal(model, hidden_factors=[2]), "scores of 64 draws", 1.0),
+    "DAIS": (lambda model: AutoDAIS(model, K=2), "Hessian of KL", 2.0),
+}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_guides_without_a_closed_form_come_down(name):
+    make, route, gap = GUIDES[name]
+    state, losses, report = fitted(banana, make(banana), 60, Trace_ELBO(8))
+    assert route in report
+    assert np.isfinite(ravel_pytree(state.optim_state)[0].astype(float)).all()
+    assert losses[-10:].mean() < min(losses[:3].mean(), gap)  # the log evidence is zero
+
+
+def test_a_mixture_is_found():
+    with pytest.warns(UserWarning, match="no ELBO"):
+        _, losses, report = fitted(mixture_model, marginal_guide, 60, TraceGraph_ELBO(num_particles=32))
+    assert report.count("scores of 64 draws") == 3
+    assert abs(losses[-10:]).max() < 0.02
