@@ -84,12 +84,13 @@ class HeardSite(NamedTuple):
 
 
 class ModelSite(NamedTuple):
-    """A sample site of the model at a value that is known: observed, or a point of the guide (``AutoDelta``).
+    """A sample site of the model, at its value: observed, drawn by the guide, or a point of it (``AutoDelta``).
 
     :ivar base: the class of the distribution under its wrappers.
     :ivar size: numbers in its value.
     :ivar params: the parameters that its density, or its value, is computed from.
-    :ivar observed: its value is data.
+    :ivar observed: its value is data.  :ivar point: its value is computed from parameters.
+    :ivar drawn: its density depends on draws of the guide.
     :ivar weight: how many rows of the whole data set one row stands for.
     :ivar divergence: how its Fisher is got.
     """
@@ -98,6 +99,8 @@ class ModelSite(NamedTuple):
     size: int
     params: frozenset[str]
     observed: bool
+    point: bool
+    drawn: bool
     weight: float
     divergence: str
 
@@ -106,7 +109,7 @@ class Hearing(NamedTuple):
     """All that was heard in one loss function.
 
     :ivar sites: the latent sites of the guide.
-    :ivar modelled: the sites of the model, if their joint density at given values is what the loss is about.
+    :ivar modelled: the sites of the model, unless the loss sums over values of any.
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar is_elbo: affine in log q.
     """
@@ -136,8 +139,9 @@ def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
     sites = {name: _heard(name, site, seen, name in analytic, drawn) for name, site in found.items()}
     random = {name: site for name, site in found.items() if name not in listener.summed}
     counts = [seen[f"draw:{name}"].size // max(site.draw_size, 1) for name, site in random.items()]
-    drawn_or_summed = sites or summed or listener.enumerated
-    modelled = {} if drawn_or_summed else {n: _modelled(n, site, seen) for n, site in listener.modelled.items()}
+    # A sum over values stands between the densities and the loss.
+    summed_out = summed or listener.enumerated
+    modelled = {} if summed_out else _all_modelled(listener.modelled, seen)
     return Hearing(listener.params, sites, modelled, max(counts, default=math.inf), total.degree <= 1)
 
 
@@ -175,9 +179,26 @@ def _heard(name: str, site: "_Site", seen: Mapping[str, Sighting], analytic: boo
     )
 
 
-def _modelled(name: str, site: ModelSite, seen: Mapping[str, Sighting]) -> ModelSite:
-    sources = seen[f"modelled:{name}"].origin.sources
-    return site._replace(params=frozenset(x.removeprefix("param:") for x in sources if x.startswith("param:")))
+def _all_modelled(sites: Mapping[str, ModelSite], seen: Mapping[str, Sighting]) -> dict[str, ModelSite]:
+    density, value = ({name: seen[f"{kind}:{name}"].origin for name in sites} for kind in ("modelled", "value"))
+    # What moves draws on their way to the model (the steps of an annealed guide) belongs to no density of the model.
+    carriers = frozenset().union(*(_params(origin) for origin in value.values() if _is_drawn(origin)))
+    return {
+        name: site._replace(
+            params=_params(density[name]) - carriers,
+            point=bool(_params(value[name]) - carriers),
+            drawn=_is_drawn(density[name]),
+        )
+        for name, site in sites.items()
+    }
+
+
+def _params(origin: Origin) -> frozenset[str]:
+    return frozenset(x.removeprefix("param:") for x in origin.sources if x.startswith("param:"))
+
+
+def _is_drawn(origin: Origin) -> bool:
+    return any(x.startswith("draw:") for x in origin.sources)
 
 
 class _Site(NamedTuple):
@@ -235,7 +256,8 @@ class Listener(Messenger):
         name, fn = msg["name"], msg["fn"]
         how = MONTE_CARLO if closed_kl(fn) is None else CLOSED
         size, observed, weight = jnp.size(msg["value"]), bool(msg["is_observed"]), _weight(msg["scale"])
-        self.modelled[name] = ModelSite(type(base_of(fn)), size, frozenset(), observed, weight, how)
+        self.modelled[name] = ModelSite(type(base_of(fn)), size, frozenset(), observed, False, False, weight, how)
+        tag("value", name, msg["value"])
         tag("modelled", name, fn.log_prob(msg["value"]))
 
     def _param(self, msg: Any) -> None:

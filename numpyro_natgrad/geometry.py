@@ -207,16 +207,17 @@ def _fisher(svi: SVI, params: Params, state: SVIState, num_draws: int, args: Any
 def _frozen(hearing: Hearing, key: jax.Array) -> Frozen:
     guided = {name: fisher_density(site.divergence) for name, site in hearing.sites.items()}
     modelled = {
-        name: (likelihood_density if site.observed else prior_density)(site.divergence, random.fold_in(key, k))
+        name: (prior_density if site.point else likelihood_density)(site.divergence, random.fold_in(key, k))
         for k, (name, site) in enumerate(hearing.modelled.items())
     }
     return Frozen(guided, modelled)
 
 
 def _is_exact(hearing: Hearing) -> bool:
-    sites: list[HeardSite | ModelSite] = [*hearing.sites.values(), *hearing.modelled.values()]
+    modelled = [site for site in hearing.modelled.values() if site.params]
+    sites: list[HeardSite | ModelSite] = [*hearing.sites.values(), *modelled]
     labels = [label for s in hearing.sites.values() for o in s.arguments.values() for label in o.sources]
-    drawn = any(label.startswith("draw:") for label in labels)
+    drawn = any(label.startswith("draw:") for label in labels) or any(site.drawn for site in modelled)
     return not drawn and all(s.divergence == CLOSED and s.weight == 1 for s in sites)
 
 

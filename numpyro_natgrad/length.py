@@ -67,8 +67,7 @@ def cap(options: Options, seen: Observed) -> jax.Array:
 
 def adaptive(seen: Observed) -> jax.Array:
     """The rule that needs no choice."""
-    left = seen.quiet / max(seen.signal.size, 1)
-    quiet = jnp.minimum(1.0, left / jnp.maximum(seen.noise, left))
+    quiet = jnp.minimum(1.0, seen.quiet / jnp.maximum(seen.noise, seen.quiet))
     return 1 / (1 + 2 / seen.particles) * jnp.maximum(seen.signal, quiet) * seen.trust
 
 
@@ -142,6 +141,17 @@ def longest(kl: Callable[[jax.Array], jax.Array], cap: jax.Array, radius: jax.Ar
 def noise_floor(latents: int) -> float:
     """Nats below which a step is not judged on its own draws: noise would decide."""
     return max(0.1, 0.02 * latents)
+
+
+def statistical(parameters: int, numbers: int) -> float:
+    """Nats of noise that a network leaves alone: half of what its data leaves uncertain of it.
+
+    An estimate of P parameters is ½P nats away from what all data in the world would say; half of that, but no more
+    than the noise floor of the numbers that it explains. Steps that shrink with the share of signal are the best next
+    step and a bad next hundred ones, where the Fisher is not the Hessian of the loss (Wu et al. 2018, "short-horizon
+    bias"): the noise that longer ones leave is the average's to take out (Polyak & Juditsky 1992).
+    """
+    return min(0.25 * parameters, noise_floor(numbers))
 
 
 def initial_radius(options: Options, latents: int) -> float:

@@ -46,10 +46,9 @@ class NaturalGradient(_NumPyroOptim):
         second-order estimator takes the entropy in closed form and has none.)
     :param fisher: by which route the Fisher is got: ``"closed_form"``, ``"kl_hessian"``, ``"monte_carlo"``,
         ``"empirical"`` (:func:`.routes.routed`), or ``None`` for the best one of every site.
-    :param point_optimizer: for parameters without a Fisher, such as ``param`` statements of the model beside a guide
-        that draws: an optax transformation or a NumPyro optimizer; ``optax.adam(1e-2)`` by default. Where nothing is
-        drawn (no guide, ``AutoDelta``) parameters take the natural gradient of the likelihood, unless an optimizer is
-        given here.
+    :param point_optimizer: an optax transformation or a NumPyro optimizer for parameters that no distribution of the
+        guide owns: ``param`` statements of the model, points of ``AutoDelta``. By default they take the natural
+        gradient of the likelihood, and ``optax.adam(1e-2)`` moves what has no Fisher there either.
     :raises ValueError: if an option cannot be used.
 
     ``get_params`` returns the average of the iterates that noise rules (with a ``step_size`` of yours, the last
@@ -69,8 +68,8 @@ class NaturalGradient(_NumPyroOptim):
         fisher: options.Fisher | None = None,
         point_optimizer: Any = None,
     ) -> None:
-        likelihood = point_optimizer is None or fisher is not None
-        self._options = options.checked(step_size, max_kl, estimator, path_gradient, fisher, likelihood=likelihood)
+        ordinary = point_optimizer is not None
+        self._options = options.checked(step_size, max_kl, estimator, path_gradient, fisher, ordinary=ordinary)
         point.checked(point_optimizer)
         self._point_optimizer = point_optimizer
         self._structure: Structure | None = None

@@ -18,7 +18,7 @@ MARGIN, LIFTED_MARGIN = 0.05, 1e-6
 class Options(NamedTuple):
     """See :class:`.NaturalGradient`, whose arguments they are.
 
-    ``likelihood``: points take the natural gradient of the likelihood (no ordinary optimizer was asked for).
+    ``ordinary``: an ordinary optimizer was asked for.
     """
 
     step_size: float | Callable[[Any], Any] | None
@@ -26,7 +26,7 @@ class Options(NamedTuple):
     estimator: Estimator | None
     path_gradient: bool
     fisher: Fisher | None = None
-    likelihood: bool = True
+    ordinary: bool = False
 
     @property
     def margin(self) -> float:
@@ -43,7 +43,7 @@ class Options(NamedTuple):
 
 
 def checked(
-    step_size: Any, max_kl: Any, estimator: Any, path_gradient: Any, fisher: Any = None, *, likelihood: bool = True
+    step_size: Any, max_kl: Any, estimator: Any, path_gradient: Any, fisher: Any = None, *, ordinary: bool = False
 ) -> Options:
     """The options, or an error that names the one that cannot be used."""
     if step_size is not None and not callable(step_size) and not _positive(step_size):
@@ -68,7 +68,7 @@ def checked(
             f"`fisher={fisher!r}`: expected one of {', '.join(map(repr, get_args(Fisher)))}, or None for the best way "
             "at every site."
         )
-    return Options(step_size, max_kl, estimator, path_gradient, fisher, likelihood)
+    return Options(step_size, max_kl, estimator, path_gradient, fisher, ordinary)
 
 
 def _positive(x: Any) -> bool:

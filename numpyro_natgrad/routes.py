@@ -25,7 +25,8 @@ def routed(hearing: Hearing, fisher: str | None) -> Hearing:
     :raises StructureError: naming the sites that cannot go the way asked for.
     """
     if fisher in ("closed_form", "kl_hessian"):
-        sites: list[tuple[str, HeardSite | ModelSite]] = [*hearing.sites.items(), *hearing.modelled.items()]
+        modelled = {n: site for n, site in hearing.modelled.items() if site.params}
+        sites: list[tuple[str, HeardSite | ModelSite]] = [*hearing.sites.items(), *modelled.items()]
         unknown = [f"`{n}` ({s.base.__name__})" for n, s in sites if s.divergence != CLOSED]
         if unknown:
             _refuse(

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which family moves which parameters: the connected components of parameters and guide sites, from what was heard."""
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -14,15 +15,16 @@ from . import length
 from .charts import GaussianSite, Params, read_site
 from .coordinates import read_natural
 from .densities import MONTE_CARLO
-from .effects import HeardSite, Hearing, hear
+from .effects import HeardSite, Hearing, ModelSite, hear
 from .evidence import Views
 from .families import Family
-from .families.curvature import KLCurvature
+from .families.curvature import DENSE_LIMIT, KLCurvature
 from .families.diagonal import DiagonalGaussian
 from .families.full import FullGaussian
 from .families.joint import JointGaussian
 from .families.likelihood import LikelihoodFisher
 from .families.natural import NaturalParameters
+from .families.networks import NetworkCurvature, NetworkLikelihood
 from .families.scores import ScoreFisher
 from .options import Options
 from .routes import routed
@@ -82,12 +84,13 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     gaussians, naturals = _charted(hearing, options)
     closed = {g.name for g in gaussians} | {n.site.name for n in naturals}
     curvatures = _curvature_families(hearing, closed, sizes)
-    likelihoods = _likelihood_families(hearing, sizes) if options.likelihood else []
-    families = (*_gaussian_families(gaussians, hearing, options), *naturals, *curvatures, *likelihoods)
+    guided: tuple[Family, ...] = (*_gaussian_families(gaussians, hearing, options), *naturals, *curvatures)
+    free = {p: size for p, size in sizes.items() if not any(p in family.params for family in guided)}
+    families = (*guided, *_likelihood_families(hearing, free, options))
     taken = {p for family in families for p in family.params}
     point = {p: size for p, size in sizes.items() if p not in taken}
     scored = frozenset(name for family in curvatures for name, _, _ in family.sites)
-    latents = max(round(sum(s.weight * s.size for s in (hearing.sites or hearing.modelled).values())), 1)
+    latents = _numbers(hearing.sites or hearing.modelled)
     first_order = [p for family in families if not family.curved for p in family.params]
     if options.estimator == "second_order" and first_order:
         warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=4)
@@ -99,7 +102,13 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
 
 def _quiet(families: tuple[Family, ...], exact: bool) -> tuple[float, ...]:
     rest = length.QUIET if exact else length.QUIET_INEXACT
-    return tuple(length.QUIET_SCORES if isinstance(family, ScoreFisher) else rest for family in families)
+    return tuple(_quiet_one(family, rest, len(families)) for family in families)
+
+
+def _quiet_one(family: Family, rest: float, families: int) -> float:
+    if isinstance(family, NetworkCurvature):
+        return length.statistical(family.size, family.numbers)
+    return (length.QUIET_SCORES if isinstance(family, ScoreFisher) else rest) / families
 
 
 def _charted(hearing: Hearing, options: Options) -> tuple[list[GaussianSite], list[NaturalParameters]]:
@@ -174,35 +183,49 @@ def _components(owners: Mapping[str, frozenset[str] | set[str]]) -> list[tuple[s
     return groups
 
 
-def _likelihood_families(hearing: Hearing, sizes: dict[str, int]) -> list[LikelihoodFisher]:
-    owners = {name: site.params & set(sizes) for name, site in hearing.modelled.items()}
-    return [_likelihood(names, sites, hearing, sizes) for names, sites in _components(owners)]
+def _likelihood_families(hearing: Hearing, free: dict[str, int], options: Options) -> list[LikelihoodFisher]:
+    """Connected components of the parameters that no guide site owns and the sites of the model."""
+    if options.ordinary and (hearing.sites or options.fisher is None):
+        return []
+    owners = {name: site.params & set(free) for name, site in hearing.modelled.items()}
+    return [_likelihood(names, sites, hearing, free) for names, sites in _components(owners)]
 
 
 def _likelihood(names: set[str], sites: list[str], hearing: Hearing, sizes: dict[str, int]) -> LikelihoodFisher:
     ordered = {p: size for p, size in sizes.items() if p in names}
     mine = {n: hearing.modelled[n] for n in sites}
     rows = tuple((n, site.base.__name__, site.divergence) for n, site in mine.items())
-    points = frozenset(n for n, site in mine.items() if not site.observed)
+    points = frozenset(n for n, site in mine.items() if site.point)
     whole = all(site.weight == 1 for site in mine.values())
-    return LikelihoodFisher(tuple(ordered), rows, ordered, False, points, whole)
+    family = NetworkLikelihood if sum(ordered.values()) > DENSE_LIMIT else LikelihoodFisher
+    return family(tuple(ordered), rows, ordered, _numbers(mine), False, points, whole, bool(hearing.sites))
+
+
+def _numbers(sites: Mapping[str, HeardSite | ModelSite]) -> int:
+    """How many numbers are drawn or observed, for the whole data set."""
+    return max(round(sum(s.weight * s.size for s in sites.values())), 1)
 
 
 def _curvature(names: set[str], sites: list[str], hearing: Hearing, sizes: dict[str, int]) -> KLCurvature:
     ordered = tuple(p for p in sizes if p in names)
     rows = tuple((n, hearing.sites[n].base.__name__, hearing.sites[n].divergence) for n in sites)
+    mine, local = {p: sizes[p] for p in ordered}, _is_local(ordered, sites, hearing)
     # One density of many parameters has one score a draw; many densities of a few each have many.
     single = any(hearing.sites[n].elements == 1 for n, _, how in rows if how == MONTE_CARLO)
-    family = ScoreFisher if single else KLCurvature
-    return family(ordered, rows, {p: sizes[p] for p in ordered}, _is_local(ordered, sites, hearing, sizes))
+    network = NetworkCurvature if sum(mine.values()) > DENSE_LIMIT and not local else KLCurvature
+    family = ScoreFisher if single else network
+    return family(ordered, rows, mine, _numbers({n: hearing.sites[n] for n in sites}), local)
 
 
-def _is_local(names: tuple[str, ...], sites: list[str], hearing: Hearing, sizes: dict[str, int]) -> bool:
+def _is_local(names: tuple[str, ...], sites: list[str], hearing: Hearing) -> bool:
     """Whether all parameters have an entry for every row of a subsampled plate, and sites are drawn for some rows."""
     heard = [hearing.sites[name] for name in sites]
-    return all(s.weight > 1 for s in heard) and all(
-        sizes[p] >= 0.99 * s.weight * s.size for p in names for s in heard if p in _parameters(s)
-    )
+    return all(_has_rows(p, s, hearing) for p in names for s in heard if p in _parameters(s))
+
+
+def _has_rows(parameter: str, site: HeardSite, hearing: Hearing) -> bool:
+    shape = hearing.params[parameter].shape or ()
+    return site.weight > 1 and any(math.isclose(a, site.weight * b, rel_tol=0.01) for a in shape for b in site.shape)
 
 
 def _views(

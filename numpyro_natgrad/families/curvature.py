@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_factor, cho_solve
+from jax.scipy.sparse.linalg import cg
 
 from ..charts import Params
 from ..densities import fisher_density
@@ -54,12 +54,14 @@ class KLCurvature:
     :ivar params: parameter names.
     :ivar sites: per site its name, its distribution class, and how its KL is got.
     :ivar sizes: number of entries of each parameter.
+    :ivar numbers: how many numbers its sites draw, for the whole data set.
     :ivar local: they belong to the rows of a subsampled plate, of which a step sees a few.
     """
 
     params: tuple[str, ...]
     sites: tuple[tuple[str, str, str], ...]
     sizes: Mapping[str, int]
+    numbers: int
     local: bool
 
     @property
@@ -79,9 +81,9 @@ class KLCurvature:
         return sum(self.sizes.values())
 
     @property
-    def damping(self) -> float:
-        """Relative to F's own scale: F + ε (diag F + its mean over the parameter's entries)."""
-        return DAMPING
+    def iterative(self) -> bool:
+        """Whether F is too large to be formed."""
+        return self.size > DENSE_LIMIT
 
     @property
     def source(self) -> str:
@@ -92,22 +94,17 @@ class KLCurvature:
         names = ", ".join(name for name, _, _ in self.sites)
         classes = ", ".join(dict.fromkeys(cls for _, cls, _ in self.sites))
         ways = ", ".join(dict.fromkeys(how for _, _, how in self.sites))
-        solver = "dense" if self.size <= DENSE_LIMIT else "conjugate gradients"
+        solver = "conjugate gradients" if self.iterative else "dense"
         return [(p, names, classes, f"{self.source} ({ways}), {solver}", str(self.sizes[p])) for p in self.params]
 
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Direction:
         mine, unravel = self._mine(params)
         slope, _ = self._mine(evidence.gradient)
-        gradient = derivative(lambda x: (self._kl(evidence, params, step, unravel(x)), None), evidence.forward)
-
-        def product(v: jax.Array) -> jax.Array:
-            return jax.jvp(lambda x: gradient(x)[0], (mine,), (v,))[1]
-
-        ok = jnp.all(jnp.isfinite(slope))
-        clean = jnp.where(ok, slope, 0.0)
-        v = self._solved(product, clean, unravel)
-        v = jnp.where(ok, v, jnp.nan)
         trend, _ = self._mine(memory.trend)
+        gradient = derivative(lambda x: (self._kl(evidence, params, step, unravel(x)), None), evidence.forward)
+        _, product = jax.linearize(lambda x: gradient(x)[0], mine)
+        ok = jnp.all(jnp.isfinite(slope))
+        v = jnp.where(ok, self._solved(product, jnp.where(ok, slope, 0.0), -trend, unravel), jnp.nan)
         return Direction(-v, jnp.maximum(slope @ v, 0.0), -slope, product(trend))
 
     def norm2(self, v: Direction) -> jax.Array:
@@ -141,20 +138,19 @@ class KLCurvature:
         """This block's part of a tree shaped like the parameters, raveled, and the way back."""
         return ravel_pytree({p: tree[p] for p in self.params})
 
-    def _solved(self, product: Any, slope: jax.Array, unravel: Any) -> jax.Array:
-        if self.size <= DENSE_LIMIT:
-            return _dense(product, slope, unravel, self.damping)
-        return _iterative(product, slope, self.damping)
+    def _solved(self, product: Any, slope: jax.Array, old: jax.Array, unravel: Any) -> jax.Array:
+        """F⁻¹g, damped. ``old``: the mean of earlier ones."""
+        return _iterative(product, slope) if self.iterative else _dense(product, slope, unravel)
 
     def _kl(self, evidence: Evidence, params: Params, step: jax.Array, mine: Params) -> jax.Array:
         with Frozen({name: fisher_density(how) for name, _, how in self.sites}):
             return evidence.fn({**params, **mine})[0]
 
 
-def _dense(product: Any, slope: jax.Array, unravel: Any, damping: float) -> jax.Array:
+def _dense(product: Any, slope: jax.Array, unravel: Any) -> jax.Array:
     fisher = jax.vmap(product)(jnp.eye(slope.size, dtype=slope.dtype))
     fisher = (fisher + fisher.T) / 2
-    damped = fisher + jnp.diag(damping * _scale(jnp.diagonal(fisher), unravel))
+    damped = fisher + jnp.diag(DAMPING * _scale(jnp.diagonal(fisher), unravel))
     return cho_solve(cho_factor(damped), slope)
 
 
@@ -169,11 +165,13 @@ def _or(mean: jax.Array, overall: jax.Array) -> jax.Array:
     return jnp.where(mean > 1e-6 * overall, mean, overall)
 
 
-def _iterative(product: Any, slope: jax.Array, damping: float) -> jax.Array:
-    shape = jax.ShapeDtypeStruct(slope.shape, slope.dtype)
-    probe = jax.random.rademacher(jax.random.key(0), slope.shape, slope.dtype)
-    mean = jnp.abs(probe @ product(probe)) / slope.size  # Hutchinson: of F's diagonal
-    scale = jnp.where(mean > 0, mean, 1.0)
-    damped = lx.FunctionLinearOperator(lambda v: product(v) + damping * scale * v, shape, lx.positive_semidefinite_tag)
-    solver = lx.CG(rtol=CG_TOLERANCE, atol=0.0, max_steps=CG_STEPS)
-    return lx.linear_solve(damped, slope, solver, throw=False).value
+def _iterative(product: Any, slope: jax.Array) -> jax.Array:
+    scale = DAMPING * mean_diagonal(product, slope)
+    return cg(lambda v: product(v) + scale * v, slope, tol=CG_TOLERANCE, maxiter=CG_STEPS)[0]
+
+
+def mean_diagonal(product: Any, like: jax.Array) -> jax.Array:
+    """The mean of F's diagonal by one probe (Hutchinson), 1 where F is zero."""
+    probe = jax.random.rademacher(jax.random.key(0), like.shape, like.dtype)
+    mean = jnp.abs(probe @ product(probe)) / like.size
+    return jnp.where(mean > 0, mean, 1.0)

@@ -24,7 +24,7 @@ from ..effects import Frozen
 from ..evidence import Evidence
 from ..length import Comparison
 from ..state import Memory
-from .curvature import DENSE_LIMIT, Direction, KLCurvature
+from .curvature import Direction, KLCurvature
 
 
 @dataclass(frozen=True)
@@ -32,32 +32,34 @@ class LikelihoodFisher(KLCurvature):
     """One connected component of parameters and sites of the model.
 
     :ivar points: the sites whose value is a point of the guide, not data.
-    :ivar whole: every step sees the whole data set, so that there is no noise.
+    :ivar whole: every step sees the whole data set.
+    :ivar drawn: the guide draws: the likelihood is the complete data's, at these draws.
     """
 
     points: frozenset[str]
     whole: bool
+    drawn: bool
 
     @property
     def exact(self) -> bool:
-        return True
+        return not self.drawn
 
     @property
     def source(self) -> str:
         return "Fisher of the likelihood"
 
     def compare(self, memory: Memory, v: Direction) -> Comparison:
-        if self.whole:
+        if self.whole and not self.drawn:  # no noise
             return Comparison(v.square, jnp.zeros_like(v.square), v.square)
         return super().compare(memory, v)
 
-    def _solved(self, product: Any, slope: jax.Array, unravel: Any) -> jax.Array:
+    def _solved(self, product: Any, slope: jax.Array, old: jax.Array, unravel: Any) -> jax.Array:
         # Known in closed form, F has the rank that the data gives it, and steps converge like Newton's: no damping.
         closed = all(how == CLOSED for _, _, how in self.sites)
         return (
             scaled_solve(product, slope)
-            if closed and self.size <= DENSE_LIMIT
-            else super()._solved(product, slope, unravel)
+            if closed and not self.drawn and not self.iterative
+            else super()._solved(product, slope, old, unravel)
         )
 
     def _kl(self, evidence: Evidence, params: Params, step: jax.Array, mine: Params) -> jax.Array:

@@ -1,0 +1,54 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Networks in the guide or in the model: thousands of parameters behind few sites, seen through minibatches.
+
+    v ← μ v + (F + λ)⁻¹ (g − (F + λ) μ v)         by k steps of conjugate gradients that start at μ v
+
+F = E_z Σ JᵀF_site J is the sites' Fisher pulled back through the network, over the batch, never formed. What the batch
+says much about is solved for; what it says little about, k steps do not reach, and stays as earlier batches left it
+(Martens & Sutskever 2012; "SPRING", Goldshlager, Abrahamsen & Lin 2024, is the same in the space of samples).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.sparse.linalg import cg
+
+from ..charts import Params
+from ..length import Comparison
+from ..state import Memory
+from .curvature import Direction, KLCurvature, mean_diagonal
+from .likelihood import LikelihoodFisher
+
+#: k, μ, and λ relative to the mean of F's diagonal. Three to ten steps, 0.9 to 0.99, and 0.01 to 1 were as good.
+CG_STEPS, MOMENTUM, DAMPING = 5, 0.97, 0.1
+
+
+@dataclass(frozen=True)
+class NetworkCurvature(KLCurvature):
+    """A network of the guide. The memory's trend is the last step, its momentum."""
+
+    def compare(self, memory: Memory, v: Direction) -> Comparison:
+        # What two batches agree on: the slope of this one along the step of the one before.
+        old, _ = self._mine(memory.trend)
+        agreed = jnp.clip(old @ v.image, 0.0, v.square)
+        return Comparison(agreed, v.square - agreed, v.square)
+
+    def remember(self, memory: Memory, v: Direction, weight: jax.Array) -> Memory:
+        _, unravel = self._mine(memory.trend)
+        return memory._replace(trend={**memory.trend, **unravel(v.step)})
+
+    def retract(self, params: Params, memory: Memory, v: Direction, rho: jax.Array) -> tuple[Params, Memory]:
+        mine, unravel = self._mine(params)
+        return {**params, **unravel(mine + rho * v.step)}, memory
+
+    def _solved(self, product: Any, slope: jax.Array, old: jax.Array, unravel: Any) -> jax.Array:
+        damping = DAMPING * mean_diagonal(product, slope)
+        return cg(lambda v: product(v) + damping * v, slope, MOMENTUM * old, tol=0.0, maxiter=CG_STEPS)[0]
+
+
+@dataclass(frozen=True)
+class NetworkLikelihood(NetworkCurvature, LikelihoodFisher):
+    """A network of the model."""
