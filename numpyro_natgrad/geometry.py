@@ -209,6 +209,7 @@ def _frozen(hearing: Hearing, key: jax.Array) -> Frozen:
     modelled = {
         name: (prior_density if site.point else likelihood_density)(site.divergence, random.fold_in(key, k))
         for k, (name, site) in enumerate(hearing.modelled.items())
+        if site.params
     }
     return Frozen(guided, modelled)
 

@@ -166,12 +166,7 @@ def _or(mean: jax.Array, overall: jax.Array) -> jax.Array:
 
 
 def _iterative(product: Any, slope: jax.Array) -> jax.Array:
-    scale = DAMPING * mean_diagonal(product, slope)
+    probe = jax.random.rademacher(jax.random.key(0), slope.shape, slope.dtype)
+    mean = jnp.abs(probe @ product(probe)) / slope.size  # of F's diagonal (Hutchinson)
+    scale = DAMPING * jnp.where(mean > 0, mean, 1.0)
     return cg(lambda v: product(v) + scale * v, slope, tol=CG_TOLERANCE, maxiter=CG_STEPS)[0]
-
-
-def mean_diagonal(product: Any, like: jax.Array) -> jax.Array:
-    """The mean of F's diagonal by one probe (Hutchinson), 1 where F is zero."""
-    probe = jax.random.rademacher(jax.random.key(0), like.shape, like.dtype)
-    mean = jnp.abs(probe @ product(probe)) / like.size
-    return jnp.where(mean > 0, mean, 1.0)
