@@ -35,7 +35,17 @@ from .densities import CLOSED, MONTE_CARLO, Density, frozen_arguments, nothing, 
 from .errors import StructureError
 from .flows import at_draw
 from .provenance import Origin, Sighting, origins, tag
-from .wrappers import arguments_of, base_of, base_shape, closed_kl, is_wrapper, map_base, owns_parameters, with_log_prob
+from .wrappers import (
+    arguments_of,
+    base_of,
+    base_shape,
+    closed_kl,
+    has_path,
+    is_wrapper,
+    map_base,
+    owns_parameters,
+    with_log_prob,
+)
 
 Loss = Callable[[dict[str, Any]], tuple[jax.Array, Any]]
 
@@ -265,7 +275,7 @@ class Listener(Messenger):
             math.prod(fn.batch_shape),
             jnp.size(value),
             tuple(arguments),
-            bool(fn.has_rsample),
+            has_path(fn),
             _weight(msg["scale"]),
             _is_plain(fn, msg),
             MONTE_CARLO if closed_kl(fn) is None else CLOSED,
