@@ -102,6 +102,8 @@ def _site(
         return None
     event_size = site.event_size
     copies = site.size // max(math.prod(site.batch) * event_size, 1)
+    if site.masked and copies > 1:
+        return None  # as many times the base's Fisher as there are copies that count, which may change
     return NaturalSite(
         name, family, site.base, tuple(owned), tuple(owned.values()), maps, shapes, eta.shape, copies, event_size
     )

@@ -41,6 +41,7 @@ from .wrappers import (
     base_shape,
     closed_kl,
     has_path,
+    is_masked,
     is_wrapper,
     map_base,
     owns_parameters,
@@ -68,7 +69,8 @@ class HeardSite(NamedTuple):
     :ivar density: where the density at frozen draws comes from (``None``: it cannot be computed at given draws).
     :ivar reparameterized: whether gradients flow through its draws.
     :ivar weight: how many draws of the whole data set one draw stands for (the ``scale`` of a subsampled plate).
-    :ivar plain: no ``scale``, no ``mask`` and no parameter in a transform: the base's Fisher is the site's.
+    :ivar plain: no ``scale`` and no parameter in a transform: but for a mask, the base's Fisher is the site's.
+    :ivar masked: some of its densities may not count.
     :ivar analytic: the loss integrates this site itself (``TraceMeanField_ELBO``, or ``TraceEnum_ELBO`` by summing).
     :ivar leaks: the base's parameters reach the loss by another way than the site.
     :ivar divergence: how its KL to itself is got, ``"closed form"`` or ``"Monte Carlo"``.
@@ -84,6 +86,7 @@ class HeardSite(NamedTuple):
     reparameterized: bool
     weight: float
     plain: bool
+    masked: bool
     analytic: bool
     leaks: frozenset[str]
     divergence: str
@@ -179,6 +182,7 @@ def _heard(name: str, site: "_Site", seen: Mapping[str, Sighting], analytic: boo
         site.reparameterized,
         site.weight,
         site.plain,
+        site.masked,
         analytic,
         mine & total.sources,
         MONTE_CARLO if bounded else site.divergence,
@@ -201,6 +205,7 @@ class _Site(NamedTuple):
     reparameterized: bool
     weight: float
     plain: bool
+    masked: bool
     divergence: str
 
 
@@ -278,6 +283,7 @@ class Listener(Messenger):
             has_path(fn),
             _weight(msg["scale"]),
             _is_plain(fn, msg),
+            is_masked(fn),
             MONTE_CARLO if closed_kl(fn) is None else CLOSED,
         )
         msg["value"] = tag("draw", name, value)
@@ -430,8 +436,6 @@ def _is_model_site(msg: Any) -> bool:
 def _is_plain(fn: Any, msg: Any) -> bool:
     unscaled = msg["scale"] is None or is_identically_one(msg["scale"])
     while is_wrapper(fn):
-        if isinstance(fn, dist.MaskedDistribution):
-            return False
         if isinstance(fn, dist.TransformedDistribution) and owns_parameters(fn.transforms):
             return False
         fn = fn.base_dist

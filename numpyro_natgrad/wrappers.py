@@ -81,6 +81,10 @@ def has_path(fn: Any) -> bool:
     return bool(fn.has_rsample) or isinstance(base_of(fn), dist.WishartCholesky | dist.InverseWishartCholesky)
 
 
+def is_masked(fn: Any) -> bool:
+    return is_wrapper(fn) and (isinstance(fn, dist.MaskedDistribution) or is_masked(fn.base_dist))
+
+
 def map_base(fn: Any, change: Callable[[Any], Any]) -> Any:
     """The same distribution with ``change`` applied to the one under its wrappers."""
     if not is_wrapper(fn):
