@@ -122,6 +122,7 @@ class Hearing(NamedTuple):
     :ivar modelled: the sites of the model, if their joint density at given values is what the loss is about.
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar is_elbo: affine in log q.
+    :ivar scanned: sites that the guide draws inside of NumPyro's ``scan``, of which nothing is known but that.
     """
 
     params: dict[str, HeardParam]
@@ -129,6 +130,7 @@ class Hearing(NamedTuple):
     modelled: dict[str, ModelSite]
     particles: float
     is_elbo: bool
+    scanned: frozenset[str]
 
 
 def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
@@ -149,9 +151,10 @@ def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
     sites = {name: _heard(name, site, seen, name in analytic, drawn) for name, site in found.items()}
     random = {name: site for name, site in found.items() if name not in listener.summed}
     counts = [seen[f"draw:{name}"].size // max(site.draw_size, 1) for name, site in random.items()]
-    drawn_or_summed = sites or summed or listener.enumerated
+    drawn_or_summed = sites or summed or listener.enumerated or listener.scanned
     modelled = {} if drawn_or_summed else {n: _modelled(n, site, seen) for n, site in listener.modelled.items()}
-    return Hearing(listener.params, sites, modelled, max(counts, default=math.inf), total.degree <= 1)
+    particles, scanned = max(counts, default=math.inf), frozenset(listener.scanned)
+    return Hearing(listener.params, sites, modelled, particles, total.degree <= 1, scanned)
 
 
 def _listened(
@@ -225,6 +228,8 @@ class Listener(Messenger):
         self.modelled: dict[str, ModelSite] = {}
         self.summed: set[str] = set()
         self.enumerated = False
+        self.scanned: set[str] = set()
+        self._met: set[str] = set()
 
     def process_message(self, msg: Any) -> None:
         guide_site(msg)
@@ -232,6 +237,11 @@ class Listener(Messenger):
             self.enumerated = True
             self.summed |= set() if _is_summed(msg) else {msg["name"]}
             msg["is_guide_site"] = _is_summed(msg) and msg["name"] in self._known
+        if msg["type"] == "sample":
+            # A scan draws first and sends its messages afterwards. The guide comes before the model, which replays it.
+            drawn = msg.get("_control_flow_done", False) and not msg["is_observed"] and not _is_enumerated(msg)
+            self.scanned |= {msg["name"]} - self._met if drawn else set()
+            self._met.add(msg["name"])
 
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "param":
