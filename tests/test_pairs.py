@@ -270,6 +270,15 @@ def test_the_defaults_are_there_within_ten_steps(name):
     assert nats(name, fitted(pair, layout, 10).found, exact(pair, layout)) < 0.01
 
 
+@pytest.mark.parametrize(("route", "name"), [("kl_hessian", SCALAR), ("monte_carlo", VECTOR)])
+def test_other_routes_to_the_fisher_arrive_as_well(route, name):
+    """In NumPyro's own parameters, in 60 steps and single precision."""
+    pair, layout = PAIRS[name], LAYOUTS["one"]
+    fit = fitted(pair, layout, 60, fisher=route)
+    assert nats(name, fit.found, exact(pair, layout)) < 0.01
+    assert "natural parameters" not in fit.report
+
+
 @pytest.mark.parametrize(("how", "name"), [("mask", SCALAR), ("mask, to_event", VECTOR)])
 def test_what_is_masked_stays_and_the_others_are_exact(how, name, x64):
     pair, layout = PAIRS[name], LAYOUTS[how]
