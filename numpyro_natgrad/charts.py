@@ -119,7 +119,7 @@ class GaussianSite(NamedTuple):
 def read_site(name: str, hearing: Hearing) -> GaussianSite | None:
     """The site as a Gaussian in closed form, or ``None`` if it is anything else."""
     site = hearing.sites[name]
-    if site.base not in _REGISTRY or not site.plain or site.leaks:
+    if site.base not in _REGISTRY or not site.plain or site.masked or site.leaks:
         return None
     loc_argument, forms = _REGISTRY[site.base]
     loc = argument_parameter(loc_argument, site)

@@ -73,7 +73,8 @@ def read_natural(name: str, hearing: Hearing) -> NaturalSite | None:
     owned = {a: p for a, p in direct.items() if p and hearing.params[p].shape is not None}
     if not owned or len(set(owned.values())) < len(owned) or not _determined(site, set(owned.values())):
         return None
-    if not all(_covers(hearing.params[p].transform, site.base.arg_constraints[a]) for a, p in owned.items()):
+    known = site.base.arg_constraints
+    if not all(_covers(hearing.params[p].transform, known[a], _order(site)) for a, p in owned.items()):
         return None
     return _site(name, site, family, owned, hearing)
 
@@ -101,6 +102,8 @@ def _site(
         return None
     event_size = site.event_size
     copies = site.size // max(math.prod(site.batch) * event_size, 1)
+    if site.masked and copies > 1:
+        return None  # as many times the base's Fisher as there are copies that count, which may change
     return NaturalSite(
         name, family, site.base, tuple(owned), tuple(owned.values()), maps, shapes, eta.shape, copies, event_size
     )
@@ -109,7 +112,13 @@ def _site(
 _FAR = 1e3
 
 
-def _covers(transform: Any, constraint: Any) -> bool:
+def _order(site: HeardSite) -> int:
+    """d of a random d × d matrix, whose degrees of freedom exceed d − 1; else 1."""
+    is_matrix = site.base.support in (constraints.positive_definite, constraints.lower_cholesky)
+    return math.isqrt(site.event_size) if is_matrix else 1
+
+
+def _covers(transform: Any, constraint: Any, order: int) -> bool:
     """Whether the parameter's constraint lets every valid value of the argument through (an interval would not)."""
     transform, constraint = _elementwise(transform), _elementwise(constraint)
     if constraint in (constraints.positive_definite, constraints.lower_cholesky):
@@ -119,7 +128,7 @@ def _covers(transform: Any, constraint: Any) -> bool:
         return isinstance(transform, transforms.StickBreakingTransform)
     low, high = _range(transform)
     if isinstance(constraint, type(constraints.dependent)):
-        return low == 0.0 and high >= _FAR
+        return 0.0 <= low <= order - 1 and high >= _FAR
     wanted = _range(_elementwise(biject_to(constraint)))
     return bool(low <= wanted[0] and high >= min(wanted[1], _FAR))
 

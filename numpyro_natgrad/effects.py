@@ -35,7 +35,18 @@ from .densities import CLOSED, MONTE_CARLO, Density, frozen_arguments, nothing, 
 from .errors import StructureError
 from .flows import at_draw
 from .provenance import Origin, Sighting, origins, tag
-from .wrappers import arguments_of, base_of, base_shape, closed_kl, is_wrapper, map_base, owns_parameters, with_log_prob
+from .wrappers import (
+    arguments_of,
+    base_of,
+    base_shape,
+    closed_kl,
+    has_path,
+    is_masked,
+    is_wrapper,
+    map_base,
+    owns_parameters,
+    with_log_prob,
+)
 
 Loss = Callable[[dict[str, Any]], tuple[jax.Array, Any]]
 
@@ -58,7 +69,8 @@ class HeardSite(NamedTuple):
     :ivar density: where the density at frozen draws comes from (``None``: it cannot be computed at given draws).
     :ivar reparameterized: whether gradients flow through its draws.
     :ivar weight: how many draws of the whole data set one draw stands for (the ``scale`` of a subsampled plate).
-    :ivar plain: no ``scale``, no ``mask`` and no parameter in a transform: the base's Fisher is the site's.
+    :ivar plain: no ``scale`` and no parameter in a transform: but for a mask, the base's Fisher is the site's.
+    :ivar masked: some of its densities may not count.
     :ivar analytic: the loss integrates this site itself (``TraceMeanField_ELBO``, or ``TraceEnum_ELBO`` by summing).
     :ivar leaks: the base's parameters reach the loss by another way than the site.
     :ivar divergence: how its KL to itself is got, ``"closed form"`` or ``"Monte Carlo"``.
@@ -74,6 +86,7 @@ class HeardSite(NamedTuple):
     reparameterized: bool
     weight: float
     plain: bool
+    masked: bool
     analytic: bool
     leaks: frozenset[str]
     divergence: str
@@ -112,6 +125,7 @@ class Hearing(NamedTuple):
     :ivar modelled: the sites of the model, unless the loss sums over values of any.
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar is_elbo: affine in log q.
+    :ivar scanned: sites that the guide draws inside of NumPyro's ``scan``, of which nothing is known but that.
     """
 
     params: dict[str, HeardParam]
@@ -119,6 +133,7 @@ class Hearing(NamedTuple):
     modelled: dict[str, ModelSite]
     particles: float
     is_elbo: bool
+    scanned: frozenset[str]
 
 
 def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
@@ -139,10 +154,11 @@ def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
     sites = {name: _heard(name, site, seen, name in analytic, drawn) for name, site in found.items()}
     random = {name: site for name, site in found.items() if name not in listener.summed}
     counts = [seen[f"draw:{name}"].size // max(site.draw_size, 1) for name, site in random.items()]
-    # A sum over values stands between the densities and the loss.
-    summed_out = summed or listener.enumerated
-    modelled = {} if summed_out else _all_modelled(listener.modelled, seen)
-    return Hearing(listener.params, sites, modelled, max(counts, default=math.inf), total.degree <= 1)
+    # A sum over values stands between the densities and the loss; draws inside of a scan are not heard.
+    hidden = summed or listener.enumerated or listener.scanned
+    modelled = {} if hidden else _all_modelled(listener.modelled, seen)
+    particles, scanned = max(counts, default=math.inf), frozenset(listener.scanned)
+    return Hearing(listener.params, sites, modelled, particles, total.degree <= 1, scanned)
 
 
 def _listened(
@@ -173,6 +189,7 @@ def _heard(name: str, site: "_Site", seen: Mapping[str, Sighting], analytic: boo
         site.reparameterized,
         site.weight,
         site.plain,
+        site.masked,
         analytic,
         mine & total.sources,
         MONTE_CARLO if bounded else site.divergence,
@@ -212,6 +229,7 @@ class _Site(NamedTuple):
     reparameterized: bool
     weight: float
     plain: bool
+    masked: bool
     divergence: str
 
 
@@ -231,6 +249,8 @@ class Listener(Messenger):
         self.modelled: dict[str, ModelSite] = {}
         self.summed: set[str] = set()
         self.enumerated = False
+        self.scanned: set[str] = set()
+        self._met: set[str] = set()
 
     def process_message(self, msg: Any) -> None:
         guide_site(msg)
@@ -238,6 +258,11 @@ class Listener(Messenger):
             self.enumerated = True
             self.summed |= set() if _is_summed(msg) else {msg["name"]}
             msg["is_guide_site"] = _is_summed(msg) and msg["name"] in self._known
+        if msg["type"] == "sample":
+            # A scan draws first and sends its messages afterwards. The guide comes before the model, which replays it.
+            drawn = msg.get("_control_flow_done", False) and not msg["is_observed"] and not _is_enumerated(msg)
+            self.scanned |= {msg["name"]} - self._met if drawn else set()
+            self._met.add(msg["name"])
 
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "param":
@@ -287,9 +312,10 @@ class Listener(Messenger):
             math.prod(fn.batch_shape),
             jnp.size(value),
             tuple(arguments),
-            bool(fn.has_rsample),
+            has_path(fn),
             _weight(msg["scale"]),
             _is_plain(fn, msg),
+            is_masked(fn),
             MONTE_CARLO if closed_kl(fn) is None else CLOSED,
         )
         msg["value"] = tag("draw", name, value)
@@ -442,8 +468,6 @@ def _is_model_site(msg: Any) -> bool:
 def _is_plain(fn: Any, msg: Any) -> bool:
     unscaled = msg["scale"] is None or is_identically_one(msg["scale"])
     while is_wrapper(fn):
-        if isinstance(fn, dist.MaskedDistribution):
-            return False
         if isinstance(fn, dist.TransformedDistribution) and owns_parameters(fn.transforms):
             return False
         fn = fn.base_dist

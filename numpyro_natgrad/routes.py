@@ -47,7 +47,7 @@ def _monte_carlo(hearing: Hearing) -> Hearing:
         _refuse(
             "monte_carlo",
             f"the sites {', '.join(hidden)} have no density at given draws",
-            "Use `fisher=None`, which leaves their parameters to the ordinary optimizer",
+            "Use `fisher=None`, which takes closed forms where there are any, and else the ordinary optimizer",
         )
     return hearing._replace(
         sites={n: s._replace(divergence=MONTE_CARLO) for n, s in hearing.sites.items()},

@@ -46,6 +46,13 @@ _FIRST_ORDER = (
 )
 
 
+_SCANNED = (
+    "NaturalGradient: the guide draws the sites {} inside of `scan`, where a handler hears of a draw only after it has "
+    "been used. Their parameters go to the ordinary optimizer. Draw all steps as one site outside of the scan for "
+    "natural-gradient steps."
+)
+
+
 class Structure(NamedTuple):
     """The families of one loss; static.
 
@@ -80,6 +87,8 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     hearing = routed(hear(fn, params), options.fisher)
     if not hearing.is_elbo:
         warnings.warn(_NO_ELBO, stacklevel=4)
+    if hearing.scanned:
+        warnings.warn(_SCANNED.format(sorted(hearing.scanned)), stacklevel=4)
     sizes = {name: sum(jnp.size(x) for x in jax.tree.leaves(tree)) for name, tree in params.items()}
     gaussians, naturals = _charted(hearing, options)
     closed = {g.name for g in gaussians} | {n.site.name for n in naturals}

@@ -72,6 +72,19 @@ def is_wrapper(fn: Any) -> bool:
     return isinstance(fn, _WRAPPERS) and not exponential.is_registered(type(fn))
 
 
+def has_path(fn: Any) -> bool:
+    """Whether gradients flow through draws.
+
+    NumPyro says no of Wishart distributions because of their concentration. But they are drawn by Bartlett's
+    decomposition, and JAX knows the derivative of its χ variables by their degrees of freedom.
+    """
+    return bool(fn.has_rsample) or isinstance(base_of(fn), dist.WishartCholesky | dist.InverseWishartCholesky)
+
+
+def is_masked(fn: Any) -> bool:
+    return is_wrapper(fn) and (isinstance(fn, dist.MaskedDistribution) or is_masked(fn.base_dist))
+
+
 def map_base(fn: Any, change: Callable[[Any], Any]) -> Any:
     """The same distribution with ``change`` applied to the one under its wrappers."""
     if not is_wrapper(fn):

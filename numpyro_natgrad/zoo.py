@@ -140,10 +140,30 @@ def _log(probability: jax.Array) -> jax.Array:
     return jnp.log(jnp.maximum(probability, jnp.finfo(jnp.result_type(probability, float)).tiny))
 
 
-def _inner(probability: jax.Array) -> jax.Array:
-    """Off 0 and 1 by what the precision can tell, so that it has a logit."""
-    info = jnp.finfo(probability.dtype)
-    return jnp.clip(probability, info.tiny, 1 - info.epsneg)
+def _tellable(eta: jax.Array, outcomes: int = 2) -> tuple[float, float]:
+    """The least log-odds, and the greatest, that come back through NumPyro's bijections with a gradient.
+
+    A small probability only has to be no zero, with room for a product of two. One that is nearly certain is known by
+    what is left of the stick, 1 − Σp, which as many roundings as there are outcomes blur.
+    """
+    info = jnp.finfo(eta.dtype)
+    return 0.45 * math.log(float(info.tiny)), -math.log(4 * outcomes * float(info.eps))
+
+
+def _odds_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
+    return jnp.clip(eta + change, *_tellable(eta, eta.shape[-1] + 1))
+
+
+def _success_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
+    # η = −log p
+    rare, likely = _tellable(eta)
+    return jnp.clip(shrunk(eta, change, margin), math.exp(-likely), -rare)
+
+
+def _failure_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
+    # η = −log(1 − p)
+    rare, likely = _tellable(eta)
+    return jnp.clip(shrunk(eta, change, margin), math.exp(rare), likely)
 
 
 def _exp(x: jax.Array) -> jax.Array:
@@ -161,13 +181,13 @@ def _log_complement(eta: jax.Array) -> jax.Array:
     return jnp.log(-jnp.expm1(-eta))
 
 
-def _binary(cls: type, to_logits: Any, back: Any, trials: tuple[str, ...] = ()) -> None:
+def _binary(cls: type, to_logits: Any, back: Any, trials: tuple[str, ...] = (), move: Any = None) -> None:
     def log_normalizer(eta: jax.Array, total_count: Any = 1.0) -> jax.Array:
         # log(1 + e^η), from the side where neither it nor its derivatives round to those of η.
         x = eta[..., 0]
         return total_count * jnp.where(x > 0, x + softplus(-x), softplus(x))
 
-    register_exponential(cls, natural=to_logits, log_normalizer=log_normalizer, arguments=back, fixed=trials)
+    register_exponential(cls, natural=to_logits, log_normalizer=log_normalizer, arguments=back, fixed=trials, move=move)
 
 
 for _cls, _trials in ((BernoulliLogits, ()), (BinomialLogits, ("total_count",))):
@@ -176,8 +196,9 @@ for _cls, _trials in ((BernoulliProbs, ()), (BinomialProbs, ("total_count",))):
     _binary(
         _cls,
         lambda probs: _stack(_logit(probs)),
-        lambda eta: {"probs": _inner(jax.nn.sigmoid(eta[..., 0]))},
+        lambda eta: {"probs": jax.nn.sigmoid(eta[..., 0])},
         _trials,
+        _odds_move,
     )
 
 
@@ -214,6 +235,7 @@ register_exponential(
     log_normalizer=lambda eta: logsumexp(_with_reference(eta), axis=-1),
     arguments=lambda eta: {"probs": _probabilities(eta)},
     solve=_simplex_solve,
+    move=_odds_move,
 )
 register_exponential(
     dist.MultinomialLogits,
@@ -228,6 +250,7 @@ register_exponential(
     log_normalizer=lambda eta, total_count: total_count * logsumexp(_with_reference(eta), axis=-1),
     arguments=lambda eta: {"probs": _probabilities(eta)},
     fixed=("total_count",),
+    move=_odds_move,
 )
 register_exponential(
     dist.Poisson,
@@ -239,8 +262,9 @@ register_exponential(
     dist.GeometricProbs,  # p(1−p)^z: η = −log(1−p), T = −z
     natural=lambda probs: _stack(-jnp.log1p(-probs)),
     log_normalizer=lambda eta: -_log_complement(eta[..., 0]),
-    arguments=lambda eta: {"probs": _inner(-jnp.expm1(-eta[..., 0]))},
+    arguments=lambda eta: {"probs": -jnp.expm1(-eta[..., 0])},
     lower=0.0,
+    move=_failure_move,
 )
 register_exponential(
     dist.GeometricLogits,
@@ -251,27 +275,25 @@ register_exponential(
 )
 
 
-def _negative_binomial(cls: type, name: str, to_eta: Any, back: Any, count: str) -> None:
+def _negative_binomial(cls: type, name: str, to_eta: Any, back: Any, move: Any = None) -> None:
     """p^z (1−p)^r at fixed r: η = −log p, T = −z."""
     register_exponential(
         cls,
         natural=lambda **given: _stack(to_eta(given[name])),
-        log_normalizer=lambda eta, **fixed: -fixed[count] * _log_complement(eta[..., 0]),
+        log_normalizer=lambda eta, total_count: -total_count * _log_complement(eta[..., 0]),
         arguments=lambda eta: {name: back(eta[..., 0])},
         lower=0.0,
-        fixed=(count,),
+        fixed=("total_count",),
+        move=move,
     )
 
 
-_negative_binomial(
-    dist.NegativeBinomialProbs, "probs", lambda p: -_log(p), lambda eta: _inner(jnp.exp(-eta)), "total_count"
-)
+_negative_binomial(dist.NegativeBinomialProbs, "probs", lambda p: -_log(p), lambda eta: jnp.exp(-eta), _success_move)
 _negative_binomial(
     dist.NegativeBinomialLogits,
     "logits",
     lambda logits: softplus(-logits),
     lambda eta: -eta - _log_complement(eta),
-    "total_count",
 )
 register_fisher(  # the mean is orthogonal to the concentration
     dist.NegativeBinomial2,

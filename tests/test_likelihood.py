@@ -13,6 +13,7 @@ import optax
 import pytest
 from jax import random
 from numpyro import distributions as dist
+from numpyro.distributions import constraints, transforms
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from oracles import assert_close, root_eps
@@ -193,10 +194,28 @@ def cauchy_mixture(x: Any, y: Any) -> None:
     numpyro.sample("y", dist.MixtureGeneral(dist.Categorical(jnp.array([0.5, 0.5])), parts), obs=y)
 
 
+class OneWay(transforms.ParameterFreeTransform):
+    """x + x³, without its inverse: a density is known where a draw has been made, and nowhere else."""
+
+    domain = codomain = constraints.real
+
+    def __call__(self, x: Any) -> Any:
+        return x + x**3
+
+    def log_abs_det_jacobian(self, x: Any, y: Any, intermediates: Any = None) -> Any:
+        return jnp.log1p(3 * x**2)
+
+
+def one_way(x: Any, y: Any) -> None:
+    base = dist.Normal(numpyro.param("m", 0.0), positive("s", 1.0))
+    numpyro.sample("z", dist.TransformedDistribution(base, OneWay()))
+
+
 REFUSED = {
     "no closed form": (cauchy_mixture, nothing, "closed_form", "`y` \\(.*Mixture.*\\).*register_exponential"),
     "no known KL": (cauchy_mixture, nothing, "kl_hessian", "`y` \\(.*Mixture.*\\).*monte_carlo"),
     "a guide that draws": (latent, AutoNormal(latent), "empirical", "draws \\['z'\\].*monte_carlo"),
+    "no density": (latent, one_way, "monte_carlo", "`z` \\(Normal\\) have no density.*fisher=None"),
     "no observation": (factored, nothing, "empirical", "no observed site.*obs="),
 }
 

@@ -147,7 +147,8 @@ def wide(family: Exponential, eta: jax.Array, n: int) -> tuple[jax.Array, jax.Ar
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if "Wishart" not in n])
 def test_no_step_leaves_the_domain(name, dtype):
-    """Three thousand starts and changes each: the new arguments are valid, and so are their unconstrained values."""
+    """Three thousand starts and changes each: the new arguments are valid, and so are their unconstrained values; and
+    these can be left again, because a gradient still reaches them."""
     x, make = CASES[name].start()
     base = wrappers.base_of(make(x))
     family, eta, _ = natural(base)
@@ -156,14 +157,23 @@ def test_no_step_leaves_the_domain(name, dtype):
     def moved(starts: Any, changes: Any) -> Any:
         values = family.arguments(family.step(starts, changes, 0.05))
         known = {argument: type(base).arg_constraints[argument] for argument in values}
-        return values, {a: (known[a](v), biject_to(known[a]).inv(v)) for a, v in values.items()}
+        maps = {a: biject_to(known[a]) for a in values}
+        unconstrained = {a: maps[a].inv(v) for a, v in values.items()}
+        slopes = {a: slope(maps[a], x) for a, x in unconstrained.items()}
+        return values, {a: (known[a](v), unconstrained[a], slopes[a]) for a, v in values.items()}
+
+    def slope(transform: Any, x: jax.Array) -> jax.Array:
+        basis = jnp.eye(x.shape[-1], dtype=x.dtype) if x.ndim > 1 else jnp.ones(1, x.dtype)
+        each = lambda e: jax.jvp(transform, (x,), (jnp.broadcast_to(e, x.shape),))[1]
+        return jnp.abs(jax.vmap(each)(basis)).reshape(len(basis), len(x), -1).max(-1)
 
     values, checks = moved(*wide(family, eta, 3000))
     for argument, value in values.items():
-        valid, unconstrained = checks[argument]
+        valid, unconstrained, slopes = checks[argument]
         assert np.isfinite(value).all()
         assert np.asarray(valid).all()
         assert np.isfinite(unconstrained).all()
+        assert (np.asarray(slopes) > 0).all()
 
 
 @pytest.mark.parametrize("name", ["Wishart", "InverseWishart"])

@@ -17,8 +17,16 @@ from jax.flatten_util import ravel_pytree
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
-from numpyro.infer.autoguide import AutoBNAFNormal, AutoDAIS, AutoIAFNormal
+from numpyro.infer.autoguide import (
+    AutoBNAFNormal,
+    AutoDAIS,
+    AutoIAFNormal,
+    AutoNormal,
+    AutoSemiDAIS,
+    AutoSurrogateLikelihoodDAIS,
+)
 from oracles import assert_close, root_eps, tapped
+from scipy import stats
 
 from numpyro_natgrad import NaturalGradient, flows, redraw
 from numpyro_natgrad.densities import MONTE_CARLO, kl_to_self
@@ -236,8 +244,57 @@ def test_guides_without_a_closed_form_come_down(name):
     assert losses[-10:].mean() < min(losses[:3].mean(), gap)  # the log evidence is zero
 
 
-def test_a_mixture_is_found():
+EVEN = np.linspace(0.0, 2.0, 6)
+
+
+def located() -> jax.Array:
+    return numpyro.sample("t", dist.Normal(0.0, 1.0))
+
+
+def local(t: Any) -> None:
+    with numpyro.plate("n", len(EVEN), subsample_size=3):
+        y = numpyro.subsample(jnp.asarray(EVEN), event_dim=0)
+        numpyro.sample("y", dist.Normal(numpyro.sample("z", dist.Normal(t, 1.0)), 1.0), obs=y)
+
+
+def known() -> None:
+    numpyro.sample("y", dist.Normal(located(), 1.0).expand([len(EVEN)]).to_event(1), obs=jnp.asarray(EVEN))
+
+
+def surrogate() -> None:
+    """Every other observation, with weights to be learned."""
+    t, weight = located(), numpyro.param("weight", jnp.full(3, 2.0), constraint=constraints.positive)
+    with numpyro.plate("n", 3), numpyro.handlers.scale(scale=weight):
+        numpyro.sample("y", dist.Normal(t, 1.0), obs=jnp.asarray(EVEN[::2]))
+
+
+ANNEALED = {
+    "AutoSemiDAIS": (
+        lambda: local(located()),
+        lambda model: AutoSemiDAIS(model, local, AutoNormal(located), K=2),
+        np.eye(6) * 2 + 1,
+    ),
+    "AutoSurrogateLikelihoodDAIS": (
+        known,
+        lambda model: AutoSurrogateLikelihoodDAIS(model, surrogate, K=2),
+        np.eye(6) + 1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANNEALED)
+def test_the_start_of_an_annealed_guide_moves_by_its_fisher(name):
+    """And the bound comes to within a nat and a half of the evidence, a normal density."""
+    model, make, cov = ANNEALED[name]
+    _, losses, report = fitted(model, make(model), 40, Trace_ELBO(8))
+    way = {line.split()[0]: line for line in report.splitlines()[2:]}
+    assert {p for p in way if "Hessian of KL" in way[p]} == {"auto_z_0_loc", "auto_z_0_scale"}
+    assert losses[-10:].mean() + stats.multivariate_normal(np.zeros(6), cov).logpdf(EVEN) < 1.5
+
+
+@pytest.mark.parametrize("guide", [marginal_guide, general_guide])
+def test_a_mixture_is_found(guide):
     with pytest.warns(UserWarning, match="no ELBO"):
-        _, losses, report = fitted(mixture_model, marginal_guide, 60, TraceGraph_ELBO(num_particles=32))
+        _, losses, report = fitted(mixture_model, guide, 60, TraceGraph_ELBO(num_particles=32))
     assert report.count("scores of 64 draws") == 3
     assert abs(losses[-10:]).max() < 0.02
