@@ -2,7 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Densities that stand for log q and log p, so that a derivative of the loss becomes what is asked for.
 
-    ∇² KL(q_frozen ‖ q_φ) = ∇² ½(log q_φ − log q_frozen)²  (in the mean over draws)  = F
+*Lengths* are zero, and their derivative along a tangent d is ½ dᵀFd nats: the KL that a small step d moves.
+
+    ½ d² ∂²KL(q_frozen ‖ q) = ½ dᵀFd,     ½ (∂_d log q(z))² = ½ dᵀFd  in the mean over draws z
+
+That is no derivative of any function, being quadratic in d, but a rule for it is all that forward mode asks for
+(``jax.custom_jvp``). What follows a site is affine in its density, so that the loss becomes such a length too, and the
+gradient of its derivative with respect to d is Fd: one pass forward, one back, none of them through second derivatives.
 
 Beside them, Gaussian and exponential-family densities whose dependence on their parameters has been changed.
 """
@@ -30,26 +36,56 @@ def nothing(fn: Any, value: Any) -> jax.Array:
 
 
 def half_squared_score(fn: Any, value: Any) -> jax.Array:
-    """½(log q_φ(z) − log q_frozen(z))² at a frozen draw, nats per batch element.
+    """The length by the score at a frozen draw, nats per batch element.
 
-    Its Hessian is the outer product of scores: unbiased for the Fisher and positive semi-definite (the Hessian of
-    −log q at a draw is not).
+    F is the outer product of scores: unbiased for the Fisher and positive semi-definite (the Hessian of −log q at a
+    draw is not).
     """
-    log_prob = fn.log_prob(value)
-    return 0.5 * jnp.square(log_prob - stop_gradient(log_prob))
+    return _half_square(fn.log_prob(value))
 
 
 def kl_to_self(fn: Any, value: Any = None) -> jax.Array:
-    """A function whose Hessian is the Fisher in closed form, nats per batch element: KL(q_frozen ‖ q_φ) mostly."""
-    closed = closed_kl(fn)
-    if closed is None:
+    """The length by the closed-form KL of a distribution to itself, nats per batch element."""
+    if closed_kl(fn) is None:
         raise StructureError(f"`{type(fn).__name__}` has no closed-form Fisher; expected a registered distribution.")
-    return closed
+    leaves, tree = jax.tree.flatten(fn)
+    nats: Any = lambda *x: closed_kl(tree.unflatten(x))
+
+    @jax.custom_jvp
+    def length(*x: Any) -> jax.Array:
+        return jnp.zeros(fn.batch_shape)
+
+    @length.defjvp
+    def _(x: Any, d: Any) -> tuple[jax.Array, jax.Array]:
+        slope = lambda *y: jax.jvp(nats, y, d)[1]
+        return length(*x), 0.5 * jax.jvp(slope, x, d)[1]
+
+    return length(*leaves)
+
+
+@jax.custom_jvp
+def _half_square(x: jax.Array) -> jax.Array:
+    return jnp.zeros_like(x)
+
+
+@_half_square.defjvp
+def _(x: Any, d: Any) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros_like(x[0]), 0.5 * jnp.square(d[0])
 
 
 def fisher_density(how: str) -> Density:
-    """What stands for log q (:class:`Frozen`) so that the Hessian of the loss is the Fisher."""
+    """What stands for log q (:class:`.effects.Frozen`) so that the loss becomes a length."""
     return kl_to_self if how == CLOSED else half_squared_score
+
+
+def fisher_product(length: Callable[[jax.Array], jax.Array], x: jax.Array, *, forward: bool = False) -> Callable:
+    """d ↦ Fd, linear, from a function whose derivative along d at ``x`` is ½ dᵀFd.
+
+    :param length: ``(P,) -> ()``.
+    :param forward: differentiate in forward mode only.
+    """
+    along = lambda d: jax.jvp(length, (x,), (d,))[1]
+    return jax.linearize((jax.jacfwd if forward else jax.grad)(along), jnp.zeros_like(x))[1]
 
 
 def likelihood_density(how: str, key: jax.Array) -> Density:
@@ -69,8 +105,8 @@ def likelihood_density(how: str, key: jax.Array) -> Density:
 def prior_density(how: str, key: jax.Array) -> Density:
     """What stands for −log p of a site at a point of the guide: its Fisher, and the curvature of its value.
 
-    ½ ((z − E z) − (z − E z)_frozen)² / Var z has the Hessian of −log p for a normal prior and is positive semi-definite
-    for any. A prior without mean or variance adds nothing.
+    ½ d(z − E z)² / Var z is the curvature of −log p for a normal prior and positive semi-definite for any. A prior
+    without mean or variance adds nothing.
     """
 
     def density(fn: Any, value: Any) -> jax.Array:
@@ -80,8 +116,8 @@ def prior_density(how: str, key: jax.Array) -> Density:
         except NotImplementedError:
             return metric
         known = jnp.isfinite(variance) & (variance > 0)
-        moved = jnp.where(known, residual - stop_gradient(residual), 0.0)
-        return metric + 0.5 * sum_rightmost(moved**2 / jnp.where(known, variance, 1.0), fn.event_dim)
+        moved = _half_square(jnp.where(known, residual, 0.0))
+        return metric + sum_rightmost(moved / jnp.where(known, variance, 1.0), fn.event_dim)
 
     return density
 

@@ -11,8 +11,8 @@ parameters, with this step's draws and data closed over. It runs NumPyro primiti
 
       ∇_φ E[f(z) + log q_φ(z)]  =  E[∇_z (f + log q)(z_φ(ε)) ∂z_φ(ε)],     because E[∇_φ log q_φ(z)] = 0 at fixed z
   (Roeder, Wu & Duvenaud 2017, "sticking the landing");
-* :class:`Frozen` freezes the draws, silences the model and puts another density in the place of log q: with
-  KL(q_frozen ‖ q_φ) the loss becomes the KL of the guide to itself, whose Hessian is the Fisher matrix.
+* :class:`Frozen` freezes the draws, silences the model and puts another density in the place of log q: with lengths
+  (:mod:`.densities`) the loss becomes the KL that a small step moves the guide, which is what the Fisher matrix says.
 """
 
 import math

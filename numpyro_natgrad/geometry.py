@@ -25,7 +25,7 @@ from numpyro.infer.svi import SVIState
 from numpyro.optim import _NumPyroOptim
 
 from .charts import Params
-from .densities import CLOSED, fisher_density, likelihood_density, prior_density
+from .densities import CLOSED, fisher_density, fisher_product, likelihood_density, prior_density
 from .effects import Frozen, HeardSite, Hearing, Loss, ModelSite, hear, log_ratios
 from .evidence import derivative
 
@@ -191,17 +191,19 @@ def _fisher(svi: SVI, params: Params, state: SVIState, num_draws: int, args: Any
     keys = random.split(state.rng_key, 1 if exact else num_draws)
     flat, unravel = ravel_pytree(params)
 
-    def kl_from_here(x: jax.Array, key: jax.Array) -> jax.Array:
+    def length(x: jax.Array, key: jax.Array) -> jax.Array:
         fn = _loss(svi, params, state._replace(rng_key=key), args, kwargs)
         with _frozen(hearing, key):
             return fn(unravel(x))[0]
 
-    def slope(x: jax.Array) -> jax.Array:
-        return jnp.mean(lax.map(lambda key: jax.grad(kl_from_here)(x, key), keys), axis=0)
+    def product(d: jax.Array) -> jax.Array:
+        each = lambda key: fisher_product(lambda x: length(x, key), flat)(d)
+        return jnp.mean(lax.map(each, keys), axis=0)
 
     owners = _owners(hearing)
     owned = {p: jax.tree.map(lambda leaf, p=p: jnp.full_like(leaf, p in owners), x) for p, x in params.items()}
-    return Fisher(params, jax.linearize(slope, flat)[1], ravel_pytree(owned)[0] > 0, exact)
+    linear = jax.linearize(product, jnp.zeros_like(flat))[1]
+    return Fisher(params, linear, ravel_pytree(owned)[0] > 0, exact)
 
 
 def _frozen(hearing: Hearing, key: jax.Array) -> Frozen:

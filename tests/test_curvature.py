@@ -112,14 +112,14 @@ def textbook(name: str, params: Any) -> np.ndarray:
 
 
 def fisher(fn: Any, params: Any, names: list[str], densities: Any) -> jax.Array:
-    """∇² of the loss with other densities in the place of the given sites'."""
+    """F of the loss with lengths in the place of the given sites' densities: its derivative along d is ½ dᵀFd."""
     flat, unravel = ravel_pytree([params[name] for name in names])
 
-    def nats(x: jax.Array) -> jax.Array:
+    def length(x: jax.Array) -> jax.Array:
         with Frozen(densities):
             return fn({**params, **dict(zip(names, unravel(x), strict=True))})[0]
 
-    return jax.hessian(nats)(flat)
+    return jax.hessian(lambda d: jax.jvp(length, (flat,), (d,))[1])(jnp.zeros_like(flat))
 
 
 @cache

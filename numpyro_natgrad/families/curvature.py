@@ -20,9 +20,9 @@ from jax.scipy.linalg import cho_factor, cho_solve
 from jax.scipy.sparse.linalg import cg
 
 from ..charts import Params
-from ..densities import fisher_density
+from ..densities import fisher_density, fisher_product
 from ..effects import Frozen
-from ..evidence import Evidence, derivative
+from ..evidence import Evidence
 from ..length import Comparison
 from ..state import Memory
 
@@ -101,8 +101,8 @@ class KLCurvature:
         mine, unravel = self._mine(params)
         slope, _ = self._mine(evidence.gradient)
         trend, _ = self._mine(memory.trend)
-        gradient = derivative(lambda x: (self._kl(evidence, params, step, unravel(x)), None), evidence.forward)
-        _, product = jax.linearize(lambda x: gradient(x)[0], mine)
+        length = lambda x: self._length(evidence, params, step, unravel(x))
+        product = fisher_product(length, mine, forward=evidence.forward)
         ok = jnp.all(jnp.isfinite(slope))
         v = jnp.where(ok, self._solved(product, jnp.where(ok, slope, 0.0), -trend, unravel), jnp.nan)
         return Direction(-v, jnp.maximum(slope @ v, 0.0), -slope, product(trend))
@@ -142,7 +142,7 @@ class KLCurvature:
         """F⁻¹g, damped. ``old``: the mean of earlier ones."""
         return _iterative(product, slope) if self.iterative else _dense(product, slope, unravel)
 
-    def _kl(self, evidence: Evidence, params: Params, step: jax.Array, mine: Params) -> jax.Array:
+    def _length(self, evidence: Evidence, params: Params, step: jax.Array, mine: Params) -> jax.Array:
         with Frozen({name: fisher_density(how) for name, _, how in self.sites}):
             return evidence.fn({**params, **mine})[0]
 

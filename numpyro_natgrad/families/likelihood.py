@@ -62,7 +62,7 @@ class LikelihoodFisher(KLCurvature):
             else super()._solved(product, slope, old, unravel)
         )
 
-    def _kl(self, evidence: Evidence, params: Params, step: jax.Array, mine: Params) -> jax.Array:
+    def _length(self, evidence: Evidence, params: Params, step: jax.Array, mine: Params) -> jax.Array:
         key = random.fold_in(random.key(0), step)
         densities = {
             name: (prior_density if name in self.points else likelihood_density)(how, random.fold_in(key, k))
