@@ -36,6 +36,11 @@ def kl(p, q) -> float:
         return float(dist.kl_divergence(dist.MultivariateNormal(*p), dist.MultivariateNormal(*q)))
 
 
+def form(length, x: jax.Array) -> jax.Array:
+    """F, ``(P, P)``, of a function whose derivative along d at ``x`` is ½ dᵀFd."""
+    return jax.hessian(lambda d: jax.jvp(length, (x,), (d,))[1])(jnp.zeros_like(x))
+
+
 def spd(seed: int, d: int, *, low: float = 0.5, high: float = 5.0) -> np.ndarray:
     """A symmetric positive definite matrix with eigenvalues between ``low`` and ``high``."""
     rng = np.random.default_rng(seed)

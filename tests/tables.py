@@ -258,7 +258,7 @@ GUIDES = {
     "pinned": GuideCase(pair, lambda m: pinned, curved={"m1", "s1"}),
     "LogNormal": GuideCase(rate, lambda m: log_normal, {"z": ("m", "s")}),
     "Gamma": GuideCase(rate, lambda m: gamma, natural={"alpha", "beta"}),
-    "model param": GuideCase(with_model_param, AutoNormal, auto("z"), point={"noise"}),
+    "model param": GuideCase(with_model_param, AutoNormal, auto("z"), likely={"noise"}),
 }
 
 

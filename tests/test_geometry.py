@@ -158,14 +158,18 @@ def test_the_chained_transformation_divides_by_the_fisher():
 
 
 def test_parameters_without_a_fisher_keep_their_gradient():
+    """What enters by a factor belongs to no density; a normal's scale has the Fisher 2, in its logarithm."""
+
     def noisy() -> None:
+        numpyro.factor("away", -(numpyro.param("free", 1.0) ** 2))
         numpyro.sample("y", dist.Normal(numpyro.sample("z", dist.Normal(0, 1)), positive("noise", 2.0)), obs=1.0)
 
     svi, state = started(noisy, AutoNormal(noisy))
     operator = fisher(svi, state)
     ones = jax.tree.map(jnp.ones_like, operator.params)
-    assert operator.matvec(ones)["noise"] == 0
-    assert operator.solve(ones)["noise"] == 1
+    assert operator.matvec(ones)["free"] == 0
+    assert operator.solve(ones)["free"] == 1
+    np.testing.assert_allclose(operator.matvec(ones)["noise"], 2, rtol=1e-6)
 
 
 def test_the_likelihood_is_the_geometry_of_points(x64):

@@ -179,14 +179,17 @@ def factored(x: Any, y: Any) -> None:
 
 
 def test_who_moves_what():
-    """Beside a guide that draws, without an observed site, or where an optimizer is given: the ordinary optimizer."""
-    y = DATA["logistic"]
-    for model, guide, options in (
-        (latent, AutoNormal(latent), {}),
-        (factored, nothing, {}),
-        (regression("logistic"), nothing, {"point_optimizer": optax.adam(0.1)}),
+    """Without a site of the model, or where an optimizer is given: the ordinary one; else the likelihood's Fisher."""
+    y, given = DATA["logistic"], {"point_optimizer": optax.adam(0.1)}
+    for model, guide, options, way in (
+        (latent, AutoNormal(latent), {}, "Fisher of the likelihood"),
+        (latent, AutoNormal(latent), given, "none: ordinary optimizer"),
+        (latent, AutoNormal(latent), {**given, "fisher": "closed_form"}, "none: ordinary optimizer"),
+        (factored, nothing, {}, "none: ordinary optimizer"),
+        (regression("logistic"), nothing, given, "none: ordinary optimizer"),
+        (regression("logistic"), nothing, {**given, "fisher": "closed_form"}, "Fisher of the likelihood"),
     ):
-        assert "none: ordinary optimizer" in fit(model, guide, 1, X, y, **options).report
+        assert way in fit(model, guide, 1, X, y, **options).report
 
 
 def cauchy_mixture(x: Any, y: Any) -> None:
