@@ -147,9 +147,7 @@ def summary(draws: dict[str, Array], **labels: Any) -> str:
     return str(az.summary(az.convert_to_dataset(one_chain, **labels), kind="stats").to_string())
 
 
-def follow(
-    label: str, problem: Problem, optimizer: _NumPyroOptim, steps: int, judged: Problem | None = None
-) -> Curve:
+def follow(label: str, problem: Problem, optimizer: _NumPyroOptim, steps: int, judged: Problem | None = None) -> Curve:
     """Take `steps` steps from the common start: for the clock, and once more for the ELBO.
 
     :param label: name of the fit.
