@@ -30,7 +30,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from _common import DRAWS, Curve, Problem, draw_curves, follow, options, plain, save
+from _common import DRAWS, Curve, Problem, draw_curves, follow, options, save
 from jax import Array, nn, random
 from jax.scipy.linalg import solve_triangular
 from matplotlib.axes import Axes
@@ -227,7 +227,7 @@ def draw_surface(axis: Axes, params: dict[str, Array], train: Split, inducing: A
         axis.plot(*np.asarray(train.x)[np.asarray(train.y) == digit].T, ".", color=colour, ms=3)
     axis.plot(*np.asarray(inducing).T, "D", mfc="white", mec="black", ms=5)
     axis.figure.colorbar(shade, ax=axis, label="probability that the digit is odd", ticks=[0, 0.5, 1])
-    axis.set(xlabel="first component", ylabel="second component")
+    axis.set(xlabel="first principal component", ylabel="second principal component")
 
 
 def main() -> None:
@@ -236,7 +236,7 @@ def main() -> None:
         "Sparse Gaussian-process classification.",
         "gp_classification.png",
         steps=300,
-        adam_steps=2000,
+        adam_steps=1000,
         size=(600, "digits to train on"),
         inducing=(25, "inducing points"),
         batch=(100, "rows of a minibatch, in the fit that takes them"),
@@ -245,7 +245,7 @@ def main() -> None:
     inducing = jnp.asarray(KMeans(chosen.inducing, n_init=1, random_state=0).fit(train.x).cluster_centers_)
     whole, parts = problem(train, inducing), problem(train, inducing, chosen.batch)
     both = NaturalGradient(point_optimizer=optax.adam(0.1))
-    curves = [follow("natural gradient + Adam(0.1)", whole, both, chosen.steps)]
+    curves = [follow("NaturalGradient + adam(0.1)", whole, both, chosen.steps)]
     curves += [follow(f"... in batches of {chosen.batch}", parts, both, chosen.steps, whole)]
     curves += [follow(f"Adam({r:g}) alone", whole, Adam(r), chosen.adam_steps) for r in (0.03, 0.01)]
     print(f"\n{both.report()}\n")
@@ -253,11 +253,13 @@ def main() -> None:
     for curve in curves:
         print(fitted(curve, inducing, test))
     print(exact_kernel(laplace(train), test))
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
+    axes[2].sharey(axes[1])
     draw_surface(axes[0], curves[0].params, train, inducing)
     draw_curves(axes[1:], curves, depth=60.0)
-    axes[1].legend(frameon=False)
-    plain(axes[0])
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"Is the digit odd? {chosen.size} digits, {chosen.inducing} inducing points, 8 draws a step")
     save(figure, chosen.output)
 
 
