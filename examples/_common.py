@@ -41,12 +41,13 @@ OTHERS = ("#0072b2", "#009e73", "#cc79a7")
 FIT, EVALUATION = 0, 1  # seeds
 PARTICLES = 8
 DRAWS = 4000
+TIMED = 300  # steps that the clock runs for, at most: one costs what another costs
 
 
 class Problem(NamedTuple):
     """What is fitted: a model, a guide, and the arguments of both."""
 
-    model: Callable[..., None]
+    model: Callable[..., Any]
     guide: AutoGuide
     args: tuple[Array, ...]
 
@@ -75,17 +76,22 @@ class Curve(NamedTuple):
     weights: Array
 
 
-def options(description: str, figure: str, *, steps: int, adam_steps: int) -> argparse.Namespace:
+def options(
+    description: str, figure: str, *, steps: int, adam_steps: int, **sizes: tuple[int, str]
+) -> argparse.Namespace:
     """Read the command line that the comparisons have in common.
 
     :param description: what the help text says of the example.
     :param figure: file name of the figure under `docs/figures`.
     :param steps: default number of natural-gradient steps.
     :param adam_steps: default number of steps of each Adam.
+    :param sizes: further numbers that can be chosen, each with its default and its help text.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=steps, help="natural-gradient steps")
     parser.add_argument("--adam-steps", type=int, default=adam_steps, help="steps of each Adam")
+    for name, (default, text) in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--output", type=Path, default=FIGURES / figure, help="path of the figure")
     return parser.parse_args()
 
@@ -141,15 +147,18 @@ def summary(draws: dict[str, Array], **labels: Any) -> str:
     return str(az.summary(az.convert_to_dataset(one_chain, **labels), kind="stats").to_string())
 
 
-def follow(label: str, problem: Problem, optimizer: _NumPyroOptim, steps: int) -> Curve:
+def follow(label: str, problem: Problem, optimizer: _NumPyroOptim, steps: int, judged: Problem | None = None) -> Curve:
     """Take `steps` steps from the common start: for the clock, and once more for the ELBO.
 
     :param label: name of the fit.
     :param problem: what to fit.
     :param optimizer: what takes the steps.
     :param steps: how many.
+    :param judged: the problem whose ELBO is followed, by default the one that is fitted; it has all the data where
+        the fit sees minibatches.
     """
     svi, args = problem.svi(optimizer), problem.args
+    whole = judged or problem
 
     @jax.jit
     def advance(state: SVIState, number: int) -> SVIState:
@@ -157,11 +166,12 @@ def follow(label: str, problem: Problem, optimizer: _NumPyroOptim, steps: int) -
 
     def weights(state: SVIState) -> Array:
         params, common = svi.get_params(state), random.key(EVALUATION)
-        return log_weights(problem.model, problem.guide, params, common, *args)
+        return log_weights(whole.model, whole.guide, params, common, *whole.args)
 
     start = state = svi.init(random.key(FIT), *args)
     jax.block_until_ready(advance(start, 0))  # compiles; no step is taken
-    seconds_a_step = fastest(lambda: advance(start, steps)) / steps
+    timed = min(steps, TIMED)
+    seconds_a_step = fastest(lambda: advance(start, timed)) / timed
     marks, elbo = np.unique(np.geomspace(1, steps, 25).round().astype(int)), []
     for number in tqdm(np.diff(marks, prepend=0), desc=label, unit="checkpoint"):
         state = advance(state, int(number))
@@ -233,6 +243,20 @@ def picture(curves: Sequence[Curve], title: str, *, depth: float) -> Figure:
     :param depth: how many nats below the best ELBO the axes reach.
     """
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.3), sharey=True, layout="constrained")
+    draw_curves(axes, curves, depth=depth)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def draw_curves(axes: Sequence[Axes], curves: Sequence[Curve], *, depth: float) -> None:
+    """ELBO against steps on the first of two axes, against seconds on the second.
+
+    :param axes: where to draw.
+    :param curves: the fits, the one to look at first.
+    :param depth: how many nats below the best ELBO the axes reach.
+    """
     # Back to front: the first curve is drawn last.
     for curve, colour in reversed(list(zip(curves, (NATURAL, *OTHERS), strict=True))):
         look = {"color": colour, "label": curve.label, "marker": "o", "ms": 3.5, "lw": 1.8}
@@ -244,10 +268,6 @@ def picture(curves: Sequence[Curve], title: str, *, depth: float) -> Figure:
     for axis in axes:
         axis.set_xscale("log")
         plain(axis)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(title)
-    return figure
 
 
 def plain(axis: Axes) -> None:

@@ -82,3 +82,16 @@ def tapped(model, guide, loss, *args, seed: int = 0, **kwargs):
         return tap.fn
 
     return at, start.optim_state
+
+
+def walk(svi: SVI, args: tuple, steps: int) -> tuple[list, list]:
+    """Iterates of :class:`.NaturalGradient`, the start among them, and NumPyro's own gradients at those that it left."""
+    state, update = svi.init(random.key(0), *args), jax.jit(svi.update)
+    loss = lambda params, key: svi.loss.loss(key, svi.constrain_fn(params), svi.model, svi.guide, *args)
+    slope, params, slopes = jax.jit(jax.grad(loss)), [state.optim_state[1].params], []
+    for _ in range(steps):
+        slopes.append(slope(params[-1], random.split(state.rng_key)[1]))
+        state, _ = update(state, *args)
+        assert not svi.optim.info(state).skipped
+        params.append(state.optim_state[1].params)
+    return params, slopes

@@ -70,6 +70,20 @@ def test_a_bound_above_zero_is_kept():
     assert 0.1 < params["s"] < 0.11
 
 
+def test_a_mean_that_is_one_number_for_all(x64):
+    """NumPyro's KL of a MultivariateNormal does not broadcast its mean; in the model and in the guide it stays valid."""
+    cov = np.array([[2.0, 0.5], [0.5, 1.0]])
+    model = lambda: numpyro.sample("z", dist.MultivariateNormal(1.0, jnp.asarray(cov)))
+
+    def guide() -> None:
+        tril = numpyro.param("tril", jnp.eye(2), constraint=constraints.lower_cholesky)
+        numpyro.sample("z", dist.MultivariateNormal(numpyro.param("loc", 0.0), scale_tril=tril))
+
+    params, _ = run(model, guide, 100)
+    found = np.full(2, params["loc"]), np.asarray(params["tril"] @ params["tril"].T)
+    assert kl(found, (np.ones(2), cov)) < 1e-4
+
+
 def test_a_permuted_parameter_is_no_copy_of_it(x64):
     order = jnp.array([2, 0, 1])
 

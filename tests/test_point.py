@@ -5,7 +5,6 @@
 from functools import cache
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -14,7 +13,7 @@ from jax import random
 from numpyro import optim
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
-from oracles import assert_close, root_eps
+from oracles import assert_close, root_eps, walk
 from tables import DATA, school, with_model_param
 
 from numpyro_natgrad import NaturalGradient
@@ -51,18 +50,8 @@ def test_a_guide_of_points_is_fitted_by_the_ordinary_optimizer(name):
 @cache
 def beside(name: str) -> tuple[list[Any], list[Any]]:
     """Iterates of a guide with a ``param`` of the model beside it, and the gradients that it met."""
-    svi = SVI(
-        with_model_param, AutoNormal(with_model_param), NaturalGradient(point_optimizer=OTHERS[name]), Trace_ELBO(2)
-    )
-    state, update = svi.init(random.key(0), X), jax.jit(svi.update)
-    loss = lambda params, key: svi.loss.loss(key, svi.constrain_fn(params), svi.model, svi.guide, X)
-    slope, params, slopes = jax.jit(jax.grad(loss)), [state.optim_state[1].params], []
-    for _ in range(5):
-        slopes.append(slope(params[-1], random.split(state.rng_key)[1]))
-        state, _ = update(state, X)
-        assert not svi.optim.info(state).skipped
-        params.append(state.optim_state[1].params)
-    return params, slopes
+    optimizer = NaturalGradient(point_optimizer=OTHERS[name])
+    return walk(SVI(with_model_param, AutoNormal(with_model_param), optimizer, Trace_ELBO(2)), (X,), 5)
 
 
 OTHERS = {"adam": optax.adam(1e-2), "still": optax.sgd(0.0)}

@@ -1,0 +1,172 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Law: with a Gaussian likelihood one step of length 1 is Titsias' (2009) optimal q(u); classification nears its optimum.
+
+"VGP and SVGP with a natural-gradient step of length 1 are GPR and SGPR": Salimbeni, Eleftheriadis & Hensman (2018).
+"""
+
+import runpy
+import sys
+from typing import Any
+
+import gp_classification as gp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import optax
+import pytest
+from jax import random
+from numpyro import distributions as dist
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoMultivariateNormal
+from oracles import assert_close, kl, root_eps, walk
+from scipy.special import expit, log_expit
+
+from numpyro_natgrad import NaturalGradient
+
+RNG = np.random.default_rng(0)
+X, Z = RNG.uniform(-2, 2, (40, 2)), RNG.uniform(-2, 2, (6, 2))
+Y = np.sin(2 * X[:, 0]) + 0.3 * RNG.normal(size=40)
+VARIANCE, LENGTHSCALE, NOISE = 1.5, np.array([0.8, 1.3]), 0.3
+
+
+def covariance(a: Any, b: Any, variance: float = VARIANCE, lengthscale: Any = LENGTHSCALE) -> np.ndarray:
+    return variance * np.exp(-0.5 * (((a[:, None] - b) / lengthscale) ** 2).sum(-1))
+
+
+def prior(z: Any, variance: float = VARIANCE, lengthscale: Any = LENGTHSCALE) -> np.ndarray:
+    return covariance(z, z, variance, lengthscale) + gp.JITTER * variance * np.eye(len(z))
+
+
+def regression(whitened: bool) -> Any:
+    """Sparse GP regression; f given u is integrated: E log N(y | f, σ²) = log N(y | E f, σ²) − var f / 2σ²."""
+
+    def model(x: Any, y: Any, z: Any) -> None:
+        weights, rest = gp.conditional(x, z, VARIANCE, jnp.asarray(LENGTHSCALE))
+        root = jnp.linalg.cholesky(jnp.asarray(prior(Z)))
+        if whitened:
+            v = numpyro.sample("v", dist.Normal(0, 1).expand([len(Z)]).to_event(1))
+        else:
+            u = numpyro.sample("u", dist.MultivariateNormal(jnp.zeros(len(Z)), scale_tril=root))
+            v = jax.scipy.linalg.solve_triangular(root, u, lower=True)
+        numpyro.factor("rest", -jnp.sum(rest) / (2 * NOISE**2))
+        numpyro.sample("y", dist.Normal(weights @ v, NOISE).to_event(1), obs=y)
+
+    return model
+
+
+def titsias() -> tuple[np.ndarray, np.ndarray]:
+    """q(u): with A = K_zz + K_zx K_xz/σ², N(K_zz A⁻¹ K_zx y/σ², K_zz A⁻¹ K_zz)."""
+    k, cross = prior(Z), covariance(Z, X)
+    a = k + cross @ cross.T / NOISE**2
+    return k @ np.linalg.solve(a, cross @ Y) / NOISE**2, k @ np.linalg.solve(a, k)
+
+
+@pytest.mark.parametrize("whitened", [True, False])
+def test_one_step_is_titsias(whitened, dtype):
+    model = regression(whitened)
+    svi = SVI(model, AutoMultivariateNormal(model), NaturalGradient(1.0, max_kl=None), Trace_ELBO(num_particles=2))
+    args = tuple(map(jnp.asarray, (X, Y, Z)))
+    state, _ = jax.jit(svi.update)(svi.init(random.key(0), *args), *args)
+    found = {name: np.asarray(x, float) for name, x in svi.get_params(state).items()}
+    root = np.linalg.cholesky(prior(Z)) if whitened else np.eye(len(Z))
+    mean, tril = root @ found["auto_loc"], root @ found["auto_scale_tril"]
+    expected = titsias()
+    if dtype == "float64":
+        np.testing.assert_allclose(mean, expected[0], atol=1e-8)
+        np.testing.assert_allclose(tril @ tril.T, expected[1], atol=1e-8)
+    assert kl((mean, tril @ tril.T), expected) < {"float64": 1e-8, "float32": 1e-4}[dtype]
+
+
+def small(batch: int | None = None) -> tuple[gp.Problem, gp.Split, gp.Split, jax.Array]:
+    train, test = gp.digits(150)
+    inducing = train.x[:12]
+    return gp.problem(train, inducing, batch), train, test, inducing
+
+
+def test_hyper_parameters_move_as_under_optax_alone():
+    """Adam, fed the gradients that NumPyro computes at the iterates, makes the very same moves."""
+    problem, *_ = small()
+    adam = optax.adam(0.1)
+    iterates, slopes = walk(problem.svi(NaturalGradient(point_optimizer=adam)), problem.args, 4)
+    names = "variance", "lengthscale"
+    mine = {name: iterates[0][name] for name in names}
+    state = adam.init(mine)
+    for slope, after in zip(slopes, iterates[1:], strict=True):
+        updates, state = adam.update({name: slope[name] for name in names}, state)
+        mine = optax.apply_updates(mine, updates)
+        assert_close({name: after[name] for name in names}, mine, root_eps("float32"))
+    assert not np.isclose(mine["variance"], iterates[0]["variance"])
+
+
+NODES, SHARES = np.polynomial.hermite_e.hermegauss(40)
+SHARES = SHARES / SHARES.sum()
+
+
+def bound(weights: Any, rest: Any, y: Any, mean: Any, cov: Any) -> tuple[float, np.ndarray, np.ndarray]:
+    """The ELBO of N(mean, cov) for v by quadrature, with E d/df and −E d²/df² of log p(y | f) at every datum."""
+    sd = np.sqrt(rest + np.sum(weights @ cov * weights, 1))
+    f = (weights @ mean)[:, None] + sd[:, None] * NODES
+    likelihood = (log_expit((2 * y - 1)[:, None] * f) @ SHARES).sum()
+    divergence = 0.5 * (np.trace(cov) + mean @ mean - len(mean) - np.linalg.slogdet(cov)[1])
+    return likelihood - divergence, y - expit(f) @ SHARES, (expit(f) * expit(-f)) @ SHARES
+
+
+def optimum(weights: Any, rest: Any, y: Any) -> tuple[float, np.ndarray, np.ndarray]:
+    """The best Gaussian for v by the fixed point S⁻¹ = I + Wᵀ diag(h) W, S⁻¹m = Wᵀ(h W m + g)."""
+    mean, cov = np.zeros(weights.shape[1]), np.eye(weights.shape[1])
+    for _ in range(50):
+        _, g, h = bound(weights, rest, y, mean, cov)
+        cov = np.linalg.inv(np.eye(len(mean)) + (weights.T * h) @ weights)
+        mean = cov @ (weights.T @ (h * (weights @ mean) + g))
+    return bound(weights, rest, y, mean, cov)[0], mean, cov
+
+
+@pytest.fixture(scope="module")
+def fits() -> dict[str, Any]:
+    """Hyper-parameters stand still ("fixed") or move ("moving"), on all rows or on minibatches ("rows")."""
+    rates = {"fixed": (None, 0.0), "moving": (None, 0.1), "rows": (50, 0.1)}
+    found = {}
+    for name, (batch, rate) in rates.items():
+        problem, *_ = small(batch)
+        svi = problem.svi(NaturalGradient(point_optimizer=optax.adam(rate)))
+        found[name] = svi.run(random.key(0), 150, *problem.args, progress_bar=False).params
+    return found
+
+
+def gap(params: Any) -> float:
+    """Nats between a fit's q(v) and the best one at its hyper-parameters."""
+    _, train, _, inducing = small()
+    p = {name: np.asarray(x, float) for name, x in params.items()}
+    x, y, z = (np.asarray(a, float) for a in (*train, inducing))
+    kernel = p["variance"], p["lengthscale"]
+    weights = np.linalg.solve(np.linalg.cholesky(prior(z, *kernel)), covariance(z, x, *kernel)).T
+    rest, tril = p["variance"] - np.sum(weights**2, 1), p["auto_scale_tril"]
+    return optimum(weights, rest, y)[0] - bound(weights, rest, y, p["auto_loc"], tril @ tril.T)[0]
+
+
+@pytest.mark.parametrize(("name", "nats"), [("fixed", 0.05), ("moving", 0.5), ("rows", 1.0)])
+def test_classification_nears_the_best_gaussian(fits, name, nats):
+    assert -1e-3 < gap(fits[name]) < nats
+
+
+def test_predictions_are_as_good_as_laplace(fits):
+    """Log predictive densities differ by less than two standard errors of their mean difference, or are better."""
+    _, train, test, inducing = small()
+    ours = np.asarray(gp.probability(fits["moving"], test.x, inducing), float)
+    theirs = gp.laplace(train).predict_proba(np.asarray(test.x, float))[:, 1]
+    y = np.asarray(test.y)
+    density = lambda p: np.log(np.where(y == 1, p, 1 - p))
+    difference = density(ours) - density(theirs)
+    assert difference.mean() > -2 * difference.std() / np.sqrt(len(y))
+    assert np.mean((ours > 0.5) == y) > 0.8
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    picture = tmp_path / "gp.png"
+    chosen = {"steps": 3, "adam-steps": 3, "size": 60, "inducing": 5, "batch": 20, "output": picture}
+    monkeypatch.setattr(sys, "argv", ["gp_classification.py", *(f"--{k}={v}" for k, v in chosen.items())])
+    runpy.run_path(gp.__file__, run_name="__main__")
+    assert "ordinary optimizer" in capsys.readouterr().out
+    assert picture.stat().st_size > 10_000
