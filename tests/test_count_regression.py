@@ -38,23 +38,24 @@ def negative_log_posterior(x, data):
 
 
 def test_the_likelihood_that_checks_is_that_of_the_model(example):
-    data = example.read(40)
+    data = example.read(100)
     fit = example.maximum_likelihood(data)
     x = np.append(fit.value[:-1], -np.log(fit.value[-1]))
     best = optimize.minimize(negative_log_posterior, x, args=(data,), tol=1e-6).x
-    # Priors are worth little beside 500 rows.
+    # Priors are worth little beside 200 rows.
     assert np.all(np.abs(best[:-1] - fit.value[:-1]) < 0.05 * fit.error[:-1])
     assert abs(np.exp(-best[-1]) - fit.value[-1]) < 0.2 * fit.error[-1]
 
 
-def test_the_guide_agrees_with_the_negative_binomial(example):
-    data = example.read(40)
+def test_the_guide_agrees_with_the_negative_binomial(example, monkeypatch):
+    monkeypatch.setattr(example, "DRAWS", 10)
+    data = example.read(100)
     curve = example.follow("natural", NaturalGradient(), data, 60)
     mine, fit = example.estimates(curve.params), example.maximum_likelihood(data)
     # Independent rates cost the coefficients a share of their standard errors, and their sds a part of their length.
     assert np.all(np.abs(mine.value - fit.value) < 0.4 * fit.error)
-    assert np.all((0.75 < mine.error[:-1] / fit.error[:-1]) & (mine.error[:-1] < 1.05 * fit.error[:-1]))
-    # ... and are more than twice those that ignore that persons differ.
+    assert np.all((mine.error[:-1] > 0.75 * fit.error[:-1]) & (mine.error[:-1] < 1.05 * fit.error[:-1]))
+    # ... and are longer than those that ignore that persons differ.
     assert np.all(mine.error[:-1] > 1.5 * example.poisson_errors(data))
     assert curve.elbo[-1] > curve.elbo[0] + 100
 
