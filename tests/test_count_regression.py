@@ -52,8 +52,10 @@ def test_the_guide_agrees_with_the_negative_binomial(example, monkeypatch):
     data = example.read(100)
     curve = example.follow("natural", NaturalGradient(), data, 60)
     mine, fit = example.estimates(curve.params), example.maximum_likelihood(data)
-    # Independent rates cost the coefficients a share of their standard errors, and their sds a part of their length.
-    assert np.all(np.abs(mine.value - fit.value) < 0.4 * fit.error)
+    apart = np.abs(mine.value - fit.value) / fit.error
+    # Mean field costs the coefficients a share of their standard errors and of their sds, and more of the dispersion.
+    assert np.all(apart[:-1] < 0.4)
+    assert apart[-1] < 1
     assert np.all((mine.error[:-1] > 0.75 * fit.error[:-1]) & (mine.error[:-1] < 1.05 * fit.error[:-1]))
     # ... and are longer than those that ignore that persons differ.
     assert np.all(mine.error[:-1] > 1.5 * example.poisson_errors(data))
