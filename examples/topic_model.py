@@ -127,7 +127,7 @@ class TopicModel(NamedTuple):
         """The fit by `optimizer`."""
         return SVI(self.model, self.guide, optimizer, TraceMeanField_ELBO())
 
-    def perplexity(self, lam: Array, seen: Array, hidden: Array) -> Array:
+    def perplexity(self, lam: Any, seen: Any, hidden: Any) -> Array:
         """exp(−mean log p(word)) of one half of the words of new documents, given the other half; scalar.
 
         :param lam: parameters of the topics, shape `(K, V)`.
@@ -156,8 +156,8 @@ def published(problem: TopicModel, lam: np.ndarray, counts: np.ndarray, rho: flo
     :param rho: the rate.
     """
     e_log = lambda x: scipy.special.digamma(x) - scipy.special.digamma(x.sum(-1, keepdims=True))
-    responsibilities = lambda gamma: scipy.special.softmax(e_log(gamma)[:, None] + log_beta, axis=0)
     expected, log_beta = np.zeros_like(lam), e_log(lam)
+    responsibilities = lambda gamma: scipy.special.softmax(e_log(gamma)[:, None] + log_beta, axis=0)
     for document in counts:
         gamma = np.ones(problem.topics)
         for _ in range(problem.local_steps):
@@ -219,7 +219,8 @@ def split(counts: np.ndarray, words: np.ndarray) -> Corpus:
     rng = np.random.default_rng(0)
     held, learned = np.split(rng.permutation(counts), [HELD_OUT])
     seen = rng.binomial(held, 0.5)
-    return Corpus(*(x.astype(np.float32) for x in (learned, seen, held - seen)), words)
+    hidden = held - seen
+    return Corpus(learned.astype(np.float32), seen.astype(np.float32), hidden.astype(np.float32), words)
 
 
 def minibatches(corpus: Corpus, size: int, passes: int) -> Iterator[np.ndarray]:
@@ -346,7 +347,8 @@ def picture(curves: list[Curve], corpus: Corpus) -> Figure:
     :param corpus: the documents.
     """
     figure = plt.figure(figsize=(12.5, 5.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1.35, 1])
+    grid = figure.add_gridspec(1, 2, width_ratios=[1.35, 1])
+    left, right = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     topics = top_words(curves[0].lam, corpus.words, 7)
     for axis, topic in zip(left.subplots(3, 5).ravel(), topics, strict=False):
         draw_topic(axis, *topic)
@@ -374,7 +376,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FIGURES / "topic_model.png", help="path of the figure")
     chosen = parser.parse_args()
     corpus = read_corpus(PACKAGES, chosen.words)
-    problem = TopicModel(*corpus.counts.shape, chosen.topics)
+    problem = TopicModel(len(corpus.counts), len(corpus.words), chosen.topics)
     batches = list(minibatches(corpus, chosen.batch, chosen.passes))
     apart = largest_difference(problem, batches[:3])
     optimizers: dict[str, Callable[[], _NumPyroOptim]] = {
