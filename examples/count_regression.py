@@ -235,7 +235,7 @@ def draw_elbo(axis: Axes, curves: list[Curve]) -> None:
     """
     for curve, colour in reversed(list(zip(curves, (NATURAL, *OTHERS), strict=True))):
         axis.plot(curve.steps, curve.elbo, color=colour, label=curve.label, marker="o", ms=3.5, lw=1.8)
-    best = max(curve.elbo.max() for curve in curves)
+    best = max(np.nanmax(curve.elbo) for curve in curves)
     axis.set(
         xscale="log", xlabel="steps", ylabel="ELBO (nats)", ylim=(best - 1500, best + 60), title="on the way there"
     )
