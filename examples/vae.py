@@ -276,15 +276,14 @@ def draw_curves(axes: list[Axes], curves: list[Curve], best: Curve) -> None:
     :param best: the Adam that sets the mark.
     """
     for curve, colour in zip(curves, (NATURAL, *OTHERS), strict=False):
-        look = {"color": colour, "label": curve.label, "lw": 1.8}
-        axes[0].plot(curve.steps, curve.train, **look)
-        axes[1].plot(1e-3 * curve.milliseconds * curve.steps, curve.train, **look)
+        axes[0].plot(curve.steps, curve.train, color=colour, label=curve.label, lw=1.8)
+        axes[1].plot(1e-3 * curve.milliseconds * curve.steps, curve.train, color=colour, lw=1.8)
     for axis, label in zip(axes, ("steps", "seconds, compilation excluded"), strict=True):
         axis.axhline(best.train[-1], color="0.6", lw=0.8, zorder=0)
         axis.set(xlabel=label, xscale="log", ylim=(best.train[-1] - 8, best.train[-1] + 2))
         plain(axis)
     axes[0].set_ylabel("ELBO (nats an image)")
-    axes[0].legend(frameon=False, loc="upper left")
+    axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper left", fontsize="small")
 
 
 def main() -> None:
@@ -298,13 +297,12 @@ def main() -> None:
     for curve in (ours, *others):
         print(line(curve, mark))
     vae = autoencoder(data, 0)
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), width_ratios=[3, 3, 2.2, 2.2], layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.8), width_ratios=[3, 3, 2.4, 2.4], layout="constrained")
     draw_curves(list(axes[:2]), [ours, best, *(c for c in others if c is not best)][:4], best)
-    seen = data.test[:30].reshape(3, 10, PIXELS)
-    pairs = [row for x in seen for row in (x, reconstructed(ours.params, vae, x))]
-    mosaic(axes[2], [*pairs], "held-out digits, and below each\nits reconstruction")
-    fresh = generated(ours.params, vae, random.normal(random.key(1), (60, LATENTS)))
-    mosaic(axes[3], list(fresh.reshape(6, 10, PIXELS)), "digits that the decoder makes up\n")
+    seen = data.test[:32].reshape(4, 8, PIXELS)
+    mosaic(axes[2], [row for x in seen for row in (x, reconstructed(ours.params, vae, x))], "held out, reconstructed")
+    fresh = generated(ours.params, vae, random.normal(random.key(1), (8, 8, LATENTS)))
+    mosaic(axes[3], list(fresh), "made up by the decoder")
     save(figure, chosen.output)
 
 

@@ -49,7 +49,7 @@ def kl_to_self(fn: Any, value: Any = None) -> jax.Array:
     if closed_kl(fn) is None:
         raise StructureError(f"`{type(fn).__name__}` has no closed-form Fisher; expected a registered distribution.")
     leaves, tree = jax.tree.flatten(fn)
-    nats: Any = lambda *x: closed_kl(tree.unflatten(x))
+    nats: Any = lambda *x: closed_kl(jax.tree.unflatten(tree, x))
 
     @jax.custom_jvp
     def length(*x: Any) -> jax.Array:

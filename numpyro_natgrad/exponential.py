@@ -159,10 +159,14 @@ def _bregman(family: Exponential, frozen: Arguments, arguments: Arguments) -> ja
 
 
 def shrunk(room: jax.Array, change: jax.Array, margin: float) -> jax.Array:
-    """A positive number and a change of it to a positive number, whatever the change, and one that has a logarithm."""
+    """A positive number and a change of it to a positive number, whatever the change, and one that has a logarithm.
+
+    No less than half of ``margin`` is left of it.
+    """
     info = jnp.finfo(room.dtype)
     small, large = info.tiny**0.5, info.max**0.5
-    return jnp.clip(room * positive(jnp.clip(change / room, -large, large), margin), small, large)
+    share = jnp.maximum(positive(jnp.clip(change / room, -large, large), margin), 0.5 * margin)
+    return jnp.clip(room * share, small, large)
 
 
 def given(family: Exponential, arguments: Arguments) -> Arguments:

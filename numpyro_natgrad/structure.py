@@ -26,7 +26,7 @@ from .families.likelihood import LikelihoodFisher
 from .families.natural import NaturalParameters
 from .families.networks import NetworkCurvature, NetworkLikelihood
 from .families.scores import ScoreFisher
-from .options import Options
+from .options import NATURAL_MARGIN, Options
 from .routes import routed
 from .state import JOINT_LIMIT
 
@@ -117,6 +117,8 @@ def _quiet(families: tuple[Family, ...], exact: bool) -> tuple[float, ...]:
 def _quiet_one(family: Family, rest: float, families: int) -> float:
     if isinstance(family, NetworkCurvature):
         return length.statistical(family.size, family.numbers)
+    if isinstance(family, NaturalParameters) and family.size > DENSE_LIMIT:
+        return length.statistical(family.size, family.numbers)
     return (length.QUIET_SCORES if isinstance(family, ScoreFisher) else rest) / families
 
 
@@ -164,7 +166,9 @@ def _natural_families(hearing: Hearing, taken: set[str], shared: set[str], optio
     """A family for every site of an exponential family whose arguments are its own parameters."""
     read = [read_natural(name, hearing) for name in hearing.sites if name not in taken]
     sites = [s for s in read if s is not None and not shared & set(s.params)]
-    return [NaturalParameters(s, _is_tilted(hearing, s.name, options), options.margin) for s in sites]
+    limited = options.max_kl is not None
+    margin = NATURAL_MARGIN if limited else options.margin
+    return [NaturalParameters(s, _is_tilted(hearing, s.name, options), margin, limited) for s in sites]
 
 
 def _is_tilted(hearing: Hearing, name: str, options: Options) -> bool:

@@ -103,7 +103,9 @@ def test_scores_of_fresh_draws_are_unbiased_for_the_fisher(particles, batched):
 @pytest.mark.parametrize("particles", [1, 5, 100])
 def test_the_draws_of_the_fisher_do_not_depend_on_the_particles(particles):
     at, params = tapped(gaussian_model, gaussian_guide, Trace_ELBO(particles))
-    family = ScoreFisher(tuple(params), (("z", "Normal", MONTE_CARLO),), {p: x.size for p, x in params.items()}, 1, False)
+    family = ScoreFisher(
+        tuple(params), (("z", "Normal", MONTE_CARLO),), {p: x.size for p, x in params.items()}, 1, False
+    )
     nothing: dict[str, Any] = dict.fromkeys(Evidence._fields)
     evidence = Evidence(**{**nothing, "fn": at(random.key(0)), "particles": particles})
     shape = jax.eval_shape(lambda p: family.scores(evidence, p), params).shape

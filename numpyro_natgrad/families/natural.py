@@ -32,6 +32,11 @@ from ..state import Memory
 REGRESSION_LIMIT, BELIEVED = 16, 0.1
 
 
+#: Nats that one of many elements may ask for in a step of length 1: the limit on KL is about all of them together, and
+#: the noise of one row must neither spend it nor decide about the length for the others.
+ELEMENT_LIMIT = 16.0
+
+
 class Direction(NamedTuple):
     """A natural gradient ``(*batch, k)`` at η.  ``trend_image``: F times the running mean of earlier ones."""
 
@@ -42,11 +47,15 @@ class Direction(NamedTuple):
 
 
 class NaturalParameters(NamedTuple):
-    """One site in natural parameters; ``tilted``: its draws are reparameterised, and their noise is taken out."""
+    """One site in natural parameters.
+
+    ``tilted``: its draws are reparameterised, and their noise is taken out.  ``limited``: KL is, by the user's options.
+    """
 
     site: NaturalSite
     tilted: bool
     margin: float
+    limited: bool
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -64,6 +73,15 @@ class NaturalParameters(NamedTuple):
     def curved(self) -> tuple[str, ...]:
         return ()
 
+    @property
+    def size(self) -> int:
+        return math.prod(self.site.eta_shape)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the site draws."""
+        return self.site.copies * self.site.event_size * math.prod(self.site.eta_shape[:-1])
+
     def describe(self) -> list[tuple[str, str, str, str, str]]:
         sizes = (math.prod(shape) for shape in self.site.shapes)
         how = "closed form, natural parameters"
@@ -74,9 +92,12 @@ class NaturalParameters(NamedTuple):
         eta, trend = self.site.read(params), self._trend(memory)
         slope = self.site.pull(params, evidence.gradient)
         v = self._unbiased(evidence, params, eta, trend, slope) if self.tilted else self.site.family.sharp(eta, slope)
-        ok = jnp.all(jnp.isfinite(slope))
+        v = jnp.where(jnp.all(jnp.isfinite(slope)), v, jnp.nan)
         product = self.site.family.product
-        return Direction(jnp.where(ok, v, jnp.nan), product(eta, v), product(eta, trend), eta)
+        image, share = product(eta, v), 1.0
+        if self.limited and math.prod(eta.shape[:-1]) > 1:
+            share = self._share(jnp.sum(v * image, axis=-1, keepdims=True))
+        return Direction(share * v, share * image, product(eta, trend), eta)
 
     def norm2(self, v: Direction) -> jax.Array:
         return self._square(v.v, v.image)
@@ -104,6 +125,11 @@ class NaturalParameters(NamedTuple):
 
     def _change(self, v: Direction, rho: jax.Array) -> jax.Array:
         return self.site.family.step(v.eta, -rho * v.v, self.margin) - v.eta
+
+    def _share(self, square: jax.Array) -> jax.Array:
+        """How much of each element's natural gradient is taken, from its squared Fisher norm."""
+        nats = 0.5 * self.site.copies * square
+        return jnp.minimum(1.0, jnp.sqrt(ELEMENT_LIMIT / jnp.maximum(nats, ELEMENT_LIMIT)))
 
     def _square(self, v: jax.Array, image: jax.Array) -> jax.Array:
         return self.site.copies * jnp.maximum(jnp.sum(v * image), 0.0)
