@@ -1,0 +1,215 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""One low-rank Gaussian site, N(m, D(I + WWᵀ)D), with too many latents for a joint step: nothing is d × d.
+
+The step goes towards S ← (1−ρ)S + ρ E_q[∇²f] and to the family's member there (:func:`..low_rank.reached`). Of the
+Hessian H it asks, in units of s,
+
+* HT along 2r directions T: those of W, and r more (below), in which W turns, as in LOBPCG (Knyazev 2001);
+* diag(H − S) from 8 random signs ω: exactly along T, and as ω ⊙ (H − S)ω across (Hutch++, Meyer et al. 2021).
+
+Both are differences from the guide's own precision, so that where the target is a member of the family there is no noise
+at the optimum. The r more directions are what the last step left over: (H − S)W outside of T, which is the gradient with
+respect to W, and (H − S)ω, which finds what W knows nothing of. Where there are none of either, and at the start, where
+W = 0 is a saddle with no gradient, they are random signs: that breaks the symmetry.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import random
+
+from .. import low_rank
+from ..charts import Params
+from ..evidence import Evidence
+from ..length import Comparison
+from ..low_rank import Tangent
+from ..low_rank_chart import LowRankSite
+from ..state import Memory
+
+#: Random probes of the Hessian's diagonal a step.
+PROBES = 8
+
+
+class Frame(NamedTuple):
+    """A natural gradient; arrays have a leading batch axis.
+
+    :ivar tangent: in units of s.
+    :ivar loc: m, ``(batch, d)``.  :ivar scale: s, ``(batch, d)``.
+    :ivar turned: (H − S)T outside of T, ``(batch, d, n)``.  :ivar seen: (H − S)ω outside of T, ``(batch, d, 8)``.
+    """
+
+    tangent: Tangent
+    loc: jax.Array
+    scale: jax.Array
+    turned: jax.Array
+    seen: jax.Array
+
+
+class LowRankGaussian(NamedTuple):
+    """One low-rank site, by products with the Hessian of the loss.
+
+    What is remembered, in the place of the site's parameters: the mean of gradients (of m), of diag(H − S) (of s), and
+    directions (of W), all in units of the latents.
+    """
+
+    site: LowRankSite
+    margin: float
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return self.site.params
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    @property
+    def modes(self) -> dict[str, str]:
+        return {self.site.name: "silent"}
+
+    @property
+    def curved(self) -> tuple[str, ...]:
+        return self.params
+
+    @property
+    def directions(self) -> int:
+        """n: as many as W has, twice."""
+        return min(2 * self.site.rank, self.site.shape[-1])
+
+    def describe(self) -> list[tuple[str, str, str, str, str]]:
+        return self.site.describe(f"closed form, {self.directions + PROBES} products with the Hessian of the loss")
+
+    def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Frame:
+        loc, (scale, factor) = self.site.read(params)
+        slope = scale * evidence.gradient[self.site.loc].reshape(scale.shape)
+        slope = slope + self._control_variate(evidence, params, loc, scale, factor)
+        key, signs = random.split(random.fold_in(random.key(0), step))
+        probes = random.rademacher(key, (*scale.shape, PROBES + self.directions), scale.dtype)
+        more = memory.trend[self.site.factor].reshape(factor.shape) / scale[..., None]
+        basis = jax.vmap(directions)(factor, more, probes[..., PROBES:])
+        asked = jnp.concatenate([basis, probes[..., :PROBES]], axis=-1)
+        image = self._images(evidence, params, scale, asked, signs)
+        ok = jnp.all(jnp.isfinite(image)) & jnp.all(jnp.isfinite(slope))
+        frame = jax.vmap(_frame)(factor, jnp.where(ok, slope, 0.0), basis, asked, jnp.where(ok, image, 0.0), loc, scale)
+        return frame._replace(tangent=frame.tangent._replace(slope=jnp.where(ok, slope, jnp.nan)))
+
+    def norm2(self, v: Frame) -> jax.Array:
+        return jnp.sum(jax.vmap(low_rank.norm2)(v.tangent))
+
+    def kl(self, v: Frame, rho: jax.Array) -> jax.Array:
+        new, old = self._reached(v, rho), v.tangent.factor
+        return jnp.sum(jax.vmap(low_rank.kl)(old, new.factor, new.ratio, new.shift))
+
+    def moved(self, v: Frame, rho: jax.Array) -> jax.Array:
+        new, old = self._reached(v, rho), v.tangent.factor
+        return jnp.sum(jax.vmap(low_rank.kl)(new.factor, old, 1 / new.ratio, new.shift / new.ratio))
+
+    def compare(self, memory: Memory, v: Frame) -> Comparison:
+        """Mean and diagonal: what is seen along T changes with T, and would pass for noise."""
+        slope, diagonal = self._trend(memory, v)
+        old, new = (slope, diagonal), (v.tangent.slope, v.tangent.diagonal)
+        news = jax.tree.map(jnp.subtract, new, old)
+        return Comparison(*(jnp.sum(jax.vmap(_square)(v.tangent.factor, *x)) for x in (old, news, new)))
+
+    def remember(self, memory: Memory, v: Frame, weight: jax.Array) -> Memory:
+        slope, diagonal = self._trend(memory, v)
+        slope, diagonal = slope + weight * (v.tangent.slope - slope), diagonal + weight * (v.tangent.diagonal - diagonal)
+        return self._with_trend(memory, v, slope, diagonal)
+
+    def retract(self, params: Params, memory: Memory, v: Frame, rho: jax.Array) -> tuple[Params, Memory]:
+        new = self._reached(v, rho)
+        slope, diagonal = self._trend(memory, v)
+        # As in DiagonalGaussian: the step is subtracted, and the slope is that at the new mean.
+        diagonal = diagonal - jax.vmap(low_rank.growth, (0, None, None))(v.tangent, rho, self.margin)
+        memory = self._with_trend(memory, v, slope - rho * v.tangent.slope + diagonal * new.shift, diagonal)
+        found = v.scale[..., None] * jax.vmap(_leftover)(v.turned @ new.chosen, v.seen)
+        memory = self._with(memory, {self.site.factor: found})
+        loc, scale = v.loc + v.scale * new.shift, v.scale * new.ratio
+        return self.site.write(params, loc, (scale, new.factor)), memory
+
+    def _reached(self, v: Frame, rho: jax.Array) -> low_rank.Reached:
+        return jax.vmap(low_rank.reached, (0, None, None))(v.tangent, rho, self.margin)
+
+    def _trend(self, memory: Memory, v: Frame) -> tuple[jax.Array, jax.Array]:
+        slope, diagonal = (memory.trend[p].reshape(v.scale.shape) for p in (self.site.loc, self.site.scale))
+        return v.scale * slope, v.scale**2 * diagonal
+
+    def _with_trend(self, memory: Memory, v: Frame, slope: jax.Array, diagonal: jax.Array) -> Memory:
+        return self._with(memory, {self.site.loc: slope / v.scale, self.site.scale: diagonal / v.scale**2})
+
+    def _with(self, memory: Memory, new: Params) -> Memory:
+        shaped = {p: x.reshape(jnp.shape(memory.trend[p])) for p, x in new.items()}
+        return memory._replace(trend={**memory.trend, **shaped})
+
+    def _images(
+        self, evidence: Evidence, params: Params, scale: jax.Array, x: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        """Each batch element's own HHx for its x, ``(batch, d, n)``.
+
+        Elements are probed together, with random signs, so that in the mean they do not see each other.
+        """
+        signs = random.rademacher(key, (x.shape[0], 1, x.shape[-1]), x.dtype) if x.shape[0] > 1 else jnp.ones((1, 1, 1))
+        push = lambda column: self._push(evidence, params, scale * column)
+        return scale[..., None] * signs * jax.vmap(push, in_axes=-1, out_axes=-1)(signs * x)
+
+    def _push(self, evidence: Evidence, params: Params, shift: jax.Array, radial: float = 0.0) -> jax.Array:
+        tangents = {self.site.loc: shift.reshape(jnp.shape(params[self.site.loc]))}
+        if radial:
+            tangents |= {p: radial * x for p, x in self.site.radial(params).items()}
+        return evidence.push(tangents)[self.site.loc].reshape(shift.shape)
+
+    def _control_variate(
+        self, evidence: Evidence, params: Params, loc: jax.Array, scale: jax.Array, factor: jax.Array
+    ) -> jax.Array:
+        """Leave-one-out, as in :meth:`.JointGaussian._control_variate`."""
+        if self.site.analytic:
+            return jnp.zeros_like(loc)
+        offset, n = evidence.means[self.site.name].reshape(loc.shape) - loc, evidence.particles
+        if n == 1:
+            return -jax.vmap(low_rank.precision_product)(factor, (offset / scale)[..., None])[..., 0]
+        return scale * self._push(evidence, params, -n / (n - 1) * offset, 1 / (n - 1))
+
+
+def directions(factor: jax.Array, more: jax.Array, probes: jax.Array) -> jax.Array:
+    """T: an orthonormal basis of W and of as many directions more, ``(d, n)``; probes stand in for zero columns."""
+    columns = jnp.concatenate([factor, more], axis=1)[:, : probes.shape[1]]
+    length = jnp.linalg.norm(columns, axis=0)
+    tiny = jnp.finfo(length.dtype).tiny ** 0.5
+    return jnp.linalg.qr(jnp.where(length > tiny, columns / jnp.maximum(length, tiny), probes))[0]
+
+
+def _frame(
+    factor: jax.Array,
+    slope: jax.Array,
+    basis: jax.Array,
+    asked: jax.Array,
+    image: jax.Array,
+    loc: jax.Array,
+    scale: jax.Array,
+) -> Frame:
+    n = basis.shape[1]
+    residual, probes = image - low_rank.precision_product(factor, asked), asked[:, n:]
+    along, across = residual[:, :n], residual[:, n:]
+    inner = basis.T @ along
+    turned = along - basis @ inner
+    # (I − P)(H − S)(I − P)ω with P = TTᵀ
+    seen = across - basis @ (basis.T @ across) - turned @ (basis.T @ probes)
+    known = jnp.sum(basis * (2 * turned + basis @ (inner + inner.T) / 2), axis=1)
+    diagonal = known + jnp.mean(probes * seen, axis=1)
+    tangent = low_rank.tangent(factor, slope, diagonal, basis, image[:, :n])
+    rest = diagonal[:, None]
+    return Frame(tangent, loc, scale, turned - rest * basis, seen - rest * probes)
+
+
+def _leftover(turned: jax.Array, seen: jax.Array) -> jax.Array:
+    """The r strongest directions among the residuals of the r columns of W and those of random vectors of unit length."""
+    every = jnp.concatenate([turned, seen / jnp.sqrt(seen.shape[0])], axis=1)
+    _, vectors = jnp.linalg.eigh(every.T @ every)
+    return every @ vectors[:, ::-1][:, : turned.shape[1]]
+
+
+def _square(factor: jax.Array, slope: jax.Array, diagonal: jax.Array) -> jax.Array:
+    scaled = diagonal / low_rank.precision_diagonal(factor)
+    return low_rank.covariance_square(factor, slope) + 0.5 * jnp.sum(scaled**2)
