@@ -49,11 +49,6 @@ def precision_product(factor: jax.Array, x: jax.Array) -> jax.Array:
     return x - columns @ ((columns.T @ x) / (1 + values)[:, None])
 
 
-def covariance_square(factor: jax.Array, x: jax.Array) -> jax.Array:
-    """xᵀ(I + WWᵀ)x for x of shape ``(d,)``."""
-    return jnp.sum(x**2) + jnp.sum((x @ factor) ** 2)
-
-
 def kl(factor: jax.Array, new: jax.Array, ratio: jax.Array, shift: jax.Array) -> jax.Array:
     """KL(N(0, I + WWᵀ) ‖ N(x, diag(t)(I + W₊W₊ᵀ)diag(t))) in nats, summed term by term so that nothing large cancels.
 
@@ -88,7 +83,7 @@ class Tangent(NamedTuple):
     :ivar factor: W, ``(d, r)``.
     :ivar slope: E[∇f], ``(d,)``.
     :ivar diagonal: diag(H − S), ``(d,)``.
-    :ivar basis: T, orthonormal columns that span W and more, ``(d, n)``.
+    :ivar basis: T, orthonormal columns, ``(d, n)``: the first r span W.
     :ivar root: R = (I + TᵀWWᵀT)^½, ``(n, n)``: the standard deviations along T.
     :ivar values: eigenvalues of M = R TᵀHT R − I, the whitened curvature along T, and
     :ivar vectors: their eigenvectors.
@@ -130,9 +125,19 @@ def covariance_root(factor: jax.Array, basis: jax.Array) -> jax.Array:
 
 
 def norm2(t: Tangent) -> jax.Array:
-    """Squared length in the Fisher metric, nats; where the diagonal meets T it is counted twice."""
-    scaled = t.diagonal / precision_diagonal(t.factor)
-    return covariance_square(t.factor, t.slope) + 0.5 * (jnp.sum(scaled**2) + jnp.sum(t.values**2))
+    """Squared length in the Fisher metric of the part that the family can follow, nats: see :func:`metric_square`.
+
+    Of M it is what has a leg in W, the first r columns of T.
+    """
+    rest = t.vectors[t.factor.shape[1] :]
+    outside = (rest * t.values) @ rest.T
+    return metric_square(t.factor, t.slope, t.diagonal) + 0.5 * (jnp.sum(t.values**2) - jnp.sum(outside**2))
+
+
+def metric_square(factor: jax.Array, slope: jax.Array, diagonal: jax.Array) -> jax.Array:
+    """The same of mean and diagonal: gᵀΣg + ½ Σ_i (diag(H − S)_i / S_ii)²."""
+    scaled = diagonal / precision_diagonal(factor)
+    return jnp.sum(slope**2) + jnp.sum((slope @ factor) ** 2) + 0.5 * jnp.sum(scaled**2)
 
 
 def growth(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:

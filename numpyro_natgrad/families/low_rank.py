@@ -5,13 +5,13 @@
 The step goes towards S ← (1−ρ)S + ρ E_q[∇²f] and to the family's member there (:func:`..low_rank.reached`). Of the
 Hessian H it asks, in units of s,
 
-* HT along 2r directions T: those of W, and r more (below), in which W turns, as in LOBPCG (Knyazev 2001);
-* diag(H − S) from 8 random signs ω: exactly along T, and as ω ⊙ (H − S)ω across (Hutch++, Meyer et al. 2021).
+* HT along 2r + 8 directions T: those of W; (H − S)W outside of T, the gradient with respect to W, from the step before
+  (so that W turns as in LOBPCG, Knyazev 2001); and (H − S)ω of 8 random ω, which finds what W knows nothing of;
+* diag(H − S): along T exactly, and across from 8 random signs ω as ω ⊙ (H − S)ω (Hutch++, Meyer et al. 2021).
 
-Both are differences from the guide's own precision, so that where the target is a member of the family there is no noise
-at the optimum. The r more directions are what the last step left over: (H − S)W outside of T, which is the gradient with
-respect to W, and (H − S)ω, which finds what W knows nothing of. Where there are none of either, and at the start, where
-W = 0 is a saddle with no gradient, they are random signs: that breaks the symmetry.
+All are differences from the guide's own precision, so that where the target is a member of the family there is no noise
+at the optimum. At the start W = 0, a saddle without a gradient. Where a direction is zero random signs stand in for it:
+they break the symmetry, the same ones in every run.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from ..low_rank import Tangent
 from ..low_rank_chart import LowRankSite
 from ..state import Memory
 
-#: Random probes of the Hessian's diagonal a step.
+#: Random probes a step: of the Hessian's diagonal, and of what else there is to find.
 PROBES = 8
 
 
@@ -37,14 +37,13 @@ class Frame(NamedTuple):
 
     :ivar tangent: in units of s.
     :ivar loc: m, ``(batch, d)``.  :ivar scale: s, ``(batch, d)``.
-    :ivar turned: (H − S)T outside of T, ``(batch, d, n)``.  :ivar seen: (H − S)ω outside of T, ``(batch, d, 8)``.
+    :ivar turned: (H − S − diag(H − S))T outside of T, ``(batch, d, n)``.
     """
 
     tangent: Tangent
     loc: jax.Array
     scale: jax.Array
     turned: jax.Array
-    seen: jax.Array
 
 
 class LowRankGaussian(NamedTuple):
@@ -75,24 +74,28 @@ class LowRankGaussian(NamedTuple):
 
     @property
     def directions(self) -> int:
-        """n: as many as W has, twice."""
-        return min(2 * self.site.rank, self.site.shape[-1])
+        """n, the columns of T."""
+        return min(2 * self.site.rank + PROBES, self.site.shape[-1])
 
     def describe(self) -> list[tuple[str, str, str, str, str]]:
-        return self.site.describe(f"closed form, {self.directions + PROBES} products with the Hessian of the loss")
+        products = self.directions + 2 * PROBES
+        return self.site.describe(f"closed form, {products} products with the Hessian of the loss")
 
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Frame:
         loc, (scale, factor) = self.site.read(params)
         slope = scale * evidence.gradient[self.site.loc].reshape(scale.shape)
         slope = slope + self._control_variate(evidence, params, loc, scale, factor)
-        key, signs = random.split(random.fold_in(random.key(0), step))
-        probes = random.rademacher(key, (*scale.shape, PROBES + self.directions), scale.dtype)
-        more = memory.trend[self.site.factor].reshape(factor.shape) / scale[..., None]
-        basis = jax.vmap(directions)(factor, more, probes[..., PROBES:])
-        asked = jnp.concatenate([basis, probes[..., :PROBES]], axis=-1)
-        image = self._images(evidence, params, scale, asked, signs)
-        ok = jnp.all(jnp.isfinite(image)) & jnp.all(jnp.isfinite(slope))
-        frame = jax.vmap(_frame)(factor, jnp.where(ok, slope, 0.0), basis, asked, jnp.where(ok, image, 0.0), loc, scale)
+        key, *keys = random.split(random.fold_in(random.key(0), step), 3)
+        signs = random.rademacher(key, (*scale.shape, 2 * PROBES + 2 * self.site.rank), scale.dtype)
+        probes, others, spare = jnp.split(signs, [PROBES, 2 * PROBES], axis=-1)
+        turned = memory.trend[self.site.factor].reshape(factor.shape) / scale[..., None]
+        found = self._images(evidence, params, scale, others, keys[0]) - _product(factor, others)
+        basis = jax.vmap(directions, (0, 0, 0, 0, None))(factor, turned, found, spare, self.directions)
+        asked = jnp.concatenate([basis, probes], axis=-1)
+        image = self._images(evidence, params, scale, asked, keys[1])
+        ok = jnp.all(jnp.isfinite(image)) & jnp.all(jnp.isfinite(basis)) & jnp.all(jnp.isfinite(slope))
+        slope, basis, asked, image = (jnp.where(ok, x, 0.0) for x in (slope, basis, asked, image))
+        frame = jax.vmap(_frame)(factor, slope, basis, asked, image, loc, scale)
         return frame._replace(tangent=frame.tangent._replace(slope=jnp.where(ok, slope, jnp.nan)))
 
     def norm2(self, v: Frame) -> jax.Array:
@@ -111,7 +114,7 @@ class LowRankGaussian(NamedTuple):
         slope, diagonal = self._trend(memory, v)
         old, new = (slope, diagonal), (v.tangent.slope, v.tangent.diagonal)
         news = jax.tree.map(jnp.subtract, new, old)
-        return Comparison(*(jnp.sum(jax.vmap(_square)(v.tangent.factor, *x)) for x in (old, news, new)))
+        return Comparison(*(jnp.sum(jax.vmap(low_rank.metric_square)(v.tangent.factor, *x)) for x in (old, news, new)))
 
     def remember(self, memory: Memory, v: Frame, weight: jax.Array) -> Memory:
         slope, diagonal = self._trend(memory, v)
@@ -124,8 +127,7 @@ class LowRankGaussian(NamedTuple):
         # As in DiagonalGaussian: the step is subtracted, and the slope is that at the new mean.
         diagonal = diagonal - jax.vmap(low_rank.growth, (0, None, None))(v.tangent, rho, self.margin)
         memory = self._with_trend(memory, v, slope - rho * v.tangent.slope + diagonal * new.shift, diagonal)
-        found = v.scale[..., None] * jax.vmap(_leftover)(v.turned @ new.chosen, v.seen)
-        memory = self._with(memory, {self.site.factor: found})
+        memory = self._with(memory, {self.site.factor: v.scale[..., None] * (v.turned @ new.chosen)})
         loc, scale = v.loc + v.scale * new.shift, v.scale * new.ratio
         return self.site.write(params, loc, (scale, new.factor)), memory
 
@@ -168,16 +170,23 @@ class LowRankGaussian(NamedTuple):
             return jnp.zeros_like(loc)
         offset, n = evidence.means[self.site.name].reshape(loc.shape) - loc, evidence.particles
         if n == 1:
-            return -jax.vmap(low_rank.precision_product)(factor, (offset / scale)[..., None])[..., 0]
+            return -_product(factor, (offset / scale)[..., None])[..., 0]
         return scale * self._push(evidence, params, -n / (n - 1) * offset, 1 / (n - 1))
 
 
-def directions(factor: jax.Array, more: jax.Array, probes: jax.Array) -> jax.Array:
-    """T: an orthonormal basis of W and of as many directions more, ``(d, n)``; probes stand in for zero columns."""
-    columns = jnp.concatenate([factor, more], axis=1)[:, : probes.shape[1]]
-    length = jnp.linalg.norm(columns, axis=0)
+def directions(factor: jax.Array, turned: jax.Array, found: jax.Array, spare: jax.Array, n: int) -> jax.Array:
+    """T: an orthonormal basis, ``(d, n)``, of W, of what W turns to, and of what else was found.
+
+    :param spare: what stands in for zero columns of the first two.
+    """
+    own = jnp.concatenate([factor, turned], axis=1)
+    length = jnp.linalg.norm(own, axis=0)
     tiny = jnp.finfo(length.dtype).tiny ** 0.5
-    return jnp.linalg.qr(jnp.where(length > tiny, columns / jnp.maximum(length, tiny), probes))[0]
+    own = jnp.where(length > tiny, own / jnp.maximum(length, tiny), spare)
+    return jnp.linalg.qr(jnp.concatenate([own, found], axis=1)[:, :n])[0]
+
+
+_product = jax.vmap(low_rank.precision_product)
 
 
 def _frame(
@@ -199,17 +208,4 @@ def _frame(
     known = jnp.sum(basis * (2 * turned + basis @ (inner + inner.T) / 2), axis=1)
     diagonal = known + jnp.mean(probes * seen, axis=1)
     tangent = low_rank.tangent(factor, slope, diagonal, basis, image[:, :n])
-    rest = diagonal[:, None]
-    return Frame(tangent, loc, scale, turned - rest * basis, seen - rest * probes)
-
-
-def _leftover(turned: jax.Array, seen: jax.Array) -> jax.Array:
-    """The r strongest directions among the residuals of the r columns of W and those of random vectors of unit length."""
-    every = jnp.concatenate([turned, seen / jnp.sqrt(seen.shape[0])], axis=1)
-    _, vectors = jnp.linalg.eigh(every.T @ every)
-    return every @ vectors[:, ::-1][:, : turned.shape[1]]
-
-
-def _square(factor: jax.Array, slope: jax.Array, diagonal: jax.Array) -> jax.Array:
-    scaled = diagonal / low_rank.precision_diagonal(factor)
-    return low_rank.covariance_square(factor, slope) + 0.5 * jnp.sum(scaled**2)
+    return Frame(tangent, loc, scale, turned - diagonal[:, None] * basis)
