@@ -19,7 +19,6 @@ from numpyro import distributions as dist
 from .exponential import Arguments, register_fisher
 from .gaussian import inverse_lower, positive
 
-
 #: Turns of :func:`project`, which starts at the guide as it is.
 SWEEPS = 8
 
@@ -107,9 +106,7 @@ class Reached(NamedTuple):
     chosen: jax.Array
 
 
-def tangent(
-    factor: jax.Array, slope: jax.Array, diagonal: jax.Array, basis: jax.Array, image: jax.Array
-) -> Tangent:
+def tangent(factor: jax.Array, slope: jax.Array, diagonal: jax.Array, basis: jax.Array, image: jax.Array) -> Tangent:
     """:param image: HT, ``(d, n)``. The rest as in :class:`Tangent`."""
     root = covariance_root(factor, basis)
     inner = root @ (basis.T @ image) @ root

@@ -151,4 +151,9 @@ def _fits(loc: str, factor: str, scale: str, site: HeardSite, hearing: Hearing) 
     sizes, d = [math.prod(x.shape or ()) for x in heard], site.shape[-1]
     rank = sizes[1] // site.size
     whole = sizes == [site.size, site.size * rank, site.size] and rank > 0 and (rank != d or d == 1)
-    return whole and is_identity(heard[0].transform) and is_identity(heard[1].transform) and keeps(heard[2].transform, SCALE)
+    return (
+        whole
+        and is_identity(heard[0].transform)
+        and is_identity(heard[1].transform)
+        and keeps(heard[2].transform, SCALE)
+    )

@@ -17,10 +17,10 @@ from jax.scipy.linalg import block_diag, solve_triangular
 
 from .. import gaussian
 from ..charts import GaussianSite, Params, project
-from ..low_rank_chart import LowRankSite
 from ..evidence import Evidence
 from ..gaussian import Tangent
 from ..length import Comparison
+from ..low_rank_chart import LowRankSite
 from ..state import Joint, Memory
 
 

@@ -118,7 +118,10 @@ class LowRankGaussian(NamedTuple):
 
     def remember(self, memory: Memory, v: Frame, weight: jax.Array) -> Memory:
         slope, diagonal = self._trend(memory, v)
-        slope, diagonal = slope + weight * (v.tangent.slope - slope), diagonal + weight * (v.tangent.diagonal - diagonal)
+        slope, diagonal = (
+            slope + weight * (v.tangent.slope - slope),
+            diagonal + weight * (v.tangent.diagonal - diagonal),
+        )
         return self._with_trend(memory, v, slope, diagonal)
 
     def retract(self, params: Params, memory: Memory, v: Frame, rho: jax.Array) -> tuple[Params, Memory]:
@@ -145,9 +148,7 @@ class LowRankGaussian(NamedTuple):
         shaped = {p: x.reshape(jnp.shape(memory.trend[p])) for p, x in new.items()}
         return memory._replace(trend={**memory.trend, **shaped})
 
-    def _images(
-        self, evidence: Evidence, params: Params, scale: jax.Array, x: jax.Array, key: jax.Array
-    ) -> jax.Array:
+    def _images(self, evidence: Evidence, params: Params, scale: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
         """Each batch element's own HHx for its x, ``(batch, d, n)``.
 
         Elements are probed together, with random signs, so that in the mean they do not see each other.
