@@ -5,9 +5,11 @@
 The step goes towards S ← (1−ρ)S + ρ E_q[∇²f] and to the family's member there (:func:`..low_rank.reached`). Of the
 Hessian H it asks, in units of s,
 
-* HT along 2r + 8 directions T: those of W; (H − S)W outside of T, the gradient with respect to W, from the step before
-  (so that W turns as in LOBPCG, Knyazev 2001); and (H − S)ω of 8 random ω, which finds what W knows nothing of;
-* diag(H − S): along T exactly, and across from 8 random signs ω as ω ⊙ (H − S)ω (Hutch++, Meyer et al. 2021).
+* HT along 2r + 10 directions T: those of W; (H − S)W outside of T, the gradient with respect to W, from the step before
+  (so that W turns as in LOBPCG, Knyazev 2001); the slope and the mean of earlier ones, along which the mean then moves
+  by exact lengths, as conjugate gradients would; and (H − S)ω of 8 random ω, which finds what W knows nothing of;
+* diag(H − S): along T exactly, and across from 8 random signs ω as ω ⊙ (H − S)ω (Hutch++, Meyer et al. 2021). The 8
+  say how noisy their mean is: where it differs from that of earlier steps by no more, it counts an eighth.
 
 All are differences from the guide's own precision, so that where the target is a member of the family there is no noise
 at the optimum. At the start W = 0, a saddle without a gradient. Where a direction is zero random signs stand in for it:
@@ -30,6 +32,8 @@ from ..state import Memory
 
 #: Random probes a step: of the Hessian's diagonal, and of what else there is to find.
 PROBES = 8
+#: The least weight of a new estimate of the diagonal in their running mean.
+GAIN = 1 / 8
 
 
 class Frame(NamedTuple):
@@ -75,7 +79,7 @@ class LowRankGaussian(NamedTuple):
     @property
     def directions(self) -> int:
         """n, the columns of T."""
-        return min(2 * self.site.rank + PROBES, self.site.shape[-1])
+        return min(2 * self.site.rank + 2 + PROBES, self.site.shape[-1])
 
     def describe(self) -> list[tuple[str, str, str, str, str]]:
         products = self.directions + 2 * PROBES
@@ -86,17 +90,19 @@ class LowRankGaussian(NamedTuple):
         slope = scale * evidence.gradient[self.site.loc].reshape(scale.shape)
         slope = slope + self._control_variate(evidence, params, loc, scale, factor)
         key, *keys = random.split(random.fold_in(random.key(0), step), 3)
-        signs = random.rademacher(key, (*scale.shape, 2 * PROBES + 2 * self.site.rank), scale.dtype)
+        signs = random.rademacher(key, (*scale.shape, 2 * PROBES + 2 * self.site.rank + 2), scale.dtype)
         probes, others, spare = jnp.split(signs, [PROBES, 2 * PROBES], axis=-1)
+        trend, diagonal = self._trend(memory, scale)
         turned = memory.trend[self.site.factor].reshape(factor.shape) / scale[..., None]
+        own = jnp.concatenate([factor, turned, slope[..., None], trend[..., None]], axis=-1)
         found = self._images(evidence, params, scale, others, keys[0]) - _product(factor, others)
-        basis = jax.vmap(directions, (0, 0, 0, 0, None))(factor, turned, found, spare, self.directions)
+        basis = jax.vmap(directions, (0, 0, 0, None))(own, spare, found, self.directions)
         asked = jnp.concatenate([basis, probes], axis=-1)
         image = self._images(evidence, params, scale, asked, keys[1])
         ok = jnp.all(jnp.isfinite(image)) & jnp.all(jnp.isfinite(basis)) & jnp.all(jnp.isfinite(slope))
         slope, basis, asked, image = (jnp.where(ok, x, 0.0) for x in (slope, basis, asked, image))
-        frame = jax.vmap(_frame)(factor, slope, basis, asked, image, loc, scale)
-        return frame._replace(tangent=frame.tangent._replace(slope=jnp.where(ok, slope, jnp.nan)))
+        v, turned = jax.vmap(_differences)(factor, slope, diagonal, basis, asked, image)
+        return Frame(v._replace(slope=jnp.where(ok, slope, jnp.nan)), loc, scale, turned)
 
     def norm2(self, v: Frame) -> jax.Array:
         return jnp.sum(jax.vmap(low_rank.norm2)(v.tangent))
@@ -111,22 +117,18 @@ class LowRankGaussian(NamedTuple):
 
     def compare(self, memory: Memory, v: Frame) -> Comparison:
         """Mean and diagonal: what is seen along T changes with T, and would pass for noise."""
-        slope, diagonal = self._trend(memory, v)
+        slope, diagonal = self._trend(memory, v.scale)
         old, new = (slope, diagonal), (v.tangent.slope, v.tangent.diagonal)
         news = jax.tree.map(jnp.subtract, new, old)
         return Comparison(*(jnp.sum(jax.vmap(low_rank.metric_square)(v.tangent.factor, *x)) for x in (old, news, new)))
 
     def remember(self, memory: Memory, v: Frame, weight: jax.Array) -> Memory:
-        slope, diagonal = self._trend(memory, v)
-        slope, diagonal = (
-            slope + weight * (v.tangent.slope - slope),
-            diagonal + weight * (v.tangent.diagonal - diagonal),
-        )
-        return self._with_trend(memory, v, slope, diagonal)
+        slope, _ = self._trend(memory, v.scale)
+        return self._with_trend(memory, v, slope + weight * (v.tangent.slope - slope), v.tangent.diagonal)
 
     def retract(self, params: Params, memory: Memory, v: Frame, rho: jax.Array) -> tuple[Params, Memory]:
         new = self._reached(v, rho)
-        slope, diagonal = self._trend(memory, v)
+        slope, diagonal = self._trend(memory, v.scale)
         # As in DiagonalGaussian: the step is subtracted, and the slope is that at the new mean.
         diagonal = diagonal - jax.vmap(low_rank.growth, (0, None, None))(v.tangent, rho, self.margin)
         memory = self._with_trend(memory, v, slope - rho * v.tangent.slope + diagonal * new.shift, diagonal)
@@ -137,9 +139,9 @@ class LowRankGaussian(NamedTuple):
     def _reached(self, v: Frame, rho: jax.Array) -> low_rank.Reached:
         return jax.vmap(low_rank.reached, (0, None, None))(v.tangent, rho, self.margin)
 
-    def _trend(self, memory: Memory, v: Frame) -> tuple[jax.Array, jax.Array]:
-        slope, diagonal = (memory.trend[p].reshape(v.scale.shape) for p in (self.site.loc, self.site.scale))
-        return v.scale * slope, v.scale**2 * diagonal
+    def _trend(self, memory: Memory, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+        slope, diagonal = (memory.trend[p].reshape(scale.shape) for p in (self.site.loc, self.site.scale))
+        return scale * slope, scale**2 * diagonal
 
     def _with_trend(self, memory: Memory, v: Frame, slope: jax.Array, diagonal: jax.Array) -> Memory:
         return self._with(memory, {self.site.loc: slope / v.scale, self.site.scale: diagonal / v.scale**2})
@@ -175,12 +177,8 @@ class LowRankGaussian(NamedTuple):
         return scale * self._push(evidence, params, -n / (n - 1) * offset, 1 / (n - 1))
 
 
-def directions(factor: jax.Array, turned: jax.Array, found: jax.Array, spare: jax.Array, n: int) -> jax.Array:
-    """T: an orthonormal basis, ``(d, n)``, of W, of what W turns to, and of what else was found.
-
-    :param spare: what stands in for zero columns of the first two.
-    """
-    own = jnp.concatenate([factor, turned], axis=1)
+def directions(own: jax.Array, spare: jax.Array, found: jax.Array, n: int) -> jax.Array:
+    """T: an orthonormal basis, ``(d, n)``, of the columns of ``own``, with ``spare`` for zeros, and of what was found."""
     length = jnp.linalg.norm(own, axis=0)
     tiny = jnp.finfo(length.dtype).tiny ** 0.5
     own = jnp.where(length > tiny, own / jnp.maximum(length, tiny), spare)
@@ -190,23 +188,31 @@ def directions(factor: jax.Array, turned: jax.Array, found: jax.Array, spare: ja
 _product = jax.vmap(low_rank.precision_product)
 
 
-def _frame(
-    factor: jax.Array,
-    slope: jax.Array,
-    basis: jax.Array,
-    asked: jax.Array,
-    image: jax.Array,
-    loc: jax.Array,
-    scale: jax.Array,
-) -> Frame:
+def _differences(
+    factor: jax.Array, slope: jax.Array, trend: jax.Array, basis: jax.Array, asked: jax.Array, image: jax.Array
+) -> tuple[Tangent, jax.Array]:
+    """The natural gradient, and (H − S − diag(H − S))T outside of T.
+
+    :param trend: what earlier steps say diag(H − S) is.
+    :param asked: T and probes, ``(d, n + 8)``.  :param image: H times them.
+    """
     n = basis.shape[1]
     residual, probes = image - low_rank.precision_product(factor, asked), asked[:, n:]
     along, across = residual[:, :n], residual[:, n:]
     inner = basis.T @ along
     turned = along - basis @ inner
-    # (I − P)(H − S)(I − P)ω with P = TTᵀ
-    seen = across - basis @ (basis.T @ across) - turned @ (basis.T @ probes)
+    # With P = TTᵀ: diag(H − S) is that of (I − P)(H − S)(I − P), to be probed, and of the rest, which is known.
+    across = across - basis @ (basis.T @ across) - turned @ (basis.T @ probes)
     known = jnp.sum(basis * (2 * turned + basis @ (inner + inner.T) / 2), axis=1)
-    diagonal = known + jnp.mean(probes * seen, axis=1)
-    tangent = low_rank.tangent(factor, slope, diagonal, basis, image[:, :n])
-    return Frame(tangent, loc, scale, turned - diagonal[:, None] * basis)
+    diagonal = trend + _news(factor, known[:, None] + probes * across - trend[:, None])
+    v = low_rank.tangent(factor, slope, diagonal, basis, image[:, :n])
+    return v, turned - diagonal[:, None] * basis
+
+
+def _news(factor: jax.Array, news: jax.Array) -> jax.Array:
+    """The mean of k estimates, ``(d, k)``, times its share of signal: 1 − (variance of the mean) / (mean)²."""
+    mean = jnp.mean(news, axis=1)
+    spread = jnp.sqrt(jnp.mean((news - mean[:, None]) ** 2, axis=1) / (news.shape[1] - 1))
+    square = lambda x: low_rank.metric_square(factor, jnp.zeros_like(x), x)
+    tiny = jnp.finfo(mean.dtype).tiny
+    return jnp.maximum(1 - square(spread) / jnp.maximum(square(mean), tiny), GAIN) * mean
