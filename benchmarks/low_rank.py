@@ -5,9 +5,9 @@
     python -m benchmarks.low_rank [case ...]
 
 Default options, float32, 8 particles. Adam runs at five rates from one start; the rate that ends best is then run from
-all three starts, and its own ELBO after all of its steps is the mark. Medians over the starts; ELBO in nats on 400 draws
-common to all fits, at checkpoints a fifth apart (from the first step on for ours); seconds are those of the steps alone,
-compiled, on two cores.
+all three starts, and its own ELBO after all of its steps is the mark. Medians over the starts; ELBO in nats on 400
+draws common to all fits, at checkpoints a fifth apart (from the first step on for ours); seconds are those of the steps
+alone, compiled.
 """
 
 import sys
@@ -56,9 +56,9 @@ def gaussian() -> Any:
 def ratings() -> Any:
     """A many-facet Rasch model (Linacre 1989): 9879 persons answer five of 100 items, judged by 20 raters.
 
-    logit P(success) = ability − difficulty − severity. Adding a constant to the abilities, their mean and the difficulties,
-    or taking from the difficulties what the severities gain, changes no answer: two directions common to thousands of
-    latents are known from wide priors alone, ten times as uncertain as what single latents add.
+    logit P(success) = ability − difficulty − severity. Adding a constant to the abilities, their mean and the
+    difficulties, or taking from the difficulties what the severities gain, changes no answer: two directions common to
+    many latents are known from wide priors alone, and are ten times as uncertain as what single latents add.
     """
     persons, items, raters, answers = LATENTS - 121, 100, 20, 5
     rng = np.random.default_rng(1)

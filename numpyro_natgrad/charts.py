@@ -140,8 +140,9 @@ class GaussianSite(NamedTuple):
         tangent = jax.jvp(self.unconstrain, (factor,), (factor,))[1]
         return {self.scale: tangent.reshape(jnp.shape(params[self.scale]))}
 
-    def dense(self, factor: jax.Array) -> jax.Array:
+    def dense(self, params: Params) -> jax.Array:
         """K as lower triangular matrices, ``(batch, d, d)``."""
+        factor = self.spread(params)
         if self.form.diagonal:
             return jnp.diag(factor.ravel())[None]
         return factor.reshape(-1, *factor.shape[-2:])

@@ -146,12 +146,13 @@ def growth(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:
 def reached(t: Tangent, rho: jax.Array, margin: float) -> Reached:
     r"""The member of the family at S + ρ(H − S): s for the old W first, then W and the mean for the new s.
 
-    *s.*  tr(S₊Σ) − log|Σ| over ψ = s² at fixed DW: log|Σ| is the entropy of (z, w) less that of w given z, and holding the
-    latter's regression where it is bounds it from below (the bound of the EM algorithm), so that
+    *s.*  Minimise tr(S₊Σ) − log|Σ| over ψ = s² at fixed DW. log|Σ| is the entropy of (z, w), w the r common variables,
+    less that of w given z; with the regression of w on z held where it is, that is a lower bound (as in the EM
+    algorithm), and
 
-        1/ψ₊ = diag(S₊) + [S₀ − diag S],   S₀ = 1   in units of the old s
+        1/ψ₊ = diag(S₊) + 1 − diag(S)   in units of the old s
 
-    lowers it and is stationary where diag(S₊) = diag S.
+    is where it leads: downhill, and nowhere if diag(S₊) = diag(S).
 
     *W.*  Along z = DTy, the new precision is yᵀ(S₊)y with S₊ = R⁻¹ (I + ρM) R⁻¹ and the new scale's own is yᵀNy with
     N = Tᵀdiag(s/s₊)²T. Directions of more variance than s₊ alone gives them are eigenvectors of the pencil with ℓ > 1;

@@ -95,14 +95,14 @@ class LowRankSite(NamedTuple):
         value = self.transform.inv(x.reshape(self.scale_shape))
         return {self.factor: factor * x[..., None] ** (b / 2 - a), self.scale: jnp.asarray(value, scale.dtype)}
 
-    def dense(self, spread: Spread) -> jax.Array:
+    def dense(self, params: Params) -> jax.Array:
         """K lower triangular with KKᵀ = Σ, ``(batch, d, d)``."""
-        scale, factor = spread
+        scale, factor = self.spread(params)
         eye = jnp.broadcast_to(jnp.eye(scale.shape[-1], dtype=scale.dtype), (*scale.shape, scale.shape[-1]))
         return scale[..., None] * lower_factor(jnp.concatenate([eye, factor], axis=-1))
 
     def project(self, columns: jax.Array, start: Spread) -> Spread:
-        """The s and W closest to a joint Gaussian, from the site's columns of P with PᵀP = S, by sweeps from a start."""
+        """The s and W closest to a joint Gaussian, from the site's columns of P with PᵀP = S."""
         dense = conditional_factors(columns, self.shape[-1])
         return jax.vmap(low_rank.project)(dense, *start)
 
@@ -151,9 +151,4 @@ def _fits(loc: str, factor: str, scale: str, site: HeardSite, hearing: Hearing) 
     sizes, d = [math.prod(x.shape or ()) for x in heard], site.shape[-1]
     rank = sizes[1] // site.size
     whole = sizes == [site.size, site.size * rank, site.size] and rank > 0 and (rank != d or d == 1)
-    return (
-        whole
-        and is_identity(heard[0].transform)
-        and is_identity(heard[1].transform)
-        and keeps(heard[2].transform, SCALE)
-    )
+    return whole and all(is_identity(x.transform) for x in heard[:2]) and keeps(heard[2].transform, SCALE)

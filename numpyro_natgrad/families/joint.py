@@ -118,7 +118,7 @@ class JointGaussian(NamedTuple):
 
     def _factor(self, params: Params, joint: Joint) -> jax.Array:
         """K: the guide's own, or the lifted one, which starts as the guide's."""
-        blocks = [k for s in self.sites for k in s.dense(s.spread(params))]
+        blocks = [k for s in self.sites for k in s.dense(params)]
         if not self.lifted:
             return blocks[0]
         lifted = joint.factor[: self.size, : self.size]

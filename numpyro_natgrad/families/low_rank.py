@@ -178,7 +178,7 @@ class LowRankGaussian(NamedTuple):
 
 
 def directions(own: jax.Array, spare: jax.Array, found: jax.Array, n: int) -> jax.Array:
-    """T: an orthonormal basis, ``(d, n)``, of the columns of ``own``, with ``spare`` for zeros, and of what was found."""
+    """T, ``(d, n)``: an orthonormal basis of ``own``, with ``spare`` for columns of zeros, and of what was found."""
     length = jnp.linalg.norm(own, axis=0)
     tiny = jnp.finfo(length.dtype).tiny ** 0.5
     own = jnp.where(length > tiny, own / jnp.maximum(length, tiny), spare)
