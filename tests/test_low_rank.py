@@ -85,10 +85,8 @@ def distance(at: Any, precision: Any) -> Any:
 
 
 def assert_stationary(at: Any, precision: Any) -> None:
-    """No change of W or of log s improves the KL: a single latent's s may go to zero, and then does so slowly."""
-    scale, factor = jax.grad(distance)(at, precision)
-    np.testing.assert_allclose(at[0] * scale, 0.0, atol=1e-4)
-    np.testing.assert_allclose(factor, 0.0, atol=1e-4)
+    for slope in jax.grad(distance)(at, precision):
+        np.testing.assert_allclose(slope, 0.0, atol=root_eps("float64"))
 
 
 def test_the_projection_of_a_member_is_itself(dtype):
@@ -98,34 +96,30 @@ def test_the_projection_of_a_member_is_itself(dtype):
 
 
 def test_the_projection_is_stationary_in_kl_and_nearer_than_independence(x64):
-    precision = jnp.asarray(spd(7, D, low=0.1, high=20.0))
+    precision = jnp.asarray(spd(8, D))
     dense = jnp.linalg.cholesky(jnp.linalg.inv(precision))
-    alone = 1 / jnp.sqrt(jnp.diag(precision)), jnp.zeros((D, R))
-    found = low_rank.project(dense, *alone, sweeps=2000)
+    alone = 1 / jnp.sqrt(jnp.diag(precision)), jnp.zeros((D, 1))
+    found = low_rank.project(dense, *alone, sweeps=1000)
     assert_stationary(found, precision)
     assert distance(found, precision) < 0.8 * distance(alone, precision)
 
 
 def test_whole_steps_descend_to_where_the_gradient_vanishes(x64):
     """With T all of space: towards a Gaussian that is no member of the family."""
-    precision = spd(8, D, low=0.1, high=20.0)
-    _, s, w = member(9)
-    basis = jnp.linalg.qr(jnp.concatenate([w, np.random.default_rng(1).normal(size=(D, D - R))], axis=1))[0]
+    precision, (_, s, w) = spd(8, D), member(9, r=1)
+    rest = np.random.default_rng(1).normal(size=(D, D - 1))
 
-    @jax.jit
-    def step(s, w):
-        basis = jnp.linalg.qr(jnp.concatenate([w, jnp.asarray(rest)], axis=1))[0]
+    def step(at, _):
+        s, w = at
+        basis = jnp.linalg.qr(jnp.concatenate([w, rest], axis=1))[0]
         hessian = s[:, None] * s * precision
         residual = jnp.diag(hessian) - low_rank.precision_diagonal(w)
         new = low_rank.reached(low_rank.tangent(w, jnp.zeros(D), residual, basis, hessian @ basis), 1.0, MARGIN)
-        return s * new.ratio, new.factor, distance((s, w), precision)
+        return (s * new.ratio, new.factor), distance(at, precision)
 
-    rest, path = basis[:, R:], []
-    for _ in range(2000):
-        s, w, nats = step(s, w)
-        path.append(float(nats))
+    at, path = jax.jit(lambda: jax.lax.scan(step, (jnp.asarray(s), jnp.asarray(w)), None, length=1000))()
     assert (np.diff(path) < root_eps("float64")).all()
-    assert_stationary((s, w), precision)
+    assert_stationary(at, precision)
 
 
 # --- fits ---
