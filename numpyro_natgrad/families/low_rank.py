@@ -151,11 +151,12 @@ class LowRankGaussian(NamedTuple):
         return memory._replace(trend={**memory.trend, **shaped})
 
     def _images(self, evidence: Evidence, params: Params, scale: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
-        """Each batch element's own HHx for its x, ``(batch, d, n)``.
+        """Each batch element's own Hx for its x, ``(batch, d, n)``.
 
         Elements are probed together, with random signs, so that in the mean they do not see each other.
         """
-        signs = random.rademacher(key, (x.shape[0], 1, x.shape[-1]), x.dtype) if x.shape[0] > 1 else jnp.ones((1, 1, 1))
+        shape = (x.shape[0], 1, x.shape[-1])
+        signs = random.rademacher(key, shape, x.dtype) if x.shape[0] > 1 else jnp.ones(shape, x.dtype)
         push = lambda column: self._push(evidence, params, scale * column)
         return scale[..., None] * signs * jax.vmap(push, in_axes=-1, out_axes=-1)(signs * x)
 
