@@ -54,27 +54,26 @@ def gaussian() -> Any:
 
 
 def ratings() -> Any:
-    """A many-facet Rasch model (Linacre 1989): 9879 persons answer five of 100 items, judged by 20 raters.
+    """A many-facet Rasch model (Linacre 1989): 9879 persons answer three of 100 items, judged by 20 raters.
 
     logit P(success) = ability − difficulty − severity. Adding a constant to the abilities, their mean and the
     difficulties, or taking from the difficulties what the severities gain, changes no answer: two directions common to
     many latents are known from wide priors alone, and are ten times as uncertain as what single latents add.
     """
-    persons, items, raters, answers = LATENTS - 121, 100, 20, 5
+    persons, items, raters, answers = LATENTS - 121, 100, 20, 3
     rng = np.random.default_rng(1)
-    item = np.argsort(rng.random((persons, items)), axis=1)[:, :answers].ravel()
-    rater = rng.integers(0, raters, persons * answers)
-    person = np.repeat(np.arange(persons), answers)
-    truth = 1.5 * rng.normal(size=persons)[person] - rng.normal(size=items)[item] - rng.normal(size=raters)[rater]
-    success = jnp.asarray(rng.random(truth.size) < 1 / (1 + np.exp(-truth)), jnp.float32)
+    item = np.argsort(rng.random((persons, items)), axis=1)[:, :answers]
+    rater = rng.integers(0, raters, (persons, answers))
+    truth = 1.5 * rng.normal(size=(persons, 1)) - rng.normal(size=items)[item] - rng.normal(size=raters)[rater]
+    success = jnp.asarray(rng.random(truth.shape) < 1 / (1 + np.exp(-truth)), jnp.float32)
 
     def model() -> None:
         mean = numpyro.sample("mean", dist.Normal(0, 10))
         difficulty = numpyro.sample("difficulty", dist.Normal(0, 10).expand([items]).to_event(1))
         severity = numpyro.sample("severity", dist.Normal(0, 10).expand([raters]).to_event(1))
         ability = numpyro.sample("ability", dist.Normal(mean, 1.5).expand([persons]).to_event(1))
-        logits = ability[person] - difficulty[item] - severity[rater]
-        numpyro.sample("success", dist.Bernoulli(logits=logits).to_event(1), obs=success)
+        logits = ability[:, None] - difficulty[item] - severity[rater]
+        numpyro.sample("success", dist.Bernoulli(logits=logits).to_event(2), obs=success)
 
     return model
 
