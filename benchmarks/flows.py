@@ -24,6 +24,7 @@ from jax import lax, random
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoBNAFNormal, AutoDAIS, AutoIAFNormal
 from numpyro.optim import optax_to_numpyro
+from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient
 
@@ -56,8 +57,11 @@ def schools() -> None:
 
 
 class Case(NamedTuple):
+    """A model and its guide; ``draws``: of the ELBO that fits are scored by."""
+
     model: Callable[[], None]
     guide: Callable[[Any], Any]
+    draws: int = DRAWS
 
 
 CASES = {
@@ -86,11 +90,13 @@ class Fit(NamedTuple):
         return float(np.median([a[0] if a.size else np.inf for a in arrived]))
 
 
-def fits(case: Case, make: Callable[[Any], Any], rates: tuple[float, ...], steps: int) -> list[Fit]:
-    """One fit for every rate; all of them run the same compiled program."""
+def fits(
+    case: Case, make: Callable[[Any], Any], rates: tuple[float, ...], steps: int, seeds: int = SEEDS, first: int = 10
+) -> list[Fit]:
+    """One fit for every rate; all of them run the same compiled program. The first checkpoint is at step ``first``."""
     guide = case.guide(case.model)
     base = SVI(case.model, guide, make(rates[0]), Trace_ELBO(PARTICLES))
-    starts = [base.init(random.key(seed)) for seed in range(SEEDS)]
+    starts = [base.init(random.key(seed)) for seed in range(seeds)]
 
     def svi(rate: Any) -> SVI:
         changed = copy.copy(base)
@@ -105,22 +111,26 @@ def fits(case: Case, make: Callable[[Any], Any], rates: tuple[float, ...], steps
     def elbo(state: Any) -> Any:
         params = base.get_params(state)
         each = lambda key: -Trace_ELBO().loss(key, params, case.model, guide)
-        return jnp.mean(lax.map(each, random.split(random.key(99), DRAWS), batch_size=200))
+        return jnp.mean(lax.map(each, random.split(random.key(99), case.draws), batch_size=min(case.draws, 200)))
 
-    marks = np.unique(np.geomspace(10, steps, 1 + round(np.log(steps / 10) / np.log(1.2))).round().astype(int))
+    marks = np.unique(np.geomspace(first, steps, 1 + round(np.log(steps / first) / np.log(1.2))).round().astype(int))
     jax.block_until_ready(advance(rates[0], starts[0], 1))
-    return [_fit(lambda s, n, rate=rate: advance(rate, s, n), elbo, starts, marks) for rate in rates]
+    return [
+        _fit(lambda s, n, rate=rate: advance(rate, s, n), elbo, starts, marks)
+        for rate in tqdm(rates, desc="fits", leave=False)
+    ]
 
 
 def _fit(advance: Callable, elbo: Callable, starts: list[Any], marks: np.ndarray) -> Fit:
     curves, seconds = [], []
-    for state in starts:
-        curve, before = [], time.perf_counter()
-        jax.block_until_ready(advance(state, int(marks[-1])))
-        seconds.append(time.perf_counter() - before)
+    for state in tqdm(starts, desc="seeds", leave=False):
+        curve, spent = [], 0.0
         for number in np.diff(marks, prepend=0):
-            state = advance(state, int(number))
+            before = time.perf_counter()
+            state = jax.block_until_ready(advance(state, int(number)))
+            spent += time.perf_counter() - before
             curve.append(float(elbo(state)))
+        seconds.append(spent)
         curves.append(curve)
     return Fit(np.nan_to_num(np.array(curves), nan=-np.inf), 1e3 * min(seconds) / marks[-1], marks)
 

@@ -14,6 +14,7 @@
 :mod:`.structure`   which family moves which parameters
 :mod:`.routes`      by which route the Fisher of a site is got
 :mod:`.charts`      what NumPyro's parameters mean
+:mod:`.low_rank`    Gaussians D(I + WWᵀ)D, never d × d
 :mod:`.evidence`    gradient and Hessian products            (direction)
 :mod:`.families`    the geometry of a block of parameters    (movement)
 :mod:`.length`      how far                                  (length)

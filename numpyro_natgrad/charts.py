@@ -7,7 +7,8 @@ A *form* says how one argument of a distribution encodes K with Σ = KKᵀ. The 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -92,13 +93,31 @@ class GaussianSite(NamedTuple):
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def params(self) -> tuple[str, ...]:
+        return (self.loc, self.scale)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the family is that of all Gaussians."""
+        return not self.form.diagonal and len(self.shape) == 1
+
+    def describe(self, how: str) -> list[tuple[str, str, str, str, str]]:
+        """The report's rows."""
+        family = "Normal" if self.form.diagonal else "MultivariateNormal"
+        shape = "×".join(map(str, self.shape))
+        return [
+            (self.loc, self.name, family, how, shape),
+            (self.scale, self.name, f"{family} ({self.argument})", how, shape),
+        ]
+
     def read(self, params: Params) -> tuple[jax.Array, jax.Array]:
         """m and K at unconstrained parameters."""
-        return params[self.loc].reshape(self.shape), self.factor(params[self.scale])
+        return params[self.loc].reshape(self.shape), self.spread(params)
 
-    def factor(self, unconstrained: jax.Array) -> jax.Array:
-        """K from the covariance parameter."""
-        k = self.form.read(self.transform(unconstrained))
+    def spread(self, params: Params) -> jax.Array:
+        """K, from the covariance parameter."""
+        k = self.form.read(self.transform(params[self.scale]))
         return k.reshape(self.shape if self.form.diagonal else (*self.shape, self.shape[-1]))
 
     def unconstrain(self, factor: jax.Array) -> jax.Array:
@@ -114,6 +133,35 @@ class GaussianSite(NamedTuple):
             self.loc: loc.reshape(old[0].shape).astype(old[0].dtype),
             self.scale: self.unconstrain(factor).reshape(old[1].shape).astype(old[1].dtype),
         }
+
+    def radial(self, params: Params) -> Params:
+        """The tangent of the covariance parameter along which K grows by itself: dK = K."""
+        factor = self.spread(params)
+        tangent = jax.jvp(self.unconstrain, (factor,), (factor,))[1]
+        return {self.scale: tangent.reshape(jnp.shape(params[self.scale]))}
+
+    def dense(self, params: Params) -> jax.Array:
+        """K as lower triangular matrices, ``(batch, d, d)``."""
+        factor = self.spread(params)
+        if self.form.diagonal:
+            return jnp.diag(factor.ravel())[None]
+        return factor.reshape(-1, *factor.shape[-2:])
+
+    def project(self, columns: jax.Array, start: jax.Array) -> jax.Array:
+        """The K closest to a joint Gaussian, from the site's columns of P with PᵀP = S: see :func:`project`."""
+        if self.form.diagonal:
+            return (1 / jnp.sqrt(jnp.sum(columns**2, axis=0))).reshape(self.shape)
+        return conditional_factors(columns, self.shape[-1]).reshape(*self.shape, self.shape[-1])
+
+    def kl(self, before: jax.Array, after: jax.Array, shift: jax.Array) -> jax.Array:
+        """KL(N(m, LLᵀ) ‖ N(m + shift, L₊L₊ᵀ)) in nats: with A = L₊⁻¹L, ½(‖A‖² − d − 2 log|A| + ‖L₊⁻¹ shift‖²)."""
+        if self.form.diagonal:
+            ratio = before / after
+            return 0.5 * jnp.sum(ratio**2 - 1 - 2 * jnp.log(ratio) + (shift / after) ** 2)
+        inverse = inverse_lower(after)
+        ratio, x = inverse @ before, jnp.einsum("...ij,...j->...i", inverse, shift)
+        logs = jnp.log(jnp.diagonal(ratio, axis1=-2, axis2=-1))
+        return 0.5 * (jnp.sum(ratio**2) - self.size - 2 * jnp.sum(logs) + jnp.sum(x**2))
 
 
 def read_site(name: str, hearing: Hearing) -> GaussianSite | None:
@@ -143,13 +191,13 @@ def argument_parameter(argument: str, site: HeardSite) -> str | None:
 
 def _fits(loc: str, scale: str, form: Form, site: HeardSite, hearing: Hearing) -> bool:
     mean, cov = hearing.params[loc], hearing.params[scale]
-    if mean.shape is None or cov.shape is None or not _is_identity(mean.transform):
+    if mean.shape is None or cov.shape is None or not is_identity(mean.transform):
         return False
     entries = site.size if form.diagonal else site.size * (site.shape or (1,))[-1]
-    return math.prod(mean.shape) == site.size and math.prod(cov.shape) == entries and _keeps(cov.transform, form)
+    return math.prod(mean.shape) == site.size and math.prod(cov.shape) == entries and keeps(cov.transform, form)
 
 
-def _is_identity(transform: Any) -> bool:
+def is_identity(transform: Any) -> bool:
     while isinstance(transform, transforms.IndependentTransform):
         transform = transform.base_transform
     return isinstance(transform, transforms.IdentityTransform)
@@ -163,7 +211,7 @@ CHOLESKY = (
 )
 
 
-def _keeps(transform: Any, form: Form) -> bool:
+def keeps(transform: Any, form: Form) -> bool:
     """Whether the parameter's constraint lets every valid value through (an interval, say, would not)."""
     while isinstance(transform, transforms.IndependentTransform):
         transform = transform.base_transform
@@ -173,26 +221,20 @@ def _keeps(transform: Any, form: Form) -> bool:
     return isinstance(parts[0], _POSITIVE if form.diagonal else CHOLESKY) and not narrow
 
 
-def project(precision_root: jax.Array, sites: tuple[GaussianSite, ...]) -> list[jax.Array]:
-    """The members of the guide's family closest to a joint Gaussian: K of each site, from P with PᵀP = S.
+def project(precision_root: jax.Array, sites: Sequence[Any], starts: Sequence[Any]) -> list[Any]:
+    """The members of the guide's family closest to a joint Gaussian: what each site spreads by, from P with PᵀP = S.
 
     The minimiser of KL(guide ‖ N(m, S⁻¹)) has the joint precision's diagonal blocks: Σ_b = (S_bb)⁻¹, and
-    σᵢ = Sᵢᵢ^(−1/2) for independent components.
+    σᵢ = Sᵢᵢ^(−1/2) for independent components. A family without a closed form is searched from ``starts``.
     """
-    factors, start = [], 0
-    for site in sites:
-        columns = precision_root[:, start : start + site.size]
-        factors.append(_project_block(columns, site))
-        start += site.size
-    return factors
+    ends = list(accumulate(site.size for site in sites))
+    columns = jnp.split(precision_root, ends[:-1], axis=1)
+    return [site.project(x, start) for site, x, start in zip(sites, columns, starts, strict=True)]
 
 
-def _project_block(columns: jax.Array, site: GaussianSite) -> jax.Array:
-    if site.form.diagonal:
-        return (1 / jnp.sqrt(jnp.sum(columns**2, axis=0))).reshape(site.shape)
-    d = site.shape[-1]
+def conditional_factors(columns: jax.Array, d: int) -> jax.Array:
+    """K with KKᵀ = (S_bb)⁻¹ of every block of d columns of P with PᵀP = S, ``(batch, d, d)``, lower triangular."""
     blocks = jnp.moveaxis(columns.reshape(columns.shape[0], -1, d), 1, 0)  # (batch, D, d)
     # S_bb = AᵀA = CᵀC with C lower: flip, factor, flip back.
     flipped = lower_factor(jnp.swapaxes(blocks[..., ::-1], -1, -2))
-    lower = jnp.swapaxes(flipped[..., ::-1, ::-1], -1, -2)
-    return inverse_lower(lower).reshape(*site.shape, d)
+    return inverse_lower(jnp.swapaxes(flipped[..., ::-1, ::-1], -1, -2))

@@ -3,10 +3,10 @@
 """Where a value of the loss comes from: one forward walk through its jaxpr.
 
 Values are tagged with :func:`tag` while the loss is traced; :func:`origins` then carries, from every tag through every
-equation, an :class:`Origin` = (tags it depends on, the tag it *is* up to its shape, how log-densities enter it). Three
-questions are answered without running anything:
+equation, an :class:`Origin` = (tags it depends on, the product of tags that it *is* up to its shape, how log-densities
+enter it). Three questions are answered without running anything:
 
-* is a distribution's argument a parameter itself, or computed from parameters?
+* is a distribution's argument a parameter itself, a product of parameters, or computed in another way?
 * does a parameter reach the loss by another way than the draws and the density of its site?
 * is the loss affine in the log-densities of the guide (an ELBO is; a Rényi bound is not)?
 """
@@ -49,13 +49,18 @@ class Origin(NamedTuple):
     """The past of one value.
 
     :ivar sources: the tags it depends on; a value that is itself *cut* (see :func:`tag`) depends on its tag alone.
-    :ivar copy_of: the tag that it equals up to shape and dtype, or ``None``.
+    :ivar powers: the tags, with their exponents, whose product it equals up to shape and dtype, or ``None``.
     :ivar degree: 0 if no log-density enters it, 1 if they enter affinely, 2 otherwise.
     """
 
     sources: frozenset[str] = frozenset()
-    copy_of: str | None = None
+    powers: Mapping[str, int] | None = None
     degree: int = 0
+
+    @property
+    def copy_of(self) -> str | None:
+        """The tag that it equals up to shape and dtype, or ``None``."""
+        return next(iter(self.powers)) if self.powers and list(self.powers.values()) == [1] else None
 
 
 class Sighting(NamedTuple):
@@ -118,7 +123,7 @@ def _equation(eqn: Any, inputs: list[Origin], seen: dict[str, Sighting], repeats
                 body = getattr(inner, "jaxpr", inner)
                 if len(body.invars) == len(inputs) and len(body.outvars) == len(eqn.outvars):
                     return _walk(body, inputs, seen, repeats)
-    merged = Origin(_union(inputs), _copied(kind, inputs), _degree(kind, inputs))
+    merged = Origin(_union(inputs), _powers(eqn, inputs), _degree(kind, inputs))
     return [merged] * len(eqn.outvars)
 
 
@@ -128,7 +133,7 @@ def _tagged(label: str, past: Origin, out: Any, seen: dict[str, Sighting], repea
     kind = label.partition(":")[0]
     if kind not in ("param", "draw", "density"):
         return past
-    return Origin(frozenset([label]), label, int(kind == "density"))
+    return Origin(frozenset([label]), {label: 1}, int(kind == "density"))
 
 
 def _scan(eqn: Any, inputs: list[Origin], seen: dict[str, Sighting], repeats: int) -> list[Origin]:
@@ -155,11 +160,23 @@ def _union(inputs: list[Origin]) -> frozenset[str]:
 
 
 def _join(a: Origin, b: Origin) -> Origin:
-    return Origin(a.sources | b.sources, a.copy_of if a.copy_of == b.copy_of else None, max(a.degree, b.degree))
+    return Origin(a.sources | b.sources, a.powers if a.powers == b.powers else None, max(a.degree, b.degree))
 
 
-def _copied(kind: str, inputs: list[Origin]) -> str | None:
-    return inputs[0].copy_of if kind in _SHAPE_ONLY and not _union(inputs[1:]) else None
+def _powers(eqn: Any, inputs: list[Origin]) -> Mapping[str, int] | None:
+    kind, first = eqn.primitive.name, inputs[0].powers if inputs else None
+    if first is None:
+        return None
+    if kind in _SHAPE_ONLY:
+        return None if _union(inputs[1:]) else first
+    if kind == "mul":
+        return _product(first, inputs[1].powers)
+    exponent = {"square": 2, "integer_pow": eqn.params.get("y")}.get(kind)
+    return {label: n * exponent for label, n in first.items()} if exponent else None
+
+
+def _product(a: Mapping[str, int], b: Mapping[str, int] | None) -> Mapping[str, int] | None:
+    return None if b is None else {label: a.get(label, 0) + b.get(label, 0) for label in {**a, **b}}
 
 
 def _degree(kind: str, inputs: list[Origin]) -> int:

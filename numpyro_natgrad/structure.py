@@ -23,9 +23,11 @@ from .families.diagonal import DiagonalGaussian
 from .families.full import FullGaussian
 from .families.joint import JointGaussian
 from .families.likelihood import LikelihoodFisher
+from .families.low_rank import LowRankGaussian
 from .families.natural import NaturalParameters
 from .families.networks import NetworkCurvature, NetworkLikelihood
 from .families.scores import ScoreFisher
+from .low_rank_chart import LowRankSite, read_low_rank
 from .options import NATURAL_MARGIN, Options
 from .routes import routed
 from .state import JOINT_LIMIT
@@ -115,20 +117,20 @@ def _quiet(families: tuple[Family, ...], exact: bool) -> tuple[float, ...]:
 
 
 def _quiet_one(family: Family, rest: float, families: int) -> float:
-    if isinstance(family, NetworkCurvature):
-        return length.statistical(family.size, family.numbers)
-    if isinstance(family, NaturalParameters) and family.size > DENSE_LIMIT:
+    if isinstance(family, NetworkCurvature | NaturalParameters) and family.size > DENSE_LIMIT:
         return length.statistical(family.size, family.numbers)
     return (length.QUIET_SCORES if isinstance(family, ScoreFisher) else rest) / families
 
 
-def _charted(hearing: Hearing, options: Options) -> tuple[list[GaussianSite], list[NaturalParameters]]:
+def _charted(hearing: Hearing, options: Options) -> tuple[list[GaussianSite | LowRankSite], list[NaturalParameters]]:
     """The sites that have coordinates of their own: Gaussians, and exponential families in natural parameters."""
     if options.fisher not in (None, "closed_form"):
         return [], []
     shared = _shared(hearing)
-    read = [read_site(name, hearing) for name in hearing.sites]
-    gaussians = [g for g in read if g is not None and not shared & {g.loc, g.scale}]
+    # Low-rank Gaussians are moved by Hessian products; where there are none, by the curvature of KL.
+    second = hearing.is_elbo and options.estimator != "first_order"
+    read = [read_site(n, hearing) or (read_low_rank(n, hearing) if second else None) for n in hearing.sites]
+    gaussians = [g for g in read if g is not None and not shared & set(g.params)]
     return gaussians, _natural_families(hearing, {g.name for g in gaussians}, shared, options)
 
 
@@ -144,7 +146,7 @@ def _parameters(site: HeardSite) -> set[str]:
     return {label.removeprefix("param:") for label in labels if label.startswith("param:")}
 
 
-def _gaussian_families(sites: list[GaussianSite], hearing: Hearing, options: Options) -> list[Family]:
+def _gaussian_families(sites: list[GaussianSite | LowRankSite], hearing: Hearing, options: Options) -> list[Family]:
     """One joint step where its Hessian is small enough, else a family for every site."""
     latents = sum(s.size for s in sites)
     if 0 < latents <= JOINT_LIMIT and hearing.is_elbo and options.estimator != "first_order":
@@ -152,7 +154,9 @@ def _gaussian_families(sites: list[GaussianSite], hearing: Hearing, options: Opt
     return [_wide(s, hearing, options) for s in sites]
 
 
-def _wide(site: GaussianSite, hearing: Hearing, options: Options) -> Family:
+def _wide(site: GaussianSite | LowRankSite, hearing: Hearing, options: Options) -> Family:
+    if isinstance(site, LowRankSite):
+        return LowRankGaussian(site, options.margin)
     # Beside the draws of a full Gaussian a few Hessian products cost little; a mean-field site does without, unless
     # they are asked for.
     mode = "path" if options.path_gradient and hearing.is_elbo else None

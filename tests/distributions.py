@@ -122,6 +122,12 @@ CASES = {
         "draws",
         {"loc": constraints.real_vector, "precision": constraints.positive_definite},
     ),
+    "LowRankMultivariateNormal": Case(
+        lambda loc, factor, diag: dist.LowRankMultivariateNormal(loc, factor, diag),
+        {"loc": [0.3, -0.7, 0.2], "factor": [[0.9], [-0.4], [0.3]], "diag": [0.6, 1.2, 0.4]},
+        "draws",
+        {"loc": constraints.real_vector, "factor": real, "diag": positive},
+    ),
     "MatrixNormal": Case(
         dist.MatrixNormal,
         {"loc": np.ones((2, 2)), "scale_tril_row": TRIL, "scale_tril_column": TRIL + np.eye(2)},

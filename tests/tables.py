@@ -15,6 +15,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import (
+    AutoBatchedLowRankMultivariateNormal,
     AutoBatchedMultivariateNormal,
     AutoDelta,
     AutoDiagonalNormal,
@@ -107,6 +108,7 @@ class GuideCase(NamedTuple):
     :ivar model: the model; it takes ``DATA``.
     :ivar make: the guide, from the model.
     :ivar gaussian: site → (mean parameter, covariance parameter) of what is to be known in closed form.
+    :ivar low_rank: site → (mean, factor, scale): the same, where Hessian products are to be had.
     :ivar natural: parameters of an exponential family, to be moved in natural parameters.
     :ivar curved: parameters to be moved by the curvature of KL.
     :ivar point: parameters that no distribution owns.
@@ -116,6 +118,7 @@ class GuideCase(NamedTuple):
     model: Callable[..., None]
     make: Callable[[Any], Any]
     gaussian: dict[str, tuple[str, str]] = {}
+    low_rank: dict[str, tuple[str, str, str]] = {}
     natural: set[str] = set()
     curved: set[str] = set()
     point: set[str] = set()
@@ -168,6 +171,22 @@ def by_hand(x: Any) -> None:
         loc = numpyro.param("loc", jnp.zeros((len(x), 2)))
         cov = numpyro.param("tril", jnp.tile(jnp.eye(2), (len(x), 1, 1)), constraint=constraints.lower_cholesky)
         numpyro.sample("z", dist.MultivariateNormal(loc, scale_tril=cov))
+
+
+def low_rank_by_hand(x: Any) -> None:
+    """The arguments are parameters; the factor does not start at zero."""
+    loc, diag = numpyro.param("loc", jnp.zeros((len(x), 2))), positive("diag", jnp.ones((len(x), 2)))
+    factor = numpyro.param("factor", jnp.full((len(x), 2, 1), 0.3))
+    with numpyro.plate("n", len(x)):
+        numpyro.sample("z", dist.LowRankMultivariateNormal(loc, factor, diag))
+
+
+def low_rank_computed(x: Any) -> None:
+    """The diagonal is no product of parameters."""
+    loc, log_scale = numpyro.param("loc", jnp.zeros((len(x), 2))), numpyro.param("log_scale", jnp.zeros((len(x), 2)))
+    factor = numpyro.param("factor", jnp.full((len(x), 2, 1), 0.3))
+    with numpyro.plate("n", len(x)):
+        numpyro.sample("z", dist.LowRankMultivariateNormal(loc, factor, jnp.exp(2 * log_scale)))
 
 
 def mean_field_by_hand(x: Any) -> None:
@@ -246,7 +265,18 @@ GUIDES = {
     "AutoLowRankMultivariateNormal": GuideCase(
         school,
         lambda m: AutoLowRankMultivariateNormal(m, rank=1),
-        curved={"auto_loc", "auto_cov_factor", "auto_scale"},
+        low_rank={"_auto_latent": ("auto_loc", "auto_cov_factor", "auto_scale")},
+    ),
+    "AutoBatchedLowRankMultivariateNormal": GuideCase(
+        plated,
+        lambda m: AutoBatchedLowRankMultivariateNormal(m, batch_ndim=1, rank=1),
+        low_rank={"_auto_latent": ("auto_loc", "auto_cov_factor", "auto_scale")},
+    ),
+    "LowRankMultivariateNormal": GuideCase(
+        plated, lambda m: low_rank_by_hand, low_rank={"z": ("loc", "factor", "diag")}
+    ),
+    "LowRankMultivariateNormal, computed": GuideCase(
+        plated, lambda m: low_rank_computed, curved={"loc", "factor", "log_scale"}
     ),
     "AutoDelta": GuideCase(school, AutoDelta, likely={"a_auto_loc", "s_auto_loc", "b_auto_loc"}),
     "MultivariateNormal in a plate": GuideCase(plated, lambda m: by_hand, {"z": ("loc", "tril")}),

@@ -14,6 +14,7 @@ from tables import GUIDES, started
 
 from numpyro_natgrad import NaturalGradient, StructureError, charts
 from numpyro_natgrad.effects import hear
+from numpyro_natgrad.low_rank_chart import read_low_rank
 from numpyro_natgrad.provenance import origins, tag
 
 # loss, draws a step, whether it is an ELBO
@@ -47,6 +48,8 @@ def test_arguments_particles_and_kind_of_loss_are_heard(guide, loss):
     found = {name: (g.loc, g.scale) for name, g in read.items() if g is not None}
     # A parameter of two sites is read at both of them; that it is shared is the structure's affair.
     assert {n: p for n, p in found.items() if "both" not in p} == GUIDES[guide].gaussian
+    low_rank = {name: read_low_rank(name, hearing) for name in hearing.sites}
+    assert {name: site.params for name, site in low_rank.items() if site is not None} == GUIDES[guide].low_rank
 
 
 WAYS = ("closed form, ", "Hessian of KL", "ordinary optimizer", "Fisher of the likelihood")
@@ -65,7 +68,9 @@ def test_every_parameter_has_one_mover(guide, estimator):
     assert set(way) == set(params)
     case, found = GUIDES[guide], {word: {p for p in way if word in way[p]} for word in WAYS}
     closed = {parameter for site in case.gaussian.values() for parameter in site} | case.natural
-    assert found == dict(zip(WAYS, (closed, case.curved, case.point, case.likely), strict=True))
+    products = {parameter for site in case.low_rank.values() for parameter in site}  # of the Hessian, or else none
+    closed, curved = (closed | products, case.curved) if estimator is None else (closed, case.curved | products)
+    assert found == dict(zip(WAYS, (closed, curved, case.point, case.likely), strict=True))
 
 
 def test_the_loss_integrates_densities_itself_only_in_mean_field():
@@ -169,6 +174,14 @@ def test_a_computed_value_depends_and_is_no_copy(how):
     origin = follow(COMPUTED[how], X)
     assert origin.copy_of is None
     assert origin.sources == {"param:a"}
+
+
+def test_a_product_is_known_by_its_exponents():
+    product = follow(lambda a, b: (a * b[..., None]) * b[:, None] * jnp.square(b[:, None]), X, jnp.ones(2))
+    assert product.powers == {"param:a": 1, "param:b": 4}
+    assert follow(lambda a: a**3, X).powers == {"param:a": 3}
+    assert follow(lambda a, b: a * b + 1, X, X).powers is None
+    assert follow(lambda a, b: 2 * a * b, X, X).powers is None
 
 
 def test_sources_are_all_parameters_that_enter():

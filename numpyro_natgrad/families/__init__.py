@@ -13,6 +13,7 @@ family             parameters                                             coordi
 :mod:`.joint`      all Gaussian sites together, up to 128 latents         natural parameters, lifted
 :mod:`.full`       one full Gaussian site, more latents                   natural parameters
 :mod:`.diagonal`   one mean-field Gaussian site, more latents             natural parameters
+:mod:`.low_rank`   one low-rank Gaussian site, more latents               natural parameters, projected
 :mod:`.curvature`  everything else that a site's density depends on       NumPyro's unconstrained parameters
 :mod:`.scores`     one density of many parameters, without a KL: a flow   the same
 =================  =====================================================  ==================================

@@ -18,7 +18,6 @@ from ..evidence import Evidence
 from ..gaussian import Tangent
 from ..length import Comparison
 from ..state import Memory
-from .joint import describe_site
 
 #: Rademacher probes a step in second order.
 PROBES = 8
@@ -50,10 +49,10 @@ class DiagonalGaussian(NamedTuple):
 
     def describe(self) -> list[tuple[str, str, str, str, str]]:
         how = f"{PROBES} products with the Hessian of the loss" if self.second_order else "draws ⊗ gradients"
-        return describe_site(self.site, f"closed form, {how}")
+        return self.site.describe(f"closed form, {how}")
 
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Tangent:
-        scale = self.site.factor(params[self.site.scale])
+        scale = self.site.spread(params)
         slope = scale * evidence.gradient[self.site.loc].reshape(self.site.shape)
         if not self.second_order:
             gradient = evidence.gradient[self.site.scale]

@@ -21,7 +21,6 @@ from ..evidence import Evidence
 from ..gaussian import Tangent
 from ..length import Comparison
 from ..state import Memory
-from .joint import describe_site, radial_tangent
 
 #: Hessian products a step of a wide Gaussian; 16 were as good as 32 on targets of 50–500 dimensions.
 PROBES = 16
@@ -61,7 +60,7 @@ class FullGaussian(NamedTuple):
 
     def describe(self) -> list[tuple[str, str, str, str, str]]:
         how = f"{PROBES} products with the Hessian of the loss" if self.second_order else "draws ⊗ gradients"
-        return describe_site(self.site, f"closed form, {how}")
+        return self.site.describe(f"closed form, {how}")
 
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Frame:
         loc, factor = self.site.read(params)
@@ -123,7 +122,7 @@ class FullGaussian(NamedTuple):
     def _push(self, evidence: Evidence, params: Params, shift: jax.Array, radial: float = 0.0) -> jax.Array:
         tangents = {self.site.loc: shift.reshape(params[self.site.loc].shape)}
         if radial:
-            tangents[self.site.scale] = radial * radial_tangent(self.site, params[self.site.scale])
+            tangents |= {p: radial * x for p, x in self.site.radial(params).items()}
         return evidence.push(tangents)[self.site.loc].reshape(self.site.shape)
 
     def _control_variate(self, evidence: Evidence, params: Params, loc: jax.Array, factor: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ tangent space, which is ∇_Σ L = ½(E_q[∇²f] − Σ⁻¹) = 0 along it (Pri
 correlated posteriors: the means take Newton steps with the full precision.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,18 @@ from ..charts import GaussianSite, Params, project
 from ..evidence import Evidence
 from ..gaussian import Tangent
 from ..length import Comparison
+from ..low_rank_chart import LowRankSite
 from ..state import Joint, Memory
 
 
 class Frame(NamedTuple):
-    """A natural gradient with the frame (m, K) that it is whitened in."""
+    """A natural gradient with the frame (m, K) that it is whitened in, and what the guide's sites spread by."""
 
     tangent: Tangent
     curvature: jax.Array
     loc: jax.Array
     factor: jax.Array
+    spreads: list[Any]
 
 
 class JointGaussian(NamedTuple):
@@ -39,13 +41,13 @@ class JointGaussian(NamedTuple):
     length tried; else it is that of the lifted Gaussian.
     """
 
-    sites: tuple[GaussianSite, ...]
+    sites: tuple[GaussianSite | LowRankSite, ...]
     margin: float
     strict: bool
 
     @property
     def params(self) -> tuple[str, ...]:
-        return tuple(p for s in self.sites for p in (s.loc, s.scale))
+        return tuple(p for s in self.sites for p in s.params)
 
     @property
     def exact(self) -> bool:
@@ -61,7 +63,7 @@ class JointGaussian(NamedTuple):
 
     @property
     def lifted(self) -> bool:
-        return len(self.sites) > 1 or self.sites[0].form.diagonal or len(self.sites[0].shape) > 1
+        return len(self.sites) > 1 or not self.sites[0].whole
 
     @property
     def size(self) -> int:
@@ -69,7 +71,7 @@ class JointGaussian(NamedTuple):
 
     def describe(self) -> list[tuple[str, str, str, str, str]]:
         how = "closed form, Hessian of the loss" + (", lifted" if self.lifted else "")
-        return [row for s in self.sites for row in describe_site(s, how)]
+        return [row for s in self.sites for row in s.describe(how)]
 
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Frame:
         loc = jnp.concatenate([params[s.loc].ravel() for s in self.sites])
@@ -79,7 +81,7 @@ class JointGaussian(NamedTuple):
         curvature = factor.T @ image
         curvature = (curvature + curvature.T) / 2 - jnp.eye(self.size, dtype=curvature.dtype)
         whitened = factor.T @ slope + self._control_variate(evidence, params, loc, factor)
-        return Frame(_tangent(whitened, curvature), curvature, loc, factor)
+        return Frame(_tangent(whitened, curvature), curvature, loc, factor, [s.spread(params) for s in self.sites])
 
     def norm2(self, v: Frame) -> jax.Array:
         return gaussian.norm2(v.tangent)
@@ -89,9 +91,9 @@ class JointGaussian(NamedTuple):
             return gaussian.kl_forward(v.tangent, rho, self.margin)
         shift = v.factor @ gaussian.displacement(v.tangent, rho, self.margin)
         roots = v.factor, v.factor @ gaussian.contraction(v.tangent, rho, self.margin)
-        before, after = (project(gaussian.inverse_lower(k), self.sites) for k in roots)
+        before, after = (project(gaussian.inverse_lower(k), self.sites, v.spreads) for k in roots)
         parts = zip(self.sites, before, after, self._split(shift), strict=True)
-        return sum((_kl(s, a, b, x.reshape(s.shape)) for s, a, b, x in parts), jnp.zeros(()))
+        return sum((s.kl(a, b, x.reshape(s.shape)) for s, a, b, x in parts), jnp.zeros(()))
 
     def moved(self, v: Frame, rho: jax.Array) -> jax.Array:
         return gaussian.kl_backward(v.tangent, rho, self.margin)
@@ -112,14 +114,13 @@ class JointGaussian(NamedTuple):
         loc, factor = v.loc + v.factor @ shift, v.factor @ contraction
         joint = self._carry(memory.joint, v.tangent, rho, shift, contraction)
         joint = joint._replace(factor=_padded(factor, joint.slope.size)) if self.lifted else joint
-        return self._write(params, loc, factor), memory._replace(joint=joint)
+        return self._write(params, v.spreads, loc, factor), memory._replace(joint=joint)
 
     def _factor(self, params: Params, joint: Joint) -> jax.Array:
         """K: the guide's own, or the lifted one, which starts as the guide's."""
-        own = [s.factor(params[s.scale]) for s in self.sites]
+        blocks = [k for s in self.sites for k in s.dense(params)]
         if not self.lifted:
-            return own[0]
-        blocks = [jnp.diag(k.ravel()) if s.form.diagonal else _blocks(k) for s, k in zip(self.sites, own, strict=True)]
+            return blocks[0]
         lifted = joint.factor[: self.size, : self.size]
         return jnp.where(lifted[0, 0] > 0, lifted, block_diag(*blocks))  # zero until the first step is taken
 
@@ -142,8 +143,8 @@ class JointGaussian(NamedTuple):
         n = joint.slope.size
         return joint._replace(slope=_padded(slope, n), curvature=_padded(curvature, n))
 
-    def _write(self, params: Params, loc: jax.Array, factor: jax.Array) -> Params:
-        own = project(gaussian.inverse_lower(factor), self.sites) if self.lifted else [factor]
+    def _write(self, params: Params, spreads: list[Any], loc: jax.Array, factor: jax.Array) -> Params:
+        own = project(gaussian.inverse_lower(factor), self.sites, spreads) if self.lifted else [factor]
         for site, mean, k in zip(self.sites, self._split(loc), own, strict=True):
             params = site.write(params, mean, k)
         return params
@@ -162,7 +163,7 @@ class JointGaussian(NamedTuple):
         if n == 1:
             return -solve_triangular(factor, offset, lower=True)
         shift = self._shift(params, -n / (n - 1) * offset)
-        radial = {s.scale: radial_tangent(s, params[s.scale]) / (n - 1) for s in self.sites}
+        radial = {p: x / (n - 1) for s in self.sites for p, x in s.radial(params).items()}
         return factor.T @ self._flat(evidence.push({**shift, **radial}))
 
     def _shift(self, params: Params, direction: jax.Array) -> Params:
@@ -178,39 +179,11 @@ class JointGaussian(NamedTuple):
         return jnp.split(flat, ends[:-1])
 
 
-def describe_site(site: GaussianSite, how: str) -> list[tuple[str, str, str, str, str]]:
-    """The report's rows of a Gaussian site."""
-    family = "Normal" if site.form.diagonal else "MultivariateNormal"
-    shape = "×".join(map(str, site.shape))
-    return [
-        (site.loc, site.name, family, how, shape),
-        (site.scale, site.name, f"{family} ({site.argument})", how, shape),
-    ]
-
-
-def radial_tangent(site: GaussianSite, unconstrained: jax.Array) -> jax.Array:
-    """The tangent of the covariance parameter along which K grows by itself: dK = K."""
-    factor = site.factor(unconstrained)
-    tangent = jax.jvp(site.unconstrain, (factor,), (factor,))[1]
-    return tangent.reshape(unconstrained.shape)
-
-
 def _tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
     # A NaN would keep the eigensolver busy; the step that follows it is skipped because the slope shows it.
     ok = jnp.all(jnp.isfinite(curvature))
     spectrum = gaussian.tangent(slope, jnp.where(ok, curvature, 0.0))
     return spectrum._replace(values=jnp.where(ok, spectrum.values, jnp.nan))
-
-
-def _kl(site: GaussianSite, before: jax.Array, after: jax.Array, shift: jax.Array) -> jax.Array:
-    """KL(N(m, LLᵀ) ‖ N(m + shift, L₊L₊ᵀ)) in nats: with A = L₊⁻¹L, ½(‖A‖² − d − 2 log|A| + ‖L₊⁻¹ shift‖²)."""
-    if site.form.diagonal:
-        ratio = before / after
-        return 0.5 * jnp.sum(ratio**2 - 1 - 2 * jnp.log(ratio) + (shift / after) ** 2)
-    inverse = gaussian.inverse_lower(after)
-    ratio, x = inverse @ before, jnp.einsum("...ij,...j->...i", inverse, shift)
-    logs = jnp.log(jnp.diagonal(ratio, axis1=-2, axis2=-1))
-    return 0.5 * (jnp.sum(ratio**2) - site.size - 2 * jnp.sum(logs) + jnp.sum(x**2))
 
 
 def _padded(x: jax.Array, n: int) -> jax.Array:
@@ -219,8 +192,3 @@ def _padded(x: jax.Array, n: int) -> jax.Array:
 
 def _square(slope: jax.Array, curvature: jax.Array) -> jax.Array:
     return jnp.sum(slope**2) + 0.5 * jnp.sum(curvature**2)
-
-
-def _blocks(factor: jax.Array) -> jax.Array:
-    d = factor.shape[-1]
-    return block_diag(*factor.reshape(-1, d, d))

@@ -94,9 +94,8 @@ class NaturalParameters(NamedTuple):
         v = self._unbiased(evidence, params, eta, trend, slope) if self.tilted else self.site.family.sharp(eta, slope)
         v = jnp.where(jnp.all(jnp.isfinite(slope)), v, jnp.nan)
         product = self.site.family.product
-        image, share = product(eta, v), 1.0
-        if self.limited and math.prod(eta.shape[:-1]) > 1:
-            share = self._share(jnp.sum(v * image, axis=-1, keepdims=True))
+        image = product(eta, v)
+        share = self._share(v, image)
         return Direction(share * v, share * image, product(eta, trend), eta)
 
     def norm2(self, v: Direction) -> jax.Array:
@@ -126,9 +125,11 @@ class NaturalParameters(NamedTuple):
     def _change(self, v: Direction, rho: jax.Array) -> jax.Array:
         return self.site.family.step(v.eta, -rho * v.v, self.margin) - v.eta
 
-    def _share(self, square: jax.Array) -> jax.Array:
-        """How much of each element's natural gradient is taken, from its squared Fisher norm."""
-        nats = 0.5 * self.site.copies * square
+    def _share(self, v: jax.Array, image: jax.Array) -> jax.Array:
+        """How much of each element's natural gradient is taken, ``(*batch, 1)``."""
+        nats = 0.5 * self.site.copies * jnp.sum(v * image, axis=-1, keepdims=True)
+        if not self.limited or nats.size == 1:
+            return jnp.ones_like(nats)
         return jnp.minimum(1.0, jnp.sqrt(ELEMENT_LIMIT / jnp.maximum(nats, ELEMENT_LIMIT)))
 
     def _square(self, v: jax.Array, image: jax.Array) -> jax.Array:

@@ -1,0 +1,219 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""One low-rank Gaussian site, N(m, D(I + WWᵀ)D), with too many latents for a joint step: nothing is d × d.
+
+The step goes towards S ← (1−ρ)S + ρ E_q[∇²f] and to the family's member there (:func:`..low_rank.reached`). Of the
+Hessian H it asks, in units of s,
+
+* HT along 2r + 10 directions T: those of W; (H − S)W outside of T, the gradient with respect to W, from the step before
+  (so that W turns as in LOBPCG, Knyazev 2001); the slope and the mean of earlier ones, along which the mean then moves
+  by exact lengths, as conjugate gradients would; and (H − S)ω of 8 random ω, which finds what W knows nothing of;
+* diag(H − S): along T exactly, and across from 8 random signs ω as ω ⊙ (H − S)ω (Hutch++, Meyer et al. 2021). The 8
+  say how noisy their mean is: where it differs from that of earlier steps by no more, it counts an eighth.
+
+All are differences from the guide's own precision, so that where the target is a member of the family there is no noise
+at the optimum. At the start W = 0, a saddle without a gradient. Where a direction is zero random signs stand in for it:
+they break the symmetry, the same ones in every run.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import random
+
+from .. import low_rank
+from ..charts import Params
+from ..evidence import Evidence
+from ..length import Comparison
+from ..low_rank import Tangent
+from ..low_rank_chart import LowRankSite
+from ..state import Memory
+
+#: Random probes a step: of the Hessian's diagonal, and of what else there is to find.
+PROBES = 8
+#: The least weight of a new estimate of the diagonal in their running mean.
+GAIN = 1 / 8
+
+
+class Frame(NamedTuple):
+    """A natural gradient; arrays have a leading batch axis.
+
+    :ivar tangent: in units of s.
+    :ivar loc: m, ``(batch, d)``.  :ivar scale: s, ``(batch, d)``.
+    :ivar turned: (H − S − diag(H − S))T outside of T, ``(batch, d, n)``.
+    """
+
+    tangent: Tangent
+    loc: jax.Array
+    scale: jax.Array
+    turned: jax.Array
+
+
+class LowRankGaussian(NamedTuple):
+    """One low-rank site, by products with the Hessian of the loss.
+
+    What is remembered, in the place of the site's parameters: the mean of gradients (of m), of diag(H − S) (of s), and
+    directions (of W), all in units of the latents.
+    """
+
+    site: LowRankSite
+    margin: float
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return self.site.params
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    @property
+    def modes(self) -> dict[str, str]:
+        return {self.site.name: "silent"}
+
+    @property
+    def curved(self) -> tuple[str, ...]:
+        return self.params
+
+    @property
+    def directions(self) -> int:
+        """n, the columns of T."""
+        return min(2 * self.site.rank + 2 + PROBES, self.site.shape[-1])
+
+    def describe(self) -> list[tuple[str, str, str, str, str]]:
+        products = self.directions + 2 * PROBES
+        return self.site.describe(f"closed form, {products} products with the Hessian of the loss")
+
+    def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Frame:
+        loc, (scale, factor) = self.site.read(params)
+        slope = scale * evidence.gradient[self.site.loc].reshape(scale.shape)
+        slope = slope + self._control_variate(evidence, params, loc, scale, factor)
+        key, *keys = random.split(random.fold_in(random.key(0), step), 3)
+        signs = random.rademacher(key, (*scale.shape, 2 * PROBES + 2 * self.site.rank + 2), scale.dtype)
+        probes, others, spare = jnp.split(signs, [PROBES, 2 * PROBES], axis=-1)
+        trend, diagonal = self._trend(memory, scale)
+        turned = memory.trend[self.site.factor].reshape(factor.shape) / scale[..., None]
+        own = jnp.concatenate([factor, turned, slope[..., None], trend[..., None]], axis=-1)
+        found = self._images(evidence, params, scale, others, keys[0]) - _product(factor, others)
+        basis = jax.vmap(directions, (0, 0, 0, None))(own, spare, found, self.directions)
+        asked = jnp.concatenate([basis, probes], axis=-1)
+        image = self._images(evidence, params, scale, asked, keys[1])
+        ok = jnp.all(jnp.isfinite(image)) & jnp.all(jnp.isfinite(basis)) & jnp.all(jnp.isfinite(slope))
+        slope, basis, asked, image = (jnp.where(ok, x, 0.0) for x in (slope, basis, asked, image))
+        v, turned = jax.vmap(_differences)(factor, slope, diagonal, basis, asked, image)
+        return Frame(v._replace(slope=jnp.where(ok, slope, jnp.nan)), loc, scale, turned)
+
+    def norm2(self, v: Frame) -> jax.Array:
+        return jnp.sum(jax.vmap(low_rank.norm2)(v.tangent))
+
+    def kl(self, v: Frame, rho: jax.Array) -> jax.Array:
+        new, old = self._reached(v, rho), v.tangent.factor
+        return jnp.sum(jax.vmap(low_rank.kl)(old, new.factor, new.ratio, new.shift))
+
+    def moved(self, v: Frame, rho: jax.Array) -> jax.Array:
+        new, old = self._reached(v, rho), v.tangent.factor
+        return jnp.sum(jax.vmap(low_rank.kl)(new.factor, old, 1 / new.ratio, new.shift / new.ratio))
+
+    def compare(self, memory: Memory, v: Frame) -> Comparison:
+        """Mean and diagonal: what is seen along T changes with T, and would pass for noise."""
+        slope, diagonal = self._trend(memory, v.scale)
+        old, new = (slope, diagonal), (v.tangent.slope, v.tangent.diagonal)
+        news = jax.tree.map(jnp.subtract, new, old)
+        return Comparison(*(jnp.sum(jax.vmap(low_rank.metric_square)(v.tangent.factor, *x)) for x in (old, news, new)))
+
+    def remember(self, memory: Memory, v: Frame, weight: jax.Array) -> Memory:
+        slope, _ = self._trend(memory, v.scale)
+        return self._with_trend(memory, v, slope + weight * (v.tangent.slope - slope), v.tangent.diagonal)
+
+    def retract(self, params: Params, memory: Memory, v: Frame, rho: jax.Array) -> tuple[Params, Memory]:
+        new = self._reached(v, rho)
+        slope, diagonal = self._trend(memory, v.scale)
+        # As in DiagonalGaussian: the step is subtracted, and the slope is that at the new mean.
+        diagonal = diagonal - jax.vmap(low_rank.growth, (0, None, None))(v.tangent, rho, self.margin)
+        memory = self._with_trend(memory, v, slope - rho * v.tangent.slope + diagonal * new.shift, diagonal)
+        memory = self._with(memory, {self.site.factor: v.scale[..., None] * (v.turned @ new.chosen)})
+        loc, scale = v.loc + v.scale * new.shift, v.scale * new.ratio
+        return self.site.write(params, loc, (scale, new.factor)), memory
+
+    def _reached(self, v: Frame, rho: jax.Array) -> low_rank.Reached:
+        return jax.vmap(low_rank.reached, (0, None, None))(v.tangent, rho, self.margin)
+
+    def _trend(self, memory: Memory, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+        slope, diagonal = (memory.trend[p].reshape(scale.shape) for p in (self.site.loc, self.site.scale))
+        return scale * slope, scale**2 * diagonal
+
+    def _with_trend(self, memory: Memory, v: Frame, slope: jax.Array, diagonal: jax.Array) -> Memory:
+        return self._with(memory, {self.site.loc: slope / v.scale, self.site.scale: diagonal / v.scale**2})
+
+    def _with(self, memory: Memory, new: Params) -> Memory:
+        shaped = {p: x.reshape(jnp.shape(memory.trend[p])) for p, x in new.items()}
+        return memory._replace(trend={**memory.trend, **shaped})
+
+    def _images(self, evidence: Evidence, params: Params, scale: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
+        """Each batch element's own Hx for its x, ``(batch, d, n)``.
+
+        Elements are probed together, with random signs, so that in the mean they do not see each other.
+        """
+        shape = (x.shape[0], 1, x.shape[-1])
+        signs = random.rademacher(key, shape, x.dtype) if x.shape[0] > 1 else jnp.ones(shape, x.dtype)
+        push = lambda column: self._push(evidence, params, scale * column)
+        return scale[..., None] * signs * jax.vmap(push, in_axes=-1, out_axes=-1)(signs * x)
+
+    def _push(self, evidence: Evidence, params: Params, shift: jax.Array, radial: float = 0.0) -> jax.Array:
+        tangents = {self.site.loc: shift.reshape(jnp.shape(params[self.site.loc]))}
+        if radial:
+            tangents |= {p: radial * x for p, x in self.site.radial(params).items()}
+        return evidence.push(tangents)[self.site.loc].reshape(shift.shape)
+
+    def _control_variate(
+        self, evidence: Evidence, params: Params, loc: jax.Array, scale: jax.Array, factor: jax.Array
+    ) -> jax.Array:
+        """Leave-one-out, as in :meth:`.JointGaussian._control_variate`."""
+        if self.site.analytic:
+            return jnp.zeros_like(loc)
+        offset, n = evidence.means[self.site.name].reshape(loc.shape) - loc, evidence.particles
+        if n == 1:
+            return -_product(factor, (offset / scale)[..., None])[..., 0]
+        return scale * self._push(evidence, params, -n / (n - 1) * offset, 1 / (n - 1))
+
+
+def directions(own: jax.Array, spare: jax.Array, found: jax.Array, n: int) -> jax.Array:
+    """T, ``(d, n)``: an orthonormal basis of ``own``, with ``spare`` for columns of zeros, and of what was found."""
+    length = jnp.linalg.norm(own, axis=0)
+    tiny = jnp.finfo(length.dtype).tiny ** 0.5
+    own = jnp.where(length > tiny, own / jnp.maximum(length, tiny), spare)
+    return jnp.linalg.qr(jnp.concatenate([own, found], axis=1)[:, :n])[0]
+
+
+_product = jax.vmap(low_rank.precision_product)
+
+
+def _differences(
+    factor: jax.Array, slope: jax.Array, trend: jax.Array, basis: jax.Array, asked: jax.Array, image: jax.Array
+) -> tuple[Tangent, jax.Array]:
+    """The natural gradient, and (H − S − diag(H − S))T outside of T.
+
+    :param trend: what earlier steps say diag(H − S) is.
+    :param asked: T and probes, ``(d, n + 8)``.  :param image: H times them.
+    """
+    n = basis.shape[1]
+    residual, probes = image - low_rank.precision_product(factor, asked), asked[:, n:]
+    along, across = residual[:, :n], residual[:, n:]
+    inner = basis.T @ along
+    turned = along - basis @ inner
+    # With P = TTᵀ: diag(H − S) is that of (I − P)(H − S)(I − P), to be probed, and of the rest, which is known.
+    across = across - basis @ (basis.T @ across) - turned @ (basis.T @ probes)
+    known = jnp.sum(basis * (2 * turned + basis @ (inner + inner.T) / 2), axis=1)
+    diagonal = trend + _news(factor, known[:, None] + probes * across - trend[:, None])
+    v = low_rank.tangent(factor, slope, diagonal, basis, image[:, :n])
+    return v, turned - diagonal[:, None] * basis
+
+
+def _news(factor: jax.Array, news: jax.Array) -> jax.Array:
+    """The mean of k estimates, ``(d, k)``, times its share of signal: 1 − (variance of the mean) / (mean)²."""
+    mean = jnp.mean(news, axis=1)
+    spread = jnp.sqrt(jnp.mean((news - mean[:, None]) ** 2, axis=1) / (news.shape[1] - 1))
+    square = lambda x: low_rank.metric_square(factor, jnp.zeros_like(x), x)
+    tiny = jnp.finfo(mean.dtype).tiny
+    return jnp.maximum(1 - square(spread) / jnp.maximum(square(mean), tiny), GAIN) * mean
