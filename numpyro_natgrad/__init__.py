@@ -9,7 +9,8 @@
 :mod:`.optimizer`   the ``SVI`` optimizer, which orders the calls
 :mod:`.geometry`    Fisher operator, natural gradient and KL of any ``SVI``
 :mod:`.step`        one step, top to bottom
-:mod:`.effects`     what is heard in, and changed of, NumPyro's loss function
+:mod:`.effects`     NumPyro's messages: what is met in, and changed of, the loss
+:mod:`.hearing`     what stands in one loss function
 :mod:`.provenance`  where a value in that function comes from
 :mod:`.structure`   which family moves which parameters
 :mod:`.routes`      by which route the Fisher of a site is got

@@ -17,8 +17,8 @@ from jax.scipy.linalg import cho_solve
 from numpyro import distributions as dist
 from numpyro.distributions import transforms
 
-from .effects import HeardSite, Hearing
 from .gaussian import inverse_lower, lower_factor
+from .hearing import HeardSite, Hearing
 
 Params = dict[str, Any]
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from numpyro.distributions import biject_to, constraints, transforms
 
 from .charts import CHOLESKY, Params, argument_parameter
-from .effects import HeardSite, Hearing
 from .exponential import Exponential, exponential
+from .hearing import HeardSite, Hearing
 
 
 class NaturalSite(NamedTuple):

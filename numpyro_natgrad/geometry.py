@@ -26,8 +26,9 @@ from numpyro.optim import _NumPyroOptim
 
 from .charts import Params
 from .densities import CLOSED, fisher_density, fisher_product, likelihood_density, prior_density
-from .effects import Frozen, HeardSite, Hearing, Loss, ModelSite, hear, log_ratios
+from .effects import Frozen, Loss, ModelSite, log_ratios
 from .evidence import derivative
+from .hearing import HeardSite, Hearing, hear
 
 #: Parameters up to which ``solve`` forms F.
 DENSE_LIMIT = 2048

@@ -19,8 +19,8 @@ from numpyro import distributions as dist
 
 from . import low_rank
 from .charts import SCALE, Params, argument_parameter, conditional_factors, is_identity, keeps
-from .effects import HeardSite, Hearing
 from .gaussian import lower_factor
+from .hearing import HeardSite, Hearing
 
 Spread = tuple[jax.Array, jax.Array]
 

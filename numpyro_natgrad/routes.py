@@ -5,8 +5,9 @@
 from typing import NoReturn
 
 from .densities import CLOSED, EMPIRICAL, MONTE_CARLO
-from .effects import HeardSite, Hearing, ModelSite
+from .effects import ModelSite
 from .errors import StructureError
+from .hearing import HeardSite, Hearing
 
 
 def routed(hearing: Hearing, fisher: str | None) -> Hearing:

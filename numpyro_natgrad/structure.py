@@ -15,7 +15,7 @@ from . import length
 from .charts import GaussianSite, Params, read_site
 from .coordinates import read_natural
 from .densities import MONTE_CARLO
-from .effects import HeardSite, Hearing, ModelSite, hear
+from .effects import ModelSite
 from .evidence import Views
 from .families import Family
 from .families.curvature import DENSE_LIMIT, KLCurvature
@@ -27,6 +27,7 @@ from .families.low_rank import LowRankGaussian
 from .families.natural import NaturalParameters
 from .families.networks import NetworkCurvature, NetworkLikelihood
 from .families.scores import ScoreFisher
+from .hearing import HeardSite, Hearing, hear
 from .low_rank_chart import LowRankSite, read_low_rank
 from .options import NATURAL_MARGIN, Options
 from .routes import routed

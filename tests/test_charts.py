@@ -19,7 +19,7 @@ from scipy import optimize
 from tables import FORMS, gram
 
 from numpyro_natgrad import Form, NaturalGradient, charts, register_gaussian
-from numpyro_natgrad.effects import hear
+from numpyro_natgrad.hearing import hear
 
 
 def model() -> None:

@@ -19,7 +19,7 @@ from oracles import kl
 from tables import positive
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.effects import hear
+from numpyro_natgrad.hearing import hear
 
 MEAN, SD = jnp.array([1.0, -2.0, 0.5]), jnp.array([0.5, 2.0, 1.0])
 EXACT = {"step_size": 1.0, "max_kl": None}

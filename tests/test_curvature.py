@@ -24,8 +24,9 @@ from tables import GUIDES, started
 
 from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.densities import fisher_density, half_squared_score, kl_to_self
-from numpyro_natgrad.effects import Frozen, hear
+from numpyro_natgrad.effects import Frozen
 from numpyro_natgrad.families import curvature
+from numpyro_natgrad.hearing import hear
 
 real, positive = constraints.real, constraints.positive
 

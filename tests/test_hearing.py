@@ -13,7 +13,7 @@ from oracles import tapped
 from tables import GUIDES, started
 
 from numpyro_natgrad import NaturalGradient, StructureError, charts
-from numpyro_natgrad.effects import hear
+from numpyro_natgrad.hearing import hear
 from numpyro_natgrad.low_rank_chart import read_low_rank
 from numpyro_natgrad.provenance import origins, tag
 
