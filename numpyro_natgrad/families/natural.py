@@ -28,8 +28,9 @@ from ..evidence import Evidence
 from ..length import Comparison
 from ..state import Memory
 
-#: Natural parameters up to which F̂ is formed, and the least ratio of vᵀF̂v to vᵀFv, or inverse, at which it is believed.
-REGRESSION_LIMIT, BELIEVED = 16, 0.1
+#: Natural parameters up to which F̂ is formed, draws that it takes for each of them, and the least ratio of vᵀF̂v to vᵀFv,
+#: or inverse, at which it is believed.
+REGRESSION_LIMIT, REGRESSION_DRAWS, BELIEVED = 16, 2, 0.1
 
 
 #: Nats that one of many elements may ask for in a step of length 1: the limit on KL is about all of them together, and
@@ -146,7 +147,7 @@ class NaturalParameters(NamedTuple):
 
     def _regresses(self, particles: float) -> bool:
         k = self.site.eta_shape[-1]
-        return k <= REGRESSION_LIMIT and particles * self.site.copies * self.site.event_size >= k
+        return k <= REGRESSION_LIMIT and particles * self.site.copies * self.site.event_size >= REGRESSION_DRAWS * k
 
     def _regressed(self, tilt: Callable, eta: jax.Array, gradient: jax.Array) -> jax.Array:
         """F̂⁻¹ĝ, element by element; F⁻¹ĝ where F̂ measures it otherwise than F does, by more than noise."""

@@ -48,11 +48,15 @@ class NetworkCurvature(KLCurvature):
         image, probed = jax.vmap(product)(jnp.stack([start, probe]))
         mean = jnp.abs(probe @ probed) / slope.size  # of F's diagonal (Hutchinson)
         damping = DAMPING * jnp.where(mean > 0, mean, 1.0)
-        return start + conjugate(lambda v: product(v) + damping * v, slope - image - damping * start)
+        found, residual = conjugate(lambda v: product(v) + damping * v, slope - image - damping * start)
+        v = start + found
+        # Along v this batch's model goes gᵀv / vᵀ(F + λ)v: where F has grown, the momentum of a flatter past is too long.
+        share = slope @ v / jnp.maximum((slope - residual) @ v, jnp.finfo(slope.dtype).tiny)
+        return jnp.clip(share, 0.0, 1.0) * v
 
 
-def conjugate(product: Any, slope: jax.Array) -> jax.Array:
-    """F⁻¹g as far as ``CG_STEPS`` products go; unrolled, so that what networks have to do is done side by side."""
+def conjugate(product: Any, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """F⁻¹g as far as ``CG_STEPS`` products go, and what is left of g. Unrolled: two networks work side by side."""
     tiny = jnp.finfo(slope.dtype).tiny
     v, residual, direction, left = jnp.zeros_like(slope), slope, slope, slope @ slope
     for _ in range(CG_STEPS):
@@ -61,7 +65,7 @@ def conjugate(product: Any, slope: jax.Array) -> jax.Array:
         v, residual = v + share * direction, residual - share * image
         before, left = left, residual @ residual
         direction = residual + left / jnp.maximum(before, tiny) * direction
-    return v
+    return v, residual
 
 
 @dataclass(frozen=True)

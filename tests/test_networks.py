@@ -1,0 +1,181 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Law: networks of the guide and parameters of the model arrive where closed forms say, through minibatches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+import vae
+from flax import linen, nnx
+from jax import random
+from numpyro import distributions as dist
+from numpyro.contrib.module import flax_module, nnx_module
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoDAIS, AutoNormal
+from numpyro.optim import Adam
+from oracles import assert_close, root_eps, spd
+from tables import positive
+
+from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.families import networks
+
+ROWS, BATCH, PIXELS, LATENTS, HIDDEN, NOISE = 256, 32, 10, 2, 64, 0.5
+RNG = np.random.default_rng(0)
+LOADINGS = RNG.normal(size=(LATENTS, PIXELS))
+DATA = RNG.normal(size=(ROWS, LATENTS)) @ LOADINGS + NOISE * RNG.normal(size=(ROWS, PIXELS))
+
+
+def factors(x: Any) -> None:
+    """Factor analysis with known loadings: the posterior of each row is a Gaussian whose mean is linear in the row."""
+    with numpyro.plate("rows", ROWS, subsample_size=len(x)):
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([LATENTS]).to_event(1))
+        numpyro.sample("x", dist.Normal(z @ LOADINGS, NOISE).to_event(1), obs=x)
+
+
+def posterior() -> tuple[np.ndarray, np.ndarray]:
+    """The best mean field: the posterior's means, ``(ROWS, LATENTS)``, and the precision's diagonal^(−1/2)."""
+    precision = LOADINGS @ LOADINGS.T / NOISE**2 + np.eye(LATENTS)
+    return DATA @ LOADINGS.T / NOISE**2 @ np.linalg.inv(precision), np.diag(precision) ** -0.5
+
+
+class Linen(linen.Module):
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        h = jnp.tanh(linen.Dense(HIDDEN)(x))
+        return linen.Dense(LATENTS)(h), jax.nn.softplus(linen.Dense(LATENTS)(h))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.hidden = nnx.Linear(PIXELS, HIDDEN, rngs=rngs)
+        self.out = nnx.Linear(HIDDEN, 2 * LATENTS, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        loc, scale = jnp.split(self.out(jnp.tanh(self.hidden(x))), 2, axis=-1)
+        return loc, jax.nn.softplus(scale)
+
+
+def plain(x: Any) -> Any:
+    first = numpyro.param("first", lambda key: random.normal(key, (PIXELS, HIDDEN)) / PIXELS**0.5)
+    shift = numpyro.param("shift", jnp.zeros(HIDDEN))
+    last = numpyro.param("last", lambda key: random.normal(key, (HIDDEN, 2 * LATENTS)) / HIDDEN**0.5)
+    loc, scale = jnp.split(jnp.tanh(x @ first + shift) @ last, 2, axis=-1)
+    return loc, jax.nn.softplus(scale)
+
+
+NNX = Nnx(nnx.Rngs(0))
+ENCODERS: dict[str, Callable[[Any], Any]] = {
+    "flax.linen": lambda x: flax_module("encoder", Linen(), input_shape=(1, PIXELS))(x),
+    "flax.nnx": lambda x: nnx_module("encoder", NNX)(x),
+    "param": plain,
+}
+
+
+def fitted(encode: Callable[[Any], Any], optimizer: Any, steps: int, size: int = BATCH) -> tuple[float, float, SVI]:
+    """Errors of the means in posterior sd, and of the log scales, both root mean squares over rows; after some steps."""
+
+    def guide(x: Any) -> None:
+        with numpyro.plate("rows", ROWS, subsample_size=len(x)):
+            numpyro.sample("z", dist.Normal(*encode(x)).to_event(1))
+
+    svi, data = SVI(factors, guide, optimizer, Trace_ELBO()), jnp.asarray(DATA, jnp.float32)
+    batches = data[random.randint(random.key(1), (steps, size), 0, ROWS)]
+    run = jax.jit(lambda state: jax.lax.scan(lambda s, x: svi.update(s, x), state, batches)[0])
+    params = svi.get_params(run(svi.init(random.key(0), batches[0])))
+    found = numpyro.handlers.trace(numpyro.handlers.substitute(numpyro.handlers.seed(guide, 0), params))
+    q = found.get_trace(data)["z"]["fn"].base_dist
+    mean, scale = posterior()
+    rms = lambda x: float(np.sqrt(np.mean(np.square(x))))
+    return rms((q.loc - mean) / scale), rms(np.log(q.scale / scale)), svi
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_amortised_guide_is_moved_by_the_fisher_pulled_back_through_its_network(name):
+    """A batch of an eighth of the rows a step. Means to less than a posterior sd in 50 steps, however it is written."""
+    loc, scale, svi = fitted(ENCODERS[name], NaturalGradient(), 50)
+    assert loc < 1
+    assert scale < 0.5
+    assert "Hessian of KL (closed form), conjugate gradients" in svi.optim.report()
+
+
+def test_it_comes_nearer_to_every_rows_posterior_than_adam_at_its_best_rate():
+    loc, scale, _ = fitted(plain, NaturalGradient(), 200)
+    adams = [fitted(plain, Adam(rate), 200)[:2] for rate in (0.03, 0.01, 0.003)]
+    assert loc < min(theirs for theirs, _ in adams)
+    assert scale < min(theirs for _, theirs in adams)
+
+
+@pytest.mark.parametrize("size", [8, ROWS])
+def test_a_batch_of_any_size_will_do(size):
+    """The start is four posterior sds away. Eight rows of 256 a step, or all of them."""
+    assert fitted(plain, NaturalGradient(), 100, size)[0] < 1
+
+
+# --- parameters of the model ---
+
+SEEN = 3.0 + np.random.default_rng(3).normal(size=200) * np.sqrt(1 + 0.7**2)
+
+
+def random_effects(x: Any) -> None:
+    center, noise = numpyro.param("center", 0.0), positive("noise", 2.0)
+    with numpyro.plate("rows", len(x)):
+        z = numpyro.sample("z", dist.Normal(center, 1))
+        numpyro.sample("x", dist.Normal(z, noise), obs=x)
+
+
+def test_parameters_of_the_model_go_to_the_maximum_of_the_marginal_likelihood(dtype):
+    """x ~ N(center, 1 + noise²), and the guide is exact: center = mean, noise² = variance − 1."""
+    x = jnp.asarray(SEEN, dtype)
+    svi = SVI(random_effects, AutoNormal(random_effects), NaturalGradient(), Trace_ELBO(8))
+    result = svi.run(random.key(0), 150, x, progress_bar=False)
+    assert abs(result.params["center"] - SEEN.mean()) < 0.1 * SEEN.std() / np.sqrt(len(SEEN))
+    error = SEEN.var() * np.sqrt(2 / len(SEEN))
+    assert abs(result.params["noise"] ** 2 - (SEEN.var() - 1)) < 0.1 * error
+    assert "Fisher of the likelihood" in svi.optim.report()
+
+
+def test_what_moves_draws_on_their_way_is_no_parameter_of_the_model():
+    """The chain of an annealed guide computes the model's latents from its own parameters, and keeps its optimizer."""
+
+    def model() -> None:
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
+        numpyro.sample("x", dist.Normal(z, positive("noise", 1.0)).to_event(1), obs=jnp.ones(2))
+
+    svi = SVI(model, AutoDAIS(model, K=2), NaturalGradient(), Trace_ELBO())
+    svi.update(svi.init(random.key(0)))
+    way = {line.split()[0]: line for line in svi.optim.report().splitlines()[2:]}
+    assert "Fisher of the likelihood" in way["noise"]
+    assert all("ordinary optimizer" in way[p] for p in way if p.split("auto_")[-1] in ("eta0", "eta_coeff", "gamma"))
+    assert sum("ordinary optimizer" in line for line in way.values()) >= 3
+
+
+# --- conjugate gradients ---
+
+
+def test_as_many_products_as_dimensions_solve(dtype, monkeypatch):
+    matrix, slope = spd(3, 8, low=1.0, high=10.0), np.linspace(-1, 1, 8)
+    monkeypatch.setattr(networks, "CG_STEPS", 8)
+    found, left = networks.conjugate(lambda v: jnp.asarray(matrix, dtype) @ v, jnp.asarray(slope, dtype))
+    assert_close(found, np.linalg.solve(matrix, slope), 10 * root_eps(dtype))
+    np.testing.assert_allclose(left, 0, atol=10 * root_eps(dtype))
+
+
+def test_nothing_to_solve_is_no_failure(dtype):
+    zero = jnp.zeros(5, dtype)
+    assert (networks.conjugate(lambda v: 0 * v, zero)[0] == 0).all()
+
+
+# --- both at once ---
+
+
+def test_the_example_needs_less_than_half_of_adams_steps():
+    """On a third of the digits, in an eighth of the steps: 60 natural ones against 240 of Adam at the best of its rates."""
+    data = vae.Digits(*(images[:512] for images in vae.digits()))
+    ours = vae.natural(data, 60, every=60)
+    theirs = max(curve.train[-1] for curve in vae.adams(data, 240, every=240))
+    assert ours.train[-1] > theirs
