@@ -34,6 +34,8 @@ ACCEPT, GROW = 0.1, 0.5
 MEMORY_MIN = 1.1
 #: Innovations beyond this many times their expected size are pulled in, unless they are below so many nats.
 OUTLIER, HARMLESS = 2.0, 1.0
+#: The running mean is believed to lag behind by this factor at most.
+DRIFT_MAX = 10.0
 #: Bounds of the adaptive radius: nats, and multiples of :func:`noise_floor`, to which it closes in by itself.
 RADIUS_MAX, RADIUS_MIN = 1e5, 1e-3
 
@@ -103,10 +105,11 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     times its expected size is pulled in to that size: one draw from a heavy tail must not decide about the next fifty
     steps.
     """
+    n, tiny = seen.trend2.size, jnp.finfo(seen.trend2.dtype).tiny
+    kept, old_noise = pace.memory[:n], pace.noise[:n]
+    first, weight = kept < MEMORY_MIN, 1 / kept
+    drift, seen = _followed(pace.drift[:, :n], seen, weight)
     trend2, news2, this2 = seen
-    kept, old_noise = pace.memory[: trend2.size], pace.noise[: trend2.size]
-    first, tiny = kept < MEMORY_MIN, jnp.finfo(trend2.dtype).tiny
-    weight = 1 / kept
     bound = jnp.where(first, jnp.inf, jnp.maximum(OUTLIER**2 * (trend2 + old_noise), HARMLESS))
     pull = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(news2, tiny)))
     seen2 = pull**2 * news2
@@ -116,8 +119,25 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     mean2 = jnp.maximum(trend2 + w * (this2 - trend2 - news2) + w**2 * news2, 0.0)
     signal = jnp.clip(mean2 / jnp.maximum(mean2 + noise, tiny), 1e-6, 1.0)
     memory = jnp.maximum(kept * (1 - signal) + 1, MEMORY_MIN)
-    pace = pace._replace(noise=pace.noise.at[: noise.size].set(noise), memory=pace.memory.at[: noise.size].set(memory))
+    pace = pace._replace(
+        noise=pace.noise.at[:n].set(noise), memory=pace.memory.at[:n].set(memory), drift=pace.drift.at[:, :n].set(drift)
+    )
     return pace, Observation(w, signal, noise, pull)
+
+
+def _followed(drift: jax.Array, seen: Comparison, weight: jax.Array) -> tuple[jax.Array, Comparison]:
+    """The comparison with as much of the running mean as has foreseen natural gradients lately.
+
+    The running mean m loses ρv with every step, as if the optimum stood still. Where it moves on (a guide beside
+    parameters of the model that move as well, a model far from quadratic) what comes is βm with β > 1, and v − m is no
+    noise but drift. β = ⟨v, m⟩/⟨m, m⟩, both averaged; noise alone makes it less than 1.
+    """
+    trend2, news2, this2 = seen
+    now = jnp.stack([(this2 + trend2 - news2) / 2, trend2])
+    drift = drift + weight * (now - drift)
+    beta = jnp.clip(drift[0] / jnp.maximum(drift[1], jnp.finfo(trend2.dtype).tiny), 1.0, DRIFT_MAX)
+    left = jnp.maximum(this2 - 2 * beta * now[0] + beta**2 * trend2, 0.0)
+    return drift, Comparison(beta**2 * trend2, left, this2)
 
 
 def longest(kl: Callable[[jax.Array], jax.Array], cap: jax.Array, radius: jax.Array) -> jax.Array:

@@ -44,11 +44,14 @@ class Pace(NamedTuple):
 
     :ivar noise: per family, running variance of the natural gradient in the Fisher norm, nats; ``(n,)``.
     :ivar memory: per family, number of steps that the running means look back over; ``(n,)``.
+    :ivar drift: per family, running means of ⟨v, m⟩ and ⟨m, m⟩, nats, for natural gradients v and the running mean m
+        that foresaw them; ``(2, n)``.
     :ivar radius: KL in nats that a step may move; set in the first step, when the guide has been heard; scalar.
     """
 
     noise: jax.Array
     memory: jax.Array
+    drift: jax.Array
     radius: jax.Array
 
 
@@ -106,5 +109,6 @@ def initial(params: Params, point: Any) -> State:
     joint = Joint(jnp.zeros((n, n), dtype), jnp.zeros(n, dtype), jnp.zeros((n, n), dtype))
     memory = Memory(jax.tree.map(jnp.zeros_like, params), joint)
     info = StepInfo(zero, zero, zero, zero, zero, jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32))
-    pace = Pace(jnp.zeros(len(params), dtype), jnp.ones(len(params), dtype), zero)
+    each = jnp.zeros(len(params), dtype)
+    pace = Pace(each, jnp.ones_like(each), jnp.stack([each, each]), zero)
     return State(params, params, memory, pace, point, info)

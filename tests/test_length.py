@@ -65,7 +65,7 @@ def watch(samples):
         pace, seen = length.observe(pace, Comparison(*squares[:, None]))
         return (pace, mean + seen.weight * (v - mean)), (seen.signal[0], seen.noise[0])
 
-    start = Pace(jnp.zeros(1), jnp.ones(1), jnp.ones(())), jnp.zeros(samples.shape[1])
+    start = Pace(jnp.zeros(1), jnp.ones(1), jnp.zeros((2, 1)), jnp.ones(())), jnp.zeros(samples.shape[1])
     return jax.lax.scan(step, start, samples)[1]
 
 
@@ -80,6 +80,33 @@ def test_the_share_of_pure_signal_is_one(dtype):
     signal, noise = watch(jnp.tile(jnp.arange(1.0, 21.0), (50, 1)))
     np.testing.assert_allclose(signal, 1.0, rtol=np.sqrt(np.finfo(dtype).eps))
     assert noise.max() <= np.sqrt(np.finfo(dtype).eps) * np.sum(np.arange(1.0, 21.0) ** 2)
+
+
+def chased(velocity, noise):
+    """Steps of the rule's own length towards an optimum that moves with each of them: shares of signal, distances."""
+    d = velocity.size
+
+    def step(carry, draw):
+        pace, mean, distance = carry
+        v = distance + draw
+        squares = jnp.sum(jnp.stack([mean, v - mean, v]) ** 2, axis=1)
+        pace, seen = length.observe(pace, Comparison(*squares[:, None]))
+        rho = 0.8 * seen.signal[0]
+        mean = mean + seen.weight[0] * (v - mean) - rho * v  # as the families do
+        return (pace, mean, distance - rho * v + velocity), (seen.signal[0], jnp.sum(distance**2))
+
+    start = Pace(jnp.zeros(1), jnp.ones(1), jnp.zeros((2, 1)), jnp.ones(())), jnp.zeros(d), 10 * velocity
+    draws = noise * jax.random.normal(jax.random.key(0), (300, d))
+    return jax.lax.scan(step, start, draws)[1]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_an_optimum_that_moves_is_followed(noise, dtype):
+    """Drift is no noise: the lag stays within three steps of the optimum's own (a step of length ρ leaves 1/ρ of them)."""
+    velocity = jnp.ones(10)
+    signal, distance = jax.jit(chased)(velocity, noise)
+    assert jnp.median(signal[100:]) > 0.4
+    assert jnp.median(distance[100:]) < 3**2 * jnp.sum(velocity**2)
 
 
 def test_the_noise_is_the_variance_of_one_natural_gradient(dtype):
@@ -101,7 +128,7 @@ def test_one_draw_from_a_heavy_tail_does_not_decide(dtype):
 
 def test_families_keep_a_pace_of_their_own(dtype):
     """Noise in one of them shortens its steps, and not those of one that is all signal."""
-    pace = Pace(jnp.zeros(3), jnp.ones(3), jnp.ones(()))  # three parameters, two families
+    pace = Pace(jnp.zeros(3), jnp.ones(3), jnp.zeros((2, 3)), jnp.ones(()))  # three parameters, two families
     observe = jax.jit(length.observe)
     for n in range(50):
         quiet, noisy = jnp.array([1.0, 1.0]), jnp.array([0.0, 1.0 if n else 0.0])
@@ -126,7 +153,7 @@ def test_the_rule_needs_no_choice_and_stays_below_one(particles, quiet, dtype):
 @pytest.mark.parametrize("latents", [1, 10, 1000])
 def test_the_radius_grows_and_shrinks_fourfold_between_its_bounds(latents, dtype):
     def resized(radius, kl, **verdict):
-        pace = Pace(jnp.zeros(()), jnp.ones(()), jnp.asarray(radius))
+        pace = Pace(jnp.zeros(()), jnp.ones(()), jnp.zeros(2), jnp.asarray(radius))
         return float(
             length.resized(pace, latents, jnp.asarray(kl), **{k: jnp.array(v) for k, v in verdict.items()}).radius
         )

@@ -38,7 +38,8 @@ class Direction(NamedTuple):
     """−F⁻¹g of one block, raveled.
 
     :ivar square: its squared Fisher norm gᵀF⁻¹g, nats.
-    :ivar image: F times it.  :ivar trend_image: F times the running mean of earlier ones.
+    :ivar image: F times it.  :ivar trend_image: F times the running mean of earlier ones; of a network, what it has of
+        the steps before.
     """
 
     step: jax.Array
@@ -98,13 +99,11 @@ class KLCurvature:
         return [(p, names, classes, f"{self.source} ({ways}), {solver}", str(self.sizes[p])) for p in self.params]
 
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Direction:
-        mine, unravel = self._mine(params)
-        slope, _ = self._mine(evidence.gradient)
+        slope, unravel = self._mine(evidence.gradient)
         trend, _ = self._mine(memory.trend)
-        length = lambda x: self._length(evidence, params, step, unravel(x))
-        product = fisher_product(length, mine, forward=evidence.forward)
+        product = self._product(evidence, params, step)
         ok = jnp.all(jnp.isfinite(slope))
-        v = jnp.where(ok, self._solved(product, jnp.where(ok, slope, 0.0), -trend, unravel), jnp.nan)
+        v = jnp.where(ok, self._solved(product, jnp.where(ok, slope, 0.0), unravel), jnp.nan)
         return Direction(-v, jnp.maximum(slope @ v, 0.0), -slope, product(trend))
 
     def norm2(self, v: Direction) -> jax.Array:
@@ -138,8 +137,14 @@ class KLCurvature:
         """This block's part of a tree shaped like the parameters, raveled, and the way back."""
         return ravel_pytree({p: tree[p] for p in self.params})
 
-    def _solved(self, product: Any, slope: jax.Array, old: jax.Array, unravel: Any) -> jax.Array:
-        """F⁻¹g, damped. ``old``: the mean of earlier ones."""
+    def _product(self, evidence: Evidence, params: Params, step: jax.Array) -> Any:
+        """d ↦ Fd, of raveled tangents."""
+        mine, unravel = self._mine(params)
+        length = lambda x: self._length(evidence, params, step, unravel(x))
+        return fisher_product(length, mine, forward=evidence.forward)
+
+    def _solved(self, product: Any, slope: jax.Array, unravel: Any) -> jax.Array:
+        """F⁻¹g, damped."""
         return _iterative(product, slope) if self.iterative else _dense(product, slope, unravel)
 
     def _length(self, evidence: Evidence, params: Params, step: jax.Array, mine: Params) -> jax.Array:

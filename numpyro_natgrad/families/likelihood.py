@@ -53,13 +53,13 @@ class LikelihoodFisher(KLCurvature):
             return Comparison(v.square, jnp.zeros_like(v.square), v.square)
         return super().compare(memory, v)
 
-    def _solved(self, product: Any, slope: jax.Array, old: jax.Array, unravel: Any) -> jax.Array:
+    def _solved(self, product: Any, slope: jax.Array, unravel: Any) -> jax.Array:
         # Known in closed form, F has the rank that the data gives it, and steps converge like Newton's: no damping.
         closed = all(how == CLOSED for _, _, how in self.sites)
         return (
             scaled_solve(product, slope)
             if closed and not self.drawn and not self.iterative
-            else super()._solved(product, slope, old, unravel)
+            else super()._solved(product, slope, unravel)
         )
 
     def _length(self, evidence: Evidence, params: Params, step: jax.Array, mine: Params) -> jax.Array:

@@ -28,8 +28,8 @@ from ..evidence import Evidence
 from ..length import Comparison
 from ..state import Memory
 
-#: Natural parameters up to which F̂ is formed, draws that it takes for each of them, and the least ratio of vᵀF̂v to vᵀFv,
-#: or inverse, at which it is believed.
+#: Natural parameters up to which F̂ is formed, draws that it takes for each of them, and the least ratio of vᵀF̂v to
+#: vᵀFv, or inverse, at which it is believed.
 REGRESSION_LIMIT, REGRESSION_DRAWS, BELIEVED = 16, 2, 0.1
 
 

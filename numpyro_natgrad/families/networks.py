@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ..charts import Params
+from ..evidence import Evidence
 from ..length import Comparison
 from ..state import Memory
 from .curvature import Direction, KLCurvature
@@ -29,10 +30,16 @@ CG_STEPS, MOMENTUM, DAMPING = 3, 0.97, 0.1
 class NetworkCurvature(KLCurvature):
     """A network of the guide. The memory's trend is the last step, its momentum."""
 
-    def compare(self, memory: Memory, v: Direction) -> Comparison:
-        # What two batches agree on: the slope of this one along the step of the one before.
+    def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Direction:
+        slope, _ = self._mine(evidence.gradient)
         old, _ = self._mine(memory.trend)
-        agreed = jnp.clip(old @ v.image, 0.0, v.square)
+        ok = jnp.all(jnp.isfinite(slope))
+        v, kept = pursued(self._product(evidence, params, step), jnp.where(ok, slope, 0.0), -MOMENTUM * old)
+        return Direction(jnp.where(ok, -v, jnp.nan), jnp.maximum(slope @ v, 0.0), -slope, -kept)
+
+    def compare(self, memory: Memory, v: Direction) -> Comparison:
+        # What two batches agree on: the slope of this one along what is left of the steps before.
+        agreed = jnp.clip(v.trend_image @ v.image, 0.0, v.square)
         return Comparison(agreed, v.square - agreed, v.square)
 
     def remember(self, memory: Memory, v: Direction, weight: jax.Array) -> Memory:
@@ -43,16 +50,18 @@ class NetworkCurvature(KLCurvature):
         mine, unravel = self._mine(params)
         return {**params, **unravel(mine + rho * v.step)}, memory
 
-    def _solved(self, product: Any, slope: jax.Array, old: jax.Array, unravel: Any) -> jax.Array:
-        start, probe = MOMENTUM * old, jax.random.rademacher(jax.random.key(0), slope.shape, slope.dtype)
-        image, probed = jax.vmap(product)(jnp.stack([start, probe]))
-        mean = jnp.abs(probe @ probed) / slope.size  # of F's diagonal (Hutchinson)
-        damping = DAMPING * jnp.where(mean > 0, mean, 1.0)
-        found, residual = conjugate(lambda v: product(v) + damping * v, slope - image - damping * start)
-        v = start + found
-        # Along v this batch's model goes gᵀv / vᵀ(F + λ)v: where F has grown, the momentum of a flatter past is too long.
-        share = slope @ v / jnp.maximum((slope - residual) @ v, jnp.finfo(slope.dtype).tiny)
-        return jnp.clip(share, 0.0, 1.0) * v
+
+def pursued(product: Any, slope: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(F + λ)⁻¹ g as far as conjugate gradients come from ``start``; and the part of ``start`` in it."""
+    probe, tiny = jax.random.rademacher(jax.random.key(0), slope.shape, slope.dtype), jnp.finfo(slope.dtype).tiny
+    image, probed = jax.vmap(product)(jnp.stack([start, probe]))
+    mean = jnp.abs(probe @ probed) / slope.size  # of F's diagonal (Hutchinson)
+    damping = DAMPING * jnp.where(mean > 0, mean, 1.0)
+    found, residual = conjugate(lambda v: product(v) + damping * v, slope - image - damping * start)
+    v = start + found
+    # Along v this batch's model goes gᵀv / vᵀ(F + λ)v: where F has grown, the momentum of a flatter past is too long.
+    share = jnp.clip(slope @ v / jnp.maximum((slope - residual) @ v, tiny), 0.0, 1.0)
+    return share * v, share * start
 
 
 def conjugate(product: Any, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
