@@ -164,14 +164,14 @@ def noise_floor(latents: int) -> float:
 
 
 def statistical(parameters: int, numbers: int) -> float:
-    """Nats of noise that a network leaves alone: half of what its data leaves uncertain of it.
+    """Nats of noise that a large family leaves alone: half of what its data leaves uncertain of it.
 
-    An estimate of P parameters is ½P nats away from what all data in the world would say; half of that, but no more
-    than the noise floor of the numbers that it explains. Steps that shrink with the share of signal are the best next
+    An estimate of P parameters is ½P nats away from what all data in the world would say; half of that, of no more
+    parameters than two for each number that they explain. Steps that shrink with the share of signal are the best next
     step and a bad next hundred ones, where the Fisher is not the Hessian of the loss (Wu et al. 2018, "short-horizon
     bias"): the noise that longer ones leave is the average's to take out (Polyak & Juditsky 1992).
     """
-    return min(0.25 * parameters, noise_floor(numbers))
+    return 0.25 * min(parameters, 2 * numbers)
 
 
 def initial_radius(options: Options, latents: int) -> float:
