@@ -5,8 +5,8 @@ r"""The geometry of a guide, to compute with: its Fisher as an operator, natural
     F(φ) = ∇²_φ' KL(q_φ ‖ q_φ') |_{φ'=φ},      dᵀF d ≈ 2 KL(q_φ ‖ q_{φ+d}) nats,      v = F⁻¹ ∇L
 
 For any ``SVI``, whatever its optimizer: parameters are NumPyro's unconstrained ones, as an optimizer sees them
-(``svi.optim.get_params(state.optim_state)``), in a dict from names to arrays or trees of arrays. Where nothing is drawn
-(no guide, ``AutoDelta``), F is that of the likelihood.
+(``svi.optim.get_params(state.optim_state)``), in a dict from names to arrays or trees of arrays. Of parameters that no
+distribution of the guide owns (``param`` statements of the model, points), F is that of the likelihood.
 """
 
 import copy
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import optax
 from jax import lax, random
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_factor, cho_solve
+from jax.scipy.sparse.linalg import cg
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from numpyro.optim import _NumPyroOptim
@@ -89,10 +89,7 @@ class Fisher(NamedTuple):
         probe = random.rademacher(random.key(0), slope.shape, slope.dtype)
         mean = jnp.maximum(probe @ self.product(probe), jnp.finfo(slope.dtype).tiny) / slope.size  # Hutchinson: trace
         damped = lambda v: self.product(v) + damping * mean * v
-        shape = jax.ShapeDtypeStruct(slope.shape, slope.dtype)
-        operator = lx.FunctionLinearOperator(damped, shape, lx.positive_semidefinite_tag)
-        solver = lx.CG(rtol=CG_TOLERANCE, atol=0.0, max_steps=CG_STEPS)
-        return lx.linear_solve(operator, slope, solver, throw=False).value
+        return cg(damped, slope, tol=CG_TOLERANCE, maxiter=CG_STEPS)[0]
 
 
 class Estimate(NamedTuple):

@@ -18,7 +18,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 MODULES = [m.name for m in pkgutil.walk_packages(numpyro_natgrad.__path__, "numpyro_natgrad.")]
 
 
-@pytest.mark.parametrize(("document", "least"), [("README.md", 3), ("docs/your_own_distribution.md", 4)])
+@pytest.mark.parametrize(
+    ("document", "least"), [("README.md", 3), ("docs/your_own_distribution.md", 4), ("docs/geometry.md", 3)]
+)
 def test_a_document_runs_from_top_to_bottom(document, least, capsys):
     text = (ROOT / document).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -14,8 +14,11 @@ family             parameters                                             coordi
 :mod:`.full`       one full Gaussian site, more latents                   natural parameters
 :mod:`.diagonal`   one mean-field Gaussian site, more latents             natural parameters
 :mod:`.low_rank`   one low-rank Gaussian site, more latents               natural parameters, projected
+:mod:`.natural`    one site of an exponential family                      natural parameters
 :mod:`.curvature`  everything else that a site's density depends on       NumPyro's unconstrained parameters
+:mod:`.networks`   the same of more than 512 parameters, with momentum    the same
 :mod:`.scores`     one density of many parameters, without a KL: a flow   the same
+:mod:`.likelihood` parameters of the model, and points                    the same
 =================  =====================================================  ==================================
 """
 

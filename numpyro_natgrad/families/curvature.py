@@ -5,8 +5,9 @@
     F(φ) = ∇²_φ' KL(q_φ ‖ q_φ') |_{φ'=φ} = E_z Σ_sites JᵀF_site J        (frozen draws)
 
 heard along the guide's own draws (:class:`.effects.Frozen`), so that plates, scales, data arguments and particles are
-NumPyro's. Up to 512 parameters F is formed and factorised; above, conjugate gradients ask for products with it. The
-step is taken in NumPyro's unconstrained parameters, where the quadratic model of KL is all there is.
+NumPyro's. Up to 512 parameters F is formed and factorised; above, conjugate gradients ask for products with it (rows of
+a subsampled plate here, networks in :mod:`.networks`). The step is taken in NumPyro's unconstrained parameters, where
+the quadratic model of KL is all there is.
 """
 
 from collections.abc import Mapping

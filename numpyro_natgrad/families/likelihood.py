@@ -1,13 +1,15 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Natural gradient of the likelihood itself, where nothing is random but the data: Amari's (1998) own algorithm.
+"""Natural gradient of the likelihood, for what no distribution of the guide owns: Amari's (1998) own algorithm.
 
-    F(φ) = Σ_i E_{y ~ p_φ}[∇ log p_φ(y_i) ∇ log p_φ(y_i)ᵀ] = Σ_i JᵀF_obs(φ) J      (Fisher scoring; for a GLM: IRLS)
+    F(φ) = E_z Σ_i E_{y ~ p_φ}[∇ log p_φ(y_i | z) ∇ log p_φ(y_i | z)ᵀ] = E_z Σ_i JᵀF_obs(φ) J      (Fisher scoring)
 
-F_obs in closed form where the observations' family is registered, else from data drawn from the model. The *empirical*
-Fisher puts the observed y_i in the place of E: cheap, and no Fisher away from a well-specified optimum (Kunstner,
-Balles & Hennig 2019). Points of the guide (``AutoDelta``) are parameters like others, with a prior: its curvature is
-added, so that steps go to the mode.
+Without latents z this is the article's case, and IRLS for a GLM. Beside a guide that draws z, F is the complete data's,
+the prior's included: steps are those of online EM with F in the place of a closed-form M-step (Titterington 1984; Sato
+2000). F_obs in closed form where the observations' family is registered, else from data drawn from the model. The
+*empirical* Fisher puts the observed y_i in the place of E: cheap, and no Fisher away from a well-specified optimum
+(Kunstner, Balles & Hennig 2019). Points of the guide (``AutoDelta``) are parameters like others, with a prior: its
+curvature is added, so that steps go to the mode.
 """
 
 from dataclasses import dataclass
