@@ -95,7 +95,8 @@ def _site(
     batches = {shape[: len(shape) - n] for shape, n in zip(shapes, events, strict=True)}
     if {math.prod(b) for b in batches} != {math.prod(site.batch)}:
         return None  # shared by some draws and not by others
-    values = [jax.ShapeDtypeStruct((*site.batch, *s[len(s) - n :]), float) for s, n in zip(shapes, events, strict=True)]
+    dtype = jnp.result_type(float)
+    values = [jax.ShapeDtypeStruct((*site.batch, *s[len(s) - n :]), dtype) for s, n in zip(shapes, events, strict=True)]
     try:
         eta = jax.eval_shape(lambda v: family.natural(**dict(zip(owned, v, strict=True))), values)
     except TypeError:  # η needs an argument that is no parameter

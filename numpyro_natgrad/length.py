@@ -130,14 +130,14 @@ def _followed(drift: jax.Array, seen: Comparison, weight: jax.Array) -> tuple[ja
 
     The running mean m loses ρv with every step, as if the optimum stood still. Where it moves on (a guide beside
     parameters of the model that move as well, a model far from quadratic) what comes is βm with β > 1, and v − m is no
-    noise but drift. β = ⟨v, m⟩/⟨m, m⟩, both averaged; noise alone makes it less than 1.
+    noise but drift. β − 1 = ⟨v − m, m⟩/⟨m, m⟩, both averaged; noise alone makes it negative.
     """
     trend2, news2, this2 = seen
-    now = jnp.stack([(this2 + trend2 - news2) / 2, trend2])
-    drift = drift + weight * (now - drift)
-    beta = jnp.clip(drift[0] / jnp.maximum(drift[1], jnp.finfo(trend2.dtype).tiny), 1.0, DRIFT_MAX)
-    left = jnp.maximum(this2 - 2 * beta * now[0] + beta**2 * trend2, 0.0)
-    return drift, Comparison(beta**2 * trend2, left, this2)
+    missed = (this2 - trend2 - news2) / 2  # ⟨v − m, m⟩
+    drift = drift + weight * (jnp.stack([missed, trend2]) - drift)
+    more = jnp.clip(drift[0] / jnp.maximum(drift[1], jnp.finfo(trend2.dtype).tiny), 0.0, DRIFT_MAX - 1)  # β − 1
+    left = jnp.maximum(news2 - 2 * more * missed + more**2 * trend2, 0.0)
+    return drift, Comparison((1 + more) ** 2 * trend2, left, this2)
 
 
 def longest(kl: Callable[[jax.Array], jax.Array], cap: jax.Array, radius: jax.Array) -> jax.Array:

@@ -44,8 +44,8 @@ class Pace(NamedTuple):
 
     :ivar noise: per family, running variance of the natural gradient in the Fisher norm, nats; ``(n,)``.
     :ivar memory: per family, number of steps that the running means look back over; ``(n,)``.
-    :ivar drift: per family, running means of ⟨v, m⟩ and ⟨m, m⟩, nats, for natural gradients v and the running mean m
-        that foresaw them; ``(2, n)``.
+    :ivar drift: per family, running means of ⟨v − m, m⟩ and ⟨m, m⟩, nats, for natural gradients v and the running mean
+        m that foresaw them; ``(2, n)``.
     :ivar radius: KL in nats that a step may move; set in the first step, when the guide has been heard; scalar.
     """
 
