@@ -133,7 +133,8 @@ def _followed(drift: jax.Array, seen: Comparison, weight: jax.Array) -> tuple[ja
     noise but drift. β − 1 = ⟨v − m, m⟩/⟨m, m⟩, both averaged; noise alone makes it negative.
     """
     trend2, news2, this2 = seen
-    missed = (this2 - trend2 - news2) / 2  # ⟨v − m, m⟩
+    bound = jnp.sqrt(news2) * jnp.sqrt(trend2)  # Cauchy & Schwarz: what is beyond is rounding
+    missed = jnp.clip((this2 - trend2 - news2) / 2, -bound, bound)  # ⟨v − m, m⟩
     drift = drift + weight * (jnp.stack([missed, trend2]) - drift)
     more = jnp.clip(drift[0] / jnp.maximum(drift[1], jnp.finfo(trend2.dtype).tiny), 0.0, DRIFT_MAX - 1)  # β − 1
     left = jnp.maximum(news2 - 2 * more * missed + more**2 * trend2, 0.0)
