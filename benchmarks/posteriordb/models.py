@@ -22,7 +22,7 @@ Data = dict[str, Any]
 
 
 class Model(NamedTuple):
-    """One posterior: ``function(**data(stan))`` is its model, ``nuts`` how it is sampled where no draws are published."""
+    """One posterior: ``function(**data(stan))`` is its model; ``nuts`` samples it where no draws are published."""
 
     function: Callable[..., None]
     data: Callable[[Data], Data]
