@@ -25,7 +25,7 @@ def arguments(checkout: pathlib.Path, posterior: str) -> Data:
 
 
 def published(checkout: pathlib.Path, posterior: str) -> dict[str, np.ndarray] | None:
-    """Reference draws (chains joined) of each scalar by Stan's name, such as ``theta[1]``; None if none are published."""
+    """Reference draws, chains joined, of each scalar by Stan's name (``theta[1]``); None if none are published."""
     name = json.loads(_stored(checkout, f"posteriors/{posterior}.json").read_text())["reference_posterior_name"]
     if not name:
         return None

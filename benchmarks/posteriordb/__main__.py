@@ -1,0 +1,96 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks.posteriordb --checkout PATH``: run what is missing of a whole benchmark, resumable.
+
+``reference`` first draws from the posteriors that no draws are published of; ``table`` writes docs/posteriordb.md of the
+results there are, ``figures`` their pictures. Models and methods are chosen by (parts of) their names, with commas.
+"""
+
+import argparse
+import itertools
+import pathlib
+
+from . import run
+from .models import MODELS, named
+
+RESULTS = pathlib.Path("benchmarks/results")
+
+
+def main() -> None:
+    """One command."""
+    options = _parser().parse_args()
+    plan = run.Plan(
+        options.checkout, options.results, options.seeds, options.draws, (options.steps, options.adam_steps)
+    )
+    if options.command in ("table", "figures"):
+        _document(options.command, options.results)
+    elif options.checkout is None:
+        raise SystemExit("`--checkout`: expected the folder of a checkout of posteriordb, got nothing.")
+    elif options.command == "reference":
+        _reference(plan, _models(options))
+    elif options.command == "one":
+        for job in jobs(options):
+            run.run_here(plan, job)
+    elif failed := run.run(plan, jobs(options)):
+        raise SystemExit("\n".join(["These did not come to an end:", *map(str, failed)]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.posteriordb", description=__doc__)
+    parser.add_argument("command", nargs="?", default="run", choices=("run", "one", "reference", "table", "figures"))
+    parser.add_argument("--checkout", type=pathlib.Path, help="checkout of posteriordb")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--models", default=",".join(MODELS), help="posteriors")
+    parser.add_argument("--guides", default="", help="guides; all if left out")
+    parser.add_argument("--methods", default="", help="methods; all if left out")
+    parser.add_argument("--precisions", default=",".join(run.PRECISIONS), help="x64, float32")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=1000, help="draws that Gaussians are scored on")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of the natural gradient")
+    parser.add_argument("--adam-steps", type=int, default=5000, help="steps of Adam")
+    return parser
+
+
+def jobs(options: argparse.Namespace) -> list[run.Job]:
+    """Every model, guide and precision that is asked for, with the methods that hold the guide's family."""
+    from .guides import GUIDES
+    from .methods import METHODS
+
+    guides, asked = _chosen(options.guides, GUIDES), _chosen(options.methods, METHODS)
+    precisions = _chosen(options.precisions, dict.fromkeys(run.PRECISIONS))
+    able = {g: [m for m in asked if GUIDES[g].family in METHODS[m].families] for g in guides}
+    return [
+        run.Job(model, guide, precision, tuple(m for m in able[guide] if precision in METHODS[m].precisions))
+        for model, guide, precision in itertools.product(_models(options), guides, precisions)
+    ]
+
+
+def _models(options: argparse.Namespace) -> list[str]:
+    return [named(name) for name in options.models.split(",")]
+
+
+def _chosen(names: str, table: dict) -> list[str]:
+    chosen = [name for name in names.split(",") if name] or list(table)
+    if unknown := set(chosen) - set(table):
+        raise SystemExit(f"{', '.join(sorted(unknown))}: expected some of {', '.join(table)}.")
+    return chosen
+
+
+def _reference(plan: run.Plan, models: list[str]) -> None:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    from .reference import draw
+
+    for model in models:
+        print(draw(plan.checkout, plan.results, model), flush=True)
+
+
+def _document(command: str, results: pathlib.Path) -> None:
+    from . import figures, table
+
+    print((table.write if command == "table" else figures.draw)(results))
+
+
+if __name__ == "__main__":
+    main()

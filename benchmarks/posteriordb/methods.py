@@ -1,0 +1,48 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""All methods in one table, by the name that results are stored under.
+
+What does not go through NumPyro's ``SVI`` is a module with ``fit(f, loc, scale, key, …) -> Path``: f is −log p of the
+unconstrained z, ``loc`` (d,) and ``scale`` the Gaussian to start from.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from . import svi
+from .guides import INIT_SCALE
+from .svi import Attempt, Problem
+
+
+class Method(NamedTuple):
+    """``run`` fits the problem for every setting and seed.
+
+    ``families`` are those that it can hold, ``precisions`` those that it is run in: of rivals, the one that suits them.
+    """
+
+    title: str
+    families: tuple[str, ...]
+    run: Callable[[Problem], Iterator[Attempt]]
+    precisions: tuple[str, ...] = ("x64",)
+
+
+def _fitted(module: str, function: str = "fit", **options: Any) -> Callable[[Problem], Iterator[Attempt]]:
+    """A baseline, imported when it is run: some need packages of their own."""
+
+    def run(problem: Problem) -> Iterator[Attempt]:
+        fit = getattr(importlib.import_module(f".{module}", __package__), function)
+        for seed in range(len(problem.starts)):
+            loc, key = svi.start(problem, seed)
+            yield Attempt("", seed, fit(problem.target.potential, loc, INIT_SCALE, key, **options))
+
+    return run
+
+
+ALL = ("full", "mean field", "low rank")
+
+METHODS = {
+    "natural_gradient": Method("NaturalGradient()", ALL, svi.natural_gradient, ("x64", "float32")),
+    "reference": Method("64 particles", ALL, svi.reference),
+    "adam": Method("Adam", ALL, svi.adam, ("x64", "float32")),
+}

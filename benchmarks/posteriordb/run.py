@@ -1,0 +1,132 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs what has not been run yet: model × guide × method × precision, each model and guide in a process of its own.
+
+One pair of files for each: ``.json`` with what was measured, ``.npz`` with the Gaussians that every fit ended at. Files
+that have the seeds asked for are left alone, so that a run goes on where it was stopped.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+PRECISIONS = ("x64", "float32")
+
+
+class Job(NamedTuple):
+    """Methods to be run on one posterior with one guide in one precision."""
+
+    model: str
+    guide: str
+    precision: str
+    methods: tuple[str, ...]
+
+
+class Plan(NamedTuple):
+    """What is asked for.
+
+    :ivar checkout: of posteriordb.
+    :ivar results: the folder of the results.
+    :ivar seeds: of every method.
+    :ivar draws: that Gaussians are scored on.
+    :ivar steps: of the natural gradient; of Adam.
+    """
+
+    checkout: pathlib.Path
+    results: pathlib.Path
+    seeds: int = 5
+    draws: int = 1000
+    steps: tuple[int, int] = (1000, 5000)
+
+    def file(self, job: Job, method: str) -> pathlib.Path:
+        """Where one method's results are."""
+        return self.results / job.model / f"{job.guide}-{method}-{job.precision}.json"
+
+    def missing(self, job: Job) -> Job:
+        """What of a job is still to be done."""
+        return job._replace(methods=tuple(m for m in job.methods if not self._done(self.file(job, m))))
+
+    def _done(self, path: pathlib.Path) -> bool:
+        return path.exists() and json.loads(path.read_text())["seeds"] >= self.seeds
+
+
+def run(plan: Plan, jobs: list[Job]) -> list[Job]:
+    """Do what is missing; the jobs that did not come to an end are returned."""
+    todo = [job for job in map(plan.missing, jobs) if job.methods]
+    failed = []
+    for job in (bar := tqdm(todo, unit="job")):
+        bar.set_postfix_str(f"{job.model.split('-')[0]}, {job.guide}, {job.precision}")
+        if subprocess.run([sys.executable, "-m", __package__, "one", *_flags(plan, job)]).returncode:
+            failed.append(job)
+    return failed
+
+
+def _flags(plan: Plan, job: Job) -> list[str]:
+    asked = {
+        "checkout": plan.checkout, "results": plan.results, "seeds": plan.seeds, "draws": plan.draws,
+        "steps": plan.steps[0], "adam-steps": plan.steps[1], "models": job.model, "guides": job.guide,
+        "methods": ",".join(job.methods), "precisions": job.precision,
+    }  # fmt: skip
+    return [word for name, value in asked.items() for word in (f"--{name}", str(value))]
+
+
+def run_here(plan: Plan, job: Job) -> None:
+    """One job, in this process."""
+    import jax
+
+    jax.config.update("jax_enable_x64", job.precision == "x64")
+    jax.config.update("jax_enable_compilation_cache", False)
+    from .checkout import arguments
+    from .guides import GUIDES
+    from .measure import Judge, base_draws
+    from .methods import METHODS
+    from .models import MODELS
+    from .reference import reference_draws
+    from .svi import Problem
+    from .target import starts, target
+
+    function, data = MODELS[job.model].function, arguments(plan.checkout, job.model)
+    begun = starts(function, data, plan.seeds)
+    with jax.enable_x64(True):
+        judge = Judge(target(function, data), base_draws(begun.shape[1], plan.draws))
+    problem = Problem(function, data, target(function, data), GUIDES[job.guide], begun, plan.steps)
+    known = reference_draws(plan.checkout, plan.results, job.model)
+    for method in job.methods:
+        tqdm.write(f"{job.model}, {job.guide}, {job.precision}: {METHODS[method].title}")
+        _store(plan, job, method, list(_judged(METHODS[method].run(problem), judge, known)))
+
+
+def _judged(attempts: Iterator[Any], judge: Any, known: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+    """What is stored of each fit: its path in numbers, its end in figures and as it is."""
+    for setting, seed, path in attempts:
+        elbo = judge.elbos(path.loc, path.factor)
+        end = path.loc[-1], path.factor[-1]
+        score = judge.score(*end)._asdict()
+        moments = judge.moments(*end, known)._asdict() if known and np.isfinite(elbo[-1]) else {}
+        costs = {name: np.asarray(getattr(path, name), float).tolist() for name in ("steps", "gradients", "seconds")}
+        told = {"setting": setting, "seed": seed, "compiling": path.compiling, **costs, "elbo": elbo.tolist()}
+        yield {**told, **score, "moments": moments}, end
+
+
+def _store(plan: Plan, job: Job, method: str, fits: list[tuple[dict[str, Any], Any]]) -> None:
+    """The JSON file last, and in one go: where it is, the run was complete."""
+    path = plan.file(job, method)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ends: dict[str, list[Any]] = defaultdict(list)
+    for _, (loc, factor) in fits:
+        ends["loc"].append(loc)
+        ends["factor"].append(factor)
+    np.savez_compressed(path.with_suffix(".npz"), **{name: np.stack(x) for name, x in ends.items()})
+    about = {**job._asdict(), "method": method, "seeds": plan.seeds, "draws": plan.draws, "fits": [f for f, _ in fits]}
+    about.pop("methods")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(about))
+    os.replace(part, path)

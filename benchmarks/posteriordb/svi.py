@@ -1,0 +1,159 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""``NaturalGradient()`` as shipped, and Adam at ten settings, through NumPyro's ``SVI`` with eight particles.
+
+Gradients are those of one draw's log density. A step of Adam evaluates one for each particle. Of the natural gradient
+every particle takes one, two for each of its d + 1 products with a Hessian (forward over reverse costs about two
+gradients; one of the products is the control variate's), and a third for the loss at the point reached (which only some
+steps ask for). Adam's settings and seeds run as one batch, and the seconds of a step are those of a run by itself.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.optim import optax_to_numpyro
+
+from numpyro_natgrad import NaturalGradient
+
+from .guides import Guide
+from .models import Data
+from .path import Path
+from .target import Target
+
+PARTICLES = 8
+RATES = (0.3, 0.1, 0.03, 0.01, 0.003)
+REFERENCE_PARTICLES, REFERENCE_STEPS = 64, 400
+
+
+class Problem(NamedTuple):
+    """One posterior with one guide.
+
+    :ivar function: the model.
+    :ivar arguments: its keyword arguments.
+    :ivar target: the posterior in the precision at hand.
+    :ivar guide: its guide.
+    :ivar starts: where the seeds start, (seeds, d).
+    :ivar steps: of the natural gradient; of Adam, and of anything else that takes steps as cheap.
+    """
+
+    function: Callable[..., None]
+    arguments: Data
+    target: Target
+    guide: Guide
+    starts: np.ndarray
+    steps: tuple[int, int]
+
+
+class Attempt(NamedTuple):
+    """One fit: a method's setting (``""`` if it has one only), its seed, and where it went."""
+
+    setting: str
+    seed: int
+    path: Path
+
+
+def natural_gradient(problem: Problem) -> Iterator[Attempt]:
+    """As shipped."""
+    d, steps = problem.target.size, problem.steps[0]
+    marks = np.unique(np.minimum(np.r_[1:61, np.geomspace(60, max(steps, 60), 40).astype(int)], steps))
+    yield from _natural(problem, marks, PARTICLES, range(len(problem.starts)), PARTICLES * (1 + 2 * (d + 1) + 1 / 3))
+
+
+def reference(problem: Problem) -> Iterator[Attempt]:
+    """A long run with many particles, which only says how good an ELBO can be."""
+    marks = np.array([REFERENCE_STEPS // 4, REFERENCE_STEPS // 2, REFERENCE_STEPS])
+    yield from _natural(problem, marks, REFERENCE_PARTICLES, range(1), np.nan)
+
+
+def _natural(problem: Problem, marks: np.ndarray, particles: int, seeds: range, gradients: float) -> Iterator[Attempt]:
+    walk = _walk(problem, marks, particles)
+    compiled, compiling = _compiled(lambda z, key: walk(NaturalGradient(), z, key), start(problem, 0))
+    for seed in seeds:
+        begin = time.perf_counter()
+        params = jax.block_until_ready(compiled(*start(problem, seed)))
+        seconds = (time.perf_counter() - begin) / marks[-1]
+        yield Attempt("", seed, _path(problem, params, marks, gradients, seconds, compiling))
+
+
+def adam(problem: Problem) -> Iterator[Attempt]:
+    """Five rates, each constant and with a cosine decay to zero over all steps."""
+    total, seeds = problem.steps[1], len(problem.starts)
+    marks = np.unique(np.geomspace(1, total, 90).round().astype(int))
+    seconds, compiling = _seconds_of_adam(problem)
+    walk = _walk(problem, marks, PARTICLES)
+    run = jax.jit(jax.vmap(lambda r, c, z, key: walk(_adam(r, c, total), z, key), in_axes=(None, None, 0, 0)))
+    starts = [jnp.stack(x) for x in zip(*(start(problem, seed) for seed in range(seeds)), strict=True)]
+    for cosine, rate in itertools.product((False, True), RATES):
+        params = jax.device_get(run(jnp.array(rate), jnp.array(cosine), *starts))
+        for seed in range(seeds):
+            one = {name: x[seed] for name, x in params.items()}
+            path = _path(problem, one, marks, PARTICLES, seconds, compiling)
+            yield Attempt(f"{'cosine' if cosine else 'constant'} {rate:g}", seed, path)
+
+
+def _adam(rate: Any, cosine: Any, total: int) -> Any:
+    def schedule(step: Any) -> Any:
+        decayed = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(step / total, 1.0)))
+        return rate * jnp.where(cosine, decayed, 1.0)
+
+    return optax_to_numpyro(optax.adam(schedule))
+
+
+def _seconds_of_adam(problem: Problem) -> tuple[float, float]:
+    """Seconds of a step, and to compile, of one run by itself: the median of three."""
+    steps = min(500, problem.steps[1])
+    walk = _walk(problem, np.array([steps]), PARTICLES)
+    begun = start(problem, 0)
+    compiled, compiling = _compiled(lambda z, key: walk(optax_to_numpyro(optax.adam(0.01)), z, key), begun)
+    taken = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        jax.block_until_ready(compiled(*begun))
+        taken.append((time.perf_counter() - begin) / steps)
+    return float(np.median(taken)), compiling
+
+
+def _walk(problem: Problem, marks: np.ndarray, particles: int) -> Callable[..., Any]:
+    """A function of optimizer, start and key: the guide's (constrained) parameters at the marks."""
+    guide = problem.guide.make(problem.function)
+    SVI(problem.function, guide, optax_to_numpyro(optax.adam(0.1)), Trace_ELBO()).init(
+        jax.random.key(0), **problem.arguments
+    )
+    legs = jnp.array(np.stack([np.r_[0, marks[:-1]], marks], 1), jnp.int32)
+
+    def walk(optimizer: Any, z: jax.Array, key: jax.Array) -> Any:
+        svi = SVI(problem.function, guide, optimizer, Trace_ELBO(particles))
+        state = svi.init(key, init_params=problem.guide.place(problem.target, z), **problem.arguments)
+
+        def leg(state: Any, ends: jax.Array) -> Any:
+            step = lambda _, state: svi.update(state, **problem.arguments)[0]
+            state = lax.fori_loop(ends[0], ends[1], step, state)
+            return state, svi.get_params(state)
+
+        return lax.scan(leg, state, legs)[1]
+
+    return walk
+
+
+def _compiled(function: Callable[..., Any], example: tuple[Any, ...]) -> tuple[Callable[..., Any], float]:
+    begin = time.perf_counter()
+    compiled = jax.jit(function).lower(*example).compile()
+    return compiled, time.perf_counter() - begin
+
+
+def start(problem: Problem, seed: int) -> tuple[jax.Array, jax.Array]:
+    """Where a seed starts, and its key."""
+    return jnp.asarray(problem.starts[seed], jnp.zeros(()).dtype), jax.random.key(seed)
+
+
+def _path(problem: Problem, params: Any, marks: np.ndarray, gradients: float, seconds: float, compiling: float) -> Path:
+    loc, factor = problem.guide.gaussian(problem.target, jax.device_get(params))
+    return Path(np.asarray(loc), np.asarray(factor), marks, marks * gradients, marks * seconds, compiling)
