@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m benchmarks.posteriordb --checkout PATH``: run what is missing of a whole benchmark, resumable.
 
-``reference`` first draws from the posteriors that no draws are published of; ``table`` writes docs/posteriordb.md of the
-results there are, ``figures`` their pictures. Models and methods are chosen by (parts of) their names, with commas.
+``reference`` first draws from the posteriors that no draws are published of; ``table`` writes docs/posteriordb.md of
+the results there are, ``figures`` their pictures. Models and methods are chosen by (parts of) their names, with commas.
 """
 
 import argparse

@@ -44,5 +44,5 @@ ALL = ("full", "mean field", "low rank")
 METHODS = {
     "natural_gradient": Method("NaturalGradient()", ALL, svi.natural_gradient, ("x64", "float32")),
     "reference": Method("64 particles", ALL, svi.reference),
-    "adam": Method("Adam", ALL, svi.adam, ("x64", "float32")),
+    "adam": Method("Adam", ALL, svi.adam),
 }
