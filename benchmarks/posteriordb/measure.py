@@ -23,6 +23,8 @@ from .target import Target
 
 #: Draws evaluated at a time: a few megabytes for thousands of observations.
 CHUNK = 100
+#: Gaussians scored at a time, so that paths of all lengths are compiled for once.
+BLOCK = 15
 
 
 class Score(NamedTuple):
@@ -71,7 +73,7 @@ def log_weights(target: Target, loc: Any, factor: Any, epsilon: Any) -> jax.Arra
 
 
 class Judge:
-    """Scores Gaussians on one posterior. Compiled once for every shape of path."""
+    """Scores Gaussians on one posterior."""
 
     def __init__(self, target: Target, epsilon: np.ndarray) -> None:
         """:param Target target: made in double precision, as all that is done with it here."""
@@ -86,8 +88,10 @@ class Judge:
 
     def elbos(self, locs: Any, factors: Any) -> np.ndarray:
         """ELBO (n,) of n Gaussians, nats; NaN where one is not finite."""
+        n, padded = len(locs), np.minimum(np.arange(-(-len(locs) // BLOCK) * BLOCK), len(locs) - 1)
         with jax.enable_x64(True):
-            return np.asarray(self._elbos(_double(locs), _double(factors)))
+            blocks = [self._elbos(_double(locs[i]), _double(factors[i])) for i in padded.reshape(-1, BLOCK)]
+        return np.concatenate(blocks)[:n]
 
     def score(self, loc: Any, factor: Any) -> Score:
         """ELBO with its standard error and the k̂ of importance sampling from q."""

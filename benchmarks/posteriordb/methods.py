@@ -14,6 +14,8 @@ from . import svi
 from .guides import INIT_SCALE
 from .svi import Attempt, Problem
 
+Options = dict[str, Any]
+
 
 class Method(NamedTuple):
     """``run`` fits the problem for every setting and seed.
@@ -27,17 +29,21 @@ class Method(NamedTuple):
     precisions: tuple[str, ...] = ("x64",)
 
 
-def _fitted(module: str, function: str = "fit", **options: Any) -> Callable[[Problem], Iterator[Attempt]]:
-    """A baseline, imported when it is run: some need packages of their own."""
+def _fitted(module: str, function: str = "fit", **settings: Options) -> Callable[[Problem], Iterator[Attempt]]:
+    """A baseline with its settings, imported when it is run: some need packages of their own."""
 
     def run(problem: Problem) -> Iterator[Attempt]:
         fit = getattr(importlib.import_module(f".{module}", __package__), function)
-        for seed in range(len(problem.starts)):
-            loc, key = svi.start(problem, seed)
-            yield Attempt("", seed, fit(problem.target.potential, loc, INIT_SCALE, key, **options))
+        for setting, options in (settings or {"": {}}).items():
+            for seed in range(len(problem.starts)):
+                loc, key = svi.start(problem, seed)
+                yield Attempt(setting, seed, fit(problem.target.potential, loc, INIT_SCALE, key, **options))
 
     return run
 
+
+#: The rate that the package's documentation uses, and those around it.
+_RATES: dict[str, Options] = {f"rate {rate:g}": {"rate": rate} for rate in (0.1, 0.01, 0.001)}
 
 ALL = ("full", "mean field", "low rank")
 
@@ -45,4 +51,17 @@ METHODS = {
     "natural_gradient": Method("NaturalGradient()", ALL, svi.natural_gradient, ("x64", "float32")),
     "reference": Method("64 particles", ALL, svi.reference),
     "adam": Method("Adam", ALL, svi.adam),
+    "batch_and_match": Method("batch and match", ("full",), _fitted("batch_and_match")),
+    "deterministic_advi": Method("deterministic ADVI", ("full",), _fitted("deterministic_advi")),
+    "deterministic_mean_field": Method(
+        "deterministic ADVI", ("mean field",), _fitted("deterministic_advi", "mean_field")
+    ),
+    "blackjax_fullrank": Method("BlackJAX fullrank_vi", ("full",), _fitted("blackjax_vi", "fullrank_vi", **_RATES)),
+    "blackjax_meanfield": Method(
+        "BlackJAX meanfield_vi", ("mean field",), _fitted("blackjax_vi", "meanfield_vi", **_RATES)
+    ),
+    "pathfinder": Method("multi-path Pathfinder, best path", ("full",), _fitted("blackjax_vi", "pathfinder")),
+    "pathfinder_resampled": Method(
+        "multi-path Pathfinder, resampled", ("full",), _fitted("blackjax_vi", "pathfinder_resampled")
+    ),
 }

@@ -20,6 +20,7 @@ class Entry(NamedTuple):
     """One method with one setting on one posterior with one guide: its fits, a seed each.
 
     :ivar fits: as stored; see :mod:`.run`.
+    :ivar draws: that all results were scored on.
     :ivar best: the best ELBO of any method and precision on this posterior with this guide's family.
     """
 
@@ -29,6 +30,7 @@ class Entry(NamedTuple):
     method: str
     setting: str
     fits: tuple[dict[str, Any], ...]
+    draws: int
     best: float
 
     def reached(self, cost: str, gap: float) -> np.ndarray:
@@ -44,7 +46,7 @@ class Entry(NamedTuple):
 
     def gap(self) -> np.ndarray:
         """What each seed is short of at its end, nats; infinity where it is not finite."""
-        ends = np.array([fit["elbo"][-1] for fit in self.fits])
+        ends = np.array([fit["elbos"][-1] for fit in self.fits])
         return np.where(np.isfinite(ends), self.best - ends, np.inf)
 
     def failures(self) -> int:
@@ -57,7 +59,7 @@ class Entry(NamedTuple):
         return float(np.median([fit["moments"].get(name, fit.get(name, np.nan)) for fit in self.fits]))
 
     def _reached(self, fit: dict[str, Any], cost: str, gap: float) -> float:
-        hit = np.asarray(fit["elbo"]) >= self.best - gap
+        hit = np.asarray(fit["elbos"]) >= self.best - gap
         if not hit.any():
             return np.inf
         spent = fit["seconds" if cost == "total" else cost][int(hit.argmax())]
@@ -74,7 +76,7 @@ def load(results: pathlib.Path) -> list[Entry]:
         raise SystemExit(f"`{results}`: expected results scored on one set of draws; got {len(stored)} files.")
     best: dict[tuple[str, str], float] = defaultdict(lambda: -np.inf)
     for about in stored:
-        elbos = np.concatenate([fit["elbo"] for fit in about["fits"]])
+        elbos = np.concatenate([fit["elbos"] for fit in about["fits"]])
         where = about["model"], about["guide"]
         best[where] = max(best[where], np.max(elbos[np.isfinite(elbos)], initial=-np.inf))
     return [entry for about in stored for entry in _entries(about, best[about["model"], about["guide"]])]
@@ -85,7 +87,7 @@ def _entries(about: dict[str, Any], best: float) -> list[Entry]:
     for fit in about["fits"]:
         settings[fit["setting"]].append(fit)
     where = (about["model"], about["guide"], about["precision"], about["method"])
-    return [Entry(*where, setting, tuple(fits), best) for setting, fits in settings.items()]
+    return [Entry(*where, setting, tuple(fits), about["draws"], best) for setting, fits in settings.items()]
 
 
 def rank(entry: Entry) -> tuple[float, ...]:

@@ -112,7 +112,7 @@ def _judged(attempts: Iterator[Any], judge: Any, known: Any) -> Iterator[tuple[d
         score = judge.score(*end)._asdict()
         moments = judge.moments(*end, known)._asdict() if known and np.isfinite(elbo[-1]) else {}
         costs = {name: np.asarray(getattr(path, name), float).tolist() for name in ("steps", "gradients", "seconds")}
-        told = {"setting": setting, "seed": seed, "compiling": path.compiling, **costs, "elbo": elbo.tolist()}
+        told = {"setting": setting, "seed": seed, "compiling": path.compiling, **costs, "elbos": elbo.tolist()}
         yield {**told, **score, "moments": moments}, end
 
 

@@ -53,5 +53,5 @@ def starts(function: Callable[..., None], arguments: Data, seeds: int) -> np.nda
     """
     with jax.enable_x64(True):
         keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
-        z = initialize_model(keys, function, model_kwargs=arguments).param_info.z
-        return np.concatenate([np.reshape(x, (seeds, -1)) for x in z.values()], 1)
+        z = initialize_model(keys, function, model_kwargs=arguments).param_info.z  # sorted by name, unlike guides
+        return np.concatenate([np.reshape(z[name], (seeds, -1)) for name in target(function, arguments).shapes], 1)

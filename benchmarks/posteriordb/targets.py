@@ -17,7 +17,11 @@ NATURAL = "natural_gradient"
 GUIDES = {"AutoMultivariateNormal": "full Gaussian", "AutoNormal": "mean field"}
 #: Demands by guide: gradient evaluations and seconds won in the median, steps on every posterior.
 ASKED = {"AutoMultivariateNormal": (10.0, 10.0, 60.0), "AutoNormal": (3.0, 2.0, 300.0)}
-RIVALS = {"batch_and_match": "batch and match", "deterministic_advi": "deterministic ADVI"}
+RIVALS = {
+    "batch_and_match": "batch and match",
+    "deterministic_advi": "deterministic ADVI",
+    "deterministic_mean_field": "deterministic ADVI",
+}
 
 
 class Check(NamedTuple):

@@ -1,0 +1,141 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Writes docs/posteriordb.md: the demands, the medians by posterior, and every setting of Adam."""
+
+import importlib.metadata as meta
+import os
+import pathlib
+import platform
+
+import numpy as np
+
+from .guides import GUIDES
+from .methods import METHODS
+from .models import MODELS
+from .results import GAPS, Entry, best_single, load, oracle
+from .targets import NATURAL, checks
+
+OUTPUT = pathlib.Path("docs/posteriordb.md")
+
+_COLUMNS = (
+    "method", "precision", "steps", "gradients", "seconds", "with compilation", "gradients, 0.01", "seconds, 0.01",
+    "last gap", "s.e.", "k̂", "mean error, worst (median)", "sd ratio", "failures",
+)  # fmt: skip
+
+_HOW = """
+*Gap* is the ELBO that a fit is short of, in nats, against the best that any method ever found with the same family on
+the same posterior (a run with 64 particles included), scored in double precision on {draws} common draws; *s.e.* is the
+Pareto-smoothed standard error of the last ELBO, an upper bound, and *k̂* that of importance sampling from the fit.
+*Steps*, *gradients* (of one draw's log density) and *seconds* (of the compiled loop) are what it took to come within
+0.1 nats, or 0.01 where it says so: medians over {seeds} seeds, with the least and the most. *Mean error* is in
+reference standard deviations, *sd ratio* the least, median and most of fitted to reference standard deviation, over
+parameters. A *failure* never came within 1 nat or ended where nothing is finite. *Adam, oracle* is the best of its ten
+settings on that posterior, which nobody has in practice; *Adam, best single* the best one over all of them.
+The heads of `benchmarks/posteriordb/*.py` say how the rest is measured.
+"""
+
+
+def write(results: pathlib.Path) -> str:
+    """The document, from the results there are."""
+    entries = load(results)
+    parts = [header(entries), demands(entries)]
+    for guide in GUIDES:
+        here = [e for e in entries if e.guide == guide]
+        if here:
+            parts += [f"## {guide}\n", *(medians(model, here) for model in MODELS), settings(here)]
+    OUTPUT.write_text("\n".join(part for part in parts if part))
+    return f"wrote {OUTPUT}"
+
+
+def header(entries: list[Entry]) -> str:
+    """What was run, and on what."""
+    versions = ", ".join(f"{name} {meta.version(name)}" for name in ("jax", "numpyro", "optax"))
+    seeds = max(len(e.fits) for e in entries)
+    return (
+        "# Twelve posteriors of posteriordb\n\nWritten by `python -m benchmarks.posteriordb table`. "
+        f"Python {platform.python_version()}, {versions}, {os.cpu_count()} CPU cores. Eight particles.\n"
+        + _HOW.format(seeds=seeds, draws=int(entries[0].draws))
+    )
+
+
+def demands(entries: list[Entry]) -> str:
+    """The check list."""
+    rows = [(c.demand, c.asked, c.reached, "reached" if c.met else "**missed**") for c in checks(entries)]
+    return "## What was asked for\n\n" + markdown(("demand", "asked", "reached", ""), rows)
+
+
+def medians(model: str, entries: list[Entry]) -> str:
+    """One posterior's table; empty if there are no results."""
+    here = [e for e in entries if e.model == model]
+    if not here:
+        return ""
+    about = f"### {model}\n\n{MODELS[model].about}; best ELBO {here[0].best:.3f}\n\n"
+    return about + markdown(_COLUMNS, [row(title, e) for title, e in shown(here, best_adam(entries))])
+
+
+def best_adam(entries: list[Entry]) -> str:
+    """Adam's best single setting."""
+    adam = [e for e in entries if e.method == "adam"]
+    return best_single(adam) if adam else ""
+
+
+def shown(here: list[Entry], single: str) -> list[tuple[str, Entry]]:
+    """The natural gradient first, then Adam's oracle and best single rate, then the rivals."""
+    first = [(f"**{METHODS[NATURAL].title}**", e) for e in here if e.method == NATURAL]
+    adam = [e for e in here if e.method == "adam"]
+    if adam:
+        best = oracle(adam)
+        first.append((f"Adam, oracle: {best.setting}", best))
+        first += [(f"Adam, best single: {e.setting}", e) for e in adam if e.setting == single]
+    others = [e for e in here if e.method not in (NATURAL, "adam", "reference")]
+    return [*first, *((f"{METHODS[e.method].title} {e.setting}".strip(), e) for e in others)]
+
+
+def row(title: str, entry: Entry) -> tuple[str, ...]:
+    """One method on one posterior."""
+    near, nearer = GAPS
+    costs = (("steps", near), ("gradients", near), ("seconds", near), ("total", near))
+    return (
+        title,
+        entry.precision,
+        *(spent(entry, cost, gap) for cost, gap in (*costs, ("gradients", nearer), ("seconds", nearer))),
+        number(float(np.median(entry.gap()))),
+        number(entry.middle("error")),
+        number(entry.middle("khat")),
+        f"{number(entry.middle('mean_worst'))} ({number(entry.middle('mean_median'))})",
+        " – ".join(number(entry.middle(f"sd_{which}")) for which in ("least", "median", "most")),
+        f"{entry.failures()} of {len(entry.fits)}",
+    )
+
+
+def spent(entry: Entry, cost: str, gap: float) -> str:
+    """Median with the least and the most."""
+    reached = entry.reached(cost, gap)
+    ends = "–".join(number(float(x)) for x in (reached.min(), reached.max()))
+    return f"{number(float(np.median(reached)))} ({ends})" if np.isfinite(reached).any() else "never"
+
+
+def settings(entries: list[Entry]) -> str:
+    """Steps to 0.1 nats of every setting of Adam, by posterior; empty if it was not run."""
+    adam = [e for e in entries if e.method == "adam"]
+    if not adam:
+        return ""
+    names = list(dict.fromkeys(e.setting for e in adam))
+    found = {(e.model, e.setting): e for e in adam}
+    models = [m for m in MODELS if (m, names[0]) in found]
+    rows = [(m, *(number(found[m, n].median("steps", GAPS[0])) for n in names)) for m in models]
+    return "### Adam's settings: steps to 0.1 nats\n\n" + markdown(("posterior", *names), rows)
+
+
+def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def number(x: float) -> str:
+    """Three digits, without an exponent; what was never reached is infinite."""
+    if not np.isfinite(x):
+        return "–" if np.isnan(x) else "never" if x > 0 else "−∞"
+    digits = 0 if abs(x) >= 100 else 3 if abs(x) < 1 else 2 if abs(x) < 10 else 1
+    return f"{x:.{digits}f}" if abs(x) < 1e7 else f"{x:.1e}"
