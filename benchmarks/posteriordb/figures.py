@@ -22,7 +22,7 @@ COLOURS = {NATURAL: "#0072B2", "adam": "#D55E00", "batch_and_match": "#009E73", 
            "deterministic_mean_field": "#CC79A7", "blackjax_fullrank": "#E69F00", "blackjax_meanfield": "#E69F00",
            "pathfinder": "#56B4E9"}  # fmt: skip
 BEST_OF = {"adam": "Adam, best of 10 settings each"}
-STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8.5,
+STYLE: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8.5,
          "axes.titlelocation": "left", "axes.linewidth": 0.6, "legend.frameon": False}  # fmt: skip
 FLOOR = 1e-3
 

@@ -3,6 +3,7 @@
 """Reference draws: the published ones, and where there are none a long run of NUTS in double precision, kept."""
 
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,7 +46,8 @@ def draw(checkout: pathlib.Path, results: pathlib.Path, posterior: str) -> str:
     draws = scalars({name: x.reshape(-1, *x.shape[2:]) for name, x in chains.items()})
     kept = file(results, posterior)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(kept, **{name: x.astype(np.float32) for name, x in draws.items()})
+    stored: dict[str, Any] = {name: x.astype(np.float32) for name, x in draws.items()}
+    np.savez_compressed(kept, **stored)
     worst = {"ESS": min(np.min(effective_sample_size(x)) for x in chains.values())}
     worst["R-hat"] = max(np.max(split_gelman_rubin(x)) for x in chains.values())
     diverging = int(np.sum(mcmc.get_extra_fields()["diverging"]))

@@ -3,7 +3,7 @@
 """Runs what has not been run yet: model × guide × method × precision, each model and guide in a process of its own.
 
 One pair of files for each: ``.json`` with what was measured, ``.npz`` with the Gaussians that every fit ended at. Files
-that have the seeds asked for are left alone, so that a run goes on where it was stopped.
+that have the seeds and draws asked for are left alone, so that a run goes on where it was stopped.
 """
 
 import json
@@ -55,7 +55,10 @@ class Plan(NamedTuple):
         return job._replace(methods=tuple(m for m in job.methods if not self._done(self.file(job, m))))
 
     def _done(self, path: pathlib.Path) -> bool:
-        return path.exists() and json.loads(path.read_text())["seeds"] >= self.seeds
+        if not path.exists():
+            return False
+        about = json.loads(path.read_text())
+        return about["seeds"] >= self.seeds and about["draws"] == self.draws
 
 
 def run(plan: Plan, jobs: list[Job]) -> list[Job]:
@@ -124,7 +127,8 @@ def _store(plan: Plan, job: Job, method: str, fits: list[tuple[dict[str, Any], A
     for _, (loc, factor) in fits:
         ends["loc"].append(loc)
         ends["factor"].append(factor)
-    np.savez_compressed(path.with_suffix(".npz"), **{name: np.stack(x) for name, x in ends.items()})
+    stacked: dict[str, Any] = {name: np.stack(x) for name, x in ends.items()}
+    np.savez_compressed(path.with_suffix(".npz"), **stacked)
     about = {**job._asdict(), "method": method, "seeds": plan.seeds, "draws": plan.draws, "fits": [f for f, _ in fits]}
     about.pop("methods")
     part = path.with_suffix(".part")

@@ -6,6 +6,7 @@ import importlib.metadata as meta
 import os
 import pathlib
 import platform
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -127,7 +128,7 @@ def settings(entries: list[Entry]) -> str:
     return "### Adam's settings: steps to 0.1 nats\n\n" + markdown(("posterior", *names), rows)
 
 
-def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A table."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
