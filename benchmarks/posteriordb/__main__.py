@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", default="", help="methods; all if left out")
     parser.add_argument("--precisions", default=",".join(run.PRECISIONS), help="x64, float32")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--draws", type=int, default=1000, help="draws that Gaussians are scored on")
+    parser.add_argument("--draws", type=int, default=20_000, help="draws that Gaussians are scored on, at most")
     parser.add_argument("--steps", type=int, default=1000, help="steps of the natural gradient")
     parser.add_argument("--adam-steps", type=int, default=5000, help="steps of Adam")
     return parser

@@ -36,7 +36,7 @@ def draw(results: pathlib.Path) -> str:
         for guide, title in GUIDES.items():
             here = [e for e in entries if e.guide == guide]
             if here:
-                name = f"posteriordb_gap_{title.split()[0]}.png"
+                name = f"posteriordb_{title.split()[0]}_gap.png"
                 written += [
                     _save(_gaps(here, x, title), name.replace(".png", f"_{x}.png")) for x in ("steps", "seconds")
                 ]

@@ -8,9 +8,10 @@ The draws are mirrored, and whitened to have covariance I, so that ELBOs of a qu
 does the difference of two Gaussians' near each other, to second order. Standard errors come from mirrored pairs, with
 the lower tail of log w replaced by the generalised Pareto distribution fitted to it (Vehtari et al. 2024,
 arXiv:1507.02646): the few draws of a heavy tail would show too small an error. As they do not know of the whitening
-they are upper bounds. k̂ is that of the weights w.
+they are upper bounds. k̂ is that of the weights w. Few draws are enough for Gaussians that are nats away from the best.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import arviz
@@ -19,12 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .models import Data
 from .target import Target
 
 #: Draws evaluated at a time: a few megabytes for thousands of observations.
 CHUNK = 100
 #: Gaussians scored at a time, so that paths of all lengths are compiled for once.
 BLOCK = 15
+#: Draws that a Gaussian is scored on first, and how near to the best one so far, in nats, all draws are asked.
+ROUGH, NEAR = 400, 3.0
+#: Numbers of the data, times draws, of one score. Posteriors of many data are nearly Gaussian: few draws suffice.
+WORK = 2_000_000
 
 
 class Score(NamedTuple):
@@ -57,6 +63,12 @@ def base_draws(size: int, draws: int) -> np.ndarray:
     return np.concatenate([half, -half])
 
 
+def enough(arguments: Data, most: int) -> int:
+    """How many draws a posterior is scored on: at least 1000, in whole chunks of pairs, unless ``most`` is fewer."""
+    numbers = max(np.size(x) for x in arguments.values())
+    return min(max(WORK // numbers // (2 * CHUNK), 5) * 2 * CHUNK, most)
+
+
 def spread(factor: Any, epsilon: Any) -> jax.Array:
     """Lε for each ε, with L a matrix (d, d) or standard deviations (d,)."""
     return epsilon * factor if jnp.ndim(factor) == 1 else epsilon @ factor.T
@@ -79,19 +91,19 @@ class Judge:
         """:param Target target: made in double precision, as all that is done with it here."""
         self._target, self._epsilon = target, epsilon
 
-        def elbos(locs: jax.Array, factors: jax.Array) -> jax.Array:
-            return lax.map(lambda q: jnp.mean(log_weights(target, q[0], q[1], epsilon)), (locs, factors))
-
-        self._elbos = jax.jit(elbos)
+        self._fine = _mean_weights(target, epsilon)
+        self._rough = _mean_weights(target, base_draws(target.size, min(ROUGH, len(epsilon))))
+        self._best = -np.inf
         self._weights = jax.jit(lambda loc, factor: log_weights(target, loc, factor, epsilon))
         self._constrained = jax.jit(lambda loc, factor: self._constrain(loc, factor))
 
     def elbos(self, locs: Any, factors: Any) -> np.ndarray:
         """ELBO (n,) of n Gaussians, nats; NaN where one is not finite."""
-        n, padded = len(locs), np.minimum(np.arange(-(-len(locs) // BLOCK) * BLOCK), len(locs) - 1)
-        with jax.enable_x64(True):
-            blocks = [self._elbos(_double(locs[i]), _double(factors[i])) for i in padded.reshape(-1, BLOCK)]
-        return np.concatenate(blocks)[:n]
+        scored = _in_blocks(self._rough, locs, factors)
+        self._best = max(self._best, np.max(scored[np.isfinite(scored)], initial=-np.inf))
+        near = np.flatnonzero(scored > self._best - NEAR)
+        scored[near] = _in_blocks(self._fine, locs[near], factors[near])
+        return scored
 
     def score(self, loc: Any, factor: Any) -> Score:
         """ELBO with its standard error and the k̂ of importance sampling from q."""
@@ -106,6 +118,20 @@ class Judge:
 
     def _constrain(self, loc: jax.Array, factor: jax.Array) -> dict[str, jax.Array]:
         return lax.map(self._target.constrain, loc + spread(factor, self._epsilon), batch_size=CHUNK)
+
+
+def _mean_weights(target: Target, epsilon: np.ndarray) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """ELBOs of a block of Gaussians."""
+    return jax.jit(lambda *block: lax.map(lambda q: jnp.mean(log_weights(target, q[0], q[1], epsilon)), block))
+
+
+def _in_blocks(score: Callable[[jax.Array, jax.Array], jax.Array], locs: Any, factors: Any) -> np.ndarray:
+    """All in blocks of one size; the last of them repeated where a block has room."""
+    n = len(locs)
+    padded = np.minimum(np.arange(-(-n // BLOCK) * BLOCK), n - 1).reshape(-1, BLOCK)
+    with jax.enable_x64(True):
+        blocks = [np.asarray(score(_double(locs[i]), _double(factors[i]))) for i in padded]
+    return np.concatenate([np.zeros(0), *blocks])[:n]
 
 
 def summary(log_w: np.ndarray) -> Score:

@@ -20,7 +20,7 @@ class Entry(NamedTuple):
     """One method with one setting on one posterior with one guide: its fits, a seed each.
 
     :ivar fits: as stored; see :mod:`.run`.
-    :ivar draws: that all results were scored on.
+    :ivar draws: that all results were scored on, at most.
     :ivar best: the best ELBO of any method and precision on this posterior with this guide's family.
     """
 
@@ -73,7 +73,7 @@ def load(results: pathlib.Path) -> list[Entry]:
     """
     stored = [json.loads(path.read_text()) for path in sorted(results.glob("*/*.json"))]
     if len({about["draws"] for about in stored}) != 1:
-        raise SystemExit(f"`{results}`: expected results scored on one set of draws; got {len(stored)} files.")
+        raise SystemExit(f"`{results}`: expected results scored on as many draws at most; got {len(stored)} files.")
     best: dict[tuple[str, str], float] = defaultdict(lambda: -np.inf)
     for about in stored:
         elbos = np.concatenate([fit["elbos"] for fit in about["fits"]])

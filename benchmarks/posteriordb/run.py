@@ -36,14 +36,14 @@ class Plan(NamedTuple):
     :ivar checkout: of posteriordb.
     :ivar results: the folder of the results.
     :ivar seeds: of every method.
-    :ivar draws: that Gaussians are scored on.
+    :ivar draws: that Gaussians are scored on at most; see :func:`.measure.enough`.
     :ivar steps: of the natural gradient; of Adam.
     """
 
     checkout: pathlib.Path
     results: pathlib.Path
     seeds: int = 5
-    draws: int = 1000
+    draws: int = 20_000
     steps: tuple[int, int] = (1000, 5000)
 
     def file(self, job: Job, method: str) -> pathlib.Path:
@@ -89,7 +89,7 @@ def run_here(plan: Plan, job: Job) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     from .checkout import arguments
     from .guides import GUIDES
-    from .measure import Judge, base_draws
+    from .measure import Judge, base_draws, enough
     from .methods import METHODS
     from .models import MODELS
     from .reference import reference_draws
@@ -99,7 +99,7 @@ def run_here(plan: Plan, job: Job) -> None:
     function, data = MODELS[job.model].function, arguments(plan.checkout, job.model)
     begun = starts(function, data, plan.seeds)
     with jax.enable_x64(True):
-        judge = Judge(target(function, data), base_draws(begun.shape[1], plan.draws))
+        judge = Judge(target(function, data), base_draws(begun.shape[1], enough(data, plan.draws)))
     problem = Problem(function, data, target(function, data), GUIDES[job.guide], begun, plan.steps)
     known = reference_draws(plan.checkout, plan.results, job.model)
     for method in job.methods:

@@ -25,8 +25,8 @@ _COLUMNS = (
 
 _HOW = """
 *Gap* is the ELBO that a fit is short of, in nats, against the best that any method ever found with the same family on
-the same posterior (a run with 64 particles included), scored in double precision on {draws} common draws; *s.e.* is the
-Pareto-smoothed standard error of the last ELBO, an upper bound, and *k̂* that of importance sampling from the fit.
+the same posterior (a run with 64 particles included), scored in double precision on up to {draws} common draws;
+*s.e.* is the Pareto-smoothed standard error of the last ELBO, an upper bound, and *k̂* that of importance sampling from the fit.
 *Steps*, *gradients* (of one draw's log density) and *seconds* (of the compiled loop) are what it took to come within
 0.1 nats, or 0.01 where it says so: medians over {seeds} seeds, with the least and the most. *Mean error* is in
 reference standard deviations, *sd ratio* the least, median and most of fitted to reference standard deviation, over
