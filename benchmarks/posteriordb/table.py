@@ -25,11 +25,11 @@ _COLUMNS = (
 
 _HOW = """
 *Gap* is the ELBO that a fit is short of, in nats, against the best that any method ever found with the same family on
-the same posterior (a run with 64 particles included), scored in double precision on up to {draws} common draws;
-*s.e.* is the Pareto-smoothed standard error of the last ELBO, an upper bound, and *k̂* that of importance sampling from the fit.
-*Steps*, *gradients* (of one draw's log density) and *seconds* (of the compiled loop) are what it took to come within
-0.1 nats, or 0.01 where it says so: medians over {seeds} seeds, with the least and the most. *Mean error* is in
-reference standard deviations, *sd ratio* the least, median and most of fitted to reference standard deviation, over
+the same posterior (a run with 64 particles included), scored in double precision on up to {draws} common draws.
+*s.e.* is the Pareto-smoothed standard error of the last ELBO, an upper bound, and *k̂* that of importance sampling
+from the fit. *Steps*, *gradients* (of one draw's log density) and *seconds* (of the compiled loop) are what it took to
+come within 0.1 nats, or 0.01 where it says so: medians over {seeds} seeds, with the least and the most. *Mean error* is
+in reference standard deviations, *sd ratio* the least, median and most of fitted to reference standard deviation, over
 parameters. A *failure* never came within 1 nat or ended where nothing is finite. *Adam, oracle* is the best of its ten
 settings on that posterior, which nobody has in practice; *Adam, best single* the best one over all of them.
 The heads of `benchmarks/posteriordb/*.py` say how the rest is measured.
