@@ -148,14 +148,22 @@ def summary(log_w: np.ndarray) -> Score:
 
 
 def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """Pareto-smoothed, normalised log weights and k̂, by whichever line of ArviZ is installed."""
+    """Pareto-smoothed, normalised log weights and k̂, by whichever line of ArviZ is installed.
+
+    Where there is no tail to fit, its values all the same or too few, weights stay as they are and k̂ is infinite:
+    what ArviZ 0.23 does, and ArviZ 1 raises at.
+    """
     if hasattr(arviz, "psislw"):
         smoothed, khat = arviz.psislw(log_weights)
     else:
         from arviz_stats.base import array_stats
 
-        smoothed, khat = array_stats.psislw(log_weights)
-    return np.asarray(smoothed), float(khat)
+        try:
+            smoothed, khat = array_stats.psislw(log_weights)
+        except ValueError:
+            smoothed, khat = log_weights, np.inf
+    smoothed = np.asarray(smoothed)
+    return smoothed - np.logaddexp.reduce(smoothed), float(khat)
 
 
 def scalars(values: dict[str, Any]) -> dict[str, np.ndarray]:
