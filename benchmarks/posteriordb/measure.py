@@ -159,7 +159,7 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
         from arviz_stats.base import array_stats
 
         try:
-            smoothed, khat = array_stats.psislw(log_weights)
+            smoothed, khat = array_stats.psislw(-log_weights)  # it takes log likelihoods left out, whose inverse weigh
         except ValueError:
             smoothed, khat = log_weights, np.inf
     smoothed = np.asarray(smoothed)
