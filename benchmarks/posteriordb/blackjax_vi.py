@@ -1,0 +1,166 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""BlackJAX's variational inference: ``fullrank_vi`` and ``meanfield_vi`` with Adam, and Pathfinder from several starts.
+
+Adam's rate of 0.01 and 100 draws a step are those of BlackJAX's book (``Variational_Inference``) and of its own tests;
+the approximation starts where the other methods' do, not at BlackJAX's N(0, I).
+
+Pathfinder (Zhang, Carpenter, Gelman and Vehtari 2022, JMLR 23(306), arXiv:2108.03782) runs from 20 starts, as in the
+paper, with its own ``approximate`` and ``sample``. The package runs all starts as one batch, in which none stops before
+the last one does and all of their ELBOs are in memory at once; here they run one after the other, which leaves every
+path as it is. Its answer is reported twice: as the Gaussian of the path whose ELBO is highest, and as the mean and
+covariance under the Pareto-smoothed importance weights of all draws, which is what resampling has on average.
+Its gradients are counted while it runs a second time, untimed. A value without a gradient counts as a third of one.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from blackjax.vi import fullrank_vi as package_fullrank
+from blackjax.vi import multipathfinder as package_multipath
+from blackjax.vi import pathfinder as package_pathfinder
+from jax import lax
+
+from .path import Path
+from .walk import walk
+
+Potential = Callable[[jax.Array], jax.Array]
+
+#: Adam's: the documented one, and one to each side of it.
+RATES = (0.1, 0.01, 0.001)
+#: Iterations of L-BFGS for each start: the package's 30 cut hard posteriors short.
+ITERATIONS = 100
+
+
+def fullrank_vi(
+    f: Potential, loc: Any, scale: Any, key: jax.Array, *, rate: float = 0.01, draws: int = 100, steps: int = 1000
+) -> Path:
+    """Gaussians with a full covariance along the way.
+
+    :param f: −log p, (d,) → scalar, nats.
+    :param loc: where to start, (d,).
+    :param scale: standard deviations to start with, a scalar or (d,).
+    :param rate: of Adam.
+    :param draws: of a step, each of which costs one gradient.
+    """
+    loc = jnp.asarray(loc)
+    method = blackjax.fullrank_vi(lambda z: -f(z), optax.adam(rate), draws)
+    below = jnp.zeros(loc.size * (loc.size - 1) // 2, loc.dtype)
+    start = method.init(loc)._replace(mu=loc, chol_params=jnp.concatenate([_log_scale(loc, scale), below]))
+
+    def gaussian(state: Any) -> tuple[Any, Any]:
+        return state.mu, package_fullrank._unflatten_cholesky(state.chol_params, loc.size)
+
+    return walk(lambda _, state, key: method.step(key, state)[0], gaussian, start, key, steps, draws)
+
+
+def meanfield_vi(
+    f: Potential, loc: Any, scale: Any, key: jax.Array, *, rate: float = 0.01, draws: int = 100, steps: int = 1000
+) -> Path:
+    """Diagonal Gaussians along the way; arguments as :func:`fullrank_vi`."""
+    loc = jnp.asarray(loc)
+    method = blackjax.meanfield_vi(lambda z: -f(z), optax.adam(rate), draws)
+    start = method.init(loc)._replace(mu=loc, rho=_log_scale(loc, scale))
+
+    def gaussian(state: Any) -> tuple[Any, Any]:
+        return state.mu, jnp.exp(state.rho)
+
+    return walk(lambda _, state, key: method.step(key, state)[0], gaussian, start, key, steps, draws)
+
+
+class Found(NamedTuple):
+    """Pathfinder's paths.
+
+    :ivar paths: the package's state of each, with draws and their log densities.
+    :ivar visited: points on each path, (paths,).
+    """
+
+    paths: package_multipath.MultipathfinderState
+    visited: jax.Array
+
+
+def pathfinder(
+    f: Potential, loc: Any, scale: Any, key: jax.Array, *, paths: int = 20, draws: int = 25, resampled: bool = False
+) -> Path:
+    """One Gaussian, with the cost of all paths.
+
+    :param f: −log p, (d,) → scalar, nats.
+    :param loc: where the first path starts, (d,); the others start uniformly in (−2, 2).
+    :param scale: not used: a path is one of points.
+    :param draws: of each point's ELBO, and taken from each path.
+    :param resampled: whether the Gaussian is that of the weighted draws, or the best path's.
+    """
+    loc = jnp.asarray(loc)
+    start_key, key = jax.random.split(key)
+    others = jax.random.uniform(start_key, (paths - 1, loc.size), loc.dtype, -2, 2)
+    starts = jnp.concatenate([loc[None], others])
+    begin = time.perf_counter()
+    compiled = jax.jit(lambda z, key: _search(f, z, key, draws)).lower(starts, key).compile()
+    compiling = time.perf_counter() - begin
+    begin = time.perf_counter()
+    found = jax.device_get(jax.block_until_ready(compiled(starts, key)))
+    seconds = time.perf_counter() - begin
+    with jax.enable_x64(True):
+        mean, factor = jax.device_get(_weighted(found.paths) if resampled else _best(found.paths.path_states))
+    gradients = _gradients(f, starts, key, draws) + draws * (found.visited.sum() + paths) / 3
+    return Path(mean[None], factor[None], *(np.array([x]) for x in (found.visited.sum(), gradients, seconds)), compiling)
+
+
+def pathfinder_resampled(
+    f: Potential, loc: Any, scale: Any, key: jax.Array, *, paths: int = 20, draws: int = 100
+) -> Path:
+    """:func:`pathfinder` by the importance weights of all draws: of more of them."""
+    return pathfinder(f, loc, scale, key, paths=paths, draws=draws, resampled=True)
+
+
+def _log_scale(loc: jax.Array, scale: Any) -> jax.Array:
+    return jnp.broadcast_to(jnp.log(jnp.asarray(scale, loc.dtype)), loc.shape)
+
+
+def _search(f: Potential, starts: jax.Array, key: jax.Array, draws: int) -> Found:
+    def one(start: tuple[jax.Array, jax.Array]) -> Any:
+        search_key, draw_key = jax.random.split(start[1])
+        state, info = package_pathfinder.approximate(
+            search_key, lambda z: -f(z), start[0], draws, maxiter=ITERATIONS
+        )
+        z, logq = package_pathfinder.sample(draw_key, state, draws)
+        return state, z, -jax.vmap(f)(z), logq, jnp.isfinite(info.path.elbo).sum()
+
+    *found, visited = lax.map(one, (starts, jax.random.split(key, len(starts))))
+    return Found(package_multipath.MultipathfinderState(*found), visited)
+
+
+def _best(states: package_pathfinder.PathfinderState) -> tuple[Any, Any]:
+    """The Gaussian that ``sample`` draws from, of the path with the highest ELBO."""
+    best = jax.tree.map(lambda x: jnp.asarray(x[np.argmax(states.elbo)], float), states)
+    covariance = jnp.diag(best.alpha) + best.beta @ best.gamma @ best.beta.T
+    return best.position + covariance @ best.grad_position, jnp.linalg.cholesky(covariance)
+
+
+def _weighted(paths: package_multipath.MultipathfinderState) -> tuple[Any, Any]:
+    """Mean and covariance of all draws, by their Pareto-smoothed weights."""
+    weights = jnp.exp(package_multipath.psis_weights(jax.tree.map(lambda x: jnp.asarray(x, float), paths))[0])
+    z = jnp.asarray(paths.samples, float).reshape(len(weights), -1)
+    mean = weights @ z
+    return mean, jnp.linalg.cholesky((weights[:, None] * (z - mean)).T @ (z - mean))
+
+
+def _gradients(f: Potential, starts: jax.Array, key: jax.Array, draws: int) -> int:
+    """How often the search asks for a gradient: line searches take as many as they need."""
+    calls: list[None] = []
+    counted = jax.custom_vjp(f)
+
+    def backward(z: jax.Array, tangent: jax.Array) -> tuple[jax.Array]:
+        jax.debug.callback(lambda _: calls.append(None), tangent)
+        return (tangent * jax.grad(f)(z),)
+
+    counted.defvjp(lambda z: (f(z), z), backward)
+    jax.block_until_ready(jax.jit(lambda z, key: _search(counted, z, key, draws))(starts, key))
+    jax.effects_barrier()
+    return len(calls)
