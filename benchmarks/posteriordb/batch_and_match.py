@@ -10,9 +10,10 @@ match them, with λ weighing the batch against KL to q (their Algorithm 1; bars 
 
 with C and Γ the batch's covariances of z and g. Batch sizes 8 and 32 and λ = B d/(t+1), t from 0, are what the authors
 use on posteriordb (Section 5.2). Their code adds 10⁻⁶ to the diagonal, and goes back where Σ' is not positive definite.
-Solved by roots, as below, Σ' cannot lose it, and a narrow posterior keeps its width; a step that is not finite is undone.
+Solved by roots, as below, Σ' cannot lose it, and narrow posteriors keep their width; steps not finite are undone.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from .path import Path
-from .walk import walk
+from .walk import Walk, prepare
 
 
 class Gaussian(NamedTuple):
@@ -40,24 +41,32 @@ def fit(
     :param scale: standard deviations to start with, a scalar or (d,).
     :param batch: B, draws of a step, each of which costs one gradient.
     """
-    loc = jnp.asarray(loc)
+    start = _start(jnp.asarray(loc), scale)
+    return _walk(f, start.loc.size, start.loc.dtype, batch, steps)(start, key, batch)
+
+
+def _start(loc: jax.Array, scale: Any) -> Gaussian:
+    return Gaussian(loc, jnp.diag(jnp.broadcast_to(jnp.asarray(scale, loc.dtype), loc.shape)))
+
+
+@functools.cache
+def _walk(f: Callable[[jax.Array], jax.Array], size: int, dtype: Any, batch: int, steps: int) -> Walk:
     scores = jax.vmap(lambda z: -jax.grad(f)(z))
 
     def step(t: Any, q: Gaussian, key: jax.Array) -> Gaussian:
-        z = q.loc + jax.random.normal(key, (batch, loc.size), loc.dtype) @ q.factor.T
-        new = match(q, z, scores(z), batch * loc.size / (t + 1.0))
+        z = q.loc + jax.random.normal(key, (batch, size), dtype) @ q.factor.T
+        new = match(q, z, scores(z), batch * size / (t + 1.0))
         good = jnp.isfinite(new.loc).all() & jnp.isfinite(new.factor).all()
         return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, q)
 
-    start = Gaussian(loc, jnp.diag(jnp.broadcast_to(jnp.asarray(scale, loc.dtype), loc.shape)))
-    return walk(step, lambda q: (q.loc, q.factor), start, key, steps, batch)
+    return prepare(step, tuple, _start(jnp.zeros(size, dtype), 1.0), steps)
 
 
 def match(q: Gaussian, z: jax.Array, g: jax.Array, rate: Any) -> Gaussian:
     """The Gaussian matching the scores ``g`` (B, d) at ``z`` (B, d), near q as λ = ``rate`` asks for.
 
     With V = LLᵀ and Σ' = LXLᵀ the equation is XAX + X = I for A = LᵀUL. If U = GᵀG, and GL has the singular values s
-    and right singular vectors W, then X = I − W (1 − x) Wᵀ with x = 2/(1 + √(1 + 4s²)), whose root is I − W (1 − √x) Wᵀ.
+    and right singular vectors W, then X = I − W (1 − x) Wᵀ with x = 2/(1 + √(1 + 4s²)). Its root is I − W (1 − √x) Wᵀ.
     """
     share = rate / (1 + rate)
     mean_z, mean_g = z.mean(0), g.mean(0)

@@ -13,6 +13,7 @@ covariance under the Pareto-smoothed importance weights of all draws, which is w
 Its gradients are counted while it runs a second time, untimed. A value without a gradient counts as a third of one.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from blackjax.vi import pathfinder as package_pathfinder
 from jax import lax
 
 from .path import Path
-from .walk import walk
+from .walk import Walk, prepare, timed_compile
 
 Potential = Callable[[jax.Array], jax.Array]
 
@@ -36,6 +37,8 @@ Potential = Callable[[jax.Array], jax.Array]
 RATES = (0.1, 0.01, 0.001)
 #: Iterations of L-BFGS for each start: the package's 30 cut hard posteriors short.
 ITERATIONS = 100
+#: Draws for the ELBO of each point of a path, as many as Stan takes, and for the weights from each path.
+ELBO_DRAWS, DRAWS = 25, 100
 
 
 def fullrank_vi(
@@ -50,14 +53,10 @@ def fullrank_vi(
     :param draws: of a step, each of which costs one gradient.
     """
     loc = jnp.asarray(loc)
-    method = blackjax.fullrank_vi(lambda z: -f(z), optax.adam(rate), draws)
+    state = blackjax.fullrank_vi.init(loc, optax.adam(rate))
     below = jnp.zeros(loc.size * (loc.size - 1) // 2, loc.dtype)
-    start = method.init(loc)._replace(mu=loc, chol_params=jnp.concatenate([_log_scale(loc, scale), below]))
-
-    def gaussian(state: Any) -> tuple[Any, Any]:
-        return state.mu, package_fullrank._unflatten_cholesky(state.chol_params, loc.size)
-
-    return walk(lambda _, state, key: method.step(key, state)[0], gaussian, start, key, steps, draws)
+    start = state._replace(mu=loc, chol_params=jnp.concatenate([_log_scale(loc, scale), below]))
+    return _walk(f, True, loc.size, loc.dtype, rate, draws, steps)(start, key, draws)
 
 
 def meanfield_vi(
@@ -65,13 +64,23 @@ def meanfield_vi(
 ) -> Path:
     """Diagonal Gaussians along the way; arguments as :func:`fullrank_vi`."""
     loc = jnp.asarray(loc)
-    method = blackjax.meanfield_vi(lambda z: -f(z), optax.adam(rate), draws)
-    start = method.init(loc)._replace(mu=loc, rho=_log_scale(loc, scale))
+    start = blackjax.meanfield_vi.init(loc, optax.adam(rate))._replace(mu=loc, rho=_log_scale(loc, scale))
+    return _walk(f, False, loc.size, loc.dtype, rate, draws, steps)(start, key, draws)
+
+
+@functools.cache
+def _walk(f: Potential, full: bool, size: int, dtype: Any, rate: float, draws: int, steps: int) -> Walk:
+    package = blackjax.fullrank_vi if full else blackjax.meanfield_vi
+    method = package(lambda z: -f(z), optax.adam(rate), draws)
 
     def gaussian(state: Any) -> tuple[Any, Any]:
+        if full:
+            return state.mu, package_fullrank._unflatten_cholesky(state.chol_params, size)
         return state.mu, jnp.exp(state.rho)
 
-    return walk(lambda _, state, key: method.step(key, state)[0], gaussian, start, key, steps, draws)
+    return prepare(
+        lambda _, state, key: method.step(key, state)[0], gaussian, method.init(jnp.zeros(size, dtype)), steps
+    )
 
 
 class Found(NamedTuple):
@@ -85,51 +94,63 @@ class Found(NamedTuple):
     visited: jax.Array
 
 
-def pathfinder(
-    f: Potential, loc: Any, scale: Any, key: jax.Array, *, paths: int = 20, draws: int = 25, resampled: bool = False
-) -> Path:
-    """One Gaussian, with the cost of all paths.
+def pathfinder(f: Potential, loc: Any, scale: Any, key: jax.Array, *, paths: int = 20) -> Path:
+    """The Gaussian of the best path, with the cost of all.
 
     :param f: −log p, (d,) → scalar, nats.
     :param loc: where the first path starts, (d,); the others start uniformly in (−2, 2).
     :param scale: not used: a path is one of points.
-    :param draws: of each point's ELBO, and taken from each path.
-    :param resampled: whether the Gaussian is that of the weighted draws, or the best path's.
     """
-    loc = jnp.asarray(loc)
+    return _path(f, jnp.asarray(loc), key, paths, lambda found: _best(found.path_states), 0)
+
+
+def pathfinder_resampled(f: Potential, loc: Any, scale: Any, key: jax.Array, *, paths: int = 20) -> Path:
+    """The Gaussian with the moments of the weighted draws; arguments as :func:`pathfinder`."""
+    return _path(f, jnp.asarray(loc), key, paths, _weighted, DRAWS)
+
+
+def _path(f: Potential, loc: jax.Array, key: jax.Array, paths: int, gaussian: Callable[[Any], Any], draws: int) -> Path:
     start_key, key = jax.random.split(key)
     others = jax.random.uniform(start_key, (paths - 1, loc.size), loc.dtype, -2, 2)
     starts = jnp.concatenate([loc[None], others])
+    search = _compiled_search(f, starts.shape, loc.dtype)
     begin = time.perf_counter()
-    compiled = jax.jit(lambda z, key: _search(f, z, key, draws)).lower(starts, key).compile()
-    compiling = time.perf_counter() - begin
-    begin = time.perf_counter()
-    found = jax.device_get(jax.block_until_ready(compiled(starts, key)))
+    found = jax.device_get(jax.block_until_ready(search.run(starts, key)))
     seconds = time.perf_counter() - begin
+    visited = int(found.visited.sum())
+    gradients = search.gradients(starts, key) + (ELBO_DRAWS * visited + draws * paths) / 3
     with jax.enable_x64(True):
-        mean, factor = jax.device_get(_weighted(found.paths) if resampled else _best(found.paths.path_states))
-    gradients = _gradients(f, starts, key, draws) + draws * (found.visited.sum() + paths) / 3
-    return Path(mean[None], factor[None], *(np.array([x]) for x in (found.visited.sum(), gradients, seconds)), compiling)
-
-
-def pathfinder_resampled(
-    f: Potential, loc: Any, scale: Any, key: jax.Array, *, paths: int = 20, draws: int = 100
-) -> Path:
-    """:func:`pathfinder` by the importance weights of all draws: of more of them."""
-    return pathfinder(f, loc, scale, key, paths=paths, draws=draws, resampled=True)
+        mean, factor = jax.device_get(gaussian(found.paths))
+    steps, cost, taken = (np.array([x]) for x in (visited, gradients, seconds))
+    return Path(mean[None], factor[None], steps, cost, taken, search.compiling)
 
 
 def _log_scale(loc: jax.Array, scale: Any) -> jax.Array:
     return jnp.broadcast_to(jnp.log(jnp.asarray(scale, loc.dtype)), loc.shape)
 
 
-def _search(f: Potential, starts: jax.Array, key: jax.Array, draws: int) -> Found:
+class Search(NamedTuple):
+    """Compiled, with the seconds it took: all paths, and the number of gradients that they ask for."""
+
+    run: Callable[[jax.Array, jax.Array], Found]
+    gradients: Callable[[jax.Array, jax.Array], int]
+    compiling: float
+
+
+@functools.cache
+def _compiled_search(f: Potential, shape: tuple[int, int], dtype: Any) -> Search:
+    starts, key = jnp.zeros(shape, dtype), jax.random.key(0)
+    run, seconds = timed_compile(lambda z, key: _search(f, z, key), starts, key)
+    return Search(run, _counter(f), seconds)
+
+
+def _search(f: Potential, starts: jax.Array, key: jax.Array) -> Found:
     def one(start: tuple[jax.Array, jax.Array]) -> Any:
         search_key, draw_key = jax.random.split(start[1])
         state, info = package_pathfinder.approximate(
-            search_key, lambda z: -f(z), start[0], draws, maxiter=ITERATIONS
+            search_key, lambda z: -f(z), start[0], ELBO_DRAWS, maxiter=ITERATIONS
         )
-        z, logq = package_pathfinder.sample(draw_key, state, draws)
+        z, logq = package_pathfinder.sample(draw_key, state, DRAWS)
         return state, z, -jax.vmap(f)(z), logq, jnp.isfinite(info.path.elbo).sum()
 
     *found, visited = lax.map(one, (starts, jax.random.split(key, len(starts))))
@@ -151,8 +172,8 @@ def _weighted(paths: package_multipath.MultipathfinderState) -> tuple[Any, Any]:
     return mean, jnp.linalg.cholesky((weights[:, None] * (z - mean)).T @ (z - mean))
 
 
-def _gradients(f: Potential, starts: jax.Array, key: jax.Array, draws: int) -> int:
-    """How often the search asks for a gradient: line searches take as many as they need."""
+def _counter(f: Potential) -> Callable[[jax.Array, jax.Array], int]:
+    """Counts how often the search asks for a gradient: line searches take as many as they need."""
     calls: list[None] = []
     counted = jax.custom_vjp(f)
 
@@ -161,6 +182,12 @@ def _gradients(f: Potential, starts: jax.Array, key: jax.Array, draws: int) -> i
         return (tangent * jax.grad(f)(z),)
 
     counted.defvjp(lambda z: (f(z), z), backward)
-    jax.block_until_ready(jax.jit(lambda z, key: _search(counted, z, key, draws))(starts, key))
-    jax.effects_barrier()
-    return len(calls)
+    run = jax.jit(lambda z, key: _search(counted, z, key))
+
+    def count(starts: jax.Array, key: jax.Array) -> int:
+        before = len(calls)
+        jax.block_until_ready(run(starts, key))
+        jax.effects_barrier()
+        return len(calls) - before
+
+    return count

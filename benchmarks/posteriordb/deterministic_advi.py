@@ -14,6 +14,7 @@ d(d+3)/2 parameters: M = 5 d(d+3) leaves 0.05 nats.
 One step is one iteration of Newton's method. A product costs two gradients of each draw (forward over reverse).
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from jax.flatten_util import ravel_pytree
 from scipy.optimize import minimize
 
 from .path import Path
+from .walk import timed_compile
 
 #: Expected loss by the fixed draws, nats, that the full Gaussian's number of draws is chosen for.
 LOSS = 0.05
@@ -78,10 +80,12 @@ def fit(
     epsilon = fixed_draws(key, draws or family.draws(loc.size), loc)
     rho = jnp.broadcast_to(jnp.log(jnp.asarray(scale, loc.dtype)), loc.shape)
     x, unravel = ravel_pytree(family.start(loc, rho))
-    descent = _Descent(_objective(f, epsilon, family, unravel), x, len(epsilon), budget)
+    objective = _objective(f, family, loc.size, len(epsilon), loc.dtype)
+    descent = _Descent(objective, x, epsilon, budget)
     descent.run(steps, gtol)
-    loc, factor = jax.device_get(jax.vmap(lambda x: _gaussian(family, unravel(x)))(jnp.stack(descent.points)))
-    return Path(loc, factor, np.arange(len(loc)), *map(np.array, zip(*descent.costs, strict=True)), descent.compiling)
+    means, factors = jax.device_get(jax.vmap(lambda x: _gaussian(family, unravel(x)))(jnp.stack(descent.points)))
+    gradients, seconds = map(np.array, zip(*descent.costs, strict=True))
+    return Path(means, factors, np.arange(len(means)), gradients, seconds, objective.compiling)
 
 
 def fixed_draws(key: jax.Array, draws: int, loc: jax.Array) -> jax.Array:
@@ -93,15 +97,32 @@ def _gaussian(family: Family, parameters: Any) -> tuple[jax.Array, jax.Array]:
     return parameters[0], family.factor(parameters)
 
 
+class _Objective(NamedTuple):
+    """Compiled functions of the parameters and ε, and the seconds that it took."""
+
+    value_and_grad: Callable[[Any, Any], Any]
+    product: Callable[[Any, Any, Any], Any]
+    compiling: float
+
+
+@functools.cache
 def _objective(
-    f: Callable[[jax.Array], jax.Array], epsilon: jax.Array, family: Family, unravel: Callable[[jax.Array], Any]
-) -> Callable[[jax.Array], jax.Array]:
-    def objective(x: jax.Array) -> jax.Array:
+    f: Callable[[jax.Array], jax.Array], family: Family, size: int, draws: int, dtype: Any
+) -> _Objective:  # fmt: skip
+    x, unravel = ravel_pytree(family.start(jnp.zeros(size, dtype), jnp.zeros(size, dtype)))
+
+    def objective(x: jax.Array, epsilon: jax.Array) -> jax.Array:
         loc, factor = _gaussian(family, parameters := unravel(x))
         spread = epsilon * factor if factor.ndim == 1 else epsilon @ factor.T
         return jax.vmap(f)(loc + spread).mean() - parameters[1].sum()
 
-    return objective
+    def product(x: jax.Array, v: jax.Array, epsilon: jax.Array) -> jax.Array:
+        return jax.jvp(lambda x: jax.grad(objective)(x, epsilon), (x,), (v,))[1]
+
+    epsilon = jnp.zeros((draws, size), dtype)
+    first, seconds = timed_compile(jax.value_and_grad(objective), x, epsilon)
+    second, more = timed_compile(product, x, x, epsilon)
+    return _Objective(first, second, seconds + more)
 
 
 class _Descent:
@@ -111,15 +132,9 @@ class _Descent:
     :ivar costs: (gradients, seconds) up to each of them.
     """
 
-    def __init__(self, objective: Callable[[jax.Array], jax.Array], x: jax.Array, draws: int, budget: float) -> None:
-        def product(x: jax.Array, v: jax.Array) -> jax.Array:
-            return jax.jvp(jax.grad(objective), (x,), (v,))[1]
-
-        begin = time.perf_counter()
-        self._value_and_grad = jax.jit(jax.value_and_grad(objective)).lower(x).compile()
-        self._product = jax.jit(product).lower(x, x).compile()
-        self.compiling = time.perf_counter() - begin
-        self._draws, self._budget, self._gradients, self._dtype = draws, budget, 0, x.dtype
+    def __init__(self, objective: _Objective, x: jax.Array, epsilon: jax.Array, budget: float) -> None:
+        self._objective, self._epsilon, self._budget, self._dtype = objective, epsilon, budget, x.dtype
+        self._gradients = 0
         self.points, self.costs = [x], [(0, 0.0)]
 
     def run(self, steps: int, gtol: float) -> None:
@@ -134,12 +149,13 @@ class _Descent:
 
     def _value(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Infinite where it is not a number: a region of trust then shrinks."""
-        value, gradient = self._value_and_grad(self._spend(x, 1))
+        value, gradient = self._objective.value_and_grad(self._spend(x, 1), self._epsilon)
         return float(np.nan_to_num(value, nan=np.inf, posinf=np.inf, neginf=-np.inf)), np.asarray(gradient, float)
 
     def _hessp(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
         """Conjugate gradients would turn in circles for ever where it is not finite."""
-        product = np.asarray(self._product(self._spend(x, 2), np.asarray(v, self._dtype)), float)
+        direction = np.asarray(v, self._dtype)
+        product = np.asarray(self._objective.product(self._spend(x, 2), direction, self._epsilon), float)
         if not np.isfinite(product).all():
             raise _Over
         return product
@@ -147,7 +163,7 @@ class _Descent:
     def _spend(self, x: np.ndarray, gradients: int) -> np.ndarray:
         if self._gradients >= self._budget or not np.isfinite(x).all():
             raise _Over
-        self._gradients += gradients * self._draws
+        self._gradients += gradients * len(self._epsilon)
         return np.asarray(x, self._dtype)
 
     def _record(self, x: np.ndarray) -> None:
