@@ -10,6 +10,7 @@ paper, with its own ``approximate`` and ``sample``. The package runs all starts 
 the last one does and all of their ELBOs are in memory at once; here they run one after the other, which leaves every
 path as it is. Its answer is reported twice: as the Gaussian of the path whose ELBO is highest, and as the mean and
 covariance under the Pareto-smoothed importance weights of all draws, which is what resampling has on average.
+Where the paper's Gaussian has the mean x − H∇f the package's, at release 1.7.1, has x + H∇f: it is taken as it ships.
 Its gradients are counted while it runs a second time, untimed. A value without a gradient counts as a third of one.
 """
 

@@ -148,9 +148,12 @@ class _Descent:
             return
 
     def _value(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        """Infinite where it is not a number: a region of trust then shrinks."""
+        """Infinite where it is not a number: the region of trust then shrinks, and the gradient is not looked at."""
         value, gradient = self._objective.value_and_grad(self._spend(x, 1), self._epsilon)
-        return float(np.nan_to_num(value, nan=np.inf, posinf=np.inf, neginf=-np.inf)), np.asarray(gradient, float)
+        finite, first = bool(np.isfinite(value)), self._gradients == len(self._epsilon)
+        if not np.isfinite(gradient).all() and (finite or first):
+            raise _Over
+        return float(value) if finite else np.inf, np.asarray(gradient, float)
 
     def _hessp(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
         """Conjugate gradients would turn in circles for ever where it is not finite."""
