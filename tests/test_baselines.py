@@ -156,7 +156,7 @@ def test_mean_field_is_stationary_on_its_draws(dtype: str) -> None:
 
 
 def test_deterministic_advi_counts_its_gradients(x64: Any) -> None:
-    """Against SciPy's own counts on the objective written by hand: a product is one sweep, counted as two gradients."""
+    """Against counts on the objective written by hand: a product is one sweep, counted as two gradients."""
     target, M = counted(), 30
     path = deterministic_advi.mean_field(target.potential, start(), 0.1, KEY)
     jax.effects_barrier()
@@ -168,14 +168,18 @@ def test_deterministic_advi_counts_its_gradients(x64: Any) -> None:
         cross = (PRECISION @ shift) @ (s * mean)
         return 0.5 * shift @ PRECISION @ shift + cross + 0.5 * s @ (PRECISION * second) @ s - x[D:].sum()
 
-    x = np.r_[np.zeros(D), np.full(D, np.log(0.1))]
+    products: list[None] = []
     gradient, hessian = jax.jit(jax.grad(objective)), jax.jit(jax.hessian(objective))
-    result = optimize.minimize(
-        objective, x, jac=gradient, hessp=lambda x, v: np.asarray(hessian(x) @ v), method="trust-ncg"
-    )
-    assert path.gradients[-1] == M * (result.nfev + 2 * result.nhev)
+
+    def product(x: Any, v: Any) -> Any:
+        products.append(None)
+        return np.asarray(hessian(x) @ v)
+
+    x = np.r_[np.zeros(D), np.full(D, np.log(0.1))]
+    result = optimize.minimize(objective, x, jac=gradient, hessp=product, method="trust-ncg")
+    assert path.gradients[-1] == M * (result.nfev + 2 * len(products))
     assert path.steps[-1] == result.nit
-    assert len(target.calls) == M * (result.nfev + result.nhev)
+    assert len(target.calls) == M * (result.nfev + len(products))
 
 
 def test_deterministic_advi_stops(x64: Any) -> None:
