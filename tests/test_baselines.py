@@ -207,10 +207,7 @@ def test_fullrank_vi_is_exact_on_a_gaussian(blackjax_vi: Any, dtype: str) -> Non
 
 
 def test_meanfield_vi_finds_the_best_diagonal_gaussian(blackjax_vi: Any, dtype: str) -> None:
-    """Variances 1/P_ii, at which KL is −½ log |Σ diag P| nats short of nothing.
-
-    The step's noise does not vanish there: Adam at rate r wanders by about r in units of its parameters.
-    """
+    """Variances 1/P_ii. Noise does not vanish there: Adam at rate r wanders by about r in units of its parameters."""
     path = blackjax_vi.meanfield_vi(f, start(), 0.1, KEY, rate=0.03, draws=20)
     assert_sound(path, dtype)
     np.testing.assert_allclose(np.log(path.factor[-1] ** 2 * np.diag(PRECISION)), 0, atol=4 * 0.03)
