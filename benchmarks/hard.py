@@ -3,8 +3,8 @@
 """Where things are hard: ``NaturalGradient()`` as shipped on the models of :mod:`.hard_cases`, beside Adam.
 
 Every fit is scored at marks on one common set of 4096 draws, on all of the data. *Best* is the lowest −ELBO known: of
-the optimum if known, else of a run with 64 particles, or of any fit of the table. *Steps* are those to the
-first mark within 0.1 nats of it. A fit *failed* if it is not within 1 nat after 1000 steps. Adam's rate is the one that
+the optimum if known, else of a run with 64 particles, or of any fit of the table. *Steps* are those to the first mark
+within 0.1 nats of it. A fit *failed* if it is not within 1 nat after 1000 steps. Adam's rate is the one that
 ends lowest of four (a choice that nobody has in practice), with a cosine decay over its 5000 steps.
 
 ``python -m benchmarks.hard`` prints the table, each precision in a process of its own; ``--x64`` with names of cases
