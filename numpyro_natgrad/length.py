@@ -36,6 +36,8 @@ MEMORY_MIN = 1.1
 OUTLIER, HARMLESS = 2.0, 1.0
 #: The running mean is believed to lag behind by this factor at most.
 DRIFT_MAX = 10.0
+STALE = float(__import__('os').environ.get('STALE','4'))
+FORGET = float(__import__('os').environ.get('FORGET','10'))
 #: Bounds of the adaptive radius: nats, and multiples of :func:`noise_floor`, to which it closes in by itself.
 RADIUS_MAX, RADIUS_MIN = 1e5, 1e-3
 
@@ -106,9 +108,12 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     steps.
     """
     n, tiny = seen.trend2.size, jnp.finfo(seen.trend2.dtype).tiny
-    kept, old_noise = pace.memory[:n], pace.noise[:n]
+    kept = pace.memory[:n]
     first, weight = kept < MEMORY_MIN, 1 / kept
-    drift, seen = _followed(pace.drift[:, :n], seen, weight)
+    scale = STALE * jnp.maximum(pace.previous[:n], seen.this2)
+    old_noise = jnp.minimum(pace.noise[:n], scale)
+    drift = pace.drift[:, :n] * jnp.minimum(1.0, scale / jnp.maximum(pace.drift[1, :n], tiny))
+    drift, seen = _followed(drift, seen, weight)
     trend2, news2, this2 = seen
     bound = jnp.where(first, jnp.inf, jnp.maximum(OUTLIER**2 * (trend2 + old_noise), HARMLESS))
     pull = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(news2, tiny)))
@@ -120,7 +125,7 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     signal = jnp.clip(mean2 / jnp.maximum(mean2 + noise, tiny), 1e-6, 1.0)
     memory = jnp.maximum(kept * (1 - signal) + 1, MEMORY_MIN)
     pace = pace._replace(
-        noise=pace.noise.at[:n].set(noise), memory=pace.memory.at[:n].set(memory), drift=pace.drift.at[:, :n].set(drift)
+        noise=pace.noise.at[:n].set(noise), previous=pace.previous.at[:n].set(this2), memory=pace.memory.at[:n].set(memory), drift=pace.drift.at[:, :n].set(drift)
     )
     return pace, Observation(w, signal, noise, pull)
 
@@ -193,3 +198,10 @@ def resized(pace: Pace, latents: int, kl: jax.Array, *, good: jax.Array, limited
     grown = jnp.where(grows, jnp.minimum(4 * pace.radius, RADIUS_MAX), kept)
     radius = jnp.where(good, grown, jnp.maximum(pace.radius / 4, RADIUS_MIN * floor))
     return pace._replace(radius=radius.astype(pace.radius.dtype))
+
+
+def forgotten(pace: Pace, latents: int, kl: jax.Array) -> Pace:
+    """The running means after a step of ``kl`` nats: what was learned there holds here only as far as the two overlap."""
+    share = jnp.minimum(1.0, FORGET * latents / jnp.maximum(kl, jnp.finfo(kl.dtype).tiny))
+    memory = jnp.minimum(pace.memory, 1 + FORGET * latents / jnp.maximum(kl, jnp.finfo(kl.dtype).tiny))
+    return pace._replace(memory=memory.astype(pace.memory.dtype), noise=pace.noise * share, drift=pace.drift * share)

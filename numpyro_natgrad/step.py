@@ -27,6 +27,8 @@ from .structure import Structure
 
 #: Polynomial-decay averaging of the iterates (Shamir & Zhang 2013): weight (η+1)/(n+η+1) on the newest of n.
 AVERAGE_DECAY = 8.0
+#: Lengths that a step may try.
+TRIALS = 6
 
 
 class Context(NamedTuple):
@@ -63,13 +65,25 @@ class Proposal(NamedTuple):
     kl: jax.Array
     moved: jax.Array
     limited: jax.Array
+    radius: jax.Array
 
 
 class Verdict(NamedTuple):
-    """Whether the step is taken, and whether it has earned a larger radius."""
+    """Whether the step is taken, and whether it has earned a larger radius. ``gained``: nats, on its own draws."""
 
     good: jax.Array
     grows: jax.Array
+    gained: jax.Array
+
+
+class Search(NamedTuple):
+    """The best step so far. ``radius``: of the next trial.  ``up``: nats, a longer one is worth a trial."""
+
+    proposal: Proposal
+    verdict: Verdict
+    radius: jax.Array
+    trials: jax.Array
+    open: jax.Array
 
 
 def natural_step(fn: Loss, context: Context, step: jax.Array, state: State) -> tuple[Evidence, State]:
@@ -77,9 +91,8 @@ def natural_step(fn: Loss, context: Context, step: jax.Array, state: State) -> t
     structure = context.structure
     evidence = gather(fn, state.params, structure.views, structure.particles)
     direction = _direction(evidence, context, step, state)
-    proposal = _propose(evidence, context, direction, state)
-    verdict = _judge(evidence, context, direction, proposal)
-    return evidence, _settle(context, state, direction, proposal, verdict)
+    search = _search(evidence, context, direction, state)
+    return evidence, _settle(context, state, direction, search.proposal, search.verdict)
 
 
 def _direction(evidence: Evidence, context: Context, step: jax.Array, state: State) -> Direction:
@@ -102,20 +115,53 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     return Direction(tangents, memory, pace, jnp.where(ok, square, 0.0), seen.signal, cap, ok)
 
 
-def _propose(evidence: Evidence, context: Context, direction: Direction, state: State) -> Proposal:
+def _search(evidence: Evidence, context: Context, direction: Direction, state: State) -> Search:
+    """Try the radius; a quarter of it while steps do not deliver, four times while they deliver all they promise.
+
+    A trial costs one value of the loss, a step its gradient and Hessian products as well.
+    """
+
+    def trial(radius: jax.Array) -> tuple[Proposal, Verdict]:
+        proposal = _propose(evidence, context, direction, state, radius)
+        return proposal, _judge(evidence, context, direction, proposal)
+
+    def open_(search: Search) -> jax.Array:
+        return search.open & (search.trials < TRIALS)
+
+    def body(search: Search) -> Search:
+        proposal, verdict = trial(search.radius)
+        before = search.verdict.good
+        better = ~before | (verdict.good & (verdict.gained > search.verdict.gained))
+        kept = _choose(better, (proposal, verdict), (search.proposal, search.verdict))
+        opened = jnp.where(before, better & verdict.grows, ~verdict.good & direction.ok | verdict.grows)
+        # Once a step has been shortened to deliver, it is not lengthened again.
+        opened &= (search.trials == 0) | before | ~verdict.good
+        radius = jnp.where(verdict.good, 4 * search.radius, search.radius / 4)
+        return Search(*kept, radius, search.trials + 1, opened)
+
+    start = direction.pace.radius
+    shapes = jax.eval_shape(trial, start)
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    search = Search(*empty, start, jnp.array(0, jnp.int32), jnp.array(True))
+    return lax.while_loop(open_, body, search)
+
+
+def _propose(
+    evidence: Evidence, context: Context, direction: Direction, state: State, radius: jax.Array
+) -> Proposal:
     families = list(zip(context.structure.families, direction.tangents, strict=True))
 
     def kl(share: jax.Array) -> jax.Array:
         return _each(f.kl(v, share * direction.cap[k]) for k, (f, v) in enumerate(families))
 
-    share = length.longest(lambda s: jnp.sum(kl(s)), jnp.ones((), direction.cap.dtype), direction.pace.radius)
+    share = length.longest(lambda s: jnp.sum(kl(s)), jnp.ones((), direction.cap.dtype), radius)
     rho = share * direction.cap
     params, memory = state.params, direction.memory
     for k, (family, v) in enumerate(families):
         params, memory = family.retract(params, memory, v, rho[k])
     moved = jnp.sum(_each(f.moved(v, rho[k]) for k, (f, v) in enumerate(families)))
     params, point = context.point.step(params, evidence.gradient, state.point, tuple(context.structure.point))
-    return Proposal(params, memory, point, rho, kl(share), moved, share < 1)
+    return Proposal(params, memory, point, rho, kl(share), moved, share < 1, radius)
 
 
 def _judge(evidence: Evidence, context: Context, direction: Direction, proposal: Proposal) -> Verdict:
@@ -127,23 +173,24 @@ def _judge(evidence: Evidence, context: Context, direction: Direction, proposal:
     """
     ok = direction.ok & finite(proposal.params)
     if not context.options.adaptive or not context.structure.paired:
-        return Verdict(ok, jnp.array(False))
+        return Verdict(ok, jnp.array(False), jnp.zeros_like(evidence.loss))
     floor = length.noise_floor(context.structure.latents)
-    large = (proposal.moved > floor) | (proposal.limited & (direction.pace.radius >= floor))
+    large = (proposal.moved > floor) | (proposal.limited & (proposal.radius >= floor))
     asked = large | (not context.structure.exact)
     gained = evidence.loss - lax.cond(ok & asked, evidence.value, lambda _: evidence.loss, proposal.params)
     promised = jnp.sum(proposal.kl / jnp.maximum(proposal.rho, jnp.finfo(proposal.rho.dtype).tiny))
     delivered = ~asked | (gained >= jnp.where(large, length.ACCEPT * promised, -floor))
-    return Verdict(ok & delivered, proposal.limited & (gained > length.GROW * promised))
+    return Verdict(ok & delivered, proposal.limited & (gained > length.GROW * promised), gained)
 
 
 def _settle(context: Context, state: State, direction: Direction, proposal: Proposal, verdict: Verdict) -> State:
     """Take the step or leave it, and write down which."""
     good = verdict.good
-    pace = direction.pace
+    pace = direction.pace._replace(radius=proposal.radius)
     if context.options.adaptive:
         nats, limited = jnp.sum(proposal.kl), proposal.limited
         pace = length.resized(pace, context.structure.latents, nats, good=good, limited=limited, grows=verdict.grows)
+    pace = _choose(good, length.forgotten(pace, context.structure.latents, jnp.sum(proposal.kl)), pace)
     # A skipped natural gradient stays in the running means only if it was finite.
     kept = _choose(direction.ok, direction.memory, state.memory)
     pace = _choose(direction.ok, pace, state.pace)._replace(radius=pace.radius)
@@ -189,7 +236,7 @@ def _info(state: State, direction: Direction, proposal: Proposal, good: jax.Arra
             jnp.sqrt(square),
             jnp.where(good, jnp.sqrt(jnp.sum(share * proposal.rho**2)), 0.0),
             jnp.sum(share * direction.signal),
-            direction.pace.radius,
+            proposal.radius,
             proposal.limited & good,
             ~good,
             old.skipped_total + ~good,
