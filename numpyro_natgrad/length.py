@@ -36,8 +36,8 @@ MEMORY_MIN = 1.1
 OUTLIER, HARMLESS = 2.0, 1.0
 #: The running mean is believed to lag behind by this factor at most.
 DRIFT_MAX = 10.0
-STALE = float(__import__('os').environ.get('STALE','4'))
-FORGET = float(__import__('os').environ.get('FORGET','10'))
+#: Nats a latent after which what was learned at a place is worth one step: the two guides hardly overlap there.
+FAR = float(__import__('os').environ.get('FORGET','10'))
 #: Bounds of the adaptive radius: nats, and multiples of :func:`noise_floor`, to which it closes in by itself.
 RADIUS_MAX, RADIUS_MIN = 1e5, 1e-3
 
@@ -108,12 +108,9 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     steps.
     """
     n, tiny = seen.trend2.size, jnp.finfo(seen.trend2.dtype).tiny
-    kept = pace.memory[:n]
+    kept, old_noise = pace.memory[:n], pace.noise[:n]
     first, weight = kept < MEMORY_MIN, 1 / kept
-    scale = STALE * jnp.maximum(pace.previous[:n], seen.this2)
-    old_noise = jnp.minimum(pace.noise[:n], scale)
-    drift = pace.drift[:, :n] * jnp.minimum(1.0, scale / jnp.maximum(pace.drift[1, :n], tiny))
-    drift, seen = _followed(drift, seen, weight)
+    drift, seen = _followed(pace.drift[:, :n], seen, weight)
     trend2, news2, this2 = seen
     bound = jnp.where(first, jnp.inf, jnp.maximum(OUTLIER**2 * (trend2 + old_noise), HARMLESS))
     pull = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(news2, tiny)))
@@ -125,7 +122,7 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     signal = jnp.clip(mean2 / jnp.maximum(mean2 + noise, tiny), 1e-6, 1.0)
     memory = jnp.maximum(kept * (1 - signal) + 1, MEMORY_MIN)
     pace = pace._replace(
-        noise=pace.noise.at[:n].set(noise), previous=pace.previous.at[:n].set(this2), memory=pace.memory.at[:n].set(memory), drift=pace.drift.at[:, :n].set(drift)
+        noise=pace.noise.at[:n].set(noise), memory=pace.memory.at[:n].set(memory), drift=pace.drift.at[:, :n].set(drift)
     )
     return pace, Observation(w, signal, noise, pull)
 
@@ -144,6 +141,18 @@ def _followed(drift: jax.Array, seen: Comparison, weight: jax.Array) -> tuple[ja
     more = jnp.clip(drift[0] / jnp.maximum(drift[1], jnp.finfo(trend2.dtype).tiny), 0.0, DRIFT_MAX - 1)  # β − 1
     left = jnp.maximum(news2 - 2 * more * missed + more**2 * trend2, 0.0)
     return drift, Comparison((1 + more) ** 2 * trend2, left, this2)
+
+
+def forgotten(pace: Pace, latents: int, kl: jax.Array) -> Pace:
+    """The running means after a step that moved every family by ``kl`` nats.
+
+    Natural gradients far apart differ because the model does, and by orders of magnitude where a fit starts far from its
+    posterior: taken for noise, that would shorten the next steps to nothing. So they are remembered for as many steps
+    as the guide needs at this pace to get ``FAR`` nats a latent away, and with that share of their variance.
+    """
+    steps = FAR * latents / jnp.maximum(jnp.sum(kl), jnp.finfo(kl.dtype).tiny)
+    memory, share = jnp.minimum(pace.memory, 1 + steps), jnp.minimum(steps, 1.0)
+    return pace._replace(memory=memory.astype(kl.dtype), noise=pace.noise * share, drift=pace.drift * share)
 
 
 def longest(kl: Callable[[jax.Array], jax.Array], cap: jax.Array, radius: jax.Array) -> jax.Array:
@@ -195,13 +204,10 @@ def resized(pace: Pace, latents: int, kl: jax.Array, *, good: jax.Array, limited
     floor = noise_floor(latents)
     recovered = jnp.maximum(pace.radius, jnp.minimum(4 * pace.radius, floor))
     kept = jnp.where(limited, recovered, jnp.maximum(jnp.minimum(pace.radius, 4 * kl), floor))
-    grown = jnp.where(grows, jnp.minimum(4 * pace.radius, RADIUS_MAX), kept)
-    radius = jnp.where(good, grown, jnp.maximum(pace.radius / 4, RADIUS_MIN * floor))
+    radius = jnp.where(good, jnp.where(grows, grown(pace.radius), kept), jnp.maximum(pace.radius / 4, RADIUS_MIN * floor))
     return pace._replace(radius=radius.astype(pace.radius.dtype))
 
 
-def forgotten(pace: Pace, latents: int, kl: jax.Array) -> Pace:
-    """The running means after a step of ``kl`` nats: what was learned there holds here only as far as the two overlap."""
-    share = jnp.minimum(1.0, FORGET * latents / jnp.maximum(kl, jnp.finfo(kl.dtype).tiny))
-    memory = jnp.minimum(pace.memory, 1 + FORGET * latents / jnp.maximum(kl, jnp.finfo(kl.dtype).tiny))
-    return pace._replace(memory=memory.astype(pace.memory.dtype), noise=pace.noise * share, drift=pace.drift * share)
+def grown(radius: jax.Array) -> jax.Array:
+    """The next larger radius."""
+    return jnp.minimum(4 * radius, RADIUS_MAX)

@@ -52,7 +52,6 @@ class Pace(NamedTuple):
     noise: jax.Array
     memory: jax.Array
     drift: jax.Array
-    previous: jax.Array
     radius: jax.Array
 
 
@@ -111,5 +110,5 @@ def initial(params: Params, point: Any) -> State:
     memory = Memory(jax.tree.map(jnp.zeros_like, params), joint)
     info = StepInfo(zero, zero, zero, zero, zero, jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32))
     each = jnp.zeros(len(params), dtype)
-    pace = Pace(each, jnp.ones_like(each), jnp.stack([each, each]), each, zero)
+    pace = Pace(each, jnp.ones_like(each), jnp.stack([each, each]), zero)
     return State(params, params, memory, pace, point, info)

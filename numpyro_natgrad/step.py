@@ -5,8 +5,8 @@
     fn ──views──▶ loss, gradient ──family──▶ natural gradient ──length──▶ ρ ──family──▶ new parameters ──judge──▶ state
 
 It never raises and never leaves a NaN in the state. The ladder: a step that would move too far is *shortened* to the KL
-radius; one that is not finite, or does not deliver on its own draws, is *skipped*, and the radius shrinks; what was
-skipped is *counted*.
+radius, and to a quarter of it while it does not deliver on its own draws; one that never does, or is not finite, is
+*skipped*; what was skipped is *counted*.
 """
 
 from functools import partial
@@ -27,7 +27,7 @@ from .structure import Structure
 
 #: Polynomial-decay averaging of the iterates (Shamir & Zhang 2013): weight (η+1)/(n+η+1) on the newest of n.
 AVERAGE_DECAY = 8.0
-#: Lengths that a step may try.
+#: Radii that one step may try.
 TRIALS = 6
 
 
@@ -56,7 +56,7 @@ class Direction(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """Where the step leads. ``kl``: KL(q ‖ q₊) of each family and ``moved``: KL(q₊ ‖ q) of all of them, nats."""
+    """Where a radius leads. ``kl``: KL(q ‖ q₊) of each family and ``moved``: KL(q₊ ‖ q) of all of them, nats."""
 
     params: Params
     memory: Memory
@@ -69,7 +69,7 @@ class Proposal(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether the step is taken, and whether it has earned a larger radius. ``gained``: nats, on its own draws."""
+    """Whether a step is taken, whether it has earned a larger radius, and what it gains on its own draws, nats."""
 
     good: jax.Array
     grows: jax.Array
@@ -77,11 +77,11 @@ class Verdict(NamedTuple):
 
 
 class Search(NamedTuple):
-    """The best step so far. ``radius``: of the next trial.  ``up``: nats, a longer one is worth a trial."""
+    """The best radius so far with its verdict, the next one to try, and whether it is worth trying; nats."""
 
-    proposal: Proposal
-    verdict: Verdict
     radius: jax.Array
+    verdict: Verdict
+    following: jax.Array
     trials: jax.Array
     open: jax.Array
 
@@ -92,7 +92,8 @@ def natural_step(fn: Loss, context: Context, step: jax.Array, state: State) -> t
     evidence = gather(fn, state.params, structure.views, structure.particles)
     direction = _direction(evidence, context, step, state)
     search = _search(evidence, context, direction, state)
-    return evidence, _settle(context, state, direction, search.proposal, search.verdict)
+    proposal = _propose(evidence, context, direction, state, search.radius)
+    return evidence, _settle(context, state, direction, proposal, search)
 
 
 def _direction(evidence: Evidence, context: Context, step: jax.Array, state: State) -> Direction:
@@ -116,39 +117,32 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
 
 
 def _search(evidence: Evidence, context: Context, direction: Direction, state: State) -> Search:
-    """Try the radius; a quarter of it while steps do not deliver, four times while they deliver all they promise.
+    """The radius of this step: the one carried, a quarter of it while steps do not deliver, four times while they do.
 
-    A trial costs one value of the loss, a step its gradient and Hessian products as well.
+    A trial costs one value of the loss, a step its gradient and Hessian products as well. Where draws do not move with
+    the parameters the difference of two losses is noise, and all steps are believed.
     """
-
-    def trial(radius: jax.Array) -> tuple[Proposal, Verdict]:
-        proposal = _propose(evidence, context, direction, state, radius)
-        return proposal, _judge(evidence, context, direction, proposal)
-
-    def open_(search: Search) -> jax.Array:
-        return search.open & (search.trials < TRIALS)
+    radius = direction.pace.radius
+    nothing = Verdict(jnp.array(True), jnp.array(False), jnp.zeros_like(evidence.loss))
+    search = Search(radius, nothing, radius, jnp.array(0, jnp.int32), direction.ok)
+    if not context.options.adaptive or not context.structure.paired:
+        return search
 
     def body(search: Search) -> Search:
-        proposal, verdict = trial(search.radius)
-        before = search.verdict.good
-        better = ~before | (verdict.good & (verdict.gained > search.verdict.gained))
-        kept = _choose(better, (proposal, verdict), (search.proposal, search.verdict))
-        opened = jnp.where(before, better & verdict.grows, ~verdict.good & direction.ok | verdict.grows)
-        # Once a step has been shortened to deliver, it is not lengthened again.
-        opened &= (search.trials == 0) | before | ~verdict.good
-        radius = jnp.where(verdict.good, 4 * search.radius, search.radius / 4)
-        return Search(*kept, radius, search.trials + 1, opened)
+        proposal = _propose(evidence, context, direction, state, search.following)
+        verdict = _judge(evidence, context, proposal)
+        up = (search.trials > 0) & search.verdict.good
+        better = verdict.good & (verdict.gained > search.verdict.gained)
+        best = _choose(~up | better, (search.following, verdict), (search.radius, search.verdict))
+        # Farther while that pays; nearer until it delivers, and then no farther.
+        farther = jnp.array(context.structure.exact) & verdict.grows & jnp.where(up, better, search.trials == 0)
+        following = jnp.where(verdict.good, length.grown(search.following), search.following / 4)
+        return Search(*best, following, search.trials + 1, farther | ~(up | verdict.good))
 
-    start = direction.pace.radius
-    shapes = jax.eval_shape(trial, start)
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    search = Search(*empty, start, jnp.array(0, jnp.int32), jnp.array(True))
-    return lax.while_loop(open_, body, search)
+    return lax.while_loop(lambda search: search.open & (search.trials < TRIALS), body, search)
 
 
-def _propose(
-    evidence: Evidence, context: Context, direction: Direction, state: State, radius: jax.Array
-) -> Proposal:
+def _propose(evidence: Evidence, context: Context, direction: Direction, state: State, radius: jax.Array) -> Proposal:
     families = list(zip(context.structure.families, direction.tangents, strict=True))
 
     def kl(share: jax.Array) -> jax.Array:
@@ -164,16 +158,13 @@ def _propose(
     return Proposal(params, memory, point, rho, kl(share), moved, share < 1, radius)
 
 
-def _judge(evidence: Evidence, context: Context, direction: Direction, proposal: Proposal) -> Verdict:
-    """Compare what the step promised with what it delivers on its own draws, where that says more than noise.
+def _judge(evidence: Evidence, context: Context, proposal: Proposal) -> Verdict:
+    """Compare what a step promises with what it delivers on its own draws, where that says more than noise.
 
     For a conjugate model the gain of a step ρ is at least KL(q ‖ q₊)/ρ exactly; elsewhere a tenth of it is asked for.
     Below the noise floor a step is believed if its KL is exact; else it has to show that it loses no more than that.
-    Where draws do not move with the parameters, the difference of two losses is noise, and all steps are believed.
     """
-    ok = direction.ok & finite(proposal.params)
-    if not context.options.adaptive or not context.structure.paired:
-        return Verdict(ok, jnp.array(False), jnp.zeros_like(evidence.loss))
+    ok = finite(proposal.params)
     floor = length.noise_floor(context.structure.latents)
     large = (proposal.moved > floor) | (proposal.limited & (proposal.radius >= floor))
     asked = large | (not context.structure.exact)
@@ -183,17 +174,19 @@ def _judge(evidence: Evidence, context: Context, direction: Direction, proposal:
     return Verdict(ok & delivered, proposal.limited & (gained > length.GROW * promised), gained)
 
 
-def _settle(context: Context, state: State, direction: Direction, proposal: Proposal, verdict: Verdict) -> State:
+def _settle(context: Context, state: State, direction: Direction, proposal: Proposal, search: Search) -> State:
     """Take the step or leave it, and write down which."""
-    good = verdict.good
-    pace = direction.pace._replace(radius=proposal.radius)
-    if context.options.adaptive:
-        nats, limited = jnp.sum(proposal.kl), proposal.limited
-        pace = length.resized(pace, context.structure.latents, nats, good=good, limited=limited, grows=verdict.grows)
-    pace = _choose(good, length.forgotten(pace, context.structure.latents, jnp.sum(proposal.kl)), pace)
-    # A skipped natural gradient stays in the running means only if it was finite.
+    good = direction.ok & search.verdict.good & finite(proposal.params)
+    pace = _choose(good, length.forgotten(direction.pace, context.structure.latents, proposal.kl), direction.pace)
+    # A skipped natural gradient stays in the running means only if it was finite; one that was not finite says nothing
+    # about the radius either.
     kept = _choose(direction.ok, direction.memory, state.memory)
-    pace = _choose(direction.ok, pace, state.pace)._replace(radius=pace.radius)
+    pace = _choose(direction.ok, pace, state.pace._replace(radius=pace.radius))
+    if context.options.adaptive:
+        nats, limited, grows = jnp.sum(proposal.kl), proposal.limited, search.verdict.grows
+        tried = pace._replace(radius=proposal.radius)
+        resized = length.resized(tried, context.structure.latents, nats, good=good, limited=limited, grows=grows)
+        pace = _choose(direction.ok, resized, pace)
     params = _choose(good, proposal.params, state.params)
     average = _averaged(state.average, params, _average_weights(pace, context))
     return State(
