@@ -36,6 +36,8 @@ MEMORY_MIN = 1.1
 OUTLIER, HARMLESS = 2.0, 1.0
 #: The running mean is believed to lag behind by this factor at most.
 DRIFT_MAX = 10.0
+FAST = float(__import__('os').environ.get('FAST','0.5'))
+RECENT = float(__import__('os').environ.get('RECENT','4'))
 #: Nats a latent after which what was learned at a place is worth one step: the two guides hardly overlap there.
 FAR = float(__import__('os').environ.get('FORGET','10'))
 #: Bounds of the adaptive radius: nats, and multiples of :func:`noise_floor`, to which it closes in by itself.
@@ -115,14 +117,17 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     bound = jnp.where(first, jnp.inf, jnp.maximum(OUTLIER**2 * (trend2 + old_noise), HARMLESS))
     pull = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(news2, tiny)))
     seen2 = pull**2 * news2
-    noise = jnp.where(first, 0.0, old_noise + weight * (seen2 * (2 - weight) / 2 - old_noise))
+    sample = jnp.where(first, 0.0, jnp.minimum(seen2 * (2 - weight) / 2, this2))
+    recent = pace.recent[:n] + jnp.maximum(weight, FAST) * (sample - pace.recent[:n])
+    slow = old_noise + weight * (sample - old_noise)
+    noise = jnp.minimum(slow, RECENT * recent)
     # ‖trend + w news‖² without another pass over the parameters: 2⟨trend, news⟩ = ‖this‖² − ‖trend‖² − ‖news‖².
     w = weight * pull
     mean2 = jnp.maximum(trend2 + w * (this2 - trend2 - news2) + w**2 * news2, 0.0)
     signal = jnp.clip(mean2 / jnp.maximum(mean2 + noise, tiny), 1e-6, 1.0)
     memory = jnp.maximum(kept * (1 - signal) + 1, MEMORY_MIN)
     pace = pace._replace(
-        noise=pace.noise.at[:n].set(noise), memory=pace.memory.at[:n].set(memory), drift=pace.drift.at[:, :n].set(drift)
+        noise=pace.noise.at[:n].set(slow), recent=pace.recent.at[:n].set(recent), memory=pace.memory.at[:n].set(memory), drift=pace.drift.at[:, :n].set(drift)
     )
     return pace, Observation(w, signal, noise, pull)
 
@@ -137,7 +142,8 @@ def _followed(drift: jax.Array, seen: Comparison, weight: jax.Array) -> tuple[ja
     trend2, news2, this2 = seen
     bound = jnp.sqrt(news2) * jnp.sqrt(trend2)  # Cauchy & Schwarz: what is beyond is rounding
     missed = jnp.clip((this2 - trend2 - news2) / 2, -bound, bound)  # ⟨v − m, m⟩
-    drift = drift + weight * (jnp.stack([missed, trend2]) - drift)
+    share = jnp.stack([missed, trend2]) / jnp.maximum(this2 + trend2, jnp.finfo(trend2.dtype).tiny)
+    drift = drift + weight * (share - drift)
     more = jnp.clip(drift[0] / jnp.maximum(drift[1], jnp.finfo(trend2.dtype).tiny), 0.0, DRIFT_MAX - 1)  # β − 1
     left = jnp.maximum(news2 - 2 * more * missed + more**2 * trend2, 0.0)
     return drift, Comparison((1 + more) ** 2 * trend2, left, this2)
@@ -152,7 +158,7 @@ def forgotten(pace: Pace, latents: int, kl: jax.Array) -> Pace:
     """
     steps = FAR * latents / jnp.maximum(jnp.sum(kl), jnp.finfo(kl.dtype).tiny)
     memory, share = jnp.minimum(pace.memory, 1 + steps), jnp.minimum(steps, 1.0)
-    return pace._replace(memory=memory.astype(kl.dtype), noise=pace.noise * share, drift=pace.drift * share)
+    return pace._replace(memory=memory.astype(kl.dtype), noise=pace.noise * share, recent=pace.recent * share, drift=pace.drift * share)
 
 
 def longest(kl: Callable[[jax.Array], jax.Array], cap: jax.Array, radius: jax.Array) -> jax.Array:

@@ -50,6 +50,7 @@ class Pace(NamedTuple):
     """
 
     noise: jax.Array
+    recent: jax.Array
     memory: jax.Array
     drift: jax.Array
     radius: jax.Array
@@ -110,5 +111,5 @@ def initial(params: Params, point: Any) -> State:
     memory = Memory(jax.tree.map(jnp.zeros_like, params), joint)
     info = StepInfo(zero, zero, zero, zero, zero, jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32))
     each = jnp.zeros(len(params), dtype)
-    pace = Pace(each, jnp.ones_like(each), jnp.stack([each, each]), zero)
+    pace = Pace(each, each, jnp.ones_like(each), jnp.stack([each, each]), zero)
     return State(params, params, memory, pace, point, info)
