@@ -22,9 +22,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .length import Comparison
-from .state import Certificate
+from .state import Certificate, State
 
 
 class Weights(NamedTuple):
@@ -57,12 +58,22 @@ def remaining(certificate: Certificate, memory: jax.Array) -> tuple[jax.Array, j
 
     v is the mean of about ``memory`` squares, of relative variance 2 at least where one direction is noisy (χ²), and
     the excess scatters as it was seen to; its terms follow each other closely, and none of that scatter averages out.
+    Where no parameter has a Fisher nothing is known.
     """
     k = memory.size
+    if not k:
+        return jnp.array(jnp.nan), jnp.array(jnp.nan)
     mean, square = certificate.excess[:, :k]
     noise = certificate.covariance[2, 2, :k]
     error2 = jnp.maximum(square - mean**2, 0.0) + 2 / memory * noise**2
     return 0.5 * jnp.sum(jnp.maximum(mean, 0.0) + noise), 0.5 * jnp.sqrt(jnp.sum(error2))
+
+
+def noise_left(state: State) -> tuple[float, float]:
+    """The part of the decrement that is noise, nats, and the steps that the running means behind it look back over."""
+    noise = np.asarray(state.certificate.covariance[2, 2])
+    memory = np.asarray(state.pace.memory)
+    return 0.5 * float(noise.sum()), float(noise @ memory / max(noise.sum(), np.finfo(noise.dtype).tiny))
 
 
 def _propagated(covariance: jax.Array, noise: jax.Array, weights: Weights) -> jax.Array:
