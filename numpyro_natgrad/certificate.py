@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""The certificate: how many nats are still to gain, beside what noise hides.
 
-Near the optimum the loss is ½‖a‖² nats above its minimum, with a = η − η* in the Fisher metric, where η is the *average*
-that ``get_params`` returns. Let x be the iterate, n ~ (0, v) the noise of one natural gradient x + n, and m the running
+Near the optimum the loss is ½‖a‖² nats above its minimum, with a = η − η* in the Fisher metric, where η is the
+*average* that ``get_params`` returns. Let x be the iterate, n ~ (0, v) the noise of one natural gradient x + n, and m the running
 mean of natural gradients, from which the families subtract what has been travelled. One step is linear:
 
     x ← (1−ρ) x − ρ n        m ← (1−w) m + (w−ρ)(x + n)        a ← (1−α) a + α x
@@ -29,7 +29,7 @@ from .state import Certificate, State
 
 
 class Weights(NamedTuple):
-    """Of one natural gradient, for each family: ρ in the iterate, w in the running mean; α of the iterate in the average."""
+    """Per family: ρ and w of a natural gradient in iterate and running mean, α of the iterate in the average."""
 
     rho: jax.Array
     mean: jax.Array
@@ -48,9 +48,7 @@ def observe(certificate: Certificate, seen: Comparison, noise: jax.Array, weight
     excess = _mean2(seen, weights) - (xx + 2 * xz + zz)
     old = certificate.excess[:, :k]
     averaged = old + weights.average * (jnp.stack([excess, excess**2]) - old)
-    return Certificate(
-        certificate.covariance.at[..., :k].set(covariance), certificate.excess.at[:, :k].set(averaged)
-    )
+    return Certificate(certificate.covariance.at[..., :k].set(covariance), certificate.excess.at[:, :k].set(averaged))
 
 
 def remaining(certificate: Certificate, memory: jax.Array) -> tuple[jax.Array, jax.Array]:

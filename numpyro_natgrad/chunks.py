@@ -3,8 +3,8 @@
 """Steps of ``SVI.update`` by the chunk: one compiled loop of at most :data:`CHUNK` steps, whose number is data.
 
 A last chunk that is shorter is the same program. What is compiled lives as long as its ``SVI`` and is used again where
-the same ``SVI`` is given the same arguments. Fixed data are constants of the program, as in ``SVI.run``, so that a model
-may look at its values; minibatches are its inputs, as under ``jit(svi.update)``.
+the same ``SVI`` is given the same arguments. Fixed data are constants of the program, as in ``SVI.run``, so that a
+model may look at its values; minibatches are its inputs, as under ``jit(svi.update)``.
 """
 
 import weakref
@@ -75,7 +75,7 @@ def _chunk(svi: "weakref.ref[SVI]", constant: Constant) -> Chunk:
 
 def _same(old: Constant, new: Constant) -> bool:
     (old_leaves, old_tree), (new_leaves, new_tree) = jax.tree.flatten(old), jax.tree.flatten(new)
-    return old_tree == new_tree and all(map(_same_leaf, old_leaves, new_leaves))
+    return bool(old_tree == new_tree) and all(map(_same_leaf, old_leaves, new_leaves))
 
 
 def _same_leaf(old: Any, new: Any) -> bool:

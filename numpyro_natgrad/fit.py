@@ -23,7 +23,12 @@ from .state import State
 from .stopping import History, Log, converged, empty, interval, is_lost, outlook
 
 #: Why a fit may end.
-CONVERGED, MAX_STEPS, EXHAUSTED, INTERRUPTED = "converged", "`max_steps` are taken", "`batches` are used up", "interrupted"
+CONVERGED, MAX_STEPS, EXHAUSTED, INTERRUPTED = (
+    "converged",
+    "`max_steps` are taken",
+    "`batches` are used up",
+    "interrupted",
+)
 LOST = (
     "the loss was not finite at any of the last steps: look for NaN in data and model; at the start of a fit begin "
     "elsewhere, by `init_params`, or the guide's `init_loc_fn=init_to_median` or a smaller `init_scale`"
@@ -170,7 +175,9 @@ def _start(
     given = init_state if resume is None else resume.state
     if given is not None and svi.constrain_fn is not None:
         return given, empty() if resume is None else resume.history
-    fresh = svi.init(rng_key, *args, init_params=init_params, **kwargs)  # in a new process: makes `svi.get_params` ready
+    fresh = svi.init(
+        rng_key, *args, init_params=init_params, **kwargs
+    )  # in a new process: makes `svi.get_params` ready
     return fresh if given is None else given, empty() if resume is None else resume.history
 
 
