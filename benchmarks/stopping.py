@@ -206,7 +206,7 @@ def summary(tolerance: float, found: list[Stops]) -> str:
     ratio = np.median(steps[stopped] / needed[stopped])
     return (
         f"tolerance {tolerance} nats: {stopped.sum()} of {steps.size} fits stop within {STEPS} steps, {right:.1%} of "
-        f"them with a true gap below {2 * tolerance}; in the median after {ratio:.1f} times the steps that were needed.\n"
+        f"them with a true gap below {2 * tolerance}; in the median after {ratio:.1f} times the steps needed.\n"
     )
 
 

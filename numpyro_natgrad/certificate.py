@@ -3,8 +3,8 @@
 r"""The certificate: how many nats are still to gain, beside what noise hides.
 
 Near the optimum the loss is ½‖a‖² nats above its minimum, with a = η − η* in the Fisher metric, where η is the
-*average* that ``get_params`` returns. Let x be the iterate, n ~ (0, v) the noise of one natural gradient x + n, and m the running
-mean of natural gradients, from which the families subtract what has been travelled. One step is linear:
+*average* that ``get_params`` returns. Let x be the iterate, n ~ (0, v) the noise of one natural gradient x + n, and m
+the running mean of natural gradients, from which the families subtract what has been travelled. One step is linear:
 
     x ← (1−ρ) x − ρ n        m ← (1−w) m + (w−ρ)(x + n)        a ← (1−α) a + α x
 

@@ -3,8 +3,8 @@
 """``fit(svi, rng_key, *args)``: as many steps as it takes.
 
 The steps are those of ``svi.run``. Between two chunks of them the certificate is looked at (:mod:`.certificate`: the
-nats still to gain, and how well that is known), and the fit is over when it has been below the tolerance beyond noise for
-a while (:mod:`.stopping`).
+nats still to gain, and how well that is known), and the fit is over when it has been below the tolerance beyond noise
+for a while (:mod:`.stopping`).
 """
 
 import time
@@ -17,7 +17,7 @@ import tqdm
 from numpyro.infer.svi import SVI, SVIState
 
 from .certificate import noise_left
-from .chunks import CHUNK, Chunk, Constant, Feed, Records, compiled
+from .chunks import CHUNK, Chunk, Constant, Feed, compiled
 from .optimizer import NaturalGradient
 from .state import State
 from .stopping import History, Log, converged, empty, interval, is_lost, outlook
@@ -152,8 +152,7 @@ class _Run:
     def _advance(self, chunk: Chunk, steps: int, batches: tuple[Any, ...]) -> None:
         begin = time.perf_counter() - self._begin
         state, records = chunk(self.state, steps, batches)
-        records = jax.device_get(records)
-        part = _history(records, steps, begin, time.perf_counter() - self._begin)
+        part = _history(jax.device_get(records), steps, begin, time.perf_counter() - self._begin)
         self.state = state
         self.log.append(part)
         self._bar.set_postfix_str(_shown(part), refresh=False)
@@ -181,7 +180,7 @@ def _start(
     return fresh if given is None else given, empty() if resume is None else resume.history
 
 
-def _history(records: Records, steps: int, begin: float, end: float) -> History:
+def _history(records: Any, steps: int, begin: float, end: float) -> History:
     loss, info = records
     seconds = begin + (end - begin) * np.arange(1, steps + 1) / steps
     fields = info.kl_moved, info.step_length, info.decrement, info.decrement_error, info.limited, info.skipped
@@ -217,8 +216,8 @@ def _check(args: tuple[Any, ...], max_steps: Any, tolerance: Any, batches: Any) 
         raise ValueError(f"`tolerance={tolerance!r}`: expected a number of nats, such as 0.01; 0 takes all steps.")
     if batches is not None and args:
         raise ValueError(
-            f"{len(args)} positional arguments for model and guide were given beside `batches`: expected one of the two. "
-            "Give what is the same in every step by keyword."
+            f"{len(args)} positional arguments for model and guide were given beside `batches`: expected one of "
+            "the two. Give what is the same in every step by keyword."
         )
     if batches is not None and not isinstance(batches, Iterable):
         raise TypeError(
@@ -238,7 +237,7 @@ def _optimizer_of(svi: SVI) -> NaturalGradient:
         )
     if not isinstance(svi.optim, NaturalGradient):
         raise TypeError(
-            f"`fit` stops by what `NaturalGradient` knows of the nats still to gain, but the optimizer of this `SVI` is "
-            f"`{type(svi.optim).__name__}`. Make it `SVI(model, guide, NaturalGradient(), loss)`, or call `svi.run`."
+            f"`fit` stops by what `NaturalGradient` knows of the nats still to gain, but the optimizer of this `SVI` "
+            f"is `{type(svi.optim).__name__}`. Make it `SVI(model, guide, NaturalGradient(), loss)`, or call `svi.run`."
         )
     return svi.optim

@@ -128,7 +128,9 @@ def initial(params: Params, point: Any) -> State:
     zero = jnp.zeros((), dtype)
     joint = Joint(jnp.zeros((n, n), dtype), jnp.zeros(n, dtype), jnp.zeros((n, n), dtype))
     memory = Memory(jax.tree.map(jnp.zeros_like, params), joint)
-    info = StepInfo(*[zero] * 7, jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32))
+    info = StepInfo(
+        zero, zero, zero, zero, zero, zero, zero, jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32)
+    )
     each = jnp.zeros(len(params), dtype)
     pace = Pace(each, jnp.ones_like(each), jnp.stack([each, each]), zero)
     certificate = Certificate(jnp.zeros((3, 3, each.size), dtype), jnp.zeros((2, each.size), dtype))

@@ -3,8 +3,8 @@
 """When a fit is done, and what to say where it is not; plain NumPy, between two chunks of steps.
 
 The certificate (:mod:`.certificate`) is a statement about the quadratic model of one step. Far from the optimum that
-model can be wrong either way, so that it has to hold over a window of steps that were taken as proposed, while the losses
-themselves fall no more than their noise would let them.
+model can be wrong either way, so that it has to hold over a window of steps that were taken as proposed, while the
+losses themselves fall no more than their noise would let them.
 """
 
 from typing import NamedTuple
