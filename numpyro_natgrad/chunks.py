@@ -74,8 +74,9 @@ def _chunk(svi: "weakref.ref[SVI]", constant: Constant) -> Chunk:
 
 
 def _same(old: Constant, new: Constant) -> bool:
-    (old_leaves, old_tree), (new_leaves, new_tree) = jax.tree.flatten(old), jax.tree.flatten(new)
-    return bool(old_tree == new_tree) and all(map(_same_leaf, old_leaves, new_leaves))
+    trees: list[Any] = [jax.tree.structure(x) for x in (old, new)]
+    leaves = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=False)  # as many where the structures agree
+    return trees[0] == trees[1] and all(_same_leaf(*pair) for pair in leaves)
 
 
 def _same_leaf(old: Any, new: Any) -> bool:

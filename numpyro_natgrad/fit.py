@@ -182,9 +182,9 @@ def _start(
 
 def _history(records: Any, steps: int, begin: float, end: float) -> History:
     loss, info = records
-    seconds = begin + (end - begin) * np.arange(1, steps + 1) / steps
+    seconds = begin + (end - begin) * np.arange(1, CHUNK + 1) / steps
     fields = info.kl_moved, info.step_length, info.decrement, info.decrement_error, info.limited, info.skipped
-    return History(loss[:steps], *(x[:steps] for x in fields), seconds)
+    return History(*(x[:steps] for x in (loss, *fields, seconds)))
 
 
 def _shown(part: History) -> str:
