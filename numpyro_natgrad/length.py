@@ -37,7 +37,7 @@ OUTLIER, HARMLESS = 2.0, 1.0
 #: The running mean is believed to lag behind by this factor at most.
 DRIFT_MAX = 10.0
 FAST = float(__import__('os').environ.get('FAST','0.5'))
-RECENT = float(__import__('os').environ.get('RECENT','4'))
+RECENT = float(__import__('os').environ.get('RECENT','1.3'))
 #: Nats a latent after which what was learned at a place is worth one step: the two guides hardly overlap there.
 FAR = float(__import__('os').environ.get('FORGET','10'))
 #: Bounds of the adaptive radius: nats, and multiples of :func:`noise_floor`, to which it closes in by itself.
@@ -158,7 +158,16 @@ def forgotten(pace: Pace, latents: int, kl: jax.Array) -> Pace:
     """
     steps = FAR * latents / jnp.maximum(jnp.sum(kl), jnp.finfo(kl.dtype).tiny)
     memory, share = jnp.minimum(pace.memory, 1 + steps), jnp.minimum(steps, 1.0)
-    return pace._replace(memory=memory.astype(kl.dtype), noise=pace.noise * share, recent=pace.recent * share, drift=pace.drift * share)
+    averaged = jnp.minimum(pace.averaged, 1 + steps).astype(kl.dtype)
+    return pace._replace(memory=memory.astype(kl.dtype), averaged=averaged, noise=pace.noise * share, recent=pace.recent * share, drift=pace.drift * share)
+
+
+def averaged(pace: Pace, foreseen: jax.Array, seen: Comparison, noise: jax.Array) -> Pace:
+    """How many steps the average looks back over: all in which the iterate did not move more than noise moves it."""
+    n, tiny = foreseen.size, jnp.finfo(foreseen.dtype).tiny
+    travelled = jnp.maximum(seen.trend2 - 2 * foreseen, 0.0) / jnp.maximum(seen.trend2 + noise, tiny)
+    steps = pace.averaged[:n] * (1 - travelled) + 1
+    return pace._replace(averaged=pace.averaged.at[:n].set(steps))
 
 
 def longest(kl: Callable[[jax.Array], jax.Array], cap: jax.Array, radius: jax.Array) -> jax.Array:

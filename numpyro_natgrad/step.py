@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import length
+from . import certificate, length
 from .charts import Params
 from .effects import Loss
 from .evidence import Evidence, cleaned, finite, gather
@@ -43,7 +43,8 @@ class Context(NamedTuple):
 class Direction(NamedTuple):
     """The natural gradient, block by block, and what the length rule made of it; arrays have an entry for each family.
 
-    ``square``: squared Fisher norm, nats.  ``cap``: the longest step that the rule asks for.
+    ``square``: squared Fisher norm, nats.  ``cap``: the longest step that the rule asks for.  ``compared``, ``weight``:
+    with the running mean, and in it.
     """
 
     tangents: list[Any]
@@ -51,6 +52,9 @@ class Direction(NamedTuple):
     pace: Pace
     square: jax.Array
     signal: jax.Array
+    noise: jax.Array
+    compared: length.Comparison
+    weight: jax.Array
     cap: jax.Array
     ok: jax.Array
 
@@ -105,15 +109,17 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     start = length.initial_radius(context.options, context.structure.latents)
     pace = state.pace._replace(radius=jnp.where(state.pace.radius > 0, state.pace.radius, start))
     pairs = list(zip(families, tangents, strict=True))
-    compared = [f.compare(state.memory, v) for f, v in pairs]
-    pace, seen = length.observe(pace, length.Comparison(*(_each(c[i] for c in compared) for i in range(3))))
+    each = [f.compare(state.memory, v) for f, v in pairs]
+    compared = length.Comparison(*(_each(c[i] for c in each) for i in range(3)))
+    pace, seen = length.observe(pace, compared)
     memory = state.memory
     for k, (family, v) in enumerate(pairs):
         memory = family.remember(memory, v, seen.weight[k])
     quiet = jnp.array(context.structure.quiet, square.dtype)
     observed = length.Observed(step, seen.signal, seen.noise, seen.trust, evidence.particles, quiet)
     cap = length.cap(context.options, observed)
-    return Direction(tangents, memory, pace, jnp.where(ok, square, 0.0), seen.signal, cap, ok)
+    square = jnp.where(ok, square, 0.0)
+    return Direction(tangents, memory, pace, square, seen.signal, seen.noise, compared, seen.weight, cap, ok)
 
 
 def _search(evidence: Evidence, context: Context, direction: Direction, state: State) -> Search:
@@ -188,19 +194,26 @@ def _settle(context: Context, state: State, direction: Direction, proposal: Prop
         resized = length.resized(tried, context.structure.latents, nats, good=good, limited=limited, grows=grows)
         pace = _choose(direction.ok, resized, pace)
     params = _choose(good, proposal.params, state.params)
-    average = _averaged(state.average, params, _average_weights(pace, context))
+    pace = _choose(direction.ok, length.averaged(pace, certificate.foreseen(state.certificate, proposal.rho.size), direction.compared, direction.noise), pace)
+    newest = jnp.where(good, _average_weights(pace, context), 0.0)
+    rho = jnp.where(good, proposal.rho, 0.0)
+    weights = certificate.Weights(rho, direction.weight, newest)
+    gap = certificate.observe(state.certificate, direction.compared, direction.noise, weights)
+    gap = _choose(direction.ok, gap, state.certificate)
     return State(
         params,
-        _choose(good, average, state.average),
+        _averaged(state.average, params, context.structure, newest),
         _choose(good, proposal.memory, kept),
         pace,
+        gap,
         _choose(good, proposal.point, state.point),
-        _info(state, direction, proposal, good),
+        _info(state, direction, proposal, good, certificate.remaining(gap, pace.memory[: rho.size])),
     )
 
 
-def _averaged(average: Params, params: Params, weights: dict[str, jax.Array]) -> Params:
+def _averaged(average: Params, params: Params, structure: Structure, newest: jax.Array) -> Params:
     """The running mean of the iterates. What the ordinary optimizer moves is its own affair: its last iterate."""
+    weights = {p: newest[k] for k, family in enumerate(structure.families) for p in family.params}
 
     def mean(weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         return old + (weight * (new - old)).astype(old.dtype)
@@ -208,18 +221,22 @@ def _averaged(average: Params, params: Params, weights: dict[str, jax.Array]) ->
     return {p: jax.tree.map(partial(mean, weights[p]), average[p], x) if p in weights else x for p, x in params.items()}
 
 
-def _average_weights(pace: Pace, context: Context) -> dict[str, jax.Array]:
-    """Average over the steps that noise rules, and only over those: the memory counts half of them.
+def _average_weights(pace: Pace, context: Context) -> jax.Array:
+    """The newest iterate's weight in the average, for each family.
+
+    Average over the steps that noise rules, and only over those: the memory counts half of them.
 
     Steps of a length that the user has chosen are left alone: then the last iterate is what was asked for.
     """
-    weights = (AVERAGE_DECAY + 1) / (2 * (pace.memory - length.MEMORY_MIN) + AVERAGE_DECAY + 1)
+    steps = pace.averaged[: len(context.structure.families)]
     if context.options.step_size is not None:
-        weights = jnp.ones_like(weights)
-    return {p: weights[k] for k, family in enumerate(context.structure.families) for p in family.params}
+        return jnp.ones_like(steps)
+    return (AVERAGE_DECAY + 1) / (steps + AVERAGE_DECAY)
 
 
-def _info(state: State, direction: Direction, proposal: Proposal, good: jax.Array) -> StepInfo:
+def _info(
+    state: State, direction: Direction, proposal: Proposal, good: jax.Array, remaining: tuple[jax.Array, jax.Array]
+) -> StepInfo:
     old, square = state.info, jnp.sum(direction.square)
     share = direction.square / jnp.maximum(square, jnp.finfo(square.dtype).tiny)
     return jax.tree.map(
@@ -229,7 +246,8 @@ def _info(state: State, direction: Direction, proposal: Proposal, good: jax.Arra
             jnp.sqrt(square),
             jnp.where(good, jnp.sqrt(jnp.sum(share * proposal.rho**2)), 0.0),
             jnp.sum(share * direction.signal),
-            proposal.radius,
+proposal.radius,
+            *remaining,
             proposal.limited & good,
             ~good,
             old.skipped_total + ~good,
