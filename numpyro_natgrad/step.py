@@ -149,6 +149,7 @@ def _search(evidence: Evidence, context: Context, direction: Direction, state: S
 
 
 def _propose(evidence: Evidence, context: Context, direction: Direction, state: State, radius: jax.Array) -> Proposal:
+    """The longest step within the radius."""
     families = list(zip(context.structure.families, direction.tangents, strict=True))
 
     def kl(share: jax.Array) -> jax.Array:
@@ -183,21 +184,12 @@ def _judge(evidence: Evidence, context: Context, proposal: Proposal) -> Verdict:
 def _settle(context: Context, state: State, direction: Direction, proposal: Proposal, search: Search) -> State:
     """Take the step or leave it, and write down which."""
     good = direction.ok & search.verdict.good & finite(proposal.params)
-    pace = _choose(good, length.forgotten(direction.pace, context.structure.latents, proposal.kl), direction.pace)
-    # A skipped natural gradient stays in the running means only if it was finite; one that was not finite says nothing
-    # about the radius either.
+    pace = _choose(direction.ok, _paced(context, state, direction, proposal, search, good), state.pace)
+    # A skipped natural gradient stays in the running means only if it was finite.
     kept = _choose(direction.ok, direction.memory, state.memory)
-    pace = _choose(direction.ok, pace, state.pace._replace(radius=pace.radius))
-    if context.options.adaptive:
-        nats, limited, grows = jnp.sum(proposal.kl), proposal.limited, search.verdict.grows
-        tried = pace._replace(radius=proposal.radius)
-        resized = length.resized(tried, context.structure.latents, nats, good=good, limited=limited, grows=grows)
-        pace = _choose(direction.ok, resized, pace)
     params = _choose(good, proposal.params, state.params)
-    pace = _choose(direction.ok, length.averaged(pace, certificate.foreseen(state.certificate, proposal.rho.size), direction.compared, direction.noise), pace)
     newest = jnp.where(good, _average_weights(pace, context), 0.0)
-    rho = jnp.where(good, proposal.rho, 0.0)
-    weights = certificate.Weights(rho, direction.weight, newest)
+    weights = certificate.Weights(jnp.where(good, proposal.rho, 0.0), direction.weight, newest)
     gap = certificate.observe(state.certificate, direction.compared, direction.noise, weights)
     gap = _choose(direction.ok, gap, state.certificate)
     return State(
@@ -207,8 +199,23 @@ def _settle(context: Context, state: State, direction: Direction, proposal: Prop
         pace,
         gap,
         _choose(good, proposal.point, state.point),
-        _info(state, direction, proposal, good, certificate.remaining(gap, pace.memory[: rho.size])),
+        _info(state, direction, proposal, good, certificate.remaining(gap, pace.memory[: newest.size])),
     )
+
+
+def _paced(
+    context: Context, state: State, direction: Direction, proposal: Proposal, search: Search, good: jax.Array
+) -> Pace:
+    """The pace after the step was tried. (A loss that is not finite where the step starts says nothing about it.)"""
+    latents, pace = context.structure.latents, direction.pace
+    foreseen = certificate.foreseen(state.certificate, proposal.rho.size)
+    pace = length.averaged(pace, foreseen, direction.compared, direction.noise)
+    pace = _choose(good, length.forgotten(pace, latents, jnp.sum(proposal.kl)), pace)
+    if not context.options.adaptive:
+        return pace
+    tried = pace._replace(radius=proposal.radius)
+    nats, limited, grows = jnp.sum(proposal.kl), proposal.limited, search.verdict.grows
+    return length.resized(tried, latents, nats, good=good, limited=limited, grows=grows)
 
 
 def _averaged(average: Params, params: Params, structure: Structure, newest: jax.Array) -> Params:
@@ -222,9 +229,7 @@ def _averaged(average: Params, params: Params, structure: Structure, newest: jax
 
 
 def _average_weights(pace: Pace, context: Context) -> jax.Array:
-    """The newest iterate's weight in the average, for each family.
-
-    Average over the steps that noise rules, and only over those: the memory counts half of them.
+    """The newest iterate's weight in the average, for each family: over the steps that noise rules, and only over those.
 
     Steps of a length that the user has chosen are left alone: then the last iterate is what was asked for.
     """
@@ -246,7 +251,7 @@ def _info(
             jnp.sqrt(square),
             jnp.where(good, jnp.sqrt(jnp.sum(share * proposal.rho**2)), 0.0),
             jnp.sum(share * direction.signal),
-proposal.radius,
+            proposal.radius,
             *remaining,
             proposal.limited & good,
             ~good,
