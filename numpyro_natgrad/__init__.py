@@ -19,6 +19,10 @@
 :mod:`.evidence`    gradient and Hessian products            (direction)
 :mod:`.families`    the geometry of a block of parameters    (movement)
 :mod:`.length`      how far                                  (length)
+:mod:`.certificate` how many nats are still to gain
+:mod:`.fit`         as many steps as it takes
+:mod:`.stopping`    when a fit is done, and its history
+:mod:`.chunks`      its steps, compiled by the chunk
 :mod:`.exponential` the registry of Fisher matrices in closed form
 :mod:`.zoo`         NumPyro's distributions in that registry
 ==================  ==========================================================
@@ -30,6 +34,8 @@ from .charts import register_gaussian as register_gaussian
 from .errors import StructureError as StructureError
 from .exponential import register_exponential as register_exponential
 from .exponential import register_fisher as register_fisher
+from .fit import FitResult as FitResult
+from .fit import fit as fit
 from .geometry import Estimate as Estimate
 from .geometry import Fisher as Fisher
 from .geometry import fisher as fisher
@@ -39,16 +45,20 @@ from .geometry import scale_by_fisher as scale_by_fisher
 from .optimizer import NaturalGradient as NaturalGradient
 from .state import State as State
 from .state import StepInfo as StepInfo
+from .stopping import History as History
 
 __all__ = [
     "Estimate",
     "Fisher",
+    "FitResult",
     "Form",
+    "History",
     "NaturalGradient",
     "State",
     "StepInfo",
     "StructureError",
     "fisher",
+    "fit",
     "kl",
     "natural_gradient",
     "register_exponential",

@@ -3,14 +3,15 @@
 """How far: the step length ρ, and the KL radius that bounds it.
 
     ρ  =  the longest ρ ≤ cap with KL(q ‖ q₊) ≤ δ
-    cap = S/(S+2) · max(s, min(1, τ/v)) · o        S draws, s share of signal, v nats of noise, τ = 0.04 nats
+    cap = S/(S+2) · max(s, min(1, τ/v)) · o        S draws, s share of signal, v nats of noise, τ nats left alone
     s  =  ‖mean of recent natural gradients‖² / mean of their ‖·‖²
 
 The share of signal is Ranganath et al.'s adaptive rate (2013) in the Fisher metric: 1 while steps agree, 1/t where
 noise rules, so that the iterate becomes a running mean. A noise below τ needs no shortening: an iterate that takes
 steps of length ρ stays ½vρ/(2−ρ) nats above the optimum. o < 1 pulls an outlier in: draws from heavy tails now and
-then give a natural gradient a hundred times its usual length. The radius grows fourfold when a shortened step delivered
-what it promised on its own draws, and shrinks fourfold when it did not.
+then give a natural gradient a hundred times its usual length. The radius grows fourfold while a shortened step delivers
+what it promises on its own draws, and shrinks fourfold while it does not; what was learned of signal and noise fades as
+the guide gets away from where it was learned.
 """
 
 from collections.abc import Callable
@@ -23,11 +24,11 @@ from jax import lax
 from .options import Options
 from .state import Pace
 
-#: Nats of noise in the natural gradient that are left alone: a hundredth of a nat in the iterate at ρ = 1/2. Where a
+#: Nats of noise in the natural gradient that are left alone, at least, and for each latent: see :func:`quiet`. Where a
 #: step of length 1 is exact on no model, noise comes back multiplied, and less of it is let pass. Where the Fisher is
 #: sampled, most of what is measured as noise lies in directions that hardly change the distribution, and damping keeps
 #: them short: half a nat.
-QUIET, QUIET_INEXACT, QUIET_SCORES = 0.04, 0.01, 0.5
+QUIET, QUIET_LATENT, QUIET_INEXACT, QUIET_SCORES = 0.04, 0.005, 0.01, 0.5
 #: A step must deliver this share of its predicted gain, and this share to let the radius grow.
 ACCEPT, GROW = 0.1, 0.5
 #: Steps that the running means look back over at least. Little: far from the optimum the model changes with each step.
@@ -36,6 +37,11 @@ MEMORY_MIN = 1.1
 OUTLIER, HARMLESS = 2.0, 1.0
 #: The running mean is believed to lag behind by this factor at most.
 DRIFT_MAX = 10.0
+#: Noise is what the last few steps show, and a little more: after a change of scale the mean over many is long out of date.
+#: A weight of 1/2 looks back over three steps, whose squares scatter by √(2/3k) with k noisy directions.
+RECENT_WEIGHT, RECENT = 0.5, 1.3
+#: Nats a latent after which what was learned at a place is worth one step: the two guides hardly overlap there.
+FAR = 10.0
 #: Bounds of the adaptive radius: nats, and multiples of :func:`noise_floor`, to which it closes in by itself.
 RADIUS_MAX, RADIUS_MIN = 1e5, 1e-3
 
@@ -113,14 +119,20 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     bound = jnp.where(first, jnp.inf, jnp.maximum(OUTLIER**2 * (trend2 + old_noise), HARMLESS))
     pull = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(news2, tiny)))
     seen2 = pull**2 * news2
-    noise = jnp.where(first, 0.0, old_noise + weight * (seen2 * (2 - weight) / 2 - old_noise))
+    sample = jnp.where(first, 0.0, jnp.minimum(seen2 * (2 - weight) / 2, this2))
+    recent = pace.recent[:n] + jnp.maximum(weight, RECENT_WEIGHT) * (sample - pace.recent[:n])
+    slow = old_noise + weight * (sample - old_noise)
+    noise = jnp.minimum(slow, RECENT * recent)
     # ‖trend + w news‖² without another pass over the parameters: 2⟨trend, news⟩ = ‖this‖² − ‖trend‖² − ‖news‖².
     w = weight * pull
     mean2 = jnp.maximum(trend2 + w * (this2 - trend2 - news2) + w**2 * news2, 0.0)
     signal = jnp.clip(mean2 / jnp.maximum(mean2 + noise, tiny), 1e-6, 1.0)
     memory = jnp.maximum(kept * (1 - signal) + 1, MEMORY_MIN)
     pace = pace._replace(
-        noise=pace.noise.at[:n].set(noise), memory=pace.memory.at[:n].set(memory), drift=pace.drift.at[:, :n].set(drift)
+        noise=pace.noise.at[:n].set(slow),
+        recent=pace.recent.at[:n].set(recent),
+        memory=pace.memory.at[:n].set(memory),
+        drift=pace.drift.at[:, :n].set(drift),
     )
     return pace, Observation(w, signal, noise, pull)
 
@@ -135,10 +147,37 @@ def _followed(drift: jax.Array, seen: Comparison, weight: jax.Array) -> tuple[ja
     trend2, news2, this2 = seen
     bound = jnp.sqrt(news2) * jnp.sqrt(trend2)  # Cauchy & Schwarz: what is beyond is rounding
     missed = jnp.clip((this2 - trend2 - news2) / 2, -bound, bound)  # ⟨v − m, m⟩
-    drift = drift + weight * (jnp.stack([missed, trend2]) - drift)
+    share = jnp.stack([missed, trend2]) / jnp.maximum(this2 + trend2, jnp.finfo(trend2.dtype).tiny)
+    drift = drift + weight * (share - drift)
     more = jnp.clip(drift[0] / jnp.maximum(drift[1], jnp.finfo(trend2.dtype).tiny), 0.0, DRIFT_MAX - 1)  # β − 1
     left = jnp.maximum(news2 - 2 * more * missed + more**2 * trend2, 0.0)
     return drift, Comparison((1 + more) ** 2 * trend2, left, this2)
+
+
+def forgotten(pace: Pace, latents: int, kl: jax.Array) -> Pace:
+    """What is left of the running means after a step of ``kl`` nats.
+
+    Natural gradients far apart differ because the model does, and by orders of magnitude where a fit starts far from its
+    posterior: taken for noise, that would shorten the next steps to nothing. So they are remembered for as many steps
+    as the guide needs at this pace to get ``FAR`` nats a latent away; below one step, with that share of their variance.
+    """
+    steps = (FAR * latents / jnp.maximum(kl, jnp.finfo(kl.dtype).tiny)).astype(pace.radius.dtype)
+    share = jnp.minimum(steps, 1.0)
+    return pace._replace(
+        noise=pace.noise * share,
+        recent=pace.recent * share,
+        memory=jnp.minimum(pace.memory, 1 + steps),
+        averaged=jnp.minimum(pace.averaged, 1 + steps),
+        drift=pace.drift * share,
+    )
+
+
+def averaged(pace: Pace, foreseen: jax.Array, seen: Comparison, noise: jax.Array) -> Pace:
+    """How many steps the average looks back over: all in which the iterate did not move more than noise moves it."""
+    n, tiny = foreseen.size, jnp.finfo(foreseen.dtype).tiny
+    travelled = jnp.maximum(seen.trend2 - foreseen, 0.0) / jnp.maximum(seen.trend2 + noise, tiny)
+    steps = pace.averaged[:n] * (1 - travelled) + 1
+    return pace._replace(averaged=pace.averaged.at[:n].set(steps))
 
 
 def longest(kl: Callable[[jax.Array], jax.Array], cap: jax.Array, radius: jax.Array) -> jax.Array:
@@ -162,6 +201,16 @@ def longest(kl: Callable[[jax.Array], jax.Array], cap: jax.Array, radius: jax.Ar
 def noise_floor(latents: int) -> float:
     """Nats below which a step is not judged on its own draws: noise would decide."""
     return max(0.1, 0.02 * latents)
+
+
+def quiet(latents: int) -> float:
+    """Nats of noise that are left alone: the average takes them out.
+
+    Steps that shrink with the share of signal settle early where the loss is flatter than the Fisher says (a scale of a
+    hierarchy, say): long steps and an average arrive (Polyak & Juditsky 1992). The last iterate is then ½vρ/(2−ρ) nats
+    off, v what this lets pass: a hundredth of a nat, or less than a hundredth a latent.
+    """
+    return max(QUIET, QUIET_LATENT * latents)
 
 
 def statistical(parameters: int, numbers: int) -> float:
@@ -190,6 +239,12 @@ def resized(pace: Pace, latents: int, kl: jax.Array, *, good: jax.Array, limited
     floor = noise_floor(latents)
     recovered = jnp.maximum(pace.radius, jnp.minimum(4 * pace.radius, floor))
     kept = jnp.where(limited, recovered, jnp.maximum(jnp.minimum(pace.radius, 4 * kl), floor))
-    grown = jnp.where(grows, jnp.minimum(4 * pace.radius, RADIUS_MAX), kept)
-    radius = jnp.where(good, grown, jnp.maximum(pace.radius / 4, RADIUS_MIN * floor))
+    radius = jnp.where(
+        good, jnp.where(grows, grown(pace.radius), kept), jnp.maximum(pace.radius / 4, RADIUS_MIN * floor)
+    )
     return pace._replace(radius=radius.astype(pace.radius.dtype))
+
+
+def grown(radius: jax.Array) -> jax.Array:
+    """The next larger radius."""
+    return jnp.minimum(4 * radius, RADIUS_MAX)

@@ -145,6 +145,11 @@ class NaturalGradient(_NumPyroOptim):
         return table(self._structure.rows())
 
     @property
+    def aside(self) -> tuple[str, ...]:
+        """The parameters that the ordinary optimizer moves, as far as has been heard."""
+        return tuple(self._structure.point) if self._structure else ()
+
+    @property
     def _point(self) -> point.PointOptimizer:
         return point.checked(self._point_optimizer)
 

@@ -43,16 +43,33 @@ class Pace(NamedTuple):
     """What the length rule carries. There are no more families than parameters, so that n of those suffice.
 
     :ivar noise: per family, running variance of the natural gradient in the Fisher norm, nats; ``(n,)``.
+    :ivar recent: the same of the last few steps; ``(n,)``.
     :ivar memory: per family, number of steps that the running means look back over; ``(n,)``.
-    :ivar drift: per family, running means of ⟨v − m, m⟩ and ⟨m, m⟩, nats, for natural gradients v and the running mean
-        m that foresaw them; ``(2, n)``.
+    :ivar averaged: per family, number of steps that the average of the iterates looks back over; ``(n,)``.
+    :ivar drift: per family, running means of ⟨v − m, m⟩ and ⟨m, m⟩ as shares of ⟨v, v⟩ + ⟨m, m⟩, for natural gradients v
+        and the running mean m that foresaw them; ``(2, n)``.
     :ivar radius: KL in nats that a step may move; set in the first step, when the guide has been heard; scalar.
     """
 
     noise: jax.Array
+    recent: jax.Array
     memory: jax.Array
+    averaged: jax.Array
     drift: jax.Array
     radius: jax.Array
+
+
+class Certificate(NamedTuple):
+    """What the estimate of the nats still to gain carries (:mod:`.certificate`); n as in :class:`Pace`.
+
+    :ivar covariance: C, of the noise in the iterate, in the running mean beyond it, and in the average, nats;
+        ``(3, 3, n)``.
+    :ivar excess: averages, as ``get_params`` averages, of ‖m‖² beyond its noise and of the square of that, nats and
+        nats²; ``(2, n)``.
+    """
+
+    covariance: jax.Array
+    excess: jax.Array
 
 
 class StepInfo(NamedTuple):
@@ -66,6 +83,9 @@ class StepInfo(NamedTuple):
         each: their root mean square, weighted by the squared natural gradient.
     :ivar signal: share of signal in the squared natural gradient, between 0 and 1.
     :ivar radius: KL that the step was allowed to move, nats.
+    :ivar decrement: nats still to gain, in expectation, from what ``get_params`` returns after this step
+        (:mod:`.certificate`). Parameters that the ordinary optimizer moves are not in it.
+    :ivar decrement_error: its Monte-Carlo standard error, nats.
     :ivar limited: the KL limit shortened this step.
     :ivar skipped: this step was not taken.
     :ivar skipped_total: steps not taken since the start, int32.
@@ -76,6 +96,8 @@ class StepInfo(NamedTuple):
     step_length: jax.Array
     signal: jax.Array
     radius: jax.Array
+    decrement: jax.Array
+    decrement_error: jax.Array
     limited: jax.Array
     skipped: jax.Array
     skipped_total: jax.Array
@@ -88,6 +110,7 @@ class State(NamedTuple):
     :ivar average: the averaged iterate, unconstrained; what ``get_params`` returns.
     :ivar memory: running means of the natural gradient.
     :ivar pace: what the length rule carries.
+    :ivar certificate: what the estimate of the nats still to gain carries.
     :ivar point: the state of the ordinary optimizer of parameters without a Fisher.
     :ivar info: the last step in numbers.
     """
@@ -96,6 +119,7 @@ class State(NamedTuple):
     average: Params
     memory: Memory
     pace: Pace
+    certificate: Certificate
     point: Any
     info: StepInfo
 
@@ -108,7 +132,10 @@ def initial(params: Params, point: Any) -> State:
     zero = jnp.zeros((), dtype)
     joint = Joint(jnp.zeros((n, n), dtype), jnp.zeros(n, dtype), jnp.zeros((n, n), dtype))
     memory = Memory(jax.tree.map(jnp.zeros_like, params), joint)
-    info = StepInfo(zero, zero, zero, zero, zero, jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32))
+    info = StepInfo(
+        zero, zero, zero, zero, zero, zero, zero, jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32)
+    )
     each = jnp.zeros(len(params), dtype)
-    pace = Pace(each, jnp.ones_like(each), jnp.stack([each, each]), zero)
-    return State(params, params, memory, pace, point, info)
+    pace = Pace(each, each, jnp.ones_like(each), jnp.ones_like(each), jnp.stack([each, each]), zero)
+    certificate = Certificate(jnp.zeros((3, 3, each.size), dtype), jnp.zeros((2, each.size), dtype))
+    return State(params, params, memory, pace, certificate, point, info)

@@ -5,8 +5,8 @@
     fn ──views──▶ loss, gradient ──family──▶ natural gradient ──length──▶ ρ ──family──▶ new parameters ──judge──▶ state
 
 It never raises and never leaves a NaN in the state. The ladder: a step that would move too far is *shortened* to the KL
-radius; one that is not finite, or does not deliver on its own draws, is *skipped*, and the radius shrinks; what was
-skipped is *counted*.
+radius, and to a quarter of it while it does not deliver on its own draws; one that never does, or is not finite, is
+*skipped*; what was skipped is *counted*.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import length
+from . import certificate, length
 from .charts import Params
 from .effects import Loss
 from .evidence import Evidence, cleaned, finite, gather
@@ -27,6 +27,8 @@ from .structure import Structure
 
 #: Polynomial-decay averaging of the iterates (Shamir & Zhang 2013): weight (η+1)/(n+η+1) on the newest of n.
 AVERAGE_DECAY = 8.0
+#: Radii that one step may try.
+TRIALS = 6
 
 
 class Context(NamedTuple):
@@ -41,7 +43,8 @@ class Context(NamedTuple):
 class Direction(NamedTuple):
     """The natural gradient, block by block, and what the length rule made of it; arrays have an entry for each family.
 
-    ``square``: squared Fisher norm, nats.  ``cap``: the longest step that the rule asks for.
+    ``square``: squared Fisher norm, nats.  ``cap``: the longest step that the rule asks for.  ``compared``, ``weight``:
+    with the running mean, and in it.
     """
 
     tangents: list[Any]
@@ -49,12 +52,15 @@ class Direction(NamedTuple):
     pace: Pace
     square: jax.Array
     signal: jax.Array
+    noise: jax.Array
+    compared: length.Comparison
+    weight: jax.Array
     cap: jax.Array
     ok: jax.Array
 
 
 class Proposal(NamedTuple):
-    """Where the step leads. ``kl``: KL(q ‖ q₊) of each family and ``moved``: KL(q₊ ‖ q) of all of them, nats."""
+    """Where a radius leads. ``kl``: KL(q ‖ q₊) of each family and ``moved``: KL(q₊ ‖ q) of all of them, nats."""
 
     params: Params
     memory: Memory
@@ -63,13 +69,25 @@ class Proposal(NamedTuple):
     kl: jax.Array
     moved: jax.Array
     limited: jax.Array
+    radius: jax.Array
 
 
 class Verdict(NamedTuple):
-    """Whether the step is taken, and whether it has earned a larger radius."""
+    """Whether a step is taken, whether it has earned a larger radius, and what it gains on its own draws, nats."""
 
     good: jax.Array
     grows: jax.Array
+    gained: jax.Array
+
+
+class Search(NamedTuple):
+    """The best radius so far with its verdict, the next one to try, and whether it is worth trying; nats."""
+
+    radius: jax.Array
+    verdict: Verdict
+    following: jax.Array
+    trials: jax.Array
+    open: jax.Array
 
 
 def natural_step(fn: Loss, context: Context, step: jax.Array, state: State) -> tuple[Evidence, State]:
@@ -77,9 +95,9 @@ def natural_step(fn: Loss, context: Context, step: jax.Array, state: State) -> t
     structure = context.structure
     evidence = gather(fn, state.params, structure.views, structure.particles)
     direction = _direction(evidence, context, step, state)
-    proposal = _propose(evidence, context, direction, state)
-    verdict = _judge(evidence, context, direction, proposal)
-    return evidence, _settle(context, state, direction, proposal, verdict)
+    search = _search(evidence, context, direction, state)
+    proposal = _propose(evidence, context, direction, state, search.radius)
+    return evidence, _settle(context, state, direction, proposal, search)
 
 
 def _direction(evidence: Evidence, context: Context, step: jax.Array, state: State) -> Direction:
@@ -91,76 +109,118 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     start = length.initial_radius(context.options, context.structure.latents)
     pace = state.pace._replace(radius=jnp.where(state.pace.radius > 0, state.pace.radius, start))
     pairs = list(zip(families, tangents, strict=True))
-    compared = [f.compare(state.memory, v) for f, v in pairs]
-    pace, seen = length.observe(pace, length.Comparison(*(_each(c[i] for c in compared) for i in range(3))))
+    each = [f.compare(state.memory, v) for f, v in pairs]
+    compared = length.Comparison(*(_each(c[i] for c in each) for i in range(3)))
+    pace, seen = length.observe(pace, compared)
     memory = state.memory
     for k, (family, v) in enumerate(pairs):
         memory = family.remember(memory, v, seen.weight[k])
     quiet = jnp.array(context.structure.quiet, square.dtype)
     observed = length.Observed(step, seen.signal, seen.noise, seen.trust, evidence.particles, quiet)
     cap = length.cap(context.options, observed)
-    return Direction(tangents, memory, pace, jnp.where(ok, square, 0.0), seen.signal, cap, ok)
+    square = jnp.where(ok, square, 0.0)
+    return Direction(tangents, memory, pace, square, seen.signal, seen.noise, compared, seen.weight, cap, ok)
 
 
-def _propose(evidence: Evidence, context: Context, direction: Direction, state: State) -> Proposal:
+def _search(evidence: Evidence, context: Context, direction: Direction, state: State) -> Search:
+    """The radius of this step: the one carried, a quarter of it while steps do not deliver, four times while they do.
+
+    A trial costs one value of the loss, a step its gradient and Hessian products as well. Where draws do not move with
+    the parameters the difference of two losses is noise, and all steps are believed.
+    """
+    radius = direction.pace.radius
+    nothing = Verdict(jnp.array(True), jnp.array(False), jnp.zeros_like(evidence.loss))
+    search = Search(radius, nothing, radius, jnp.array(0, jnp.int32), direction.ok)
+    if not context.options.adaptive or not context.structure.paired:
+        return search
+
+    def body(search: Search) -> Search:
+        proposal = _propose(evidence, context, direction, state, search.following)
+        verdict = _judge(evidence, context, proposal)
+        up = (search.trials > 0) & search.verdict.good
+        better = verdict.good & (verdict.gained > search.verdict.gained)
+        best = _choose(~up | better, (search.following, verdict), (search.radius, search.verdict))
+        # Farther while that pays; nearer until it delivers, and then no farther.
+        farther = jnp.array(context.structure.exact) & verdict.grows & jnp.where(up, better, search.trials == 0)
+        following = jnp.where(verdict.good, length.grown(search.following), search.following / 4)
+        return Search(*best, following, search.trials + 1, farther | ~(up | verdict.good))
+
+    return lax.while_loop(lambda search: search.open & (search.trials < TRIALS), body, search)
+
+
+def _propose(evidence: Evidence, context: Context, direction: Direction, state: State, radius: jax.Array) -> Proposal:
+    """The longest step within the radius."""
     families = list(zip(context.structure.families, direction.tangents, strict=True))
 
     def kl(share: jax.Array) -> jax.Array:
         return _each(f.kl(v, share * direction.cap[k]) for k, (f, v) in enumerate(families))
 
-    share = length.longest(lambda s: jnp.sum(kl(s)), jnp.ones((), direction.cap.dtype), direction.pace.radius)
+    share = length.longest(lambda s: jnp.sum(kl(s)), jnp.ones((), direction.cap.dtype), radius)
     rho = share * direction.cap
     params, memory = state.params, direction.memory
     for k, (family, v) in enumerate(families):
         params, memory = family.retract(params, memory, v, rho[k])
     moved = jnp.sum(_each(f.moved(v, rho[k]) for k, (f, v) in enumerate(families)))
     params, point = context.point.step(params, evidence.gradient, state.point, tuple(context.structure.point))
-    return Proposal(params, memory, point, rho, kl(share), moved, share < 1)
+    return Proposal(params, memory, point, rho, kl(share), moved, share < 1, radius)
 
 
-def _judge(evidence: Evidence, context: Context, direction: Direction, proposal: Proposal) -> Verdict:
-    """Compare what the step promised with what it delivers on its own draws, where that says more than noise.
+def _judge(evidence: Evidence, context: Context, proposal: Proposal) -> Verdict:
+    """Compare what a step promises with what it delivers on its own draws, where that says more than noise.
 
     For a conjugate model the gain of a step ρ is at least KL(q ‖ q₊)/ρ exactly; elsewhere a tenth of it is asked for.
     Below the noise floor a step is believed if its KL is exact; else it has to show that it loses no more than that.
-    Where draws do not move with the parameters, the difference of two losses is noise, and all steps are believed.
     """
-    ok = direction.ok & finite(proposal.params)
-    if not context.options.adaptive or not context.structure.paired:
-        return Verdict(ok, jnp.array(False))
+    ok = finite(proposal.params)
     floor = length.noise_floor(context.structure.latents)
-    large = (proposal.moved > floor) | (proposal.limited & (direction.pace.radius >= floor))
+    large = (proposal.moved > floor) | (proposal.limited & (proposal.radius >= floor))
     asked = large | (not context.structure.exact)
     gained = evidence.loss - lax.cond(ok & asked, evidence.value, lambda _: evidence.loss, proposal.params)
     promised = jnp.sum(proposal.kl / jnp.maximum(proposal.rho, jnp.finfo(proposal.rho.dtype).tiny))
     delivered = ~asked | (gained >= jnp.where(large, length.ACCEPT * promised, -floor))
-    return Verdict(ok & delivered, proposal.limited & (gained > length.GROW * promised))
+    return Verdict(ok & delivered, proposal.limited & (gained > length.GROW * promised), gained)
 
 
-def _settle(context: Context, state: State, direction: Direction, proposal: Proposal, verdict: Verdict) -> State:
+def _settle(context: Context, state: State, direction: Direction, proposal: Proposal, search: Search) -> State:
     """Take the step or leave it, and write down which."""
-    good = verdict.good
-    pace = direction.pace
-    if context.options.adaptive:
-        nats, limited = jnp.sum(proposal.kl), proposal.limited
-        pace = length.resized(pace, context.structure.latents, nats, good=good, limited=limited, grows=verdict.grows)
+    good = direction.ok & search.verdict.good & finite(proposal.params)
+    pace = _choose(direction.ok, _paced(context, state, direction, proposal, search, good), state.pace)
     # A skipped natural gradient stays in the running means only if it was finite.
     kept = _choose(direction.ok, direction.memory, state.memory)
-    pace = _choose(direction.ok, pace, state.pace)._replace(radius=pace.radius)
     params = _choose(good, proposal.params, state.params)
-    average = _averaged(state.average, params, _average_weights(pace, context))
+    newest = jnp.where(good, _average_weights(pace, context), 0.0)
+    weights = certificate.Weights(jnp.where(good, proposal.rho, 0.0), direction.weight, newest)
+    gap = certificate.observe(state.certificate, direction.compared, direction.noise, weights)
+    gap = _choose(direction.ok, gap, state.certificate)
     return State(
         params,
-        _choose(good, average, state.average),
+        _averaged(state.average, params, context.structure, newest),
         _choose(good, proposal.memory, kept),
         pace,
+        gap,
         _choose(good, proposal.point, state.point),
-        _info(state, direction, proposal, good),
+        _info(state, direction, proposal, good, certificate.remaining(gap, pace.memory[: newest.size])),
     )
 
 
-def _averaged(average: Params, params: Params, weights: dict[str, jax.Array]) -> Params:
+def _paced(
+    context: Context, state: State, direction: Direction, proposal: Proposal, search: Search, good: jax.Array
+) -> Pace:
+    """The pace after the step was tried. (A loss that is not finite where the step starts says nothing about it.)"""
+    latents, pace = context.structure.latents, direction.pace
+    foreseen = certificate.foreseen(state.certificate, proposal.rho.size)
+    pace = length.averaged(pace, foreseen, direction.compared, direction.noise)
+    pace = _choose(good, length.forgotten(pace, latents, jnp.sum(proposal.kl)), pace)
+    if not context.options.adaptive:
+        return pace
+    tried = pace._replace(radius=proposal.radius)
+    nats, limited, grows = jnp.sum(proposal.kl), proposal.limited, search.verdict.grows
+    return length.resized(tried, latents, nats, good=good, limited=limited, grows=grows)
+
+
+def _averaged(average: Params, params: Params, structure: Structure, newest: jax.Array) -> Params:
     """The running mean of the iterates. What the ordinary optimizer moves is its own affair: its last iterate."""
+    weights = {p: newest[k] for k, family in enumerate(structure.families) for p in family.params}
 
     def mean(weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         return old + (weight * (new - old)).astype(old.dtype)
@@ -168,18 +228,20 @@ def _averaged(average: Params, params: Params, weights: dict[str, jax.Array]) ->
     return {p: jax.tree.map(partial(mean, weights[p]), average[p], x) if p in weights else x for p, x in params.items()}
 
 
-def _average_weights(pace: Pace, context: Context) -> dict[str, jax.Array]:
-    """Average over the steps that noise rules, and only over those: the memory counts half of them.
+def _average_weights(pace: Pace, context: Context) -> jax.Array:
+    """The newest iterate's weight in the average, for each family: over the steps that noise rules, and only over those.
 
     Steps of a length that the user has chosen are left alone: then the last iterate is what was asked for.
     """
-    weights = (AVERAGE_DECAY + 1) / (2 * (pace.memory - length.MEMORY_MIN) + AVERAGE_DECAY + 1)
+    steps = pace.averaged[: len(context.structure.families)]
     if context.options.step_size is not None:
-        weights = jnp.ones_like(weights)
-    return {p: weights[k] for k, family in enumerate(context.structure.families) for p in family.params}
+        return jnp.ones_like(steps)
+    return (AVERAGE_DECAY + 1) / (steps + AVERAGE_DECAY)
 
 
-def _info(state: State, direction: Direction, proposal: Proposal, good: jax.Array) -> StepInfo:
+def _info(
+    state: State, direction: Direction, proposal: Proposal, good: jax.Array, remaining: tuple[jax.Array, jax.Array]
+) -> StepInfo:
     old, square = state.info, jnp.sum(direction.square)
     share = direction.square / jnp.maximum(square, jnp.finfo(square.dtype).tiny)
     return jax.tree.map(
@@ -189,7 +251,8 @@ def _info(state: State, direction: Direction, proposal: Proposal, good: jax.Arra
             jnp.sqrt(square),
             jnp.where(good, jnp.sqrt(jnp.sum(share * proposal.rho**2)), 0.0),
             jnp.sum(share * direction.signal),
-            direction.pace.radius,
+            proposal.radius,
+            *remaining,
             proposal.limited & good,
             ~good,
             old.skipped_total + ~good,

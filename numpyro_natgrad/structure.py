@@ -109,11 +109,13 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     views = _views(families, naturals, scored, hearing, options, forward)
     exact = hearing.is_elbo and all(family.exact for family in families)
     paired = all(site.reparameterized or site.analytic for site in hearing.sites.values())
-    return Structure(families, point, views, hearing.particles, latents, exact, _quiet(families, exact), paired)
+    return Structure(
+        families, point, views, hearing.particles, latents, exact, _quiet(families, exact, latents), paired
+    )
 
 
-def _quiet(families: tuple[Family, ...], exact: bool) -> tuple[float, ...]:
-    rest = length.QUIET if exact else length.QUIET_INEXACT
+def _quiet(families: tuple[Family, ...], exact: bool, latents: int) -> tuple[float, ...]:
+    rest = length.quiet(latents) if exact else length.QUIET_INEXACT
     return tuple(_quiet_one(family, rest, len(families)) for family in families)
 
 

@@ -1,0 +1,222 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks.stopping [case …]``: is a fit that stops where ``fit`` says it is?
+
+Fits of :data:`STEPS` steps from several seeds are looked at every :data:`~numpyro_natgrad.chunks.CHUNK` steps, by the
+rule that ``fit`` stops by; the true gap there is the loss beyond the reference's on the same :data:`DRAWS` draws. The
+reference is the best of the seeds' means over the last half of the fits with the most particles. A stop is *right* if
+the true gap is below twice the tolerance; *needed* are the steps until it first is.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+
+from numpyro_natgrad import History, NaturalGradient
+from numpyro_natgrad.chunks import CHUNK
+from numpyro_natgrad.stopping import converged
+
+from .cases import Case, eight_schools, gaussian
+
+SEEDS, STEPS, DRAWS = 10, 300, 4096
+PARTICLES = (32, 8, 2)
+TOLERANCES = (0.05, 0.01)
+
+
+class Fits(NamedTuple):
+    """Per seed the history, and the true gaps every ``CHUNK`` steps, nats, ``(seeds, STEPS/CHUNK)``."""
+
+    histories: list[History]
+    gaps: np.ndarray
+
+
+class Stops(NamedTuple):
+    """Per seed: where a fit stops (infinity: nowhere), the true gap there, nats, and the steps that were needed."""
+
+    steps: np.ndarray
+    gaps: np.ndarray
+    needed: np.ndarray
+
+
+def eight_schools_centred() -> Case:
+    """Rubin (1981), centred: a funnel."""
+    sigma = jnp.array([15.0, 10, 16, 11, 9, 11, 10, 18])
+
+    def model(y: Any) -> None:
+        mu = numpyro.sample("mu", dist.Normal(0, 5))
+        tau = numpyro.sample("tau", dist.HalfCauchy(5))
+        with numpyro.plate("schools", 8):
+            theta = numpyro.sample("theta", dist.Normal(mu, tau))
+            numpyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+    return Case("eight schools (centred)", model, (jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12]),), 0.1, 1.0)
+
+
+def logistic() -> Case:
+    """200 rows, 8 covariates whose scales differ a hundredfold."""
+    draw = np.random.default_rng(1)
+    x = draw.normal(size=(200, 8)) * np.logspace(-1, 1, 8) / 2
+    y = draw.random(200) < 1 / (1 + np.exp(-x @ draw.normal(size=8)))
+
+    def model(x: Any, y: Any) -> None:
+        beta = numpyro.sample("beta", dist.Normal(0, 2).expand([8]).to_event(1))
+        numpyro.sample("y", dist.Bernoulli(logits=x @ beta).to_event(1), obs=y)
+
+    return Case("logistic regression", model, (jnp.array(x, float), jnp.array(y, float)), 0.1, 1.0)
+
+
+def poisson() -> Case:
+    """Counts in ten groups, three each, with a log rate of their own."""
+    draw = np.random.default_rng(2)
+    y = draw.poisson(np.exp(1 + 0.7 * draw.normal(size=10))[:, None], (10, 3))
+
+    def model(y: Any) -> None:
+        mu = numpyro.sample("mu", dist.Normal(0, 3))
+        sigma = numpyro.sample("sigma", dist.HalfNormal(2))
+        with numpyro.plate("groups", 10):
+            a = numpyro.sample("a", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Poisson(jnp.exp(mu + sigma * a)[:, None]).to_event(1), obs=y)
+
+    return Case("Poisson hierarchy", model, (jnp.array(y),), 0.1, 1.0)
+
+
+def funnel() -> Case:
+    """Neal (2003), with five dimensions in its neck."""
+
+    def model() -> None:
+        v = numpyro.sample("v", dist.Normal(0, 3))
+        with numpyro.plate("neck", 5):
+            numpyro.sample("z", dist.Normal(0, jnp.exp(v / 2)))
+
+    return Case("funnel", model, (), 0.1, 1.0)
+
+
+CASES = {
+    "gaussian": gaussian,
+    "eight": eight_schools,
+    "centred": eight_schools_centred,
+    "logistic": logistic,
+    "poisson": poisson,
+    "funnel": funnel,
+}
+GUIDES: dict[str, Callable[..., Any]] = {"full": AutoMultivariateNormal, "mean field": AutoNormal}
+
+
+def fits(model: Callable[..., Any], guide: Any, data: tuple[Any, ...]) -> Iterator[tuple[int, Fits]]:
+    """Of one model and guide, for every number of particles."""
+    key = jax.random.key(0)
+    svi = SVI(model, guide, NaturalGradient(), Trace_ELBO(DRAWS))
+    svi.init(key, *data)
+    score = jax.jit(lambda params: jax.lax.map(lambda p: svi.loss.loss(key, p, model, guide, *data), params))
+    best = None
+    for particles in PARTICLES:
+        records, params = _runs(SVI(model, guide, NaturalGradient(), Trace_ELBO(particles)), data)
+        if best is None:
+            best = score(jax.tree.map(_settled, params)).min()
+        gaps = np.stack([score(jax.tree.map(lambda x, i=i: x[i], params)) - best for i in range(SEEDS)])
+        yield particles, Fits([_history(jax.tree.map(lambda x, i=i: x[i], records)) for i in range(SEEDS)], gaps)
+
+
+def _settled(x: np.ndarray) -> np.ndarray:
+    return x[:, x.shape[1] // 2 :].mean(1)
+
+
+def _runs(svi: SVI, data: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Losses and reports of every step, and parameters every ``CHUNK`` steps; ``(seeds, …)``."""
+    svi.init(jax.random.key(0), *data)
+
+    def step(state: Any, _: None) -> tuple[Any, Any]:
+        state, loss = svi.update(state, *data)
+        return state, (loss, svi.optim.info(state))
+
+    def chunk(state: Any, _: None) -> tuple[Any, Any]:
+        state, records = jax.lax.scan(step, state, None, length=CHUNK)
+        return state, (records, svi.get_params(state))
+
+    run = jax.jit(lambda key: jax.lax.scan(chunk, svi.init(key, *data), None, length=STEPS // CHUNK)[1])
+    runs = [jax.device_get(run(jax.random.key(seed))) for seed in range(SEEDS)]
+    return jax.tree.map(lambda *xs: np.stack(xs), *runs)
+
+
+def _history(records: Any) -> History:
+    loss, info = jax.tree.map(np.ravel, records)
+    fields = info.kl_moved, info.step_length, info.decrement, info.decrement_error, info.limited, info.skipped
+    return History(loss, *fields, np.zeros(STEPS))
+
+
+def stops(fitted: Fits, tolerance: float) -> Stops:
+    """Where fits with this tolerance stop."""
+    found = [_stop(history, gaps, tolerance) for history, gaps in zip(*fitted, strict=True)]
+    return Stops(*(np.array(x) for x in zip(*found, strict=True)))
+
+
+def _stop(history: History, gaps: np.ndarray, tolerance: float) -> tuple[float, float, float]:
+    marks = np.arange(CHUNK, STEPS + 1, CHUNK)
+    done = np.array([converged(History(*(x[:t] for x in history)), tolerance) for t in marks])
+    right = gaps < 2 * tolerance
+    needed = marks[right.argmax()] if right.any() else np.inf
+    return (marks[done.argmax()], gaps[done.argmax()], needed) if done.any() else (np.inf, np.nan, needed)
+
+
+def row(title: str, guide: str, particles: int, found: Stops, tolerance: float) -> str:
+    """Of the table."""
+    stopped = np.isfinite(found.steps)
+    right = int(np.sum(found.gaps[stopped] < 2 * tolerance))
+    worst = f"{found.gaps[stopped].max():.3f}" if stopped.any() else "–"
+    counts = f"{right} of {stopped.sum()}"
+    return (
+        f"| {title} | {guide} | {particles} | {tolerance} | {counts} | {worst} | {np.median(found.steps):.0f} | "
+        f"{np.median(found.needed):.0f} |"
+    )
+
+
+HEAD = (
+    "| case | guide | particles | tolerance | right stops | worst gap | steps at stop | needed |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def table(cases: Iterable[tuple[str, str, Callable[..., Any], Any, tuple[Any, ...]]]) -> Iterator[str]:
+    """The lines of the table, one after the other, over ``(title, guide's name, model, guide, data)``."""
+    yield HEAD
+    everything: dict[float, list[Stops]] = {tolerance: [] for tolerance in TOLERANCES}
+    for title, name, model, guide, data in cases:
+        for particles, fitted in fits(model, guide, data):
+            for tolerance in TOLERANCES:
+                found = stops(fitted, tolerance)
+                everything[tolerance].append(found)
+                yield row(title, name, particles, found, tolerance)
+    yield ""
+    yield from (summary(tolerance, found) for tolerance, found in everything.items())
+
+
+def summary(tolerance: float, found: list[Stops]) -> str:
+    """Of all fits with this tolerance."""
+    steps, gaps, needed = (np.concatenate(x) for x in zip(*found, strict=True))
+    stopped = np.isfinite(steps)
+    right = np.mean(gaps[stopped] < 2 * tolerance)
+    ratio = np.median(steps[stopped] / needed[stopped])
+    return (
+        f"tolerance {tolerance} nats: {stopped.sum()} of {steps.size} fits stop within {STEPS} steps, {right:.1%} of "
+        f"them with a true gap below {2 * tolerance}; in the median after {ratio:.1f} times the steps needed.\n"
+    )
+
+
+def main(names: list[str]) -> None:
+    """Print the table of the named cases, or of all."""
+    made = [CASES[name]() for name in names or CASES]
+    cases = ((c.title, name, c.model, guide(c.model), c.data) for c in made for name, guide in GUIDES.items())
+    for line in table(cases):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

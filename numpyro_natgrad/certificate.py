@@ -1,0 +1,102 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+r"""The certificate: how many nats are still to gain, beside what noise hides.
+
+Near the optimum the loss is ½‖a‖² nats above its minimum, with a = η − η* in the Fisher metric, where η is the
+*average* that ``get_params`` returns. Let x be the iterate, n ~ (0, v) the noise of one natural gradient x + n, and m
+the running mean of natural gradients, from which the families subtract what has been travelled. One step is linear:
+
+    x ← (1−ρ) x − ρ n        m ← (1−w) m + (w−ρ)(x + n)        a ← (1−α) a + α x
+
+so that z = m − x ← (1−w) z + w n holds noise alone, whatever the optimum. The noise in (x, z, a) has a covariance
+C ← A C Aᵀ + v b bᵀ that is known, since ρ, w and α are; what is left of the start is seen in ‖m‖² beyond its noise:
+
+    E‖m‖² = ‖E x‖² + C_xx + 2 C_xz + C_zz,        ‖E a‖² ≤ Σ α-weighted ‖E x‖²  (Jensen)
+    decrement = ½ (max(0, Σ α-weighted (‖m‖² − its noise)) + C_aa)
+
+‖m‖ alone would not do: ρ = w makes it vanish, since then the iterate *is* the mean of what the natural gradients
+estimated, and C_aa → v/t is all that says how far that mean is off.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .length import Comparison
+from .state import Certificate, State
+
+
+class Weights(NamedTuple):
+    """Per family: ρ and w of a natural gradient in iterate and running mean, α of the iterate in the average."""
+
+    rho: jax.Array
+    mean: jax.Array
+    average: jax.Array
+
+
+def observe(certificate: Certificate, seen: Comparison, noise: jax.Array, weights: Weights) -> Certificate:
+    """After one step with these weights.
+
+    :param seen: as the natural gradient was compared with the running mean before it.
+    :param noise: v, nats.
+    """
+    k = noise.size
+    covariance = _propagated(certificate.covariance[..., :k], noise, weights)
+    (xx, xz, _), (_, zz, _), _ = covariance
+    excess = _mean2(seen, weights) - (xx + 2 * xz + zz)
+    old = certificate.excess[:, :k]
+    averaged = old + weights.average * (jnp.stack([excess, excess**2]) - old)
+    return Certificate(certificate.covariance.at[..., :k].set(covariance), certificate.excess.at[:, :k].set(averaged))
+
+
+def remaining(certificate: Certificate, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The nats still to gain, of all families, and the standard error.
+
+    v is the mean of about ``memory`` squares, of relative variance 2 at least where one direction is noisy (χ²), and
+    the excess scatters as it was seen to; its terms follow each other closely, and none of that scatter averages out.
+    Where no parameter has a Fisher nothing is known.
+    """
+    k = memory.size
+    if not k:
+        return jnp.array(jnp.nan), jnp.array(jnp.nan)
+    mean, square = certificate.excess[:, :k]
+    noise = certificate.covariance[2, 2, :k]
+    error2 = jnp.maximum(square - mean**2, 0.0) + 2 / memory * noise**2
+    return 0.5 * jnp.sum(jnp.maximum(mean, 0.0) + noise), 0.5 * jnp.sqrt(jnp.sum(error2))
+
+
+def noise_left(state: State) -> tuple[float, float]:
+    """The part of the decrement that is noise, nats, and the steps that the running means behind it look back over."""
+    noise = np.asarray(state.certificate.covariance[2, 2])
+    memory = np.asarray(state.pace.memory)
+    return 0.5 * float(noise.sum()), float(noise @ memory / max(noise.sum(), np.finfo(noise.dtype).tiny))
+
+
+def _propagated(covariance: jax.Array, noise: jax.Array, weights: Weights) -> jax.Array:
+    """A C Aᵀ + v b bᵀ."""
+    rho, mean, average = weights
+    zero = jnp.zeros_like(rho)
+    step = jnp.stack(
+        [
+            jnp.stack([1 - rho, zero, zero]),
+            jnp.stack([zero, 1 - mean, zero]),
+            jnp.stack([average * (1 - rho), zero, 1 - average]),
+        ]
+    )
+    drawn = jnp.stack([-rho, mean, -average * rho])
+    return jnp.einsum("ijk,jlk,mlk->imk", step, covariance, step) + noise * drawn[:, None] * drawn
+
+
+def _mean2(seen: Comparison, weights: Weights) -> jax.Array:
+    """‖m‖² after the step: m₊ = (1−w) m + (w−ρ) v, from the squares of m, v − m and v."""
+    kept, added = 1 - weights.mean, weights.mean - weights.rho
+    product = (seen.this2 + seen.trend2 - seen.news2) / 2
+    return jnp.maximum(kept**2 * seen.trend2 + 2 * kept * added * product + added**2 * seen.this2, 0.0)
+
+
+def foreseen(certificate: Certificate, families: int) -> jax.Array:
+    """‖m‖² that noise alone would show before the next step, nats, for each family."""
+    (xx, xz, _), (_, zz, _), _ = certificate.covariance[..., :families]
+    return xx + 2 * xz + zz

@@ -1,0 +1,207 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Law: ``fit`` takes the steps of ``svi.run``, knows how far they are from the optimum, and stops where it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from jax import random
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+
+from numpyro_natgrad import History, NaturalGradient, certificate, fit, stopping
+from numpyro_natgrad.certificate import Weights
+from numpyro_natgrad.length import Comparison
+from numpyro_natgrad.state import Certificate
+
+Y = jnp.array([1.0, 3.0, 2.0, 2.5])
+
+
+def model(y, scale=1.0):
+    z = numpyro.sample("z", dist.Normal(0, 10))
+    with numpyro.plate("rows", 4, subsample_size=len(y)):
+        numpyro.sample("y", dist.StudentT(3, z, scale), obs=y)
+
+
+def make(optim=None):
+    return SVI(model, AutoNormal(model), optim or NaturalGradient(), Trace_ELBO(4))
+
+
+@pytest.fixture(scope="module")
+def svi():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def whole(svi):
+    return fit(svi, random.key(0), Y, max_steps=13, tolerance=0, progress_bar=False)
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=np.sqrt(np.finfo(np.float32).eps))
+
+
+def test_the_steps_are_those_of_run(svi, whole):
+    """13 steps: two chunks and a part of one. Losses and parameters, at any tolerance that is not reached."""
+    run = svi.run(random.key(0), 13, Y, progress_bar=False)
+    assert_same((whole.params, whole.losses), (run.params, run.losses))
+    assert whole.state.optim_state[0] == 13
+    assert not whole.converged
+    assert whole.reason.startswith("`max_steps` are taken")
+
+
+def test_a_resumed_fit_is_one_fit_compiled_once(svi, whole, monkeypatch):
+    """Each part has a chunk that is not full; nothing is traced again, by the count of calls to the optimizer."""
+    calls = []
+    traced = NaturalGradient.eval_and_update
+    monkeypatch.setattr(NaturalGradient, "eval_and_update", lambda *a, **k: calls.append(1) or traced(*a, **k))
+    begun = fit(svi, random.key(0), Y, max_steps=7, tolerance=0, progress_bar=False)
+    rest = fit(svi, random.key(5), Y, max_steps=6, tolerance=0, resume=begun, progress_bar=False)
+    assert_same((whole.params, whole.history._replace(seconds=0)), (rest.params, rest.history._replace(seconds=0)))
+    assert (np.diff(rest.history.seconds) > 0).all()
+    assert not calls
+
+
+def test_minibatches_are_the_steps_of_update(svi):
+    """Two shapes, read lazily, to their end; against a loop over ``svi.update``."""
+    batches = [(Y[:2],), (Y[2:],), (Y,), (Y,), (Y[1:3],)] * 2
+    left = iter(batches)
+    result = fit(svi, random.key(0), batches=left, tolerance=0, progress_bar=False)
+    state, update = svi.init(random.key(0), *batches[0]), jax.jit(svi.update)
+    losses = []
+    for batch in batches:
+        state, loss = update(state, *batch)
+        losses.append(loss)
+    assert_same((result.losses, result.params), (jnp.stack(losses), svi.get_params(state)))
+    assert result.reason.startswith("`batches` are used up")
+
+
+def test_it_stops_when_it_is_done(svi, capsys):
+    """The gain of ten times as many steps is within the claim: twice the tolerance."""
+    result = fit(svi, random.key(1), Y, tolerance=0.05)
+    assert result.converged
+    assert len(result.losses) <= 60
+    assert "converged" in capsys.readouterr().err
+    longer = fit(svi, random.key(1), Y, max_steps=600, tolerance=0, resume=result, progress_bar=False)
+    score = lambda params: Trace_ELBO(4096).loss(random.key(2), params, model, svi.guide, Y)
+    assert score(result.params) - score(longer.params) < 0.1
+
+
+def test_a_loss_that_is_no_number_ends_the_fit(svi):
+    result = fit(svi, random.key(0), jnp.full(4, jnp.nan), progress_bar=False)
+    assert len(result.losses) == stopping.HOPE
+    assert "init_params" in result.reason
+    assert not result.converged
+
+
+def test_an_interrupt_returns_what_there_is(svi):
+    def batches():
+        yield from [(Y,)] * 5
+        raise KeyboardInterrupt
+
+    result = fit(svi, random.key(0), batches=batches(), progress_bar=False)
+    assert result.reason.startswith("interrupted")
+    assert result.history.steps == len(result.losses) == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "args", "options"),
+    [
+        (TypeError, "max_steps='9'", (Y,), {"max_steps": "9"}),
+        (ValueError, "max_steps=0", (Y,), {"max_steps": 0}),
+        (TypeError, "tolerance=None", (Y,), {"tolerance": None}),
+        (ValueError, "tolerance=-1", (Y,), {"tolerance": -1}),
+        (ValueError, "beside `batches`", (Y,), {"batches": [(Y,)]}),
+        (TypeError, "batches=3", (), {"batches": 3}),
+        (ValueError, "`batches` is empty", (), {"batches": []}),
+    ],
+)
+def test_what_cannot_be_used_is_named(svi, error, match, args, options):
+    with pytest.raises(error, match=match):
+        fit(svi, random.key(0), *args, **options)
+
+
+def test_another_optimizer_is_refused():
+    with pytest.raises(TypeError, match="`Adam`.*NaturalGradient"):
+        fit(make(numpyro.optim.Adam(0.1)), random.key(0), Y)
+
+
+def followed(key, rho, steps=60, d=40, noise=0.5):
+    """Noisy steps towards the optimum of a Gaussian target: the certificate, and ½‖a‖² as it is."""
+
+    def step(carry, inputs):
+        x, m, a, seen = carry
+        t, draw = inputs
+        n = jnp.sqrt(noise / d) * draw
+        v, r, mean = x + n, rho(t), 1 / (t + 1)
+        compared = Comparison(*(jnp.sum(u**2)[None] for u in (m, v - m, v)))
+        weights = Weights(*(jnp.asarray(w, float)[None] for w in (r, mean, 9 / (t + 9))))
+        seen = certificate.observe(seen, compared, jnp.full(1, noise), weights)
+        m, x = m + mean * (v - m) - r * v, x - r * v
+        return (x, m, a + weights.average * (x - a), seen), None
+
+    start = jnp.full(d, 1.0), jnp.zeros(d), jnp.full(d, 1.0), Certificate(jnp.zeros((3, 3, 1)), jnp.zeros((2, 1)))
+    draws = jnp.arange(steps, dtype=float), random.normal(key, (steps, d))
+    (_, _, a, seen), _ = jax.lax.scan(step, start, draws)
+    return certificate.remaining(seen, jnp.full(1, float(steps)))[0], jnp.sum(a**2) / 2
+
+
+@pytest.mark.parametrize("rho", [lambda t: 0.3 + 0 * t, lambda t: 0.8 / (t / 5 + 1)], ids=["constant", "decaying"])
+def test_the_certificate_is_the_gap_of_the_average(rho, x64):
+    """On a quadratic, over 400 repetitions; not below it by more than noise, nor, as Jensen costs, above by a half."""
+    claimed, true = jax.jit(jax.vmap(lambda k: followed(k, rho)))(random.split(random.key(0), 400))
+    error = 4 * jnp.sqrt((jnp.var(claimed) + jnp.var(true)) / 400)
+    assert true.mean() - error <= claimed.mean() <= 1.5 * true.mean() + error
+
+
+def test_nothing_is_certified_where_nothing_has_a_fisher():
+    state = Certificate(jnp.zeros((3, 3, 2)), jnp.zeros((2, 2)))
+    assert np.isnan(certificate.remaining(state, jnp.zeros(0))).all()
+
+
+def flat(**changes):
+    """A history of twenty steps that are done, but for the changes."""
+    loss = 5 + np.random.default_rng(0).normal(size=20)
+    done = dict.fromkeys(History._fields, np.zeros(20)) | {"loss": loss, "decrement": np.full(20, 0.004)}
+    return History(**done | {"limited": np.zeros(20, bool), "skipped": np.zeros(20, bool)} | changes)
+
+
+def last(value, count, dtype=float):
+    return np.r_[np.zeros(20 - count), np.full(count, value)].astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "done"),
+    [
+        ({}, True),
+        ({"decrement": last(0.02, 1)}, False),  # now
+        ({"decrement": np.r_[np.zeros(15), 0.02, np.zeros(4)]}, True),  # one draw from a heavy tail
+        ({"decrement": last(0.0, 0) + np.r_[np.zeros(14), 0.02, 0.02, np.zeros(4)]}, False),
+        ({"decrement_error": last(0.007, 20)}, False),
+        ({"limited": last(1, 2, bool)}, False),
+        ({"skipped": last(1, 2, bool)}, False),
+        ({"loss": np.linspace(30, 5, 20)}, False),
+        ({"decrement": last(np.nan, 20)}, False),
+    ],
+)
+def test_done_is_below_the_tolerance_beyond_noise_for_a_while(changes, done):
+    assert stopping.converged(flat(**changes), 0.01) is done
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [(0.0312, 0.004, "0.031 ± 0.004"), (12.3, 2.1, "12 ± 2"), (0.5, 0.0, "0.500 ± 0.000"), (np.nan, 1.0, "unknown")],
+)
+def test_the_error_has_one_digit(value, error, text):
+    assert text in stopping.interval(value, error)
+
+
+def test_the_outlook_is_what_the_tolerance_takes():
+    """Noise falls as one over steps: from 0.04 to 0.01 nats it takes four times the steps, or the particles."""
+    history = flat(decrement=np.full(20, 0.04))
+    assert "about 120 further steps, or 4 times the particles" in stopping.outlook(history, 0.01, 0.04, 20.0)
+    assert "on its way" in stopping.outlook(history, 0.01, 0.001, 20.0)
