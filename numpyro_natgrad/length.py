@@ -37,8 +37,8 @@ MEMORY_MIN = 1.1
 OUTLIER, HARMLESS = 2.0, 1.0
 #: The running mean is believed to lag behind by this factor at most.
 DRIFT_MAX = 10.0
-#: Noise is what the last few steps show, and a little more: after a change of scale the mean over many is long out of date.
-#: A weight of 1/2 looks back over three steps, whose squares scatter by √(2/3k) with k noisy directions.
+#: Noise is what the last few steps show, and a little more: after a change of scale the mean over many is long out of
+#: date. A weight of 1/2 looks back over three steps, whose squares scatter by √(2/3k) with k noisy directions.
 RECENT_WEIGHT, RECENT = 0.5, 1.3
 #: Nats a latent after which what was learned at a place is worth one step: the two guides hardly overlap there.
 FAR = 10.0
@@ -157,9 +157,10 @@ def _followed(drift: jax.Array, seen: Comparison, weight: jax.Array) -> tuple[ja
 def forgotten(pace: Pace, latents: int, kl: jax.Array) -> Pace:
     """What is left of the running means after a step of ``kl`` nats.
 
-    Natural gradients far apart differ because the model does, and by orders of magnitude where a fit starts far from its
-    posterior: taken for noise, that would shorten the next steps to nothing. So they are remembered for as many steps
-    as the guide needs at this pace to get ``FAR`` nats a latent away; below one step, with that share of their variance.
+    Natural gradients far apart differ because the model does, and by orders of magnitude where a fit starts far from
+    its posterior: taken for noise, that would shorten the next steps to nothing. So they are remembered for as many
+    steps as the guide needs at this pace to get ``FAR`` nats a latent away; below one step, with that share of their
+    variance.
     """
     steps = (FAR * latents / jnp.maximum(kl, jnp.finfo(kl.dtype).tiny)).astype(pace.radius.dtype)
     share = jnp.minimum(steps, 1.0)

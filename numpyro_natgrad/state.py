@@ -46,8 +46,8 @@ class Pace(NamedTuple):
     :ivar recent: the same of the last few steps; ``(n,)``.
     :ivar memory: per family, number of steps that the running means look back over; ``(n,)``.
     :ivar averaged: per family, number of steps that the average of the iterates looks back over; ``(n,)``.
-    :ivar drift: per family, running means of ⟨v − m, m⟩ and ⟨m, m⟩ as shares of ⟨v, v⟩ + ⟨m, m⟩, for natural gradients v
-        and the running mean m that foresaw them; ``(2, n)``.
+    :ivar drift: per family, running means of ⟨v − m, m⟩ and ⟨m, m⟩ as shares of ⟨v, v⟩ + ⟨m, m⟩, for natural gradients
+        v and the running mean m that foresaw them; ``(2, n)``.
     :ivar radius: KL in nats that a step may move; set in the first step, when the guide has been heard; scalar.
     """
 

@@ -139,11 +139,11 @@ def _search(evidence: Evidence, context: Context, direction: Direction, state: S
         verdict = _judge(evidence, context, proposal)
         up = (search.trials > 0) & search.verdict.good
         better = verdict.good & (verdict.gained > search.verdict.gained)
-        best = _choose(~up | better, (search.following, verdict), (search.radius, search.verdict))
+        radius, best = _choose(~up | better, (search.following, verdict), (search.radius, search.verdict))
         # Farther while that pays; nearer until it delivers, and then no farther.
         farther = jnp.array(context.structure.exact) & verdict.grows & jnp.where(up, better, search.trials == 0)
         following = jnp.where(verdict.good, length.grown(search.following), search.following / 4)
-        return Search(*best, following, search.trials + 1, farther | ~(up | verdict.good))
+        return Search(radius, best, following, search.trials + 1, farther | ~(up | verdict.good))
 
     return lax.while_loop(lambda search: search.open & (search.trials < TRIALS), body, search)
 
@@ -229,7 +229,7 @@ def _averaged(average: Params, params: Params, structure: Structure, newest: jax
 
 
 def _average_weights(pace: Pace, context: Context) -> jax.Array:
-    """The newest iterate's weight in the average, for each family: over the steps that noise rules, and only over those.
+    """The newest iterate's weight in the average over the steps that noise rules, for each family.
 
     Steps of a length that the user has chosen are left alone: then the last iterate is what was asked for.
     """
