@@ -3,7 +3,8 @@
 """``python -m benchmarks.posteriordb --checkout PATH``: run what is missing of a whole benchmark, resumable.
 
 ``reference`` first draws from the posteriors that no draws are published of; ``table`` writes docs/posteriordb.md of
-the results there are, ``figures`` their pictures. Models and methods are chosen by (parts of) their names, with commas.
+the results there are, ``figures`` their pictures; ``ablation`` takes the rule apart, into docs/ablation.md. Models and
+methods are chosen by (parts of) their names, with commas.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from . import run
 from .models import MODELS, named
 
 RESULTS = pathlib.Path("benchmarks/results")
+COMMANDS = ("run", "one", "reference", "table", "figures", "ablation")
 
 
 def main() -> None:
@@ -26,6 +28,8 @@ def main() -> None:
         _document(options.command, options.results)
     elif options.checkout is None:
         raise SystemExit("`--checkout`: expected the folder of a checkout of posteriordb, got nothing.")
+    elif options.command == "ablation":
+        _ablation(options)
     elif options.command == "reference":
         _reference(plan, _models(options))
     elif options.command == "one":
@@ -37,7 +41,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.posteriordb", description=__doc__)
-    parser.add_argument("command", nargs="?", default="run", choices=("run", "one", "reference", "table", "figures"))
+    parser.add_argument("command", nargs="?", default="run", choices=COMMANDS)
     parser.add_argument("--checkout", type=pathlib.Path, help="checkout of posteriordb")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--models", default=",".join(MODELS), help="posteriors")
@@ -84,6 +88,16 @@ def _reference(plan: run.Plan, models: list[str]) -> None:
 
     for model in models:
         print(draw(plan.checkout, plan.results, model), flush=True)
+
+
+def _ablation(options: argparse.Namespace) -> None:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_enable_compilation_cache", False)
+    from .ablation import write
+
+    print(write(options.checkout, options.results))
 
 
 def _document(command: str, results: pathlib.Path) -> None:

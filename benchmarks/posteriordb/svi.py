@@ -74,8 +74,8 @@ def reference(problem: Problem) -> Iterator[Attempt]:
 
 
 def _natural(problem: Problem, marks: np.ndarray, particles: int, seeds: range, gradients: float) -> Iterator[Attempt]:
-    walk = _walk(problem, marks, particles)
-    compiled, compiling = _compiled(lambda z, key: walk(NaturalGradient(), z, key), start(problem, 0))
+    walk = walker(problem, marks, particles)
+    compiled, compiling = compile_timed(lambda z, key: walk(NaturalGradient(), z, key), start(problem, 0))
     for seed in seeds:
         begin = time.perf_counter()
         params = jax.block_until_ready(compiled(*start(problem, seed)))
@@ -88,7 +88,7 @@ def adam(problem: Problem) -> Iterator[Attempt]:
     total, seeds = problem.steps[1], len(problem.starts)
     marks = np.unique(np.geomspace(1, total, 90).round().astype(int))
     seconds, compiling = _seconds_of_adam(problem)
-    walk = _walk(problem, marks, PARTICLES)
+    walk = walker(problem, marks, PARTICLES)
     run = jax.jit(jax.vmap(lambda r, c, z, key: walk(_adam(r, c, total), z, key), in_axes=(None, None, 0, 0)))
     starts = [jnp.stack(x) for x in zip(*(start(problem, seed) for seed in range(seeds)), strict=True)]
     for cosine, rate in itertools.product((False, True), RATES):
@@ -110,9 +110,9 @@ def _adam(rate: Any, cosine: Any, total: int) -> Any:
 def _seconds_of_adam(problem: Problem) -> tuple[float, float]:
     """Seconds of a step, and to compile, of one run by itself: the median of three."""
     steps = min(500, problem.steps[1])
-    walk = _walk(problem, np.array([steps]), PARTICLES)
+    walk = walker(problem, np.array([steps]), PARTICLES)
     begun = start(problem, 0)
-    compiled, compiling = _compiled(lambda z, key: walk(optax_to_numpyro(optax.adam(0.01)), z, key), begun)
+    compiled, compiling = compile_timed(lambda z, key: walk(optax_to_numpyro(optax.adam(0.01)), z, key), begun)
     taken = []
     for _ in range(3):
         begin = time.perf_counter()
@@ -121,7 +121,7 @@ def _seconds_of_adam(problem: Problem) -> tuple[float, float]:
     return float(np.median(taken)), compiling
 
 
-def _walk(problem: Problem, marks: np.ndarray, particles: int) -> Callable[..., Any]:
+def walker(problem: Problem, marks: np.ndarray, particles: int) -> Callable[..., Any]:
     """A function of optimizer, start and key: the guide's (constrained) parameters at the marks."""
     guide = problem.guide.make(problem.function)
     SVI(problem.function, guide, optax_to_numpyro(optax.adam(0.1)), Trace_ELBO()).init(
@@ -143,7 +143,7 @@ def _walk(problem: Problem, marks: np.ndarray, particles: int) -> Callable[..., 
     return walk
 
 
-def _compiled(function: Callable[..., Any], example: tuple[Any, ...]) -> tuple[Callable[..., Any], float]:
+def compile_timed(function: Callable[..., Any], example: tuple[Any, ...]) -> tuple[Callable[..., Any], float]:
     begin = time.perf_counter()
     compiled = jax.jit(function).lower(*example).compile()
     return compiled, time.perf_counter() - begin
