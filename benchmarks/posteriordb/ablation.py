@@ -9,6 +9,7 @@ the gap that is left after all steps, with as many particles and from the same s
 import contextlib
 import pathlib
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest import mock
 
