@@ -21,6 +21,9 @@
 :mod:`.length`      how far                                  (length)
 :mod:`.exponential` the registry of Fisher matrices in closed form
 :mod:`.zoo`         NumPyro's distributions in that registry
+:mod:`.verdict`     is the answer any good, and what to do if not
+:mod:`.importance`  log weights of the guide's draws, and what they correct
+:mod:`.response`    covariances by linear response
 ==================  ==========================================================
 """
 
@@ -37,23 +40,33 @@ from .geometry import kl as kl
 from .geometry import natural_gradient as natural_gradient
 from .geometry import scale_by_fisher as scale_by_fisher
 from .optimizer import NaturalGradient as NaturalGradient
+from .response import LinearResponse as LinearResponse
+from .response import linear_response as linear_response
 from .state import State as State
 from .state import StepInfo as StepInfo
+from .verdict import Verdict as Verdict
+from .verdict import to_arviz as to_arviz
+from .verdict import verdict as verdict
 
 __all__ = [
     "Estimate",
     "Fisher",
     "Form",
+    "LinearResponse",
     "NaturalGradient",
     "State",
     "StepInfo",
     "StructureError",
+    "Verdict",
     "fisher",
     "kl",
+    "linear_response",
     "natural_gradient",
     "register_exponential",
     "register_fisher",
     "register_gaussian",
     "scale_by_fisher",
+    "to_arviz",
+    "verdict",
 ]
 __version__ = "0.1.0"
