@@ -50,9 +50,11 @@ class Case(NamedTuple):
 
     :ivar guide: names of the guide's class and of its ancestors.  :ivar latents: numbers that a draw has.
     :ivar draws: how many there are.  :ivar lost: those whose log weight is not finite.
+    :ivar k_hat: of the weights.  :ivar ess: their effective number of draws.
     :ivar gap: log evidence minus ELBO, nats.  :ivar rounding: of a log weight, nats.
     :ivar decrement: nats that a Newton step would gain; NaN if unknown.  :ivar flat: the ELBO has no maximum there.
-    :ivar points: sites without spread.  :ivar subsampled: plates that saw a minibatch.
+    :ivar points: sites without spread.  :ivar whole: there are no others.
+    :ivar subsampled: plates that saw a minibatch.
     :ivar worst: the entry whose standard deviation is most off, and guide's over importance-weighted.
     """
 
@@ -61,6 +63,7 @@ class Case(NamedTuple):
     draws: int
     lost: int
     k_hat: float
+    ess: float
     gap: float
     rounding: float
     decrement: float
@@ -111,7 +114,7 @@ def _main(case: Case) -> str:
     if mark == "good":
         return f"The guide is good: {k}. {_correction(case)}"
     if mark == "usable":
-        return f"The guide is usable: {k}. Take the importance-weighted moments."
+        return f"The guide is usable: {k}. Take the importance-weighted moments ({case.ess:.0f} effective draws)."
     if _unfinished(case):
         gain = "" if case.flat else f" by about {case.decrement:.1f} nats"
         return f"The fit is not done: its ELBO can rise{gain} within this family ({k}). Take more steps."
@@ -129,7 +132,8 @@ def _correction(case: Case) -> str:
     if abs(math.log(ratio)) <= OFF:
         return "Use it as it is."
     size = "small" if ratio < 1 else "large"
-    return f"Its standard deviation of `{name}` is too {size}, {ratio:.2f} of the importance-weighted one: take those moments."
+    fault = f"Its standard deviation of `{name}` is too {size}, {ratio:.2f} of the importance-weighted one"
+    return f"{fault}: take those moments."
 
 
 def following(case: Case) -> str:

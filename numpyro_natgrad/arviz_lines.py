@@ -37,9 +37,11 @@ def inference_data(posterior: Mapping[str, np.ndarray], statistics: Mapping[str,
     """
     import arviz
 
+    from_dict: Any = arviz.from_dict
     groups = {"posterior": _one_chain(posterior), "sample_stats": _one_chain(statistics)}
-    spread = hasattr(arviz, "InferenceData")  # 0.x takes groups as keywords, 1.x as a dict
-    return arviz.from_dict(**groups, **labels) if spread else arviz.from_dict(groups, **labels)
+    if hasattr(arviz, "InferenceData"):  # 0.x takes groups as keywords, 1.x as a dict
+        return from_dict(**groups, **labels)
+    return from_dict(groups, **labels)
 
 
 def _one_chain(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guide as an importance proposal: draws, log weights, and what the weights make of the draws.
 
-    w(z) = log p(x, z) − log q(z),  z ~ q        ELBO = E[w],    log p(x) = log E[exp w],    E_p[h] = E[h exp w]/E[exp w]
+    w(z) = log p(x, z) − log q(z),  z ~ q      ELBO = E[w],    log p(x) = log E[exp w],    E_p[h] = E[h exp w]/E[exp w]
 
 One draw is one particle of NumPyro's ``Trace_ELBO``, whose negative loss is w. Statistics are taken on the host, in
 float64 whatever the fit's precision is.
@@ -96,8 +96,8 @@ def fitted(svi: SVI, result: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
     if isinstance(result, Mapping):
         return Fit(svi, dict(result), args, merged)
     raise TypeError(
-        f"`{type(result).__name__}` is no fit: expected what `svi.run` returns, a state of `svi.update`, or the dict of "
-        "`svi.get_params(state)`."
+        f"`{type(result).__name__}` is no fit: expected what `svi.run` returns, a state of `svi.update`, or the dict "
+        "of `svi.get_params(state)`."
     )
 
 
@@ -136,8 +136,9 @@ def _look(fit: Fit, key: jax.Array, sites: Any) -> tuple[tuple[str, ...], tuple[
 
     def look(key: jax.Array) -> None:
         _, guided, modelled = _traces(fit, key)
-        plates = tuple(n for n, s in modelled.items() if s["type"] == "plate" and s["args"][0] > s["args"][1])
-        found.append((plates, _names(guided, modelled, sites)))
+        plates = [(n, s["args"]) for n, s in modelled.items() if s["type"] == "plate"]
+        subsampled = tuple(n for n, (size, seen) in plates if seen is not None and seen < size)
+        found.append((subsampled, _names(guided, modelled, sites)))
 
     jax.eval_shape(look, key)
     return found[0]
@@ -148,8 +149,8 @@ def _names(guided: Any, modelled: Any, sites: Any) -> tuple[str, ...]:
     if undrawn := [n for n in latent if n not in guided]:
         raise StructureError(
             f"the guide does not draw {undrawn} of the model: expected a value for every latent. A latent that "
-            "`TraceEnum_ELBO` sums over has no importance weight here: sum over it in the model (`dist.MixtureSameFamily`, "
-            "`numpyro.factor`), or draw it in the guide."
+            "`TraceEnum_ELBO` sums over has no importance weight here: sum over it in the model "
+            "(`dist.MixtureSameFamily`, `numpyro.factor`), or draw it in the guide."
         )
     known = {n for n, s in modelled.items() if s["type"] == "deterministic"} | set(latent)
     if unknown := [n for n in sites or () if n not in known]:

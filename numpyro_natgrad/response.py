@@ -7,9 +7,9 @@ Tilt the target by tᵀz. The guide's optimum moves, and the mean of an exact po
     Cov_LR = ∂m*/∂t = [ (∇²L)⁻¹ ]_mm,     L(m, b) = E[f(m + (1 + b) ∘ Kε)] − Σ log(1 + bᵢ),     f = −log p(x, z)
 
 (Giordano, Broderick & Jordan 2018, JMLR 19:51, equation 11.) b is a relative change of the standard deviations, at 0.
-For mean-field guides (m, b) are all of the guide's parameters, and this is the classical formula; of other Gaussians the
-correlations are held fixed. For a Gaussian target ∂²L/∂m∂b = 0 and ∂²L/∂m² is its precision: Cov_LR is exact, whatever
-the guide. Draws come in pairs ±ε, so that this holds for the finite sum too. L is taken in the guide's own standard
+For mean-field guides (m, b) are all of the guide's parameters, and this is the classical formula; of other Gaussians
+the correlations are held fixed. For a Gaussian target ∂²L/∂m∂b = 0 and ∂²L/∂m² is its precision: Cov_LR is exact,
+whatever the guide. Draws come in pairs ±ε, so that this holds for the finite sum too. L is taken in the guide's own standard
 deviations, m = m₀ + σ ∘ a, where its Hessian is of order 1 in any units.
 """
 
@@ -33,7 +33,7 @@ from .effects import guide_site
 from .errors import StructureError
 from .geometry import _initialised
 from .hearing import Hearing, hear
-from .importance import BATCH, Fit, fitted
+from .importance import Fit, fitted
 from .low_rank_chart import LowRankSite, read_low_rank
 from .wrappers import map_base
 
@@ -66,7 +66,7 @@ class LinearResponse(NamedTuple):
         return jnp.sqrt(jnp.diagonal(self.covariance))
 
 
-class NoMinimum(StructureError):
+class NoMinimumError(StructureError):
     """The loss does not curve upwards at the parameters."""
 
 
@@ -98,7 +98,7 @@ def linear_response(
     :param result: what ``svi.run`` returned, a state, or the dict of ``svi.get_params(state)``.
     :param rng_key: of the draws.
     :param args: of the model and the guide. :param kwargs: likewise.
-    :param num_particles: draws that the Hessian of the loss is a mean over, in pairs.
+    :param num_particles: draws that the Hessian of the loss is a mean over, in pairs; a multiple of 4.
     :raises StructureError: if the guide is not made of Gaussians, or the loss has no minimum at these parameters.
     """
     fit = fitted(svi, result, args, kwargs)
@@ -107,27 +107,27 @@ def linear_response(
 
 def respond(latents: _Latents, key: jax.Array, num_particles: int) -> LinearResponse:
     """∇²L by Hessian products at common draws, and its inverse's block of the means."""
-    noise = random.normal(key, (max(num_particles // 2, 2), latents.loc.size), latents.loc.dtype)
-    offsets = jax.vmap(latents.spread)(noise)
-    d, halves = latents.loc.size, jnp.array_split(offsets, 2)
-    start = jnp.zeros(2 * d, latents.loc.dtype)
+    d, dtype = latents.loc.size, latents.loc.dtype
+    # Two halves of the draws are independent: the product of their slopes is unbiased, without their noise.
+    noise = random.normal(key, (2, max(num_particles // 4, 1), d), dtype)
     solve = _dense_solver if 2 * d <= DENSE_LIMIT else _iterative_solver
 
     @jax.jit
     def run() -> tuple[jax.Array, jax.Array, jax.Array]:
-        product = jax.linearize(jax.grad(partial(_loss, latents, offsets=offsets)), start)[1]
-        slopes = [jax.grad(partial(_loss, latents, offsets=half))(start) for half in halves]
-        columns, least = solve(product, jnp.concatenate([jnp.eye(d, 2 * d, dtype=start.dtype), slopes[1][None]]))
+        offsets = jax.vmap(jax.vmap(latents.spread))(noise)
+        halves = lambda at: jax.vmap(jax.grad(partial(_loss, latents)), (None, 0))(at, offsets)
+        slopes, push = jax.linearize(halves, jnp.zeros(2 * d, dtype))
+        right = jnp.concatenate([jnp.eye(d, 2 * d, dtype=dtype), slopes[1][None]])
+        columns, least = solve(lambda v: jnp.mean(push(v), axis=0), right)
         block = columns[:d, :d] * latents.scale[:, None] * latents.scale
-        # Two halves of the draws are independent: their noise does not show in the product.
         return (block + block.T) / 2, 0.5 * slopes[0] @ columns[d], least
 
     covariance, decrement, least = run()
     usable = bool(jnp.all(jnp.isfinite(covariance))) and bool(jnp.all(jnp.diagonal(covariance) > 0))
     if not (least > 0 and usable):
-        raise NoMinimum(
-            f"the ELBO has no maximum at these parameters: the smallest curvature found is {float(least):.2g}, in units "
-            "of the guide's standard deviations; expected one above 0. Take more steps, or more `num_particles`."
+        raise NoMinimumError(
+            f"the ELBO has no maximum at these parameters: the smallest curvature found is {float(least):.2g}, in "
+            "units of the guide's standard deviations; expected one above 0. Take more steps, or more `num_particles`."
         )
     return LinearResponse(latents.names, latents.loc, latents.scale, covariance, decrement)
 
@@ -140,8 +140,9 @@ def _loss(latents: _Latents, at: jax.Array, offsets: jax.Array) -> jax.Array:
         centre, away = latents.loc + latents.scale * shift, (1 + growth) * offset
         return (potential(latents, centre + away) + potential(latents, centre - away)) / 2
 
-    many = lax.map(pair, offsets, batch_size=BATCH if latents.fit.vectorized else None)
-    return jnp.mean(many) - jnp.sum(jnp.log1p(growth))
+    # What is linearised keeps the intermediate values of all draws: taking them by and by would save no memory.
+    each = jax.vmap(pair) if latents.fit.vectorized else partial(lax.map, pair)
+    return jnp.mean(each(offsets)) - jnp.sum(jnp.log1p(growth))
 
 
 def _dense_solver(product: Callable, right: jax.Array) -> tuple[jax.Array, jax.Array]:

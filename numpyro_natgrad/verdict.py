@@ -30,8 +30,8 @@ ROWS = 30
 PARTICLES = 256
 
 _MINIBATCH = (
-    "the plates {} see a minibatch: importance weights are those of the minibatch, and every draw has another one. Pass "
-    "all of the data (`subsample_size=None`) for a verdict on the answer."
+    "the plates {} see a minibatch: importance weights are those of the minibatch, and every draw has another one. "
+    "Pass all of the data (`subsample_size=None`) for a verdict on the answer."
 )
 
 
@@ -113,6 +113,7 @@ def verdict(
         num_draws,
         int(np.sum(~np.isfinite(drawn.log_weights))),
         judged.k_hat,
+        judged.ess,
         float(judged.log_evidence.value - elbo.value),
         abs(float(elbo.value)) * float(np.finfo(drawn.dtype).eps),
         decrement,
@@ -143,7 +144,7 @@ def verdict(
 def to_arviz(judged: Verdict, rng_key: jax.Array | None = None, **labels: Any) -> Any:
     """The draws for ArviZ: ``InferenceData`` in ArviZ 0.x, ``DataTree`` in 1.x, with one chain.
 
-    Draws are of the guide, and ``sample_stats`` holds ``log_weight`` (smoothed, normalised) and ``lp_minus_lq`` of each.
+    Draws are of the guide; ``sample_stats`` holds the ``log_weight`` (smoothed, normalised) and ``lp_minus_lq`` of each.
 
     :param judged: of :func:`verdict`.
     :param rng_key: if given, draws are resampled by their weights, so that all of ArviZ takes them as posterior draws;
@@ -179,7 +180,7 @@ def _linear(fit: Fit, key: jax.Array, num_draws: int, names: tuple[str, ...]) ->
             return {}, math.nan, f"{latents.loc.size} latents are many: call `linear_response` for them", False
         corrected = response.respond(latents, key, PARTICLES)
     except (StructureError, ValueError) as error:
-        return {}, math.nan, str(error), isinstance(error, response.NoMinimum)
+        return {}, math.nan, str(error), isinstance(error, response.NoMinimumError)
     factor = jnp.linalg.cholesky(corrected.covariance)
 
     def one(key: jax.Array) -> Any:
@@ -236,12 +237,13 @@ def _body(v: Verdict) -> list[str]:
     ]
     if linear:
         head = [f"{head[0]}  {'linear':>10}", f"{head[1]}  {'response':>10}"]
-    lines = [_line(*entries[i], width, linear[i] if linear else None) for i in chosen]
+    lines = [_line(entries[i], width, linear[i] if linear else None) for i in chosen]
     rest = [f"… and {len(entries) - len(chosen)} more, which are less off"] if len(entries) > len(chosen) else []
     note = [f"linear response: {v.missing}"] if v.missing else []
     return [*head, *lines, *rest, *note]
 
 
-def _line(label: str, guide: Any, weighted: Any, width: int, linear: float | None) -> str:
+def _line(entry: tuple[str, Any, Any], width: int, linear: float | None) -> str:
+    label, guide, weighted = entry
     numbers = "".join(f"  {mean:>10.4g} {sd:>10.4g}" for mean, sd in (guide, weighted))
     return f"{label:<{width}}{numbers}" + (f"  {linear:>10.4g}" if linear is not None else "")
