@@ -9,8 +9,8 @@ Tilt the target by tᵀz. The guide's optimum moves, and the mean of an exact po
 (Giordano, Broderick & Jordan 2018, JMLR 19:51, equation 11.) b is a relative change of the standard deviations, at 0.
 For mean-field guides (m, b) are all of the guide's parameters, and this is the classical formula; of other Gaussians
 the correlations are held fixed. For a Gaussian target ∂²L/∂m∂b = 0 and ∂²L/∂m² is its precision: Cov_LR is exact,
-whatever the guide. Draws come in pairs ±ε, so that this holds for the finite sum too. L is taken in the guide's own standard
-deviations, m = m₀ + σ ∘ a, where its Hessian is of order 1 in any units.
+whatever the guide. Draws come in pairs ±ε, so that this holds for the finite sum too. L is taken in the guide's own
+standard deviations, m = m₀ + σ ∘ a, where its Hessian is of order 1 in any units.
 """
 
 from collections.abc import Callable

@@ -144,7 +144,7 @@ def verdict(
 def to_arviz(judged: Verdict, rng_key: jax.Array | None = None, **labels: Any) -> Any:
     """The draws for ArviZ: ``InferenceData`` in ArviZ 0.x, ``DataTree`` in 1.x, with one chain.
 
-    Draws are of the guide; ``sample_stats`` holds the ``log_weight`` (smoothed, normalised) and ``lp_minus_lq`` of each.
+    Draws are of the guide; ``sample_stats`` has the ``log_weight`` (smoothed, normalised) and ``lp_minus_lq`` of each.
 
     :param judged: of :func:`verdict`.
     :param rng_key: if given, draws are resampled by their weights, so that all of ArviZ takes them as posterior draws;
