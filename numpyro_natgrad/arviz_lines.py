@@ -39,7 +39,7 @@ def inference_data(posterior: Mapping[str, np.ndarray], statistics: Mapping[str,
 
     from_dict: Any = arviz.from_dict
     groups = {"posterior": _one_chain(posterior), "sample_stats": _one_chain(statistics)}
-    if hasattr(arviz, "InferenceData"):  # 0.x takes groups as keywords, 1.x as a dict
+    if "InferenceData" in vars(arviz):  # 0.x takes groups as keywords, 1.x as a dict
         return from_dict(**groups, **labels)
     return from_dict(groups, **labels)
 

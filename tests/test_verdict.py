@@ -256,21 +256,21 @@ def _case(**changed: Any) -> Case:
 
 
 CASES = [
-    (dict(k_hat=0.2), "The guide is good: k-hat 0.20. Use it as it is."),
-    (dict(k_hat=0.2, worst=("z[1]", 0.7)), "Its standard deviation of `z[1]` is too small, 0.70 of the"),
-    (dict(k_hat=0.6), "The guide is usable: k-hat 0.60. Take the importance-weighted moments (10 effective draws)."),
-    (dict(k_hat=0.6, draws=100), "The family is too small: k-hat 0.60, trustworthy below 0.50."),
+    ({"k_hat": 0.2}, "The guide is good: k-hat 0.20. Use it as it is."),
+    ({"k_hat": 0.2, "worst": ("z[1]", 0.7)}, "Its standard deviation of `z[1]` is too small, 0.70 of the"),
+    ({"k_hat": 0.6}, "The guide is usable: k-hat 0.60. Take the importance-weighted moments (10 effective draws)."),
+    ({"k_hat": 0.6, "draws": 100}, "The family is too small: k-hat 0.60, trustworthy below 0.50."),
     ({}, "The family is too small: k-hat 1.20, trustworthy below 0.70. Try `AutoMultivariateNormal`."),
-    (dict(latents=5000), "Try `AutoLowRankMultivariateNormal`."),
-    (dict(guide=("Mine", "AutoDiagonalNormal")), "Try `AutoMultivariateNormal`."),
-    (dict(guide=("AutoMultivariateNormal",)), "a flow (`AutoBNAFNormal`"),
-    (dict(guide=("AutoBNAFNormal",)), "NUTS"),
-    (dict(guide=("function",)), "latents depend on each other"),
-    (dict(decrement=1.5), "The fit is not done: its ELBO can rise by about 1.5 nats within this family"),
-    (dict(decrement=1.5, gap=1000.0), "The family is too small"),
-    (dict(decrement=0.1), "The family is too small"),
-    (dict(points=("s",)), "`s` is a point of the guide"),
-    (dict(rounding=0.5), "numpyro.enable_x64()"),
+    ({"latents": 5000}, "Try `AutoLowRankMultivariateNormal`."),
+    ({"guide": ("Mine", "AutoDiagonalNormal")}, "Try `AutoMultivariateNormal`."),
+    ({"guide": ("AutoMultivariateNormal",)}, "a flow (`AutoBNAFNormal`"),
+    ({"guide": ("AutoBNAFNormal",)}, "NUTS"),
+    ({"guide": ("function",)}, "latents depend on each other"),
+    ({"decrement": 1.5}, "The fit is not done: its ELBO can rise by about 1.5 nats within this family"),
+    ({"decrement": 1.5, "gap": 1000.0}, "The family is too small"),
+    ({"decrement": 0.1}, "The family is too small"),
+    ({"points": ("s",)}, "`s` is a point of the guide"),
+    ({"rounding": 0.5}, "numpyro.enable_x64()"),
 ]
 
 
@@ -312,7 +312,7 @@ def by_hand() -> Verdict:
     )
 
 
-TTABLE = """\
+TABLE = """\
 k-hat                    1.20  too large; trustworthy below 0.70
 ELBO            -12.35 ± 0.02  nats
 log evidence    -10.10 ± 0.30  nats, Pareto-smoothed
