@@ -70,7 +70,8 @@ def picture(judged: Verdict, reference: np.ndarray) -> Figure:
     }
     place = np.arange(len(reference))
     axis.axhline(1.0, color="0.35", lw=1.2)
-    axis.annotate("NUTS", (place[-1] + 0.42, 1.0), xytext=(0, 4), textcoords="offset points", ha="right", color="0.35")
+    end = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points", "va": "center", "color": "0.35"}
+    axis.annotate("NUTS", (1.0, 1.0), xytext=(5, 0), **end)
     for shift, (label, (sd, marker, colour)) in zip((-0.18, 0.0, 0.18), rows.items(), strict=True):
         axis.plot(place + shift, sd / reference, marker, color=colour, ms=8, label=label)
     axis.set_xticks(place, [f"beta[{i}]" for i in place])

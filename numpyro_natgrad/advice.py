@@ -86,6 +86,12 @@ def grade(k_hat: float, draws: int) -> str:
     return "good" if k_hat < min(GOOD, threshold(draws)) else "usable" if k_hat < threshold(draws) else "too large"
 
 
+def apart(k_hat: float, limit: float) -> tuple[str, str]:
+    """Both numbers, with as many digits as tell them apart, two at least."""
+    written = [(f"{k_hat:.{digits}f}", f"{limit:.{digits}f}") for digits in range(2, 17)]
+    return next((pair for pair in written if pair[0] != pair[1]), written[0])
+
+
 def advise(case: Case) -> str:
     """What a person should do."""
     return " ".join([*_reservations(case), _main(case)])
@@ -110,7 +116,8 @@ def _reservations(case: Case) -> list[str]:
 def _main(case: Case) -> str:
     if case.whole:
         return f"The guide is a point and says nothing of uncertainty: try {following(case)}."
-    mark, k = grade(case.k_hat, case.draws), f"k-hat {case.k_hat:.2f}"
+    shown, limit = apart(case.k_hat, threshold(case.draws))
+    mark, k = grade(case.k_hat, case.draws), f"k-hat {shown}"
     if mark == "good":
         return f"The guide is good: {k}. {_correction(case)}"
     if mark == "usable":
@@ -118,7 +125,7 @@ def _main(case: Case) -> str:
     if _unfinished(case):
         gain = "" if case.flat else f" by about {case.decrement:.1f} nats"
         return f"The fit is not done: its ELBO can rise{gain} within this family ({k}). Take more steps."
-    fault = f"The family is too small: {k}, trustworthy below {threshold(case.draws):.2f}"
+    fault = f"The family is too small: {k}, trustworthy below {limit}"
     advice = f"{fault}. Try {following(case)}."
     return advice + (" Its maximum of the ELBO is not where the fit stopped: more steps may help too." * case.flat)
 

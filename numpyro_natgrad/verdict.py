@@ -207,8 +207,9 @@ def _entries(guide: dict[str, Moments], weighted: dict[str, Moments]) -> list[tu
 
 def _head(v: Verdict) -> list[str]:
     count = v.weights.size
+    k_hat, limit = advice.apart(v.k_hat, v.threshold)
     rows = [
-        ("k-hat", f"{v.k_hat:.2f}", f"{advice.grade(v.k_hat, count)}; trustworthy below {v.threshold:.2f}"),
+        ("k-hat", k_hat, f"{advice.grade(v.k_hat, count)}; trustworthy below {limit}"),
         ("ELBO", _shown(v.elbo), "nats"),
         ("log evidence", _shown(v.log_evidence), "nats, Pareto-smoothed"),
         ("effective draws", f"{v.ess:.0f}", f"of {count}"),
