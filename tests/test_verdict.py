@@ -73,15 +73,20 @@ def mean_field() -> tuple[SVI, dict[str, Any]]:
 
 def full() -> tuple[SVI, dict[str, Any]]:
     """The posterior itself."""
-    guide = AutoMultivariateNormal(gaussian)
-    return started(gaussian, guide, auto_loc=CENTRE, auto_scale_tril=np.linalg.cholesky(COVARIANCE))
+
+    def guide() -> None:
+        loc = numpyro.param("loc", jnp.zeros(D))
+        scale_tril = numpyro.param("scale_tril", jnp.eye(D), constraint=constraints.lower_cholesky)
+        numpyro.sample("z", dist.MultivariateNormal(loc, scale_tril=scale_tril))
+
+    return started(gaussian, guide, loc=CENTRE, scale_tril=np.linalg.cholesky(COVARIANCE))
 
 
 def test_a_log_weight_is_the_negative_loss_of_its_draw(x64):
     svi, params = started(log_gaussian, hand_written)
     found = draw(fitted(svi, params, (), {}), random.key(1), 100)
     loss = lambda key: Trace_ELBO().loss(key, params, svi.model, svi.guide)
-    assert_close(found.log_weights, -jax.vmap(loss)(random.split(random.key(1), 100)), 1e-10)
+    assert_close(found.log_weights, -jax.jit(jax.vmap(loss))(random.split(random.key(1), 100)), 1e-10)
 
 
 def test_the_posterior_itself_is_good():
@@ -89,8 +94,8 @@ def test_the_posterior_itself_is_good():
     svi, params = full()
     found = verdict(svi, params, random.key(1), num_draws=1000)
     assert found.k_hat < 0.5
-    assert_close(found.elbo.value, LOG_EVIDENCE, 1e-5)
-    assert_close(found.log_evidence.value, LOG_EVIDENCE, 1e-5)
+    assert_close(found.elbo.value, LOG_EVIDENCE, 100 * np.finfo(np.float32).eps)
+    assert_close(found.log_evidence.value, LOG_EVIDENCE, 100 * np.finfo(np.float32).eps)
     assert found.ess > 990
     assert found.advice.startswith("The guide is good")
     assert_close(found.linear["z"], np.sqrt(np.diag(COVARIANCE)), 5 / math.sqrt(2 * 1000))
@@ -131,13 +136,13 @@ def test_weighted_moments_of_a_mean_field_guide_are_the_posteriors():
 @pytest.mark.parametrize(
     "guide", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal]
 )
-def test_linear_response_is_exact_for_a_gaussian(guide, dtype):
-    """Wherever the guide is: the precision is the same everywhere."""
+def test_linear_response_is_exact_for_a_gaussian(guide):
+    """Wherever the guide is: the precision is the same everywhere. In double precision: the next two laws."""
     svi, params = started(gaussian, guide(gaussian, init_scale=0.5))
     found = linear_response(svi, params, random.key(1), num_particles=32)
     assert found.names == tuple(f"z[{i}]" for i in range(D))
-    assert_close(found.covariance, COVARIANCE, 10 * root_eps(dtype))
-    assert_close(found.sd, np.sqrt(np.diag(COVARIANCE)), 10 * root_eps(dtype))
+    assert_close(found.covariance, COVARIANCE, 10 * root_eps(np.float32))
+    assert_close(found.sd, np.sqrt(np.diag(COVARIANCE)), 10 * root_eps(np.float32))
 
 
 def test_linear_response_sees_through_the_transforms_of_a_guide(x64, monkeypatch):
@@ -152,8 +157,9 @@ def test_the_decrement_is_what_a_newton_step_gains(x64):
     """Half of the squared Mahalanobis distance, of a guide with the right variances."""
     away = np.array([2.0, -1.0, 0.5, 1.0])
     svi, params = full()
-    params["auto_loc"] = params["auto_loc"] + away
+    params["loc"] = params["loc"] + away
     found = linear_response(svi, params, random.key(1), num_particles=4096)
+    assert_close(found.covariance, COVARIANCE, 1e-8)
     assert_close(found.decrement, 0.5 * away @ PRECISION @ away, 0.02)
 
 
@@ -167,7 +173,7 @@ def test_no_response_without_a_minimum():
         linear_response(svi, params, random.key(1))
 
 
-def test_a_guide_far_too_narrow_is_told_to_go_on(x64):
+def test_a_guide_far_too_narrow_is_told_to_go_on():
     """A Student-t posterior; σ = 0.3 is far below what its own ELBO asks for."""
 
     def heavy() -> None:
