@@ -66,11 +66,6 @@ def started(model: Any, guide: Any, **changed: Any) -> tuple[SVI, dict[str, Any]
     return svi, {**params, **{name: jnp.asarray(x, params[name].dtype) for name, x in changed.items()}}
 
 
-def mean_field() -> tuple[SVI, dict[str, Any]]:
-    """The optimum of the ELBO: σᵢ² = 1/Λᵢᵢ."""
-    return started(gaussian, AutoNormal(gaussian), z_auto_loc=CENTRE, z_auto_scale=np.diag(PRECISION) ** -0.5)
-
-
 def full() -> tuple[SVI, dict[str, Any]]:
     """The posterior itself."""
 
@@ -109,7 +104,7 @@ def test_weighted_moments_of_a_mean_field_guide_are_the_posteriors():
     precision = 1.1 * np.eye(D) - 0.1
     covariance, heavy = np.linalg.inv(precision), np.linalg.inv(2 * precision - np.eye(D))
     c = np.linalg.det(precision) * math.sqrt(np.linalg.det(heavy))
-    along = {"z": np.eye(D), "total": np.ones((1, D))}
+    along = {"z": np.eye(D), "total": np.ones((1, D))}  # the last is the direction of that eigenvalue
 
     def model() -> None:
         z = numpyro.sample("z", dist.MultivariateNormal(jnp.array(CENTRE), jnp.array(covariance)))
@@ -258,14 +253,14 @@ def test_latents_that_the_guide_does_not_draw():
         numpyro.sample("z", dist.Normal(0.0, 1.0))
         numpyro.sample("c", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
 
-    svi, params = started(gaussian, AutoNormal(gaussian))
+    svi, params = full()
     svi.model, svi.guide = mixture, lambda: numpyro.sample("z", dist.Normal(0.0, 1.0))
     with pytest.raises(StructureError, match=r"does not draw \['c'\].*TraceEnum_ELBO"):
         verdict(svi, params, random.key(1))
 
 
 def test_arguments_are_checked():
-    svi, params = mean_field()
+    svi, params = full()
     with pytest.raises(ValueError, match="num_draws=10"):
         verdict(svi, params, random.key(1), num_draws=10)
     with pytest.raises(TypeError, match=r"`int` is no fit.*svi\.run"):
