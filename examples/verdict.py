@@ -70,8 +70,7 @@ def picture(judged: Verdict, reference: np.ndarray) -> Figure:
     }
     place = np.arange(len(reference))
     axis.axhline(1.0, color="0.35", lw=1.2)
-    end = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points", "va": "center", "color": "0.35"}
-    axis.annotate("NUTS", (1.0, 1.0), xytext=(5, 0), **end)
+    axis.text(1.01, 1.0, "NUTS", transform=axis.get_yaxis_transform(), va="center", color="0.35")
     for shift, (label, (sd, marker, colour)) in zip((-0.18, 0.0, 0.18), rows.items(), strict=True):
         axis.plot(place + shift, sd / reference, marker, color=colour, ms=8, label=label)
     axis.set_xticks(place, [f"beta[{i}]" for i in place])
