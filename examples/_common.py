@@ -32,6 +32,8 @@ from numpyro.infer.svi import SVIState
 from numpyro.optim import Adam, _NumPyroOptim
 from tqdm import tqdm
 
+from numpyro_natgrad.arviz_lines import psis
+
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 
 # Okabe and Ito's palette, which the common forms of colour blindness keep apart.
@@ -127,13 +129,7 @@ def khat(log_weight: Array) -> float:
 
     :param log_weight: log importance weights.
     """
-    weight = np.asarray(log_weight, dtype=np.float64)
-    if hasattr(az, "psislw"):  # ArviZ 0.x
-        return float(az.psislw(weight)[1])
-    from arviz_stats.base import array_stats
-
-    # ArviZ 1.x asks for a log likelihood, the negative of a log weight.
-    return float(array_stats.psislw(-weight)[1])
+    return psis(np.asarray(log_weight, dtype=np.float64))[1]
 
 
 def summary(draws: dict[str, Array], **labels: Any) -> str:

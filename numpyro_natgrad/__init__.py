@@ -25,6 +25,9 @@
 :mod:`.chunks`      its steps, compiled by the chunk
 :mod:`.exponential` the registry of Fisher matrices in closed form
 :mod:`.zoo`         NumPyro's distributions in that registry
+:mod:`.verdict`     is the answer any good, and what to do if not
+:mod:`.importance`  log weights of the guide's draws, and what they correct
+:mod:`.response`    covariances by linear response
 ==================  ==========================================================
 """
 
@@ -43,9 +46,14 @@ from .geometry import kl as kl
 from .geometry import natural_gradient as natural_gradient
 from .geometry import scale_by_fisher as scale_by_fisher
 from .optimizer import NaturalGradient as NaturalGradient
+from .response import LinearResponse as LinearResponse
+from .response import linear_response as linear_response
 from .state import State as State
 from .state import StepInfo as StepInfo
 from .stopping import History as History
+from .verdict import Verdict as Verdict
+from .verdict import to_arviz as to_arviz
+from .verdict import verdict as verdict
 
 __all__ = [
     "Estimate",
@@ -53,17 +61,22 @@ __all__ = [
     "FitResult",
     "Form",
     "History",
+    "LinearResponse",
     "NaturalGradient",
     "State",
     "StepInfo",
     "StructureError",
+    "Verdict",
     "fisher",
     "fit",
     "kl",
+    "linear_response",
     "natural_gradient",
     "register_exponential",
     "register_fisher",
     "register_gaussian",
     "scale_by_fisher",
+    "to_arviz",
+    "verdict",
 ]
 __version__ = "0.1.0"

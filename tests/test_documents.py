@@ -19,7 +19,8 @@ MODULES = [m.name for m in pkgutil.walk_packages(numpyro_natgrad.__path__, "nump
 
 
 @pytest.mark.parametrize(
-    ("document", "least"), [("README.md", 3), ("docs/your_own_distribution.md", 4), ("docs/geometry.md", 3)]
+    ("document", "least"),
+    [("README.md", 3), ("docs/your_own_distribution.md", 4), ("docs/geometry.md", 3), ("docs/verdict.md", 3)],
 )
 def test_a_document_runs_from_top_to_bottom(document, least, capsys):
     text = (ROOT / document).read_text()

@@ -1,0 +1,48 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""The file that knows both lines of ArviZ: 0.x in one package, 1.x in several, with other signatures.
+
+ArviZ is imported when it is asked for: that takes longer than a small fit.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """Pareto-smoothed importance sampling (Vehtari, Simpson, Gelman, Yao & Gabry 2024, JMLR 25:72).
+
+    :param log_weights: log p − log q of independent draws, ``(S,)``, nats; finite.
+    :return: log weights, smoothed and normalised to a sum of 1, ``(S,)``, and k-hat, the Pareto shape of their tail.
+    """
+    try:
+        from arviz_stats.base import array_stats
+    except ImportError:
+        import arviz
+
+        smoothed, k_hat = arviz.psislw(log_weights)
+    else:
+        # ArviZ 1.x asks for a log likelihood, the negative of a log weight.
+        smoothed, k_hat = array_stats.psislw(-log_weights)
+    return np.asarray(smoothed), float(k_hat)
+
+
+def inference_data(posterior: Mapping[str, np.ndarray], statistics: Mapping[str, np.ndarray], **labels: Any) -> Any:
+    """One chain of draws as ArviZ keeps it: ``InferenceData`` in ArviZ 0.x, ``xarray.DataTree`` in 1.x.
+
+    :param posterior: draws of each site, ``(S, *shape)``.  :param statistics: of each draw, ``(S,)``.
+    :param labels: ``dims`` and ``coords``, as ArviZ takes them.
+    """
+    import arviz
+
+    from_dict: Any = arviz.from_dict
+    groups = {"posterior": _one_chain(posterior), "sample_stats": _one_chain(statistics)}
+    if "InferenceData" in vars(arviz):  # 0.x takes groups as keywords, 1.x as a dict
+        return from_dict(**groups, **labels)
+    return from_dict(groups, **labels)
+
+
+def _one_chain(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(x)[None] for name, x in values.items()}

@@ -1,0 +1,373 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Laws: weights are NumPyro's own losses, weighted moments are the posterior's, linear response is exact for Gaussians,
+and advice follows from the numbers."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import optax
+import pytest
+from jax import random
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuide,
+    AutoIAFNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
+from oracles import assert_close, root_eps, spd
+from tables import positive
+
+from numpyro_natgrad import Estimate, StructureError, Verdict, linear_response, to_arviz, verdict
+from numpyro_natgrad.advice import Case, advise, threshold
+from numpyro_natgrad.importance import Moments, draw, fitted, smooth
+from numpyro_natgrad.response import NoMinimumError
+
+D = 4
+CENTRE, COVARIANCE = np.arange(1.0, D + 1), spd(3, D, low=0.5, high=8.0)
+PRECISION = np.linalg.inv(COVARIANCE)
+#: Evidence of the model below, nats.
+LOG_EVIDENCE = -3.0
+
+
+def gaussian() -> None:
+    numpyro.sample("z", dist.MultivariateNormal(jnp.array(CENTRE), jnp.array(COVARIANCE)))
+    numpyro.factor("evidence", LOG_EVIDENCE)
+
+
+def hand_written() -> None:
+    """The target is Gaussian in log z; the guide is a transform of two independent Gaussians."""
+    loc, scale = numpyro.param("m", jnp.array([0.3, 0.1])), positive("s", jnp.array([0.5, 0.4]))
+    numpyro.sample("z", dist.LogNormal(loc, scale).to_event(1))
+
+
+def log_gaussian() -> None:
+    base = dist.MultivariateNormal(jnp.zeros(2), jnp.array(COVARIANCE[:2, :2]))
+    numpyro.sample("z", dist.TransformedDistribution(base, dist.transforms.ExpTransform()))
+
+
+def started(model: Any, guide: Any, **changed: Any) -> tuple[SVI, dict[str, Any]]:
+    """An SVI and its parameters, some of them set."""
+    svi = SVI(model, guide, optax.sgd(0.1), Trace_ELBO())
+    # An autoguide keeps what it traces; a function is initialised by one program.
+    init = svi.init if isinstance(guide, AutoGuide) else jax.jit(svi.init)
+    params = svi.get_params(init(random.key(0)))
+    assert set(changed) <= set(params)
+    return svi, {**params, **{name: jnp.asarray(x, params[name].dtype) for name, x in changed.items()}}
+
+
+def full() -> tuple[SVI, dict[str, Any]]:
+    """The posterior itself."""
+
+    def guide() -> None:
+        loc = numpyro.param("loc", jnp.zeros(D))
+        scale_tril = numpyro.param("scale_tril", jnp.eye(D), constraint=constraints.lower_cholesky)
+        numpyro.sample("z", dist.MultivariateNormal(loc, scale_tril=scale_tril))
+
+    return started(gaussian, guide, loc=CENTRE, scale_tril=np.linalg.cholesky(COVARIANCE))
+
+
+def test_a_log_weight_is_the_negative_loss_of_its_draw(x64):
+    svi, params = started(log_gaussian, hand_written)
+    found = draw(fitted(svi, params, (), {}), random.key(1), 100)
+    loss = lambda key: Trace_ELBO().loss(key, params, svi.model, svi.guide)
+    assert_close(found.log_weights, -jax.jit(jax.vmap(loss))(random.split(random.key(1), 100)), 1e-10)
+
+
+def test_the_posterior_itself_is_good():
+    """Its weights differ by rounding alone, which single precision has the most of."""
+    svi, params = full()
+    found = verdict(svi, params, random.key(1), num_draws=1000)
+    assert found.k_hat < 0.5
+    assert_close(found.elbo.value, LOG_EVIDENCE, 100 * np.finfo(np.float32).eps)
+    assert_close(found.log_evidence.value, LOG_EVIDENCE, 100 * np.finfo(np.float32).eps)
+    assert found.ess > 990
+    assert found.advice.startswith("The guide is good")
+    assert_close(found.linear["z"], np.sqrt(np.diag(COVARIANCE)), 5 / math.sqrt(2 * 1000))
+
+
+def test_weighted_moments_of_a_mean_field_guide_are_the_posteriors():
+    """Standard errors in closed form: E_q[(p/q)² h²] = c·E[h²] under N(0, V), V = (2Λ − diag Λ)⁻¹, where that is there.
+
+    Λ has a unit diagonal; its least eigenvalue is 0.7, of 1, along which the guide is the most wrong.
+    """
+    precision = 1.1 * np.eye(D) - 0.1
+    covariance, heavy = np.linalg.inv(precision), np.linalg.inv(2 * precision - np.eye(D))
+    c = np.linalg.det(precision) * math.sqrt(np.linalg.det(heavy))
+    along = {"z": np.eye(D), "total": np.ones((1, D))}  # the last is the direction of that eigenvalue
+
+    def model() -> None:
+        z = numpyro.sample("z", dist.MultivariateNormal(jnp.array(CENTRE), jnp.array(covariance)))
+        numpyro.deterministic("total", jnp.sum(z))
+        numpyro.factor("evidence", LOG_EVIDENCE)
+
+    svi, params = started(model, AutoNormal(model), z_auto_loc=CENTRE, z_auto_scale=np.ones(D))
+    found = verdict(svi, params, random.key(1), num_draws=4000, sites=list(along))
+    assert found.k_hat < 0.5
+    for name, a in along.items():
+        v, s = (np.sum(a @ m * a, axis=1) for m in (covariance, heavy))
+        sd, moments = np.sqrt(v), found.weighted[name]
+        assert np.all(np.abs(moments.mean - a @ CENTRE) < 4 * np.sqrt(c * s / 4000))
+        error = np.sqrt(c * (3 * s**2 - 2 * s * v + v**2) / 4000) / (2 * sd)  # of an sd, by the delta method
+        assert np.all(np.abs(moments.sd - sd) < 4 * error)
+        assert_close(np.ravel(found.linear[name]), sd, 4 / math.sqrt(2 * 4000))
+    assert found.guide["total"].sd < sd - 4 * error
+    assert "Its standard deviation of `total` is too small" in found.advice
+    assert abs(found.log_evidence.value - LOG_EVIDENCE) < 4 * math.sqrt((c - 1) / 4000)
+    gap = -0.5 * np.linalg.slogdet(precision)[1]  # KL(q ‖ p)
+    assert abs(LOG_EVIDENCE - gap - found.elbo.value) < 4 * found.elbo.standard_error
+
+
+@pytest.mark.parametrize(
+    "guide", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal]
+)
+def test_linear_response_is_exact_for_a_gaussian(guide):
+    """Wherever the guide is: the precision is the same everywhere. In double precision: the next two laws."""
+    svi, params = started(gaussian, guide(gaussian, init_scale=0.5))
+    found = linear_response(svi, params, random.key(1), num_particles=32)
+    assert found.names == tuple(f"z[{i}]" for i in range(D))
+    assert_close(found.covariance, COVARIANCE, 10 * root_eps(np.float32))
+    assert_close(found.sd, np.sqrt(np.diag(COVARIANCE)), 10 * root_eps(np.float32))
+
+
+def test_linear_response_sees_through_the_transforms_of_a_guide(x64, monkeypatch):
+    svi, params = started(log_gaussian, hand_written)
+    dense = linear_response(svi, params, random.key(1), num_particles=32).covariance
+    assert_close(dense, COVARIANCE[:2, :2], 1e-8)
+    monkeypatch.setattr("numpyro_natgrad.response.DENSE_LIMIT", 0)
+    assert_close(linear_response(svi, params, random.key(1), num_particles=32).covariance, dense, 1e-4)
+
+
+def test_the_decrement_is_what_a_newton_step_gains(x64):
+    """Half of the squared Mahalanobis distance, of a guide with the right variances."""
+    away = np.array([2.0, -1.0, 0.5, 1.0])
+    svi, params = full()
+    params["loc"] = params["loc"] + away
+    found = linear_response(svi, params, random.key(1), num_particles=4096)
+    assert_close(found.covariance, COVARIANCE, 1e-8)
+    assert_close(found.decrement, 0.5 * away @ PRECISION @ away, 0.02)
+
+
+def test_no_response_without_a_minimum():
+    def wells() -> None:
+        z = numpyro.sample("z", dist.ImproperUniform(constraints.real, (), ()))
+        numpyro.factor("f", -8 * (z**2 - 1) ** 2)
+
+    svi, params = started(wells, AutoNormal(wells), z_auto_loc=0.0, z_auto_scale=0.1)
+    with pytest.raises(NoMinimumError, match=r"smallest curvature found is -.*Take more steps"):
+        linear_response(svi, params, random.key(1))
+
+
+def test_a_guide_far_too_narrow_is_told_to_go_on():
+    """A Student-t posterior; σ = 0.3 is far below what its own ELBO asks for."""
+
+    def heavy() -> None:
+        numpyro.sample("z", dist.StudentT(2.0, jnp.zeros(2), 1.0).to_event(1))
+
+    svi, params = started(heavy, AutoNormal(heavy), z_auto_loc=np.zeros(2), z_auto_scale=np.full(2, 0.3))
+    found = verdict(svi, params, random.key(1), num_draws=1000)
+    assert found.k_hat > 0.7
+    assert found.advice.startswith("The fit is not done")
+
+
+def test_a_family_at_its_best_and_too_small_is_told_what_comes_next():
+    """Correlations of 0.99, and the best of all mean-field guides."""
+    covariance = 0.01 * np.eye(D) + 0.99
+    scale = np.diag(np.linalg.inv(covariance)) ** -0.5
+
+    def ridge() -> None:
+        numpyro.sample("z", dist.MultivariateNormal(jnp.zeros(D), jnp.array(covariance)))
+
+    svi, params = started(ridge, AutoNormal(ridge), z_auto_loc=np.zeros(D), z_auto_scale=scale)
+    found = verdict(svi, params, random.key(1), num_draws=1000)
+    assert found.k_hat > 0.7
+    assert found.advice.endswith("Try `AutoMultivariateNormal`.")
+    assert_close(found.linear["z"], np.ones(D), 4 / math.sqrt(2 * 1000))
+
+
+def test_equal_weights_have_no_tail(dtype):
+    eps = float(jnp.finfo(jnp.zeros(()).dtype).eps)
+    rounding = 1e3 * (1 + eps * np.random.default_rng(0).integers(-1, 2, 500))
+    found = smooth(rounding, jnp.zeros(()).dtype)
+    assert found.k_hat == 0.0
+    assert_close(found.ess, 500.0, 1e-10)
+    assert_close(found.log_evidence.value, 1e3, 1e-3)
+
+
+def test_the_smoothed_evidence_is_that_of_log_normal_weights():
+    """log w ~ N(μ, s²): E[w] = exp(μ + s²/2)."""
+    log_weights = -5 + 0.5 * np.random.default_rng(1).standard_normal(4000)
+    found = smooth(np.append(log_weights, -np.inf), np.float64)
+    assert found.normalised[-1] == 0
+    assert_close(np.sum(found.normalised), 1.0, 1e-10)
+    assert abs(found.log_evidence.value - (-5 + 0.125)) < 4 * found.log_evidence.standard_error
+    assert_close(found.log_evidence.standard_error, math.sqrt(math.expm1(0.25) / 4000), 0.1)
+
+
+def test_a_point_is_no_distribution():
+    svi, params = started(gaussian, AutoDelta(gaussian))
+    found = verdict(svi, params, random.key(1), num_draws=100)
+    assert math.isnan(found.k_hat)
+    assert found.advice == "The guide is a point and says nothing of uncertainty: try `AutoNormal`."
+    assert "linear response needs Gaussian sites" in str(found)
+
+
+def test_a_minibatch_is_said_so():
+    def model() -> None:
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        with numpyro.plate("rows", 10, subsample_size=2) as rows:
+            numpyro.sample("y", dist.Normal(z, 1.0), obs=jnp.arange(10.0)[rows])
+
+    svi, params = started(model, lambda: numpyro.sample("z", dist.Cauchy(numpyro.param("m", 0.0), 1.0)))
+    with pytest.warns(UserWarning, match=r"plates \['rows'\] see a minibatch"):
+        found = verdict(svi, params, random.key(1), num_draws=100)
+    assert found.advice.startswith("The plates `rows` saw a minibatch")
+
+
+def test_draws_without_a_weight_are_counted():
+    def model() -> None:
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.factor("edge", jnp.where(z > 1.0, -jnp.inf, 0.0))
+
+    svi, params = started(model, AutoNormal(model), z_auto_loc=0.0, z_auto_scale=1.0)
+    found = verdict(svi, params, random.key(1), num_draws=1000)
+    lost = int(np.sum(found.draws["z"] > 1.0))
+    assert found.advice.startswith(f"{lost} of 1000 draws have a log weight that is not finite")
+    assert found.elbo.value == -np.inf
+    kept = float(jax.scipy.stats.norm.cdf(1.0))
+    assert abs(found.log_evidence.value - math.log(kept)) < 4 * math.sqrt((1 - kept) / kept / 1000)
+
+
+def test_latents_that_the_guide_does_not_draw():
+    def mixture() -> None:
+        numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("c", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+
+    svi, params = full()
+    svi.model, svi.guide = mixture, lambda: numpyro.sample("z", dist.Normal(0.0, 1.0))
+    with pytest.raises(StructureError, match=r"does not draw \['c'\].*TraceEnum_ELBO"):
+        verdict(svi, params, random.key(1))
+
+
+def test_arguments_are_checked():
+    svi, params = full()
+    with pytest.raises(ValueError, match="num_draws=10"):
+        verdict(svi, params, random.key(1), num_draws=10)
+    with pytest.raises(TypeError, match=r"`int` is no fit.*svi\.run"):
+        verdict(svi, 3, random.key(1))
+    with pytest.raises(StructureError, match=r"the model has no \['y'\]; expected some of"):
+        verdict(svi, params, random.key(1), sites=["y"])
+    with pytest.raises(ValueError, match=r"call `svi\.init"):
+        linear_response(SVI(gaussian, svi.guide, optax.sgd(0.1), Trace_ELBO()), params, random.key(1))
+
+
+def _case(**changed: Any) -> Case:
+    usual = Case(("AutoNormal",), 4, 4000, 0, 1.2, 10.0, 3.0, 0.0, math.nan, False, (), False, (), ("z", 1.0))
+    return usual._replace(**changed)
+
+
+CASES = [
+    ({"k_hat": 0.2}, "The guide is good: k-hat 0.20. Use it as it is."),
+    ({"k_hat": 0.2, "worst": ("z[1]", 0.7)}, "Its standard deviation of `z[1]` is too small, 0.70 of the"),
+    ({"k_hat": 0.6}, "The guide is usable: k-hat 0.60. Take the importance-weighted moments (10 effective draws)."),
+    ({"k_hat": 0.6, "draws": 100}, "The family is too small: k-hat 0.60, trustworthy below 0.50."),
+    ({"k_hat": 0.70004}, "The family is too small: k-hat 0.70004, trustworthy below 0.70000."),
+    ({"k_hat": 0.699}, "The guide is usable: k-hat 0.699."),
+    ({"k_hat": 0.7}, "The family is too small: k-hat 0.70, trustworthy below 0.70."),
+    ({}, "The family is too small: k-hat 1.20, trustworthy below 0.70. Try `AutoMultivariateNormal`."),
+    ({"latents": 5000}, "Try `AutoLowRankMultivariateNormal`."),
+    ({"guide": ("Mine", "AutoDiagonalNormal")}, "Try `AutoMultivariateNormal`."),
+    ({"guide": ("AutoMultivariateNormal",)}, "a flow (`AutoBNAFNormal`"),
+    ({"guide": ("AutoBNAFNormal",)}, "NUTS"),
+    ({"guide": ("function",)}, "latents depend on each other"),
+    ({"decrement": 1.5}, "The fit is not done: its ELBO can rise by about 1.5 nats within this family"),
+    ({"decrement": 1.5, "gap": 1000.0}, "The family is too small"),
+    ({"decrement": 0.1}, "The family is too small"),
+    ({"points": ("s",)}, "`s` is a point of the guide"),
+    ({"rounding": 0.5}, "numpyro.enable_x64()"),
+]
+
+
+@pytest.mark.parametrize(("changed", "said"), CASES)
+def test_advice_follows_from_the_numbers(changed, said):
+    assert said in advise(_case(**changed))
+
+
+def test_the_threshold_falls_with_few_draws():
+    assert_close(threshold(100), 0.5, 1e-12)
+    assert threshold(4000) == 0.7
+
+
+def test_a_flow_has_no_linear_response_but_weights():
+    svi, params = started(gaussian, AutoIAFNormal(gaussian, num_flows=1, hidden_dims=[D]))
+    found = verdict(svi, params, random.key(1), num_draws=100)
+    assert np.isfinite(found.elbo.value)
+    assert found.linear == {}
+    assert math.isnan(found.decrement)
+
+
+def by_hand() -> Verdict:
+    moments = lambda mean, sd: Moments(np.array(mean), np.array(sd), np.zeros(np.shape(mean)))
+    return Verdict(
+        1.204,
+        0.7,
+        Estimate(-12.345, 0.021),
+        Estimate(-10.1, 0.3),
+        1.0,
+        0.04,
+        {"a": moments(1.0, 0.5), "b": moments([2.0, -300.25], [0.1, 20.0])},
+        {"a": moments(1.1, 0.75), "b": moments([2.0, -310.0], [0.2, 33.3])},
+        {"a": np.array(0.8), "b": np.array([0.21, 35.0])},
+        "",
+        {"a": np.array([1.0, 2.0]), "b": np.array([[0.0, 1.0], [2.0, 3.0]])},
+        np.array([0.0, -1.0]),
+        np.array([1.0, 0.0]),
+        "Try something else.",
+    )
+
+
+TABLE = """\
+k-hat                    1.20  too large; trustworthy below 0.70
+ELBO            -12.35 ± 0.02  nats
+log evidence    -10.10 ± 0.30  nats, Pareto-smoothed
+effective draws             1  of 2
+decrement                0.04  nats that a Newton step would gain
+
+                      guide    importance-weighted      linear
+site        mean         sd        mean         sd    response
+a              1        0.5         1.1       0.75         0.8
+b[0]           2        0.1           2        0.2        0.21
+b[1]      -300.2         20        -310       33.3          35
+
+Try something else."""
+
+
+def test_the_table():
+    assert str(by_hand()) == TABLE
+
+
+def test_the_table_tells_k_hat_from_its_threshold():
+    assert str(by_hand()._replace(k_hat=0.7004)).splitlines()[0].split(maxsplit=2) == [
+        "k-hat",
+        "0.7004",
+        "too large; trustworthy below 0.7000",
+    ]
+
+
+def test_arviz_takes_draws_with_weights_or_resampled():
+    judged = by_hand()
+    weighted = to_arviz(judged, dims={"b": ["column"]})
+    assert weighted["posterior"]["b"].dims == ("chain", "draw", "column")
+    assert_close(np.asarray(weighted["sample_stats"]["lp_minus_lq"])[0], judged.log_weights, 1e-12)
+    resampled = to_arviz(judged, random.key(0))
+    assert np.all(np.asarray(resampled["posterior"]["a"]) == 1.0)  # the other draw has no weight
