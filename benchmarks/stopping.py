@@ -2,13 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m benchmarks.stopping [case …]``: is a fit that stops where ``fit`` says it is?
 
+With ``--checkout PATH`` (of posteriordb) the cases are its posteriors, by (parts of) their names, in float64.
+
 Fits of :data:`STEPS` steps from several seeds are looked at every :data:`~numpyro_natgrad.chunks.CHUNK` steps, by the
 rule that ``fit`` stops by; the true gap there is the loss beyond the reference's on the same :data:`DRAWS` draws. The
 reference is the best of the seeds' means over the last half of the fits with the most particles. A stop is *right* if
 the true gap is below twice the tolerance; *needed* are the steps until it first is.
 """
 
-import sys
+import argparse
+import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -210,13 +213,35 @@ def summary(tolerance: float, found: list[Stops]) -> str:
     )
 
 
-def main(names: list[str]) -> None:
+def posteriors(checkout: pathlib.Path, names: list[str]) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    """Title, model and data of posteriors of posteriordb."""
+    from .posteriordb.checkout import arguments
+    from .posteriordb.models import MODELS, named
+
+    for name in map(named, names or MODELS):
+        data, function = arguments(checkout, name), MODELS[name].function
+
+        def model(*values: Any, names: Any = tuple(data), function: Any = function) -> None:
+            function(**dict(zip(names, values, strict=True)))
+
+        yield name.split("-")[0], model, tuple(data.values())
+
+
+def main() -> None:
     """Print the table of the named cases, or of all."""
-    made = [CASES[name]() for name in names or CASES]
-    cases = ((c.title, name, c.model, guide(c.model), c.data) for c in made for name, guide in GUIDES.items())
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stopping", description=__doc__)
+    parser.add_argument("case", nargs="*")
+    parser.add_argument("--checkout", type=pathlib.Path, help="checkout of posteriordb")
+    options = parser.parse_args()
+    if options.checkout:
+        jax.config.update("jax_enable_x64", True)
+        made = posteriors(options.checkout, options.case)
+    else:
+        made = ((c.title, c.model, c.data) for c in (CASES[name]() for name in options.case or CASES))
+    cases = ((title, name, model, guide(model), data) for title, model, data in made for name, guide in GUIDES.items())
     for line in table(cases):
         print(line, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

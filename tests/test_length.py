@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law: a step is as long as the rule and the KL radius allow, and the rule tells signal from noise."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from test_gaussian_step import CASES, MARGIN
 from numpyro_natgrad import gaussian, length
 from numpyro_natgrad.length import Comparison, Observed
 from numpyro_natgrad.options import checked
-from numpyro_natgrad.state import Pace
+from numpyro_natgrad.state import initial
 
 RADII = [1e-4, 1e-2, 0.5]
 ADAPTIVE = checked(None, "adaptive", None, True)
@@ -55,6 +57,11 @@ def test_an_infinite_kl_is_shortened_to_something_finite(dtype):
     assert 0.98e-3 <= rho <= 1e-3
 
 
+def fresh(families):
+    """The pace before the first step, of that many families."""
+    return initial({str(k): jnp.zeros(1) for k in range(families)}, None).pace._replace(radius=jnp.ones(()))
+
+
 @jax.jit
 def watch(samples):
     """Shares of signal and estimates of noise when the rows are successive natural gradients, all in one frame."""
@@ -65,7 +72,7 @@ def watch(samples):
         pace, seen = length.observe(pace, Comparison(*squares[:, None]))
         return (pace, mean + seen.weight * (v - mean)), (seen.signal[0], seen.noise[0])
 
-    start = Pace(jnp.zeros(1), jnp.ones(1), jnp.zeros((2, 1)), jnp.ones(())), jnp.zeros(samples.shape[1])
+    start = fresh(1), jnp.zeros(samples.shape[1])
     return jax.lax.scan(step, start, samples)[1]
 
 
@@ -95,7 +102,7 @@ def chased(velocity, noise):
         mean = mean + seen.weight[0] * (v - mean) - rho * v  # as the families do
         return (pace, mean, distance - rho * v + velocity), (seen.signal[0], jnp.sum(distance**2))
 
-    start = Pace(jnp.zeros(1), jnp.ones(1), jnp.zeros((2, 1)), jnp.ones(())), jnp.zeros(d), 10 * velocity
+    start = fresh(1), jnp.zeros(d), 10 * velocity
     draws = noise * jax.random.normal(jax.random.key(0), (300, d))
     return jax.lax.scan(step, start, draws)[1]
 
@@ -117,6 +124,39 @@ def test_the_noise_is_the_variance_of_one_natural_gradient(dtype):
     assert abs(noise[-1] / d - 1) < 4 * np.sqrt(2 / (d * 100))
 
 
+def test_noise_follows_a_scale_that_falls(dtype):
+    """Twenty steps a thousand times longer are no noise of the forty after them, of which the long mean would keep 10⁵."""
+    scale = jnp.where(jnp.arange(60) < 20, 1e3, 1.0)[:, None]
+    _, noise = watch(scale * jax.random.normal(jax.random.key(2), (60, 20)))
+    # The mean of the last squares, each of relative variance 2/20, is known to 4 √(2/60); RECENT of it is believed.
+    assert noise[-1] <= length.RECENT * 20 * (1 + 4 * np.sqrt(2 / 60))
+
+
+def test_what_was_learned_is_forgotten_with_distance(dtype):
+    pace = fresh(2)._replace(noise=jnp.array([1.0, 2.0]), memory=jnp.array([50.0, 3.0]), averaged=jnp.array([9.0, 2.0]))
+    far = [length.forgotten(pace, 5, jnp.asarray(kl)) for kl in (0.0, 1.0, 5 * length.FAR, 50 * length.FAR)]
+    np.testing.assert_allclose(far[0].memory, pace.memory)
+    np.testing.assert_allclose(far[0].noise, pace.noise)
+    np.testing.assert_allclose(far[2].memory, [2.0, 2.0])
+    np.testing.assert_allclose(far[3].noise, pace.noise / 10, rtol=1e-5)
+    for nearer, farther in itertools.pairwise(far):
+        assert (farther.memory <= nearer.memory).all()
+        assert (farther.noise <= nearer.noise).all()
+        assert (farther.averaged <= nearer.averaged).all()
+
+
+def test_the_average_is_over_the_steps_that_noise_rules(dtype):
+    """Where ‖m‖² is what noise foresees every step counts; where it is travel, two at most."""
+    still, travel = (Comparison(jnp.array([x]), jnp.array([1.0]), jnp.array([1.0])) for x in (0.5, 1e4))
+    pace = fresh(1)
+    for steps in range(2, 12):
+        pace = length.averaged(pace, jnp.array([0.5]), still, jnp.array([1.0]))
+        np.testing.assert_allclose(pace.averaged[0], steps)
+    for _ in range(3):
+        pace = length.averaged(pace, jnp.array([0.5]), travel, jnp.array([1.0]))
+    assert pace.averaged[0] < 2
+
+
 def test_one_draw_from_a_heavy_tail_does_not_decide(dtype):
     """A thousandfold outlier after 200 quiet steps leaves the noise within its bound (2² + 1 times what it was, and a good deal of chance)."""
     clean = jax.random.normal(jax.random.key(1), (201, 10))
@@ -128,7 +168,7 @@ def test_one_draw_from_a_heavy_tail_does_not_decide(dtype):
 
 def test_families_keep_a_pace_of_their_own(dtype):
     """Noise in one of them shortens its steps, and not those of one that is all signal."""
-    pace = Pace(jnp.zeros(3), jnp.ones(3), jnp.zeros((2, 3)), jnp.ones(()))  # three parameters, two families
+    pace = fresh(3)  # three parameters, two families
     observe = jax.jit(length.observe)
     for n in range(50):
         quiet, noisy = jnp.array([1.0, 1.0]), jnp.array([0.0, 1.0 if n else 0.0])
@@ -153,7 +193,7 @@ def test_the_rule_needs_no_choice_and_stays_below_one(particles, quiet, dtype):
 @pytest.mark.parametrize("latents", [1, 10, 1000])
 def test_the_radius_grows_and_shrinks_fourfold_between_its_bounds(latents, dtype):
     def resized(radius, kl, **verdict):
-        pace = Pace(jnp.zeros(()), jnp.ones(()), jnp.zeros(2), jnp.asarray(radius))
+        pace = fresh(1)._replace(radius=jnp.asarray(radius))
         return float(
             length.resized(pace, latents, jnp.asarray(kl), **{k: jnp.array(v) for k, v in verdict.items()}).radius
         )
