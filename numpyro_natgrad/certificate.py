@@ -28,6 +28,10 @@ from .length import Comparison
 from .state import Certificate, State
 
 
+#: Nats beyond which all distances are alike: their squares are numbers in single precision.
+FARTHEST = 1e15
+
+
 class Weights(NamedTuple):
     """Per family: ρ and w of a natural gradient in iterate and running mean, α of the iterate in the average."""
 
@@ -45,7 +49,7 @@ def observe(certificate: Certificate, seen: Comparison, noise: jax.Array, weight
     k = noise.size
     covariance = _propagated(certificate.covariance[..., :k], noise, weights)
     (xx, xz, _), (_, zz, _), _ = covariance
-    excess = _mean2(seen, weights) - (xx + 2 * xz + zz)
+    excess = jnp.clip(_mean2(seen, weights) - (xx + 2 * xz + zz), -FARTHEST, FARTHEST)
     old = certificate.excess[:, :k]
     averaged = old + weights.average * (jnp.stack([excess, excess**2]) - old)
     return Certificate(certificate.covariance.at[..., :k].set(covariance), certificate.excess.at[:, :k].set(averaged))

@@ -67,7 +67,8 @@ def test_a_bound_above_zero_is_kept():
     params, optimizer = run(lambda: numpyro.sample("z", dist.Normal(1.0, 0.05)), guide, 200)
     assert "Hessian of KL" in optimizer.report()
     assert abs(params["m"] - 1) < 0.02
-    assert 0.1 < params["s"] < 0.11
+    # The bound itself, in single precision, once what is above it is below a rounding of it.
+    assert np.float32(0.1) <= params["s"] < 0.11
 
 
 def test_a_mean_that_is_one_number_for_all(x64):
