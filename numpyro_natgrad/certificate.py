@@ -27,7 +27,6 @@ import numpy as np
 from .length import Comparison
 from .state import Certificate, State
 
-
 #: Nats beyond which all distances are alike: their squares are numbers in single precision.
 FARTHEST = 1e15
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from . import arviz_lines
 from .charts import Params
 from .errors import StructureError
+from .fit import FitResult
 from .geometry import Estimate
 
 #: Draws between two ticks of the progress bar, and those that are drawn in one batch.
@@ -89,15 +90,15 @@ class Moments(NamedTuple):
 def fitted(svi: SVI, result: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Fit:
     """Read the parameters out of what a fit returned."""
     merged = {**getattr(svi, "static_kwargs", {}), **kwargs}
-    if isinstance(result, SVIRunResult):
+    if isinstance(result, SVIRunResult | FitResult):
         return Fit(svi, {**result.params, **(result.state.mutable_state or {})}, args, merged)
     if isinstance(result, SVIState):
         return Fit(svi, {**svi.get_params(result), **(result.mutable_state or {})}, args, merged)
     if isinstance(result, Mapping):
         return Fit(svi, dict(result), args, merged)
     raise TypeError(
-        f"`{type(result).__name__}` is no fit: expected what `svi.run` returns, a state of `svi.update`, or the dict "
-        "of `svi.get_params(state)`."
+        f"`{type(result).__name__}` is no fit: expected what `svi.run` or `fit` returns, a state of `svi.update`, or "
+        "the dict of `svi.get_params(state)`."
     )
 
 
