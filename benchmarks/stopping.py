@@ -28,6 +28,7 @@ from numpyro_natgrad.chunks import CHUNK
 from numpyro_natgrad.stopping import converged
 
 from .cases import Case, eight_schools, gaussian
+from .hard_cases import HardCase, centred_schools
 
 SEEDS, STEPS, DRAWS = 10, 300, 4096
 PARTICLES = (32, 8, 2)
@@ -47,20 +48,6 @@ class Stops(NamedTuple):
     steps: np.ndarray
     gaps: np.ndarray
     needed: np.ndarray
-
-
-def eight_schools_centred() -> Case:
-    """Rubin (1981), centred: a funnel."""
-    sigma = jnp.array([15.0, 10, 16, 11, 9, 11, 10, 18])
-
-    def model(y: Any) -> None:
-        mu = numpyro.sample("mu", dist.Normal(0, 5))
-        tau = numpyro.sample("tau", dist.HalfCauchy(5))
-        with numpyro.plate("schools", 8):
-            theta = numpyro.sample("theta", dist.Normal(mu, tau))
-            numpyro.sample("y", dist.Normal(theta, sigma), obs=y)
-
-    return Case("eight schools (centred)", model, (jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12]),), 0.1, 1.0)
 
 
 def logistic() -> Case:
@@ -102,10 +89,10 @@ def funnel() -> Case:
     return Case("funnel", model, (), 0.1, 1.0)
 
 
-CASES = {
+CASES: dict[str, Callable[[], Case | HardCase]] = {
     "gaussian": gaussian,
     "eight": eight_schools,
-    "centred": eight_schools_centred,
+    "centred": centred_schools,
     "logistic": logistic,
     "poisson": poisson,
     "funnel": funnel,

@@ -47,8 +47,7 @@ def observe(certificate: Certificate, seen: Comparison, noise: jax.Array, weight
     """
     k = noise.size
     covariance = _propagated(certificate.covariance[..., :k], noise, weights)
-    (xx, xz, _), (_, zz, _), _ = covariance
-    excess = jnp.clip(_mean2(seen, weights) - (xx + 2 * xz + zz), -FARTHEST, FARTHEST)
+    excess = jnp.clip(_mean2(seen, weights) - _noise2(covariance), -FARTHEST, FARTHEST)
     old = certificate.excess[:, :k]
     averaged = old + weights.average * (jnp.stack([excess, excess**2]) - old)
     return Certificate(certificate.covariance.at[..., :k].set(covariance), certificate.excess.at[:, :k].set(averaged))
@@ -101,5 +100,10 @@ def _mean2(seen: Comparison, weights: Weights) -> jax.Array:
 
 def foreseen(certificate: Certificate, families: int) -> jax.Array:
     """‖m‖² that noise alone would show before the next step, nats, for each family."""
-    (xx, xz, _), (_, zz, _), _ = certificate.covariance[..., :families]
+    return _noise2(certificate.covariance[..., :families])
+
+
+def _noise2(covariance: jax.Array) -> jax.Array:
+    """E‖m‖² of noise alone, m = x + z."""
+    (xx, xz, _), (_, zz, _), _ = covariance
     return xx + 2 * xz + zz

@@ -14,11 +14,12 @@ they are upper bounds. k̂ is that of the weights w. Few draws are enough for Ga
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import arviz
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from numpyro_natgrad import arviz_lines
 
 from .models import Data
 from .target import Target
@@ -148,22 +149,16 @@ def summary(log_w: np.ndarray) -> Score:
 
 
 def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """Pareto-smoothed, normalised log weights and k̂, by whichever line of ArviZ is installed.
+    """Pareto-smoothed, normalised log weights and k̂.
 
     Where there is no tail to fit, its values all the same or too few, weights stay as they are and k̂ is infinite:
     what ArviZ 0.23 does, and ArviZ 1 raises at.
     """
-    if hasattr(arviz, "psislw"):
-        smoothed, khat = arviz.psislw(log_weights)
-    else:
-        from arviz_stats.base import array_stats
-
-        try:
-            smoothed, khat = array_stats.psislw(-log_weights)  # it takes log likelihoods left out, whose inverse weigh
-        except ValueError:
-            smoothed, khat = log_weights, np.inf
-    smoothed = np.asarray(smoothed)
-    return smoothed - np.logaddexp.reduce(smoothed), float(khat)
+    try:
+        smoothed, khat = arviz_lines.psis(log_weights)
+    except ValueError:
+        smoothed, khat = log_weights, np.inf
+    return smoothed - np.logaddexp.reduce(smoothed), khat
 
 
 def scalars(values: dict[str, Any]) -> dict[str, np.ndarray]:
