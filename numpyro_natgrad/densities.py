@@ -13,6 +13,7 @@ gradient of its derivative with respect to d is Fd: one pass forward, one back, 
 Beside them, Gaussian and exponential-family densities whose dependence on their parameters has been changed.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,18 @@ def prior_density(how: str, key: jax.Array) -> Density:
 
 def frozen_arguments(base: Any) -> Any:
     return with_log_prob(base, jax.tree.map(stop_gradient, base).log_prob)
+
+
+def shifted(base: Any, shift: jax.Array) -> Any:
+    """The same distribution with ``shift`` added to its draws, and the log-density it had."""
+    changed = copy.copy(base)
+
+    def sample(key: Any, sample_shape: tuple[int, ...] = ()) -> jax.Array:
+        x = base.sample(key, sample_shape)
+        return x + shift.reshape(x.shape)
+
+    changed.sample = sample
+    return changed
 
 
 def silent(base: Any, tap: jax.Array) -> Any:

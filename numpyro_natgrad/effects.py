@@ -30,9 +30,10 @@ from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer.util import is_identically_one
 from numpyro.primitives import Messenger
 
-from .densities import CLOSED, MONTE_CARLO, Density, frozen_arguments, nothing, silent, tilted
+from .densities import CLOSED, MONTE_CARLO, Density, frozen_arguments, nothing, shifted, silent, tilted
 from .errors import StructureError
 from .flows import at_draw
+from .particles import own
 from .provenance import tag
 from .wrappers import (
     arguments_of,
@@ -192,14 +193,16 @@ class Listener(Messenger):
 
 
 class PathGradient(Messenger):
-    """Remove the score term of Gaussian sites, in one of two ways.
+    """Remove the score term of Gaussian sites.
 
     :param modes: per site ``"path"`` (log q keeps its gradient through the draw: the path gradient), ``"silent"``
-        (log q keeps its value and loses its gradient: what is left is the gradient of −log p) or ``"tilted"`` (the
-        path gradient, of an exponential family).
+        (log q keeps its value and loses its gradient: what is left is the gradient of −log p), ``"split"`` (the same,
+        particle by particle) or ``"tilted"`` (the path gradient, of an exponential family).
     :param taps: for each silent site zeros of the shape of its draw. The gradient of the loss with respect to a tap is
         the *mean of the draws over the particles*: ⟨t, x⟩ is added to log q with its value taken out again. For each
-        tilted site zeros of the shape of η: ⟨t, T(x)⟩ is added in the same way, and along the draw.
+        tilted site zeros of the shape of η: ⟨t, T(x)⟩ is added in the same way, and along the draw. For each split site
+        zeros ``(2, particles, *shape)``, of which every particle has its own: what a silent site has, and what is added
+        to the draw, so that the gradient is the draws and the gradients of −log p there, over the number of particles.
     """
 
     def __init__(self, modes: Mapping[str, str], taps: Mapping[str, jax.Array]) -> None:
@@ -207,7 +210,9 @@ class PathGradient(Messenger):
         self.modes, self.taps = modes, taps
 
     def process_message(self, msg: Any) -> None:
-        guide_site(msg)
+        if guide_site(msg) and self.modes.get(msg["name"]) == "split":
+            shift = own(self.taps[msg["name"]][1], msg["kwargs"]["rng_key"])
+            msg["fn"] = map_base(msg["fn"], lambda base: shifted(base, shift))
 
     def postprocess_message(self, msg: Any) -> None:
         mode = self.modes.get(msg["name"]) if is_guide_site(msg) else None
@@ -215,6 +220,9 @@ class PathGradient(Messenger):
             msg["fn"] = map_base(msg["fn"], frozen_arguments)
         elif mode == "silent":
             tap = self.taps[msg["name"]]
+            msg["fn"] = map_base(msg["fn"], lambda base: silent(base, tap))
+        elif mode == "split":
+            tap = own(self.taps[msg["name"]][0], msg["kwargs"]["rng_key"])
             msg["fn"] = map_base(msg["fn"], lambda base: silent(base, tap))
         elif mode == "tilted":
             tap = self.taps[msg["name"]]

@@ -25,7 +25,8 @@ class Evidence(NamedTuple):
     :ivar loss: the loss at the current parameters, nats.
     :ivar aux: ``fn``'s second output.
     :ivar gradient: of the loss (score terms of Gaussian sites removed), per unconstrained parameter.
-    :ivar means: for each silent site, the mean of its draws over the particles, ``site.shape``.
+    :ivar means: for each silent site, the mean of its draws over the particles, ``site.shape``; for each split one, of
+        every particle its draw and the gradient of −log p there, over their number, ``(2, particles, *site.shape)``.
     :ivar push: directional derivative of the gradient, linear: tangents of any of the parameters that asked for it in
         (the others stay where they are), of those parameters' gradients out.
     :ivar tilt: for exponential families, linear: ⟨t, T⟩ added to log q in, its part of the gradient out: F̂t, with F̂ the
@@ -52,7 +53,8 @@ class Views(NamedTuple):
     """How the loss is to be looked at.
 
     :ivar modes: how sites with a path gradient are seen (:class:`.effects.PathGradient`).
-    :ivar taps: per silent site the shape of its draw, per tilted site that of its natural parameters.
+    :ivar taps: per silent site the shape of its draw, per split site ``(2, particles, *shape)``, per tilted site the shape
+        of its natural parameters.
     :ivar curved: the parameters along which Hessian products are asked (empty: none).
     :ivar scored: the sites whose score term is subtracted from the gradient.
     :ivar forward: forward-mode differentiation.

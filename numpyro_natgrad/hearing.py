@@ -62,6 +62,7 @@ class Hearing(NamedTuple):
     :ivar sites: the latent sites of the guide.
     :ivar modelled: the sites of the model, unless the loss sums over values of any.
     :ivar particles: draws a step; infinity where nothing is drawn.
+    :ivar batched: whether all particles are drawn in one batch.
     :ivar is_elbo: affine in log q.
     :ivar scanned: sites that the guide draws inside of NumPyro's ``scan``, of which nothing is known but that.
     """
@@ -70,6 +71,7 @@ class Hearing(NamedTuple):
     sites: dict[str, HeardSite]
     modelled: dict[str, ModelSite]
     particles: float
+    batched: bool
     is_elbo: bool
     scanned: frozenset[str]
 
@@ -96,7 +98,8 @@ def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
     hidden = summed or listener.enumerated or listener.scanned
     modelled = {} if hidden else _all_modelled(listener.modelled, seen)
     particles, scanned = max(counts, default=math.inf), frozenset(listener.scanned)
-    return Hearing(listener.params, sites, modelled, particles, total.degree <= 1, scanned)
+    batched = all(seen[f"draw:{name}"].batched for name in random)
+    return Hearing(listener.params, sites, modelled, particles, batched, total.degree <= 1, scanned)
 
 
 def _listened(

@@ -55,6 +55,7 @@ class Observed(NamedTuple):
     :ivar trust: 1, or the factor that pulls an outlier in.
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar quiet: how much noise is left alone, nats, per family.
+    :ivar reach: the length that a family with a memory of its own asks for; zero where the rule decides.
     """
 
     step: jax.Array
@@ -63,6 +64,7 @@ class Observed(NamedTuple):
     trust: jax.Array
     particles: float
     quiet: jax.Array
+    reach: jax.Array
 
 
 def cap(options: Options, seen: Observed) -> jax.Array:
@@ -76,19 +78,22 @@ def cap(options: Options, seen: Observed) -> jax.Array:
 def adaptive(seen: Observed) -> jax.Array:
     """The rule that needs no choice."""
     quiet = jnp.minimum(1.0, seen.quiet / jnp.maximum(seen.noise, seen.quiet))
-    return 1 / (1 + 2 / seen.particles) * jnp.maximum(seen.signal, quiet) * seen.trust
+    ruled = 1 / (1 + 2 / seen.particles) * jnp.maximum(seen.signal, quiet) * seen.trust
+    return jnp.where(seen.reach > 0, seen.reach, ruled)
 
 
 class Comparison(NamedTuple):
     """Squared Fisher norms, nats: of the mean of recent natural gradients, of (this one − that mean), of this one.
 
     Of one family, or of each: every family has a pace of its own. Rows of a subsampled plate see their own data alone,
-    and move by whole steps, while what all the data is about has to average over batches.
+    and move by whole steps, while what all the data is about has to average over batches.  ``reach``: the length that a
+    family with a memory of its own asks for; zero where the rule decides.
     """
 
     trend2: jax.Array
     news2: jax.Array
     this2: jax.Array
+    reach: jax.Array | float = 0.0
 
 
 class Observation(NamedTuple):
@@ -115,7 +120,7 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     kept, old_noise = pace.memory[:n], pace.noise[:n]
     first, weight = kept < MEMORY_MIN, 1 / kept
     drift, seen = _followed(pace.drift[:, :n], seen, weight)
-    trend2, news2, this2 = seen
+    trend2, news2, this2, _ = seen
     bound = jnp.where(first, jnp.inf, jnp.maximum(OUTLIER**2 * (trend2 + old_noise), HARMLESS))
     pull = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(news2, tiny)))
     seen2 = pull**2 * news2
@@ -144,14 +149,14 @@ def _followed(drift: jax.Array, seen: Comparison, weight: jax.Array) -> tuple[ja
     parameters of the model that move as well, a model far from quadratic) what comes is βm with β > 1, and v − m is no
     noise but drift. β − 1 = ⟨v − m, m⟩/⟨m, m⟩, both averaged; noise alone makes it negative.
     """
-    trend2, news2, this2 = seen
+    trend2, news2, this2, reach = seen
     bound = jnp.sqrt(news2) * jnp.sqrt(trend2)  # Cauchy & Schwarz: what is beyond is rounding
     missed = jnp.clip((this2 - trend2 - news2) / 2, -bound, bound)  # ⟨v − m, m⟩
     share = jnp.stack([missed, trend2]) / jnp.maximum(this2 + trend2, jnp.finfo(trend2.dtype).tiny)
     drift = drift + weight * (share - drift)
     more = jnp.clip(drift[0] / jnp.maximum(drift[1], jnp.finfo(trend2.dtype).tiny), 0.0, DRIFT_MAX - 1)  # β − 1
     left = jnp.maximum(news2 - 2 * more * missed + more**2 * trend2, 0.0)
-    return drift, Comparison((1 + more) ** 2 * trend2, left, this2)
+    return drift, Comparison((1 + more) ** 2 * trend2, left, this2, reach)
 
 
 def forgotten(pace: Pace, latents: int, kl: jax.Array) -> Pace:

@@ -67,15 +67,21 @@ class Sighting(NamedTuple):
     """What was seen at a tag: the origin of the tagged value, and how often it was computed (the particles).
 
     ``sizes`` is by equation: particles may come in batches, each with a program of its own, and the body of a loop is
-    walked more than once.
+    walked more than once.  ``looped``: it was computed inside of a loop.
     """
 
     origin: Origin
     sizes: Mapping[int, int]
+    looped: bool
 
     @property
     def size(self) -> int:
         return sum(self.sizes.values())
+
+    @property
+    def batched(self) -> bool:
+        """Whether one equation computes it for all particles."""
+        return len(self.sizes) == 1 and not self.looped
 
 
 def tag(kind: str, name: str, value: Any) -> Any:
@@ -129,7 +135,7 @@ def _equation(eqn: Any, inputs: list[Origin], seen: dict[str, Sighting], repeats
 
 def _tagged(label: str, past: Origin, out: Any, seen: dict[str, Sighting], repeats: int) -> Origin:
     before = seen[label].sizes if label in seen else {}
-    seen[label] = Sighting(past, {**before, id(out): math.prod(out.aval.shape) * repeats})
+    seen[label] = Sighting(past, {**before, id(out): math.prod(out.aval.shape) * repeats}, repeats > 1)
     kind = label.partition(":")[0]
     if kind not in ("param", "draw", "density"):
         return past

@@ -15,8 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro
-from jax.extend import core
-from jax.interpreters import ad, batching, mlir
 from jax.lax import stop_gradient
 from numpyro.distributions import biject_to, constraints
 from numpyro.primitives import Messenger
@@ -24,6 +22,7 @@ from numpyro.primitives import Messenger
 from .charts import Params
 from .densities import Density
 from .effects import Assigned, Frozen, Loss, guide_site, is_guide_site
+from .particles import own
 
 
 def scores(
@@ -89,42 +88,3 @@ class Scored(Frozen):
             fn, scale = msg["fn"], stop_gradient(jnp.asarray(msg["scale"]))
             root = jnp.where(scale > 0, 1 / jnp.sqrt(jnp.where(scale > 0, scale, 1.0)), 0.0)
             msg["fn"] = Assigned(fn.base, fn.density * root, drawn=True)
-
-
-def own(copies: jax.Array, key: jax.Array) -> jax.Array:
-    """A particle's copy: row s of ``copies`` in the s-th particle, told apart by its key; outside a batch, row 0."""
-    # A primitive, because only a batching rule sees that what it is called for is a batch of particles.
-    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    return _own.bind(copies, data)
-
-
-_own = core.Primitive("own")
-
-
-@_own.def_impl
-def _first(copies: jax.Array, key: jax.Array) -> jax.Array:
-    return copies[0]
-
-
-@_own.def_abstract_eval
-def _abstract(copies: Any, key: Any) -> Any:
-    return copies.update(shape=copies.shape[1:])
-
-
-def _batch(args: tuple[jax.Array, jax.Array], dims: tuple[int | None, int | None]) -> tuple[jax.Array, int]:
-    (copies, key), (along, by) = args, dims
-    if along is not None:
-        return jnp.moveaxis(copies, along, 0)[:, 0], 0
-    size = key.shape[by or 0]
-    return copies if size == copies.shape[0] else jnp.broadcast_to(copies[0], (size, *copies.shape[1:])), 0
-
-
-def _transpose(slope: Any, copies: Any, key: jax.Array) -> tuple[jax.Array, None]:
-    rest = jnp.zeros((copies.aval.shape[0] - 1, *slope.shape), slope.dtype)
-    return jnp.concatenate([slope[None], rest]), None
-
-
-ad.defjvp(_own, lambda tangent, copies, key: _own.bind(tangent, key), None)
-ad.primitive_transposes[_own] = _transpose
-batching.primitive_batchers[_own] = _batch
-mlir.register_lowering(_own, mlir.lower_fun(_first, multiple_results=False))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from . import regression
 from .charts import Params
 
 #: Latent dimensions up to which all Gaussian sites share one dense joint step.
@@ -25,11 +26,13 @@ class Joint(NamedTuple):
     :ivar factor: K of the lifted covariance (n, n); used where the guide's family is smaller than the full Gaussian.
     :ivar slope: running mean of the natural gradient, mean part, whitened (n,).
     :ivar curvature: the same, precision part (n, n).
+    :ivar sums: over draws, of the regression of gradients on them.
     """
 
     factor: jax.Array
     slope: jax.Array
     curvature: jax.Array
+    sums: regression.Sums
 
 
 class Memory(NamedTuple):
@@ -130,7 +133,9 @@ def initial(params: Params, point: Any) -> State:
     dtype = jnp.result_type(*leaves)
     n = min(sum(jnp.size(x) for x in leaves) // 2, JOINT_LIMIT)
     zero = jnp.zeros((), dtype)
-    joint = Joint(jnp.zeros((n, n), dtype), jnp.zeros(n, dtype), jnp.zeros((n, n), dtype))
+    joint = Joint(
+        jnp.zeros((n, n), dtype), jnp.zeros(n, dtype), jnp.zeros((n, n), dtype), regression.nothing(n, dtype)
+    )
     memory = Memory(jax.tree.map(jnp.zeros_like, params), joint)
     info = StepInfo(
         zero, zero, zero, zero, zero, zero, zero, jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32)

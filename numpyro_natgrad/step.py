@@ -110,13 +110,13 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     pace = state.pace._replace(radius=jnp.where(state.pace.radius > 0, state.pace.radius, start))
     pairs = list(zip(families, tangents, strict=True))
     each = [f.compare(state.memory, v) for f, v in pairs]
-    compared = length.Comparison(*(_each(c[i] for c in each) for i in range(3)))
+    compared = length.Comparison(*(_each(x) for x in zip(*each, strict=True)))
     pace, seen = length.observe(pace, compared)
     memory = state.memory
     for k, (family, v) in enumerate(pairs):
         memory = family.remember(memory, v, seen.weight[k])
     quiet = jnp.array(context.structure.quiet, square.dtype)
-    observed = length.Observed(step, seen.signal, seen.noise, seen.trust, evidence.particles, quiet)
+    observed = length.Observed(step, seen.signal, seen.noise, seen.trust, evidence.particles, quiet, compared.reach)
     cap = length.cap(context.options, observed)
     square = jnp.where(ok, square, 0.0)
     return Direction(tangents, memory, pace, square, seen.signal, seen.noise, compared, seen.weight, cap, ok)

@@ -26,6 +26,7 @@ from .families.likelihood import LikelihoodFisher
 from .families.low_rank import LowRankGaussian
 from .families.natural import NaturalParameters
 from .families.networks import NetworkCurvature, NetworkLikelihood
+from .families.regressed import RegressedGaussian
 from .families.scores import ScoreFisher
 from .hearing import HeardSite, Hearing, hear
 from .low_rank_chart import LowRankSite, read_low_rank
@@ -35,6 +36,9 @@ from .state import JOINT_LIMIT
 
 #: Numbers drawn a step up to which they are kept for the whole step; beyond, memory is worth more than time.
 KEPT_DRAWS = 1_000_000
+
+#: A joint step is made of gradients alone where so many steps' draws are more than its dimensions.
+REGRESSED_STEPS = 2
 
 _NO_ELBO = (
     "NaturalGradient: the loss is not affine in the guide's log-densities, so it is no ELBO (a Rényi bound, or "
@@ -96,7 +100,8 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     gaussians, naturals = _charted(hearing, options)
     closed = {g.name for g in gaussians} | {n.site.name for n in naturals}
     curvatures = _curvature_families(hearing, closed, sizes)
-    guided: tuple[Family, ...] = (*_gaussian_families(gaussians, hearing, options), *naturals, *curvatures)
+    gaussian = _gaussian_families(gaussians, hearing, options, set(sizes))
+    guided: tuple[Family, ...] = (*gaussian, *naturals, *curvatures)
     free = {p: size for p, size in sizes.items() if not any(p in family.params for family in guided)}
     families = (*guided, *_likelihood_families(hearing, free, options))
     taken = {p for family in families for p in family.params}
@@ -149,12 +154,23 @@ def _parameters(site: HeardSite) -> set[str]:
     return {label.removeprefix("param:") for label in labels if label.startswith("param:")}
 
 
-def _gaussian_families(sites: list[GaussianSite | LowRankSite], hearing: Hearing, options: Options) -> list[Family]:
+def _gaussian_families(
+    sites: list[GaussianSite | LowRankSite], hearing: Hearing, options: Options, names: set[str]
+) -> list[Family]:
     """One joint step where its Hessian is small enough, else a family for every site."""
     latents = sum(s.size for s in sites)
     if 0 < latents <= JOINT_LIMIT and hearing.is_elbo and options.estimator != "first_order":
-        return [JointGaussian(tuple(sites), options.margin, options.strict)]
+        alone = names == {p for s in sites for p in s.params}
+        joint = RegressedGaussian if alone and _is_regressed(sites, hearing, options) else JointGaussian
+        return [joint(tuple(sites), options.margin, options.strict, hearing.particles)]
     return [_wide(s, hearing, options) for s in sites]
+
+
+def _is_regressed(sites: list[GaussianSite | LowRankSite], hearing: Hearing, options: Options) -> bool:
+    """Whether two steps' draws determine slope and curvature, and particles can be told apart."""
+    chosen = options.estimator is None and options.step_size is None and options.adaptive
+    few = sum(s.size for s in sites) + 1 <= REGRESSED_STEPS * hearing.particles < math.inf
+    return chosen and few and hearing.batched and not any(s.analytic for s in sites)
 
 
 def _wide(site: GaussianSite | LowRankSite, hearing: Hearing, options: Options) -> Family:
@@ -258,6 +274,8 @@ def _views(
 ) -> Views:
     modes = {name: mode for family in families for name, mode in family.modes.items()}
     taps = {name: hearing.sites[name].shape for name, mode in modes.items() if mode == "silent"}
+    split = {name: (2, hearing.particles, *hearing.sites[name].shape) for name, mode in modes.items() if mode == "split"}
+    taps.update(split)
     taps.update({n.site.name: n.site.eta_shape for n in naturals if n.tilted})
     curved = tuple(p for family in families for p in family.curved)
     sites = {n for n in scored if hearing.sites[n].reparameterized and not hearing.sites[n].analytic}

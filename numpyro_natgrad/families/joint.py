@@ -44,6 +44,7 @@ class JointGaussian(NamedTuple):
     sites: tuple[GaussianSite | LowRankSite, ...]
     margin: float
     strict: bool
+    particles: float
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -81,7 +82,7 @@ class JointGaussian(NamedTuple):
         curvature = factor.T @ image
         curvature = (curvature + curvature.T) / 2 - jnp.eye(self.size, dtype=curvature.dtype)
         whitened = factor.T @ slope + self._control_variate(evidence, params, loc, factor)
-        return Frame(_tangent(whitened, curvature), curvature, loc, factor, [s.spread(params) for s in self.sites])
+        return Frame(tangent(whitened, curvature), curvature, loc, factor, self._spreads(params))
 
     def norm2(self, v: Frame) -> jax.Array:
         return gaussian.norm2(v.tangent)
@@ -113,8 +114,11 @@ class JointGaussian(NamedTuple):
         contraction = gaussian.contraction(v.tangent, rho, self.margin)
         loc, factor = v.loc + v.factor @ shift, v.factor @ contraction
         joint = self._carry(memory.joint, v.tangent, rho, shift, contraction)
-        joint = joint._replace(factor=_padded(factor, joint.slope.size)) if self.lifted else joint
+        joint = joint._replace(factor=padded(factor, joint.slope.size)) if self.lifted else joint
         return self._write(params, v.spreads, loc, factor), memory._replace(joint=joint)
+
+    def _spreads(self, params: Params) -> list[Any]:
+        return [s.spread(params) for s in self.sites]
 
     def _factor(self, params: Params, joint: Joint) -> jax.Array:
         """K: the guide's own, or the lifted one, which starts as the guide's."""
@@ -141,7 +145,7 @@ class JointGaussian(NamedTuple):
 
     def _with_trend(self, joint: Joint, slope: jax.Array, curvature: jax.Array) -> Joint:
         n = joint.slope.size
-        return joint._replace(slope=_padded(slope, n), curvature=_padded(curvature, n))
+        return joint._replace(slope=padded(slope, n), curvature=padded(curvature, n))
 
     def _write(self, params: Params, spreads: list[Any], loc: jax.Array, factor: jax.Array) -> Params:
         own = project(gaussian.inverse_lower(factor), self.sites, spreads) if self.lifted else [factor]
@@ -179,15 +183,15 @@ class JointGaussian(NamedTuple):
         return jnp.split(flat, ends[:-1])
 
 
-def _tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
+def tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
     # A NaN would keep the eigensolver busy; the step that follows it is skipped because the slope shows it.
     ok = jnp.all(jnp.isfinite(curvature))
     spectrum = gaussian.tangent(slope, jnp.where(ok, curvature, 0.0))
     return spectrum._replace(values=jnp.where(ok, spectrum.values, jnp.nan))
 
 
-def _padded(x: jax.Array, n: int) -> jax.Array:
-    return jnp.pad(x, [(0, n - size) for size in x.shape])
+def padded(x: jax.Array, n: int) -> jax.Array:
+    return jnp.pad(x, [(0, n - size) for size in x.shape]) if x.ndim else x
 
 
 def _square(slope: jax.Array, curvature: jax.Array) -> jax.Array:

@@ -1,0 +1,88 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""The joint Gaussian step by gradients alone: slope and curvature come from the regression of gradients on draws.
+
+A step costs one gradient a particle, where Hessian products cost two for every latent more. The regression remembers
+draws (:mod:`..regression`), so that a step goes all of the way to its fit: of n remembered draws, S of them new, the
+fit follows the new ones by S/n. What the length rule compares is what the new draws alone say, n/S times that way.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import block_diag, solve_triangular
+
+from .. import regression
+from ..charts import GaussianSite, Params
+from ..evidence import Evidence
+from ..gaussian import Tangent
+from ..length import Comparison
+from ..low_rank_chart import LowRankSite
+from ..regression import Sums
+from ..state import Joint, Memory
+from .joint import JointGaussian, padded, tangent
+
+
+class Fit(NamedTuple):
+    """As :class:`.joint.Frame`, with the sums that the fit was made of."""
+
+    tangent: Tangent
+    curvature: jax.Array
+    loc: jax.Array
+    factor: jax.Array
+    spreads: list[Any]
+    sums: Sums
+
+
+class RegressedGaussian(JointGaussian):
+    """The dense joint step over ``sites`` by regression."""
+
+    @property
+    def modes(self) -> dict[str, str]:
+        return {s.name: "split" for s in self.sites}
+
+    @property
+    def curved(self) -> tuple[str, ...]:
+        return ()
+
+    def describe(self) -> list[tuple[str, str, str, str, str]]:
+        how = "closed form, regression of gradients" + (", lifted" if self.lifted else "")
+        return [row for s in self.sites for row in s.describe(how)]
+
+    def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Fit:
+        loc = jnp.concatenate([params[s.loc].ravel() for s in self.sites])
+        factor = self._factor(params, memory.joint)
+        spread = block_diag(*[k for s in self.sites for k in s.dense(params)])
+        inner = solve_triangular(factor, spread, lower=True) if self.lifted else jnp.eye(self.size, dtype=loc.dtype)
+        draws, gradients = self._particles(evidence)
+        sums = regression.moved(self._sums(memory.joint), loc, spread)
+        x = solve_triangular(spread, (draws - loc).T, lower=True).T
+        sums = regression.taken_in(sums, x, gradients @ spread, inner.T @ inner)
+        slope, curvature = regression.fit(sums, inner.T @ inner)
+        if self.lifted:
+            back = solve_triangular(inner, jnp.eye(self.size, dtype=loc.dtype), lower=True)
+            slope, curvature = back.T @ slope, back.T @ curvature @ back
+        new = sums.weight / evidence.particles
+        return Fit(tangent(new * slope, new * curvature), new * curvature, loc, factor, self._spreads(params), sums)
+
+    def compare(self, memory: Memory, v: Any) -> Comparison:
+        seen = super().compare(memory, v)
+        return seen._replace(reach=self.particles / v.sums.weight)
+
+    def remember(self, memory: Memory, v: Any, weight: jax.Array) -> Memory:
+        memory = super().remember(memory, v, weight)
+        n = memory.joint.slope.size
+        sums = Sums(*(padded(x, n) for x in v.sums))
+        return memory._replace(joint=memory.joint._replace(sums=sums))
+
+    def _sums(self, joint: Joint) -> Sums:
+        d = self.size
+        return Sums(*(x[(slice(d),) * x.ndim] for x in joint.sums))
+
+    def _particles(self, evidence: Evidence) -> tuple[jax.Array, jax.Array]:
+        """Draws and gradients of −log p, (S, d) each."""
+        n = evidence.particles
+        split = [n * evidence.means[s.name].reshape(2, n, -1) for s in self.sites]
+        draws, gradients = jnp.concatenate(split, axis=2)
+        return draws, gradients

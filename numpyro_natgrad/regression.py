@@ -1,0 +1,122 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+r"""Slope and curvature by regression of gradients on draws: E[∇f] and E[∇²f] from gradients alone.
+
+With x ~ N(0, I) and g(x) the gradient of f at z = m + Cx, whitened by Cᵀ, Stein's identity says
+
+    E[g xᵀ] = E[Cᵀ∇²f C],        so that  g(x) ≈ E[g] + E[Cᵀ∇²f C] x  is the regression of g on x.
+
+Least squares over draws (x_s, g_s) is that estimate without the noise of the draws themselves: exact for a quadratic f as
+soon as the draws span the space, where the mean of g xᵀ never is. The curvature is symmetric, which d draws in 2d
+dimensions already determine in part. What is fitted is what the present Gaussian does not explain,
+
+    e_s = g_s − P x_s,     min  Σ w_s ‖e_s − b − Δ x_s‖² + λ (‖b‖² + ‖Δ‖²)     over b and symmetric Δ,
+
+P its precision in the same frame, so that directions that no draw has seen stay as they are. In the eigenbasis of the
+centred Gram matrix G = Σ w x xᵀ − ss'/(n+λ) the normal equations ΔG + GΔ + 2λΔ = E + Eᵀ are solved entry by entry.
+
+The sums over draws are remembered from step to step, which is what makes few draws a step suffice: they are moved to
+the frame of the next Gaussian exactly. Draws that lie far out in the new frame count less, as importance weights would
+have it, and draws with an influence beyond all others are pulled in (Huber 1964).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+#: λ, in draws: what the present Gaussian is worth against them.
+RIDGE = 0.2
+#: A draw's influence beyond this many times the root of the mean influence is pulled in.
+OUTLIER = 0.25
+#: Remembered draws with a mean square beyond this many times their dimension count less, with the square of the ratio.
+SPREAD = 1.5
+
+
+class Sums(NamedTuple):
+    """Weighted sums over draws; n × n arrays whose leading d rows and columns are in use.
+
+    :ivar loc: m, the origin of the frame they are written in (n,).  :ivar factor: C, its axes (n, n).
+    :ivar weight: of all draws, in draws; scalar.  :ivar influence: running mean of ‖e‖²(1 + ‖x‖²), pulled in; scalar.
+    :ivar first: Σ w x (n,).  :ivar gram: Σ w x xᵀ (n, n).
+    :ivar slope: Σ w g (n,).  :ivar cross: Σ w g xᵀ (n, n).
+    """
+
+    loc: jax.Array
+    factor: jax.Array
+    weight: jax.Array
+    influence: jax.Array
+    first: jax.Array
+    gram: jax.Array
+    slope: jax.Array
+    cross: jax.Array
+
+
+def nothing(n: int, dtype: jnp.dtype) -> Sums:
+    """Sums over no draws."""
+    vector, matrix, number = (jnp.zeros(shape, dtype) for shape in ((n,), (n, n), ()))
+    return Sums(vector, matrix, number, number, vector, matrix, vector, matrix)
+
+
+def moved(sums: Sums, loc: jax.Array, factor: jax.Array) -> Sums:
+    """The sums in the frame x' = C'⁻¹(z − m') = R (x − δ), g' = R⁻ᵀg, with R = C'⁻¹C and δ = C⁻¹(m' − m).
+
+    :param loc: m' (d,).  :param factor: C' (d, d), lower triangular.
+    """
+    old = jnp.where(sums.weight > 0, sums.factor, factor)
+    ratio, inverse = _solve(factor, old), _solve(old, factor)
+    shift = _solve(old, jnp.where(sums.weight > 0, loc - sums.loc, 0.0))
+    n, s = sums.weight, sums.first
+    outer = jnp.outer(s, shift)
+    gram = ratio @ (sums.gram - outer - outer.T + n * jnp.outer(shift, shift)) @ ratio.T
+    cross = inverse.T @ (sums.cross - jnp.outer(sums.slope, shift)) @ ratio.T
+    far = SPREAD * loc.size * n / jnp.maximum(jnp.trace(gram), jnp.finfo(gram.dtype).tiny)
+    kl = 0.5 * (jnp.sum(inverse**2) - loc.size - 2 * jnp.sum(jnp.log(jnp.diagonal(inverse))) + jnp.sum(shift**2))
+    share = jnp.minimum(far, 1.0) ** 2 / (1 + kl)
+    new = Sums(loc, factor, n, sums.influence, ratio @ (s - n * shift), gram, inverse.T @ sums.slope, cross)
+    return _scaled(new, share)
+
+
+def taken_in(sums: Sums, x: jax.Array, g: jax.Array, precision: jax.Array) -> Sums:
+    """The sums with more draws, those of too large an influence pulled in.
+
+    :param x: draws in the sums' frame (S, d).  :param g: gradients of f there (S, d).
+    :param precision: P of the present Gaussian in that frame (d, d).
+    """
+    square = lambda rows: jnp.sum(rows**2, axis=1)
+    influence = square(g - x @ precision) * (1 + square(x))
+    total = sums.weight + len(x)
+    bound = jnp.maximum(OUTLIER * (sums.weight * sums.influence + len(x) * jnp.median(influence)), 1.0)
+    weight = jnp.sqrt(jnp.minimum(1.0, bound / jnp.maximum(influence, bound)))[:, None]
+    mean = (sums.weight * sums.influence + jnp.sum(jnp.minimum(influence, bound))) / total
+    return sums._replace(
+        weight=sums.weight + jnp.sum(weight),
+        influence=mean,
+        first=sums.first + jnp.sum(weight * x, 0),
+        gram=sums.gram + (weight * x).T @ x,
+        slope=sums.slope + jnp.sum(weight * g, 0),
+        cross=sums.cross + (weight * g).T @ x,
+    )
+
+
+def fit(sums: Sums, precision: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """b (d,) and Δ (d, d), symmetric: what is missing of slope and precision P."""
+    n, s = sums.weight + RIDGE, sums.first
+    slope = sums.slope - precision @ s
+    gram = sums.gram - jnp.outer(s, s) / n
+    cross = sums.cross - precision @ sums.gram - jnp.outer(slope, s) / n
+    values, vectors = jnp.linalg.eigh(gram)
+    values = jnp.maximum(values, 0.0)
+    rotated = vectors.T @ cross @ vectors
+    entries = (rotated + rotated.T) / (values[:, None] + values + 2 * RIDGE)
+    curvature = vectors @ entries @ vectors.T
+    return (slope - curvature @ s) / n, curvature
+
+
+def _scaled(sums: Sums, share: jax.Array) -> Sums:
+    return Sums(sums.loc, sums.factor, sums.weight * share, sums.influence, *(share * x for x in sums[4:]))
+
+
+def _solve(lower: jax.Array, right: jax.Array) -> jax.Array:
+    return solve_triangular(lower, right, lower=True)
