@@ -3,9 +3,9 @@
 """``NaturalGradient()`` as shipped, and Adam at ten settings, through NumPyro's ``SVI`` with eight particles.
 
 Gradients are those of one draw's log density. A step of Adam evaluates one for each particle. Of the natural gradient
-every particle takes one, two for each of its d + 1 products with a Hessian (forward over reverse costs about two
-gradients; one of the products is the control variate's), and a third for the loss at the point reached (which only some
-steps ask for). Adam's settings and seeds run as one batch, and the seconds of a step are those of a run by itself.
+every particle takes one, and a third for the loss at the point reached (which only some steps ask for); where the step
+is not made of gradients alone, two more for each of its d + 1 products with a Hessian (forward over reverse costs about
+two gradients; one of the products is the control variate's). Adam's settings and seeds run as one batch, and the seconds of a step are those of a run by itself.
 """
 
 import itertools
@@ -62,20 +62,22 @@ class Attempt(NamedTuple):
 
 def natural_gradient(problem: Problem) -> Iterator[Attempt]:
     """As shipped."""
-    d, steps = problem.target.size, problem.steps[0]
+    steps = problem.steps[0]
     marks = np.unique(np.minimum(np.r_[1:61, np.geomspace(60, max(steps, 60), 40).astype(int)], steps))
-    yield from _natural(problem, marks, PARTICLES, range(len(problem.starts)), PARTICLES * (1 + 2 * (d + 1) + 1 / 3))
+    yield from _natural(problem, marks, PARTICLES, range(len(problem.starts)))
 
 
 def reference(problem: Problem) -> Iterator[Attempt]:
     """A long run with many particles, which only says how good an ELBO can be."""
     marks = np.array([REFERENCE_STEPS // 4, REFERENCE_STEPS // 2, REFERENCE_STEPS])
-    yield from _natural(problem, marks, REFERENCE_PARTICLES, range(1), np.nan)
+    yield from _natural(problem, marks, REFERENCE_PARTICLES, range(1))
 
 
-def _natural(problem: Problem, marks: np.ndarray, particles: int, seeds: range, gradients: float) -> Iterator[Attempt]:
-    walk = walker(problem, marks, particles)
-    compiled, compiling = compile_timed(lambda z, key: walk(NaturalGradient(), z, key), start(problem, 0))
+def _natural(problem: Problem, marks: np.ndarray, particles: int, seeds: range) -> Iterator[Attempt]:
+    walk, optimizer = walker(problem, marks, particles), NaturalGradient()
+    compiled, compiling = compile_timed(lambda z, key: walk(optimizer, z, key), start(problem, 0))
+    products = 0 if "regression" in optimizer.report() else problem.target.size + 1
+    gradients = particles * (1 + 2 * products + 1 / 3)
     for seed in seeds:
         begin = time.perf_counter()
         params = jax.block_until_ready(compiled(*start(problem, seed)))
