@@ -64,7 +64,7 @@ def remaining(certificate: Certificate, memory: jax.Array) -> tuple[jax.Array, j
     if not k:
         return jnp.array(jnp.nan), jnp.array(jnp.nan)
     mean, square = certificate.excess[:, :k]
-    noise = certificate.covariance[2, 2, :k]
+    noise = jnp.minimum(certificate.covariance[2, 2, :k], FARTHEST)
     error2 = jnp.maximum(square - mean**2, 0.0) + 2 / memory * noise**2
     return 0.5 * jnp.sum(jnp.maximum(mean, 0.0) + noise), 0.5 * jnp.sqrt(jnp.sum(error2))
 

@@ -167,10 +167,14 @@ def _gaussian_families(
 
 
 def _is_regressed(sites: list[GaussianSite | LowRankSite], hearing: Hearing, options: Options) -> bool:
-    """Whether two steps' draws determine slope and curvature, and particles can be told apart."""
+    """Whether two steps' draws determine slope and curvature, particles can be told apart, and all see the same data.
+
+    (What draws of one batch of rows agree on is no more certain than the batch.)
+    """
     chosen = options.estimator is None and options.step_size is None and options.adaptive
     few = sum(s.size for s in sites) + 1 <= REGRESSED_STEPS * hearing.particles < math.inf
-    return chosen and few and hearing.batched and not any(s.analytic for s in sites)
+    whole = all(site.weight == 1 for site in hearing.modelled.values())
+    return chosen and few and whole and hearing.batched and not any(s.analytic for s in sites)
 
 
 def _wide(site: GaussianSite | LowRankSite, hearing: Hearing, options: Options) -> Family:
