@@ -44,12 +44,8 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_defaults_arrive(name, dtype, request):
+def test_the_defaults_arrive(name, dtype):
     row = ROWS[name]
-    if name == "tails":
-        # Price's identity by few draws: nearly all of them say that a wide guide is too narrow (docs/hard.md). Most seeds
-        # arrive, some widen for ever.
-        request.node.add_marker(pytest.mark.xfail(reason="curvature from a few draws of a heavy tail", strict=False))
     case = row.case()
     guide = GUIDES[row.guide](case.model, init_loc_fn=case.start)
     svi = SVI(case.model, guide, NaturalGradient(), Trace_ELBO(case.particles))

@@ -1,0 +1,155 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Law: the regression of gradients on draws is exact for quadratics, and its sums may be moved to any frame."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from jax import random
+from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+
+from numpyro_natgrad import NaturalGradient, regression
+from numpyro_natgrad.effects import PathGradient
+
+D, DRAWS = 5, 12
+
+
+def _frame(key, d=D):
+    """(m, C) of a Gaussian, C lower triangular."""
+    loc, lower = random.normal(key, (d,)), jnp.tril(random.normal(random.fold_in(key, 1), (d, d)))
+    return loc, lower - jnp.diag(jnp.diagonal(lower)) + jnp.diag(1 + jnp.abs(jnp.diagonal(lower)))
+
+
+def _symmetric(key, d=D):
+    a = random.normal(key, (d, d))
+    return a @ a.T + jnp.eye(d)
+
+
+def _sums(key, z, gradients, loc, factor):
+    """Of draws z and gradients there, in the frame of N(loc, factor factorᵀ)."""
+    x = jax.scipy.linalg.solve_triangular(factor, (z - loc).T, lower=True).T
+    empty = regression.nothing(D, z.dtype)._replace(loc=loc, factor=factor)
+    # A quadratic's own precision explains everything, so that no draw is pulled in.
+    return regression.taken_in(empty, x, gradients @ factor, jnp.eye(D)), x
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_quadratic_is_fitted_exactly_by_few_draws(x64, seed):
+    key = random.key(seed)
+    loc, factor = _frame(key)
+    hessian, slope = _symmetric(random.fold_in(key, 2)), random.normal(random.fold_in(key, 3), (D,))
+    z = loc + random.normal(random.fold_in(key, 4), (DRAWS, D)) @ factor.T
+    sums, _ = _sums(key, z, (z - loc) @ hessian + slope, loc, factor)
+    # The ridge stands for a fifth of a draw: as many draws more make it as small as one likes.
+    many = sums._replace(**{name: 1e9 * getattr(sums, name) for name in ("weight", "first", "gram", "slope", "cross")})
+    found, curvature = regression.fit(many, jnp.eye(D))
+    np.testing.assert_allclose(curvature, factor.T @ hessian @ factor - jnp.eye(D), atol=1e-6)
+    np.testing.assert_allclose(found, factor.T @ slope, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sums_are_moved_exactly_to_another_frame(x64, seed):
+    key = random.key(seed)
+    (loc, factor), (far, wide) = _frame(key), _frame(random.fold_in(key, 7))
+    z = loc + random.normal(random.fold_in(key, 4), (DRAWS, D)) @ factor.T
+    gradients = random.normal(random.fold_in(key, 5), (DRAWS, D))
+    sums, x = _sums(key, z, gradients, loc, factor)
+    moved = regression.moved(sums, far, wide)
+    # The same draws summed in the new frame, with the weights that they were given in the old one.
+    influence = jnp.sum((gradients @ factor - x) ** 2, 1) * (1 + jnp.sum(x**2, 1))
+    bound = jnp.maximum(regression.OUTLIER * DRAWS * jnp.median(influence), 1.0)
+    weight = jnp.sqrt(jnp.minimum(1.0, bound / influence))[:, None]
+    y = jax.scipy.linalg.solve_triangular(wide, (z - far).T, lower=True).T
+    g, share = gradients @ wide, moved.weight / sums.weight
+    assert 0 < share <= 1
+    np.testing.assert_allclose(moved.first, share * jnp.sum(weight * y, 0), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(moved.gram, share * (weight * y).T @ y, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(moved.slope, share * jnp.sum(weight * g, 0), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(moved.cross, share * (weight * g).T @ y, rtol=1e-9, atol=1e-9)
+
+
+def test_draws_of_the_same_gaussian_are_worth_as_much_as_before(x64):
+    loc, factor = _frame(random.key(0))
+    z = loc + random.normal(random.key(1), (4000, D)) @ factor.T
+    sums, _ = _sums(random.key(2), z, (z - loc) @ _symmetric(random.key(3)), loc, factor)
+    np.testing.assert_allclose(regression.moved(sums, loc, factor).weight, sums.weight)
+
+
+def test_the_curvature_is_stein_s_expectation(x64):
+    """f = Σ log cosh(a z): E[∇²f] = Σ a aᵀ E[1 − tanh²(a z)], by quadrature along each a."""
+    rows = 0.2 * random.normal(random.key(0), (6, D))
+    loc, factor = _frame(random.key(1))
+    n = 200_000
+    z = loc + random.normal(random.key(2), (n, D)) @ factor.T
+    sums, _ = _sums(random.key(3), z, jnp.tanh(z @ rows.T) @ rows, loc, factor)
+    slope, curvature = regression.fit(sums, jnp.eye(D))
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    along = (rows @ loc)[:, None] + jnp.linalg.norm(rows @ factor, axis=1)[:, None] * nodes
+    mean = lambda values: values @ (weights / weights.sum())
+    expected = (rows.T * mean(1 - jnp.tanh(along) ** 2)) @ rows
+    # Gradients are of size ‖Cᵀaᵀ‖ at most, so that an entry of the fit has a standard error below size/√n: five of them.
+    error = 5 * float(jnp.sum(jnp.linalg.norm(rows @ factor, axis=1))) / np.sqrt(n)
+    np.testing.assert_allclose(curvature + jnp.eye(D), factor.T @ expected @ factor, atol=error)
+    np.testing.assert_allclose(slope, factor.T @ rows.T @ mean(jnp.tanh(along)), atol=error)
+
+
+def _model(y):
+    a = numpyro.sample("a", dist.Normal(0, 2).expand([2]).to_event(1))
+    b = numpyro.sample("b", dist.HalfNormal(1.0))
+    with numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.StudentT(4, a.sum(), b), obs=y)
+
+
+def _fitted(loss, model=_model, guide=AutoNormal, **options):
+    svi = SVI(model, guide(model), NaturalGradient(**options), loss)
+    svi.run(random.key(0), 1, jnp.array([0.5, -1.0, 2.0]), progress_bar=False)
+    return svi.optim.report()
+
+
+def test_every_particle_shows_its_draw_and_its_gradient(x64):
+    """Against the gradient of the model's own log density at the draws that the loss shows."""
+    y, n = jnp.array([0.5, -1.0, 2.0]), 4
+    guide = AutoNormal(_model)
+    svi = SVI(_model, guide, NaturalGradient(), Trace_ELBO(n))
+    params = svi.optim.get_params(svi.init(random.key(0), y).optim_state)
+    shapes = {"a": (2,), "b": ()}
+    taps = {name: jnp.zeros((2, n, *shape)) for name, shape in shapes.items()}
+
+    def loss(taps):
+        with PathGradient(dict.fromkeys(shapes, "split"), taps):
+            return Trace_ELBO(n).loss(random.key(5), svi.constrain_fn(params), _model, guide, y)
+
+    split = {name: n * x for name, x in jax.grad(loss)(taps).items()}
+    potential = lambda z: numpyro.infer.util.potential_energy(_model, (y,), {}, z)
+    for s in range(n):
+        z = {name: x[0, s] for name, x in split.items()}
+        for name, expected in jax.grad(potential)(z).items():
+            np.testing.assert_allclose(split[name][1, s], expected, rtol=1e-10)
+
+
+def _subsampled(y):
+    z = numpyro.sample("z", dist.Normal(0, 2))
+    with numpyro.plate("rows", len(y), subsample_size=2):
+        numpyro.sample("y", dist.Normal(z, 1), obs=numpyro.subsample(y, 0))
+
+
+@pytest.mark.parametrize(
+    ("taken", "loss", "changes"),
+    [
+        (True, Trace_ELBO(8), {}),
+        (True, Trace_ELBO(2), {}),
+        (True, Trace_ELBO(8), {"guide": AutoMultivariateNormal}),
+        (False, Trace_ELBO(1), {}),
+        (False, Trace_ELBO(8, vectorize_particles=False), {}),
+        (False, TraceMeanField_ELBO(8), {}),
+        (False, Trace_ELBO(8), {"model": _subsampled}),
+        (False, Trace_ELBO(8), {"estimator": "second_order"}),
+        (False, Trace_ELBO(8), {"step_size": 0.5}),
+    ],
+)
+def test_gradients_are_regressed_where_particles_can_be_told_apart(taken, loss, changes):
+    assert ("regression of gradients" in _fitted(loss, **changes)) is taken
