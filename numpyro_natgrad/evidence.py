@@ -53,7 +53,7 @@ class Views(NamedTuple):
     """How the loss is to be looked at.
 
     :ivar modes: how sites with a path gradient are seen (:class:`.effects.PathGradient`).
-    :ivar taps: per silent site the shape of its draw, per split site ``(2, particles, *shape)``, per tilted site the shape
+    :ivar taps: per silent site the shape of its draw, per split site ``(2, particles, *shape)``, per tilted site that
         of its natural parameters.
     :ivar curved: the parameters along which Hessian products are asked (empty: none).
     :ivar scored: the sites whose score term is subtracted from the gradient.

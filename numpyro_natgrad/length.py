@@ -64,7 +64,7 @@ class Observed(NamedTuple):
     trust: jax.Array
     particles: float
     quiet: jax.Array
-    reach: jax.Array
+    reach: jax.Array | float
 
 
 def cap(options: Options, seen: Observed) -> jax.Array:

@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every particle a value of its own, inside a loss that averages over particles it does not show."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
-from typing import Any
 
 
 def own(copies: jax.Array, key: jax.Array) -> jax.Array:

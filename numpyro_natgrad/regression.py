@@ -6,9 +6,9 @@ With x ~ N(0, I) and g(x) the gradient of f at z = m + Cx, whitened by Cᵀ, Ste
 
     E[g xᵀ] = E[Cᵀ∇²f C],        so that  g(x) ≈ E[g] + E[Cᵀ∇²f C] x  is the regression of g on x.
 
-Least squares over draws (x_s, g_s) is that estimate without the noise of the draws themselves: exact for a quadratic f as
-soon as the draws span the space, where the mean of g xᵀ never is. The curvature is symmetric, which d draws in 2d
-dimensions already determine in part. What is fitted is what the present Gaussian does not explain,
+Least squares over draws (x_s, g_s) is that estimate without the noise of the draws themselves: exact for a quadratic f
+as soon as the draws span the space, where the mean of g xᵀ never is. The curvature is symmetric, so that fewer draws
+than dimensions say something of all of it. What is fitted is what the present Gaussian does not explain,
 
     e_s = g_s − P x_s,     min  Σ w_s ‖e_s − b − Δ x_s‖² + λ (‖b‖² + ‖Δ‖²)     over b and symmetric Δ,
 
@@ -16,8 +16,8 @@ P its precision in the same frame, so that directions that no draw has seen stay
 centred Gram matrix G = Σ w x xᵀ − ss'/(n+λ) the normal equations ΔG + GΔ + 2λΔ = E + Eᵀ are solved entry by entry.
 
 The sums over draws are remembered from step to step, which is what makes few draws a step suffice: they are moved to
-the frame of the next Gaussian exactly. Draws that lie far out in the new frame count less, as importance weights would
-have it, and draws with an influence beyond all others are pulled in (Huber 1964).
+the frame of the next Gaussian exactly. Draws count less as the Gaussian moves on, as importance weights would have it,
+and draws with an influence beyond all others are pulled in (Huber 1964).
 """
 
 from typing import NamedTuple
@@ -28,7 +28,8 @@ from jax.scipy.linalg import solve_triangular
 
 #: λ, in draws: what the present Gaussian is worth against them.
 RIDGE = 0.2
-#: A draw's influence beyond this many times the root of the mean influence is pulled in.
+#: A draw's influence beyond this share of all influence so far is pulled in: a mean truncated there has no heavy tail,
+#: and loses its bias as draws accumulate (Catoni 2012).
 OUTLIER = 0.25
 #: Remembered draws with a mean square beyond this many times their dimension count less, with the square of the ratio.
 SPREAD = 1.5
@@ -73,13 +74,22 @@ def moved(sums: Sums, loc: jax.Array, factor: jax.Array) -> Sums:
     cross = inverse.T @ (sums.cross - jnp.outer(sums.slope, shift)) @ ratio.T
     far = SPREAD * loc.size * n / jnp.maximum(jnp.trace(gram), jnp.finfo(gram.dtype).tiny)
     kl = 0.5 * (jnp.sum(inverse**2) - loc.size - 2 * jnp.sum(jnp.log(jnp.diagonal(inverse))) + jnp.sum(shift**2))
-    share = jnp.minimum(far, 1.0) ** 2 / (1 + kl)
     new = Sums(loc, factor, n, sums.influence, ratio @ (s - n * shift), gram, inverse.T @ sums.slope, cross)
-    return _scaled(new, share)
+    return _scaled(new, worth(kl, far))
+
+
+def worth(kl: jax.Array, far: jax.Array) -> jax.Array:
+    """What remembered draws count after the Gaussian has moved by ``kl`` nats, as importance weights would have it.
+
+    :param far: the mean square that is nothing unusual, over theirs in the new frame.
+    """
+    return jnp.minimum(far, 1.0) ** 2 / (1 + kl)
 
 
 def taken_in(sums: Sums, x: jax.Array, g: jax.Array, precision: jax.Array) -> Sums:
-    """The sums with more draws, those of too large an influence pulled in.
+    """The sums with more draws, those of too large an influence ‖e‖²(1 + ‖x‖²) pulled in.
+
+    The median of the new ones stands for them in the bound, which their own outliers then cannot raise.
 
     :param x: draws in the sums' frame (S, d).  :param g: gradients of f there (S, d).
     :param precision: P of the present Gaussian in that frame (d, d).
@@ -115,7 +125,10 @@ def fit(sums: Sums, precision: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _scaled(sums: Sums, share: jax.Array) -> Sums:
-    return Sums(sums.loc, sums.factor, sums.weight * share, sums.influence, *(share * x for x in sums[4:]))
+    """All sums times ``share``; none of them where a frame so far away is beyond this precision."""
+    ok = jnp.isfinite(sum(jnp.sum(x) for x in sums[4:]) * share)
+    times = lambda x: jnp.where(ok, share * x, 0.0)
+    return Sums(sums.loc, sums.factor, times(sums.weight), sums.influence, *map(times, sums[4:]))
 
 
 def _solve(lower: jax.Array, right: jax.Array) -> jax.Array:

@@ -133,9 +133,7 @@ def initial(params: Params, point: Any) -> State:
     dtype = jnp.result_type(*leaves)
     n = min(sum(jnp.size(x) for x in leaves) // 2, JOINT_LIMIT)
     zero = jnp.zeros((), dtype)
-    joint = Joint(
-        jnp.zeros((n, n), dtype), jnp.zeros(n, dtype), jnp.zeros((n, n), dtype), regression.nothing(n, dtype)
-    )
+    joint = Joint(jnp.zeros((n, n), dtype), jnp.zeros(n, dtype), jnp.zeros((n, n), dtype), regression.nothing(n, dtype))
     memory = Memory(jax.tree.map(jnp.zeros_like, params), joint)
     info = StepInfo(
         zero, zero, zero, zero, zero, zero, zero, jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32)

@@ -278,8 +278,10 @@ def _views(
 ) -> Views:
     modes = {name: mode for family in families for name, mode in family.modes.items()}
     taps = {name: hearing.sites[name].shape for name, mode in modes.items() if mode == "silent"}
-    split = {name: (2, hearing.particles, *hearing.sites[name].shape) for name, mode in modes.items() if mode == "split"}
-    taps.update(split)
+    particles = {
+        n: (2, int(hearing.particles), *hearing.sites[n].shape) for n, mode in modes.items() if mode == "split"
+    }
+    taps.update(particles)
     taps.update({n.site.name: n.site.eta_shape for n in naturals if n.tilted})
     curved = tuple(p for family in families for p in family.curved)
     sites = {n for n in scored if hearing.sites[n].reparameterized and not hearing.sites[n].analytic}

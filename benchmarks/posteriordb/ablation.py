@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from numpyro_natgrad import NaturalGradient, length, step, structure
+from numpyro_natgrad import NaturalGradient, length, regression, step, structure
 
 from . import svi
 from .checkout import arguments
@@ -35,7 +35,7 @@ CASES = (
     ("eight_schools", "AutoMultivariateNormal"),
     ("kidiq", "AutoMultivariateNormal"),
     ("arK", "AutoMultivariateNormal"),
-    ("GLMM", "AutoMultivariateNormal"),
+    ("diamonds", "AutoMultivariateNormal"),
     ("eight_schools", "AutoNormal"),
     ("mesquite", "AutoNormal"),
 )
@@ -50,6 +50,10 @@ class Ablation(NamedTuple):
 
 ABLATIONS = {
     "as shipped": Ablation(),
+    "Hessian products, no regression": Ablation(options={"estimator": "second_order"}),
+    "draws do not lose weight on the way": Ablation(((regression, "worth", lambda kl, far: 1.0),)),
+    "draws are not pulled in": Ablation(((regression, "OUTLIER", float("inf")),)),
+    "a hundred times the ridge": Ablation(((regression, "RIDGE", 20.0),)),
     "one radius a step": Ablation(((step, "TRIALS", 1),)),
     "nothing is forgotten on the way": Ablation(((length, "FAR", float("inf")),)),
     "noise by the long mean alone": Ablation(((length, "RECENT", float("inf")),)),

@@ -5,7 +5,8 @@
 Gradients are those of one draw's log density. A step of Adam evaluates one for each particle. Of the natural gradient
 every particle takes one, and a third for the loss at the point reached (which only some steps ask for); where the step
 is not made of gradients alone, two more for each of its d + 1 products with a Hessian (forward over reverse costs about
-two gradients; one of the products is the control variate's). Adam's settings and seeds run as one batch, and the seconds of a step are those of a run by itself.
+two gradients; one of the products is the control variate's). Adam's settings and seeds run as one batch, and the
+seconds of a step are those of a run by itself.
 """
 
 import itertools

@@ -74,7 +74,7 @@ class JointGaussian(NamedTuple):
         how = "closed form, Hessian of the loss" + (", lifted" if self.lifted else "")
         return [row for s in self.sites for row in s.describe(how)]
 
-    def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Frame:
+    def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Any:
         loc = jnp.concatenate([params[s.loc].ravel() for s in self.sites])
         factor = self._factor(params, memory.joint)
         slope = self._flat({s.loc: evidence.gradient[s.loc] for s in self.sites})

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from jax.scipy.linalg import block_diag, solve_triangular
 
 from .. import regression
-from ..charts import GaussianSite, Params
+from ..charts import Params
 from ..evidence import Evidence
 from ..gaussian import Tangent
 from ..length import Comparison
-from ..low_rank_chart import LowRankSite
 from ..regression import Sums
 from ..state import Joint, Memory
 from .joint import JointGaussian, padded, tangent
