@@ -41,7 +41,7 @@ class NaturalGradient(_NumPyroOptim):
         while steps deliver what they promise), or ``None`` for no limit.
     :param estimator: where the covariance's natural gradient comes from: ``"second_order"`` (Price's identity, products
         with the Hessian of the loss), ``"first_order"`` (draws ⊗ gradients), or ``None`` to choose by the number of
-        latents: where two steps' draws are more than there are latents, gradients are regressed on draws
+        latents: where the draws of a step and a half are more than the latents, gradients are regressed on draws
         (:mod:`.regression`).
     :param path_gradient: leave out the score term of the gradient, which has zero mean, wherever that is valid. (The
         second-order estimator takes the entropy in closed form and has none.)

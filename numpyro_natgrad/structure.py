@@ -38,7 +38,7 @@ from .state import JOINT_LIMIT
 KEPT_DRAWS = 1_000_000
 
 #: A joint step is made of gradients alone where so many steps' draws are more than its dimensions.
-REGRESSED_STEPS = 2
+REGRESSED_STEPS = 1.5
 
 _NO_ELBO = (
     "NaturalGradient: the loss is not affine in the guide's log-densities, so it is no ELBO (a Rényi bound, or "
@@ -167,7 +167,7 @@ def _gaussian_families(
 
 
 def _is_regressed(sites: list[GaussianSite | LowRankSite], hearing: Hearing, options: Options) -> bool:
-    """Whether two steps' draws determine slope and curvature, particles can be told apart, and all see the same data.
+    """Whether a step and a half's draws determine slope and curvature, particles can be told apart, and all see the same data.
 
     (What draws of one batch of rows agree on is no more certain than the batch.)
     """
