@@ -110,7 +110,7 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     pace = state.pace._replace(radius=jnp.where(state.pace.radius > 0, state.pace.radius, start))
     pairs = list(zip(families, tangents, strict=True))
     each = [f.compare(state.memory, v) for f, v in pairs]
-    compared = length.Comparison(*(_each(x) for x in zip(*each, strict=True)))
+    compared = length.Comparison(*(_each(c[i] for c in each) for i in range(len(length.Comparison._fields))))
     pace, seen = length.observe(pace, compared)
     memory = state.memory
     for k, (family, v) in enumerate(pairs):
