@@ -167,7 +167,7 @@ def _gaussian_families(
 
 
 def _is_regressed(sites: list[GaussianSite | LowRankSite], hearing: Hearing, options: Options) -> bool:
-    """Whether a step and a half's draws determine slope and curvature, particles can be told apart, and all see the same data.
+    """Whether a step and a half's draws determine slope and curvature, and particles, told apart, share all data.
 
     (What draws of one batch of rows agree on is no more certain than the batch.)
     """
