@@ -153,3 +153,19 @@ def _subsampled(y):
 )
 def test_gradients_are_regressed_where_particles_can_be_told_apart(taken, loss, changes):
     assert ("regression of gradients" in _fitted(loss, **changes)) is taken
+
+
+def test_fits_in_a_batch_are_those_by_themselves(x64):
+    """Particles are told apart inside of a batch of fits too."""
+    y = jnp.array([0.5, -1.0, 2.0])
+    svi = SVI(_model, AutoMultivariateNormal(_model), NaturalGradient(), Trace_ELBO(4))
+    svi.init(random.key(0), y)
+
+    def after_five(key):
+        state = jax.lax.fori_loop(0, 5, lambda _, state: svi.update(state, y)[0], svi.init(key, y))
+        return svi.get_params(state)
+
+    keys = random.split(random.key(0), 2)
+    together, alone = jax.jit(jax.vmap(after_five))(keys), jax.jit(after_five)(keys[1])
+    assert "regression of gradients" in svi.optim.report()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-8), together, alone)
