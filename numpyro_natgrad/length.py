@@ -64,7 +64,7 @@ class Observed(NamedTuple):
     trust: jax.Array
     particles: float
     quiet: jax.Array
-    reach: jax.Array | float
+    reach: jax.Array | float = 0.0
 
 
 def cap(options: Options, seen: Observed) -> jax.Array:

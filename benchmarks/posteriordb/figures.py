@@ -79,7 +79,7 @@ def _gaps(entries: list[Entry], x: str, title: str) -> Any:
         axis.set_ylabel("gap to best ELBO, nats")
     handles = {h.get_label(): h for a in axes.flat for h in a.get_lines() if not h.get_label().startswith("_")}
     figure.suptitle(f"{title[0].upper()}{title[1:]}: medians over seeds, with the range", x=0.01, y=1.0, ha="left")
-    figure.legend(handles=list(handles.values()), loc="upper right", ncols=4, bbox_to_anchor=(1.0, 1.01))
+    figure.legend(handles=list(handles.values()), loc="upper center", ncols=3, bbox_to_anchor=(0.5, 0.0))
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     return figure
 
@@ -104,10 +104,11 @@ def _profiles(entries: list[Entry]) -> Any:
             _profile(axis, table, cost)
             axis.set_xlabel(f"τ: times the fewest {cost} to {GAPS[0]} nats")
         axes[0, column].set_title(f"{GUIDES[guide][0].upper()}{GUIDES[guide][1:]}")
-        axes[0, column].legend(loc="lower right")
     for axis in axes[:, 0]:
         axis.set_ylabel("share of posteriors")
     figure.tight_layout()
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 0.0))
     return figure
 
 
@@ -117,7 +118,7 @@ def _profile(axis: Any, table: dict[str, dict[str, Entry]], cost: str) -> None:
         [[row[m].median(cost, GAPS[0]) if m in row else np.inf for m in methods] for row in table.values()]
     )
     least = spent.min(1, keepdims=True)
-    ratio = np.where(np.isfinite(spent), spent / least, np.inf)
+    ratio = spent / np.where(np.isfinite(least), least, 1.0)
     for column, method in zip(ratio.T, methods, strict=True):
         steps = np.sort(column[np.isfinite(column)])
         x, y = np.r_[1.0, steps, 1e4], np.r_[0.0, np.arange(1, len(steps) + 1), len(steps)] / len(column)
