@@ -154,10 +154,12 @@ def test_the_step_is_as_long_as_the_rule_says(rule, x64):
     assert not info.skipped.any()
 
 
-def test_the_default_rule_stays_between_none_and_the_whole_way(x64):
-    params, info = walk(gaussian, full, NaturalGradient())
+@pytest.mark.parametrize(("estimator", "whole"), [(None, 1.0), ("second_order", 4 / (4 + 2))])
+def test_the_default_rule_stays_between_none_and_the_whole_way(x64, estimator, whole):
+    """The whole way is that to the fit of a regression, and S/(S + 2) of that to what S draws' Hessians say."""
+    params, info = walk(gaussian, full, NaturalGradient(estimator=estimator))
     assert (info.step_length[~info.skipped] > 0).all()
-    assert (info.step_length <= 4 / (4 + 2) + root_eps("float64")).all()
+    assert (info.step_length <= whole + root_eps("float64")).all()
     # A Gaussian target has no noise with two draws or more: S approaches H at the full rate.
     factor = params["tril"][-1]
     assert_close(factor @ factor.T, np.linalg.inv(PRECISION), 1e-3)

@@ -62,12 +62,12 @@ class RegressedGaussian(JointGaussian):
         if self.lifted:
             back = solve_triangular(inner, jnp.eye(self.size, dtype=loc.dtype), lower=True)
             slope, curvature = back.T @ slope, back.T @ curvature @ back
-        new = sums.weight / evidence.particles
+        new = jnp.maximum(sums.weight / evidence.particles, 1.0)  # draws that were pulled in count less than one
         return Fit(tangent(new * slope, new * curvature), new * curvature, loc, factor, self._spreads(params), sums)
 
     def compare(self, memory: Memory, v: Any) -> Comparison:
         seen = super().compare(memory, v)
-        return seen._replace(reach=self.particles / v.sums.weight)
+        return seen._replace(reach=jnp.minimum(self.particles / v.sums.weight, 1.0))
 
     def remember(self, memory: Memory, v: Any, weight: jax.Array) -> Memory:
         memory = super().remember(memory, v, weight)
