@@ -15,9 +15,10 @@ than dimensions say something of all of it. What is fitted is what the present G
 P its precision in the same frame, so that directions that no draw has seen stay as they are. In the eigenbasis of the
 centred Gram matrix G = Σ w x xᵀ − ss'/(n+λ) the normal equations ΔG + GΔ + 2λΔ = E + Eᵀ are solved entry by entry.
 
-The sums over draws are remembered from step to step, which is what makes few draws a step suffice: they are moved to
-the frame of the next Gaussian exactly. Draws count less as the Gaussian moves on, as importance weights would have it,
-and draws with an influence beyond all others are pulled in (Huber 1964).
+The sums over draws are remembered from step to step, which is what makes few draws a step suffice. They are sums over
+u = (1, x), of which the frame of the next Gaussian is a linear map, so that they are moved there exactly. Draws count
+less as the Gaussian moves on, as importance weights would have it, and draws with an influence beyond all others are
+pulled in (Huber 1964).
 """
 
 from typing import NamedTuple
@@ -36,28 +37,29 @@ SPREAD = 1.5
 
 
 class Sums(NamedTuple):
-    """Weighted sums over draws; n × n arrays whose leading d rows and columns are in use.
+    """Weighted sums over draws u = (1, x): room for n dimensions, of which the leading d are in use.
 
     :ivar loc: m, the origin of the frame they are written in (n,).  :ivar factor: C, its axes (n, n).
-    :ivar weight: of all draws, in draws; scalar.  :ivar influence: running mean of ‖e‖²(1 + ‖x‖²), pulled in; scalar.
-    :ivar first: Σ w x (n,).  :ivar gram: Σ w x xᵀ (n, n).
-    :ivar slope: Σ w g (n,).  :ivar cross: Σ w g xᵀ (n, n).
+    :ivar influence: running mean of ‖e‖²(1 + ‖x‖²), pulled in; scalar.
+    :ivar gram: Σ w u uᵀ (n + 1, n + 1).  :ivar cross: Σ w g uᵀ (n, n + 1).
     """
 
     loc: jax.Array
     factor: jax.Array
-    weight: jax.Array
     influence: jax.Array
-    first: jax.Array
     gram: jax.Array
-    slope: jax.Array
     cross: jax.Array
+
+    @property
+    def weight(self) -> jax.Array:
+        """Σ w: what all draws count, in draws."""
+        return self.gram[0, 0]
 
 
 def nothing(n: int, dtype: jnp.dtype) -> Sums:
     """Sums over no draws."""
-    vector, matrix, number = (jnp.zeros(shape, dtype) for shape in ((n,), (n, n), ()))
-    return Sums(vector, matrix, number, number, vector, matrix, vector, matrix)
+    shapes = (n,), (n, n), (), (n + 1, n + 1), (n, n + 1)
+    return Sums(*(jnp.zeros(shape, dtype) for shape in shapes))
 
 
 def moved(sums: Sums, loc: jax.Array, factor: jax.Array) -> Sums:
@@ -68,14 +70,14 @@ def moved(sums: Sums, loc: jax.Array, factor: jax.Array) -> Sums:
     old = jnp.where(sums.weight > 0, sums.factor, factor)
     ratio, inverse = _solve(factor, old), _solve(old, factor)
     shift = _solve(old, jnp.where(sums.weight > 0, loc - sums.loc, 0.0))
-    n, s = sums.weight, sums.first
-    outer = jnp.outer(s, shift)
-    gram = ratio @ (sums.gram - outer - outer.T + n * jnp.outer(shift, shift)) @ ratio.T
-    cross = inverse.T @ (sums.cross - jnp.outer(sums.slope, shift)) @ ratio.T
-    far = SPREAD * loc.size * n / jnp.maximum(jnp.trace(gram), jnp.finfo(gram.dtype).tiny)
+    affine = jnp.eye(loc.size + 1, dtype=loc.dtype).at[1:].set(jnp.column_stack([-ratio @ shift, ratio]))
+    gram, cross = affine @ sums.gram @ affine.T, inverse.T @ sums.cross @ affine.T
+    far = SPREAD * loc.size * sums.weight / jnp.maximum(jnp.trace(gram[1:, 1:]), jnp.finfo(gram.dtype).tiny)
     kl = 0.5 * (jnp.sum(inverse**2) - loc.size - 2 * jnp.sum(jnp.log(jnp.diagonal(inverse))) + jnp.sum(shift**2))
-    new = Sums(loc, factor, n, sums.influence, ratio @ (s - n * shift), gram, inverse.T @ sums.slope, cross)
-    return _scaled(new, worth(kl, far))
+    share = worth(kl, far)
+    # A frame so far away that the sums are no numbers there makes them forget all.
+    ok = jnp.isfinite((jnp.sum(gram) + jnp.sum(cross)) * share)
+    return Sums(loc, factor, sums.influence, *(jnp.where(ok, share * x, 0.0) for x in (gram, cross)))
 
 
 def worth(kl: jax.Array, far: jax.Array) -> jax.Array:
@@ -96,39 +98,30 @@ def taken_in(sums: Sums, x: jax.Array, g: jax.Array, precision: jax.Array) -> Su
     """
     square = lambda rows: jnp.sum(rows**2, axis=1)
     influence = square(g - x @ precision) * (1 + square(x))
-    total = sums.weight + len(x)
-    bound = jnp.maximum(OUTLIER * (sums.weight * sums.influence + len(x) * jnp.median(influence)), 1.0)
+    seen = sums.weight * sums.influence
+    bound = jnp.maximum(OUTLIER * (seen + len(x) * jnp.median(influence)), 1.0)
     weight = jnp.sqrt(jnp.minimum(1.0, bound / jnp.maximum(influence, bound)))[:, None]
-    mean = (sums.weight * sums.influence + jnp.sum(jnp.minimum(influence, bound))) / total
+    u = jnp.column_stack([jnp.ones_like(weight), x])
     return sums._replace(
-        weight=sums.weight + jnp.sum(weight),
-        influence=mean,
-        first=sums.first + jnp.sum(weight * x, 0),
-        gram=sums.gram + (weight * x).T @ x,
-        slope=sums.slope + jnp.sum(weight * g, 0),
-        cross=sums.cross + (weight * g).T @ x,
+        influence=(seen + jnp.sum(jnp.minimum(influence, bound))) / (sums.weight + len(x)),
+        gram=sums.gram + (weight * u).T @ u,
+        cross=sums.cross + (weight * g).T @ u,
     )
 
 
 def fit(sums: Sums, precision: jax.Array) -> tuple[jax.Array, jax.Array]:
     """b (d,) and Δ (d, d), symmetric: what is missing of slope and precision P."""
-    n, s = sums.weight + RIDGE, sums.first
-    slope = sums.slope - precision @ s
-    gram = sums.gram - jnp.outer(s, s) / n
-    cross = sums.cross - precision @ sums.gram - jnp.outer(slope, s) / n
+    n, s = sums.weight + RIDGE, sums.gram[1:, 0]
+    missing = sums.cross - precision @ sums.gram[1:]
+    slope = missing[:, 0]
+    gram = sums.gram[1:, 1:] - jnp.outer(s, s) / n
+    cross = missing[:, 1:] - jnp.outer(slope, s) / n
     values, vectors = jnp.linalg.eigh(gram)
     values = jnp.maximum(values, 0.0)
     rotated = vectors.T @ cross @ vectors
     entries = (rotated + rotated.T) / (values[:, None] + values + 2 * RIDGE)
     curvature = vectors @ entries @ vectors.T
     return (slope - curvature @ s) / n, curvature
-
-
-def _scaled(sums: Sums, share: jax.Array) -> Sums:
-    """All sums times ``share``; none of them where a frame so far away is beyond this precision."""
-    ok = jnp.isfinite(sum(jnp.sum(x) for x in sums[4:]) * share)
-    times = lambda x: jnp.where(ok, share * x, 0.0)
-    return Sums(sums.loc, sums.factor, times(sums.weight), sums.influence, *map(times, sums[4:]))
 
 
 def _solve(lower: jax.Array, right: jax.Array) -> jax.Array:

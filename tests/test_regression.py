@@ -45,7 +45,7 @@ def test_a_quadratic_is_fitted_exactly_by_few_draws(x64, seed):
     z = loc + random.normal(random.fold_in(key, 4), (DRAWS, D)) @ factor.T
     sums, _ = _sums(key, z, (z - loc) @ hessian + slope, loc, factor)
     # The ridge stands for a fifth of a draw: as many draws more make it as small as one likes.
-    many = sums._replace(**{name: 1e9 * getattr(sums, name) for name in ("weight", "first", "gram", "slope", "cross")})
+    many = sums._replace(gram=1e9 * sums.gram, cross=1e9 * sums.cross)
     found, curvature = regression.fit(many, jnp.eye(D))
     np.testing.assert_allclose(curvature, factor.T @ hessian @ factor - jnp.eye(D), atol=1e-6)
     np.testing.assert_allclose(found, factor.T @ slope, atol=1e-6)
@@ -66,10 +66,9 @@ def test_sums_are_moved_exactly_to_another_frame(x64, seed):
     y = jax.scipy.linalg.solve_triangular(wide, (z - far).T, lower=True).T
     g, share = gradients @ wide, moved.weight / sums.weight
     assert 0 < share <= 1
-    np.testing.assert_allclose(moved.first, share * jnp.sum(weight * y, 0), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(moved.gram, share * (weight * y).T @ y, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(moved.slope, share * jnp.sum(weight * g, 0), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(moved.cross, share * (weight * g).T @ y, rtol=1e-9, atol=1e-9)
+    u = jnp.column_stack([jnp.ones(DRAWS), y])
+    np.testing.assert_allclose(moved.gram, share * (weight * u).T @ u, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(moved.cross, share * (weight * g).T @ u, rtol=1e-9, atol=1e-9)
 
 
 def test_draws_of_the_same_gaussian_are_worth_as_much_as_before(x64):
@@ -141,7 +140,8 @@ def _subsampled(y):
     ("taken", "loss", "changes"),
     [
         (True, Trace_ELBO(8), {}),
-        (True, Trace_ELBO(2), {}),
+        (True, Trace_ELBO(3), {}),
+        (False, Trace_ELBO(2), {}),
         (True, Trace_ELBO(8), {"guide": AutoMultivariateNormal}),
         (False, Trace_ELBO(1), {}),
         (False, Trace_ELBO(8, vectorize_particles=False), {}),

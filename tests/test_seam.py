@@ -84,8 +84,9 @@ def test_the_loss_returned_is_that_before_the_step():
 
 
 def test_a_map_over_seeds_is_a_loop():
-    svi, start, _, _, _ = fitted()
+    svi, _, _, (_, *_, start), _ = fitted()
     keys = random.split(random.key(7), 3)
+    # (From a state with a past: all that is remembered of a first step is used up by it, but for rounding.)
     states = [start._replace(rng_key=key) for key in keys]
     together, losses = jax.jit(jax.vmap(lambda key: svi.update(start._replace(rng_key=key), X)))(keys)
     for i, state in enumerate(states):
@@ -177,7 +178,9 @@ def test_forward_mode_takes_the_same_steps(guide):
         svi = SVI(model, guide(model), NaturalGradient(), Trace_ELBO(num_particles=2))
         state = svi.init(random.key(0), X, 3)
         update = jax.jit(lambda s, steps: svi.update(s, X, steps, forward_mode_differentiation=forward))
-        state, loss = update(state, 3)
+        # (All that is remembered of a first step is used up by it, but for rounding; the third has a past.)
+        for _ in range(3):
+            state, loss = update(state, 3)
         return numbers(state), loss
 
     backward, forward = step(iterated(loop=False), False), step(iterated(loop=True), True)

@@ -191,7 +191,7 @@ def tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
 
 
 def padded(x: jax.Array, n: int) -> jax.Array:
-    return jnp.pad(x, [(0, n - size) for size in x.shape]) if x.ndim else x
+    return jnp.pad(x, [(0, n - size) for size in x.shape])
 
 
 def _square(slope: jax.Array, curvature: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from ..gaussian import Tangent
 from ..length import Comparison
 from ..regression import Sums
 from ..state import Joint, Memory
-from .joint import JointGaussian, padded, tangent
+from .joint import JointGaussian, tangent
 
 
 class Fit(NamedTuple):
@@ -71,13 +71,12 @@ class RegressedGaussian(JointGaussian):
 
     def remember(self, memory: Memory, v: Any, weight: jax.Array) -> Memory:
         memory = super().remember(memory, v, weight)
-        n = memory.joint.slope.size
-        sums = Sums(*(padded(x, n) for x in v.sums))
+        sums = jax.tree.map(lambda room, x: room.at[_leading(x)].set(x), memory.joint.sums, v.sums)
         return memory._replace(joint=memory.joint._replace(sums=sums))
 
     def _sums(self, joint: Joint) -> Sums:
-        d = self.size
-        return Sums(*(x[(slice(d),) * x.ndim] for x in joint.sums))
+        own = regression.nothing(self.size, joint.slope.dtype)
+        return jax.tree.map(lambda x, small: x[_leading(small)], joint.sums, own)
 
     def _particles(self, evidence: Evidence) -> tuple[jax.Array, jax.Array]:
         """Draws and gradients of −log p, (S, d) each."""
@@ -85,3 +84,8 @@ class RegressedGaussian(JointGaussian):
         split = [n * evidence.means[s.name].reshape(2, n, -1) for s in self.sites]
         draws, gradients = jnp.concatenate(split, axis=2)
         return draws, gradients
+
+
+def _leading(x: jax.Array) -> tuple[slice, ...]:
+    """Where ``x`` lies in an array with more room."""
+    return tuple(slice(size) for size in x.shape)
