@@ -18,6 +18,9 @@ from .charts import Params
 from .effects import Frozen, Loss, PathGradient
 from .hoist import hoisted
 
+#: Nats beyond which a loss says nothing but where to flee: double precision can hardly tell its nats apart.
+HUGE = 1e14
+
 
 class Evidence(NamedTuple):
     """What the families may use.
@@ -100,6 +103,23 @@ def gather(fn: Loss, params: Params, views: Views, particles: float) -> Evidence
     # A view changes gradients only. Where draws are not kept the bare loss holds fewer arrays at a time.
     value = (lambda values: viewed((values, taps))[0]) if views.keep else (lambda values: fn(values)[0])
     return Evidence(loss, aux, gradient, means, push, tilt, value, fn, views.forward, particles)
+
+
+def tempered(evidence: Evidence, modes: Mapping[str, str]) -> tuple[Evidence, jax.Array]:
+    """The evidence of ``share`` times the loss, so that squares of natural gradients are numbers in single precision.
+
+    Rates of a log-linear model are e^50 where it starts, and a fit has to get away from there. The share is 1 up to
+    :data:`HUGE` nats.
+
+    :param modes: of the sites with a path gradient, as in :class:`Views`.
+    """
+    share = jnp.minimum(1.0, HUGE / jnp.abs(evidence.loss))
+    scaled = lambda tree: jax.tree.map(lambda x: (share * x).astype(x.dtype), tree)
+    means = {
+        name: jnp.stack([x[0], scaled(x[1])]) if modes.get(name) == "split" else x for name, x in evidence.means.items()
+    }
+    push = lambda tangents: scaled(evidence.push(tangents))
+    return evidence._replace(gradient=scaled(evidence.gradient), means=means, push=push), share
 
 
 def _tilt(viewed: Callable, params: Params, taps: Params, tilted: Params, forward: bool) -> Callable:

@@ -3,7 +3,7 @@
 """How far: the step length ρ, and the KL radius that bounds it.
 
     ρ  =  the longest ρ ≤ cap with KL(q ‖ q₊) ≤ δ
-    cap = S/(S+2) · max(s, min(1, τ/v)) · o        S draws, s share of signal, v nats of noise, τ nats left alone
+    cap = S/(S+2) · max(s, min(1, τ/v), min(1, 3/√N)) · o      S draws, s share of signal, v nats of noise
     s  =  ‖mean of recent natural gradients‖² / mean of their ‖·‖²
 
 The share of signal is Ranganath et al.'s adaptive rate (2013) in the Fisher metric: 1 while steps agree, 1/t where
@@ -35,6 +35,10 @@ ACCEPT, GROW = 0.1, 0.5
 MEMORY_MIN = 1.1
 #: Innovations beyond this many times their expected size are pulled in, unless they are below so many nats.
 OUTLIER, HARMLESS = 2.0, 1.0
+#: Newton's steps are this many over √N long at least, N steps after they have stopped to travel.
+LASTING = 3.0
+#: Travel is what the running mean shows beyond this many times the square that noise would show in it.
+TRAVEL = 2.0
 #: The running mean is believed to lag behind by this factor at most.
 DRIFT_MAX = 10.0
 #: Noise is what the last few steps show, and a little more: after a change of scale the mean over many is long out of
@@ -56,6 +60,7 @@ class Observed(NamedTuple):
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar quiet: how much noise is left alone, nats, per family.
     :ivar reach: the length that a family with a memory of its own asks for; zero where the rule decides.
+    :ivar settled: the steps in which noise alone moved the iterate; infinity where its steps are none of Newton's.
     """
 
     step: jax.Array
@@ -65,6 +70,7 @@ class Observed(NamedTuple):
     particles: float
     quiet: jax.Array
     reach: jax.Array | float = 0.0
+    settled: jax.Array | float = jnp.inf
 
 
 def cap(options: Options, seen: Observed) -> jax.Array:
@@ -78,8 +84,22 @@ def cap(options: Options, seen: Observed) -> jax.Array:
 def adaptive(seen: Observed) -> jax.Array:
     """The rule that needs no choice."""
     quiet = jnp.minimum(1.0, seen.quiet / jnp.maximum(seen.noise, seen.quiet))
-    ruled = 1 / (1 + 2 / seen.particles) * jnp.maximum(seen.signal, quiet) * seen.trust
+    longest = jnp.maximum(jnp.maximum(seen.signal, quiet), lasting(seen.settled))
+    ruled = 1 / (1 + 2 / seen.particles) * longest * seen.trust
     return jnp.where(seen.reach > 0, seen.reach, ruled)
+
+
+def lasting(settled: jax.Array | float) -> jax.Array:
+    """The length that steps keep while they get somewhere, whatever the noise.
+
+    The share of signal is the best *next* step, and a bad next hundred ones: T steps of length ρ up a slope of a nats
+    gain Tρa, and their noise costs ½vρ/(2−ρ) once. Along a bent valley (the scale of a hierarchy far too large) it asks
+    for a hundred times as many steps as are needed. Lengths that fall as 1/√N, once nothing but noise moves the iterate,
+    are slow enough for the average of the iterates to be as good as any estimate (Polyak & Juditsky 1992).
+
+    :param settled: N, the steps in which noise alone moved the iterate.
+    """
+    return jnp.minimum(1.0, LASTING / jnp.sqrt(settled))
 
 
 class Comparison(NamedTuple):
@@ -179,9 +199,13 @@ def forgotten(pace: Pace, latents: int, kl: jax.Array) -> Pace:
 
 
 def averaged(pace: Pace, foreseen: jax.Array, seen: Comparison, noise: jax.Array) -> Pace:
-    """How many steps the average looks back over: all in which the iterate did not move more than noise moves it."""
+    """How many steps the average looks back over: all in which the iterate did not move more than noise moves it.
+
+    Squares scatter about what is foreseen, and one that counted as travel whenever it is above would end the average
+    every fifty steps.
+    """
     n, tiny = foreseen.size, jnp.finfo(foreseen.dtype).tiny
-    travelled = jnp.maximum(seen.trend2 - foreseen, 0.0) / jnp.maximum(seen.trend2 + noise, tiny)
+    travelled = jnp.maximum(seen.trend2 - TRAVEL * foreseen, 0.0) / jnp.maximum(seen.trend2 + noise, tiny)
     steps = pace.averaged[:n] * (1 - travelled) + 1
     return pace._replace(averaged=pace.averaged.at[:n].set(steps))
 

@@ -19,7 +19,7 @@ from jax import lax
 from . import certificate, length
 from .charts import Params
 from .effects import Loss
-from .evidence import Evidence, cleaned, finite, gather
+from .evidence import Evidence, cleaned, finite, gather, tempered
 from .options import Options
 from .point import PointOptimizer
 from .state import Memory, Pace, State, StepInfo
@@ -44,7 +44,7 @@ class Direction(NamedTuple):
     """The natural gradient, block by block, and what the length rule made of it; arrays have an entry for each family.
 
     ``square``: squared Fisher norm, nats.  ``cap``: the longest step that the rule asks for.  ``compared``, ``weight``:
-    with the running mean, and in it.
+    with the running mean, and in it.  ``share``: of the loss, that it is the natural gradient of.
     """
 
     tangents: list[Any]
@@ -56,6 +56,7 @@ class Direction(NamedTuple):
     compared: length.Comparison
     weight: jax.Array
     cap: jax.Array
+    share: jax.Array
     ok: jax.Array
 
 
@@ -102,7 +103,8 @@ def natural_step(fn: Loss, context: Context, step: jax.Array, state: State) -> t
 
 def _direction(evidence: Evidence, context: Context, step: jax.Array, state: State) -> Direction:
     families = context.structure.families
-    tangents = [f.sharp(evidence, state.params, state.memory, step) for f in families]
+    seen, share = tempered(evidence, context.structure.views.modes)
+    tangents = [f.sharp(seen, state.params, state.memory, step) for f in families]
     square = _each(f.norm2(v) for f, v in zip(families, tangents, strict=True))
     ok = finite((evidence.loss, evidence.gradient, square))
     tangents = cleaned(ok, tangents)
@@ -111,15 +113,24 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     pairs = list(zip(families, tangents, strict=True))
     each = [f.compare(state.memory, v) for f, v in pairs]
     compared = length.Comparison(*(_each(c[i] for c in each) for i in range(len(length.Comparison._fields))))
-    pace, seen = length.observe(pace, compared)
+    pace, observation = length.observe(pace, compared)
     memory = state.memory
     for k, (family, v) in enumerate(pairs):
-        memory = family.remember(memory, v, seen.weight[k])
-    quiet = jnp.array(context.structure.quiet, square.dtype)
-    observed = length.Observed(step, seen.signal, seen.noise, seen.trust, evidence.particles, quiet, compared.reach)
-    cap = length.cap(context.options, observed)
+        memory = family.remember(memory, v, observation.weight[k])
+    cap = length.cap(context.options, _observed(evidence, context, step, pace, observation, compared.reach))
     square = jnp.where(ok, square, 0.0)
-    return Direction(tangents, memory, pace, square, seen.signal, seen.noise, compared, seen.weight, cap, ok)
+    weight, signal, noise, _ = observation
+    return Direction(tangents, memory, pace, square, signal, noise, compared, weight, cap, share, ok)
+
+
+def _observed(
+    evidence: Evidence, context: Context, step: jax.Array, pace: Pace, seen: length.Observation, reach: jax.Array
+) -> length.Observed:
+    """What the length rule sees of every family."""
+    quiet = jnp.array(context.structure.quiet, seen.noise.dtype)
+    newton = jnp.array(context.structure.newton, bool)
+    settled = jnp.where(newton, pace.averaged[: quiet.size], jnp.inf)
+    return length.Observed(step, seen.signal, seen.noise, seen.trust, evidence.particles, quiet, reach, settled)
 
 
 def _search(evidence: Evidence, context: Context, direction: Direction, state: State) -> Search:
@@ -136,7 +147,7 @@ def _search(evidence: Evidence, context: Context, direction: Direction, state: S
 
     def body(search: Search) -> Search:
         proposal = _propose(evidence, context, direction, state, search.following)
-        verdict = _judge(evidence, context, proposal)
+        verdict = _judge(evidence, context, proposal, direction.share)
         up = (search.trials > 0) & search.verdict.good
         better = verdict.good & (verdict.gained > search.verdict.gained)
         radius, best = _choose(~up | better, (search.following, verdict), (search.radius, search.verdict))
@@ -165,7 +176,7 @@ def _propose(evidence: Evidence, context: Context, direction: Direction, state: 
     return Proposal(params, memory, point, rho, kl(share), moved, share < 1, radius)
 
 
-def _judge(evidence: Evidence, context: Context, proposal: Proposal) -> Verdict:
+def _judge(evidence: Evidence, context: Context, proposal: Proposal, share: jax.Array) -> Verdict:
     """Compare what a step promises with what it delivers on its own draws, where that says more than noise.
 
     For a conjugate model the gain of a step ρ is at least KL(q ‖ q₊)/ρ exactly; elsewhere a tenth of it is asked for.
@@ -176,7 +187,7 @@ def _judge(evidence: Evidence, context: Context, proposal: Proposal) -> Verdict:
     large = (proposal.moved > floor) | (proposal.limited & (proposal.radius >= floor))
     asked = large | (not context.structure.exact)
     gained = evidence.loss - lax.cond(ok & asked, evidence.value, lambda _: evidence.loss, proposal.params)
-    promised = jnp.sum(proposal.kl / jnp.maximum(proposal.rho, jnp.finfo(proposal.rho.dtype).tiny))
+    promised = jnp.sum(proposal.kl / jnp.maximum(proposal.rho, jnp.finfo(proposal.rho.dtype).tiny)) / share
     delivered = ~asked | (gained >= jnp.where(large, length.ACCEPT * promised, -floor))
     return Verdict(ok & delivered, proposal.limited & (gained > length.GROW * promised), gained)
 

@@ -70,6 +70,7 @@ class Structure(NamedTuple):
     :ivar latents: latent dimensions of the guide's sites, for the whole data set; of a likelihood, observations.
     :ivar exact: whether a step of length 1 is exact on conjugate models.
     :ivar quiet: how much noise is left alone, for every family, nats.
+    :ivar newton: for every family, whether a step of length 1 is Newton's, with the curvature of all particles.
     :ivar paired: whether the draws move with the parameters, so that two values of the loss at the same draws differ by
         less than their noise. Draws of a discrete site jump.
     """
@@ -81,6 +82,7 @@ class Structure(NamedTuple):
     latents: int
     exact: bool
     quiet: tuple[float, ...]
+    newton: tuple[bool, ...]
     paired: bool
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
@@ -114,9 +116,8 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     views = _views(families, naturals, scored, hearing, options, forward)
     exact = hearing.is_elbo and all(family.exact for family in families)
     paired = all(site.reparameterized or site.analytic for site in hearing.sites.values())
-    return Structure(
-        families, point, views, hearing.particles, latents, exact, _quiet(families, exact, latents), paired
-    )
+    quiet, newton = _quiet(families, exact, latents), tuple(isinstance(f, JointGaussian) for f in families)
+    return Structure(families, point, views, hearing.particles, latents, exact, quiet, newton, paired)
 
 
 def _quiet(families: tuple[Family, ...], exact: bool, latents: int) -> tuple[float, ...]:

@@ -190,6 +190,31 @@ def test_the_rule_needs_no_choice_and_stays_below_one(particles, quiet, dtype):
     assert (jnp.diff(rho, axis=0) <= 0).all()
 
 
+def test_newton_s_steps_stay_long_until_noise_alone_has_moved_them_for_a_while(dtype):
+    """3/√N after N such steps, of S/(S+2), however much noise there is; the rest of the rule may lengthen them."""
+    noisy = lambda settled: Observed(
+        jnp.array(3), jnp.array(1e-6), jnp.array(1e6), jnp.ones(()), 8, jnp.array(0.04), settled=jnp.array(settled)
+    )
+    for settled, expected in ((1.0, 1.0), (9.0, 1.0), (36.0, 0.5), (900.0, 0.1)):
+        np.testing.assert_allclose(length.adaptive(noisy(settled)), 0.8 * expected, rtol=1e-6)
+    assert length.adaptive(noisy(jnp.inf)) < 1e-6
+    sure = noisy(900.0)._replace(signal=jnp.array(0.7))
+    np.testing.assert_allclose(length.adaptive(sure), 0.8 * 0.7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("directions", [6, 1000])
+def test_scatter_of_noise_is_no_travel(directions, dtype):
+    """Squares of ``directions`` independent normals about what is foreseen: the average goes on; a slope ends it."""
+    pace, slope = fresh(1), fresh(1)
+    step = jax.jit(length.averaged)
+    for x in np.random.default_rng(0).chisquare(directions, 500) / directions:
+        seen = Comparison(jnp.array([0.2 * x]), jnp.array([1.0]), jnp.array([1.0]))
+        pace = step(pace, jnp.array([0.2]), seen, jnp.array([1.0]))
+        slope = step(slope, jnp.array([0.2]), seen._replace(trend2=seen.trend2 + 1.0), jnp.array([1.0]))
+    assert pace.averaged[0] > 150
+    assert slope.averaged[0] < 4
+
+
 @pytest.mark.parametrize("latents", [1, 10, 1000])
 def test_the_radius_grows_and_shrinks_fourfold_between_its_bounds(latents, dtype):
     def resized(radius, kl, **verdict):

@@ -14,12 +14,13 @@ from jax import random
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO, init_to_value
-from numpyro.infer.autoguide import AutoMultivariateNormal
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from oracles import kl, spd
 from scipy import optimize
 from tables import positive
 
 from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.evidence import HUGE, Evidence, tempered
 
 KINDS = ["nan in the loss", "impossible data", "infinite density", "nan in the gradient", "nan in the Hessian"]
 NONE = jnp.zeros(len(KINDS), bool)
@@ -253,3 +254,40 @@ def test_ten_million_nats_are_left_behind_in_forty_steps():
     assert info.skipped_total == 0
     # Forty steps leave a hundredth of a nat, and so √0.02 standard deviations, in the worst direction.
     assert (np.abs(np.asarray(params["auto_loc"])[:3] - known) < np.sqrt(0.02) * sd).all()
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+def test_a_loss_beyond_all_squares_is_left_behind(guide):
+    """Rates of e^60, in single precision: 1e26 nats, whose squares are none."""
+
+    def counts() -> None:
+        slope = numpyro.sample("slope", dist.Normal(0, 10))
+        level = numpyro.sample("level", dist.Normal(0, 10).expand([5]).to_event(1))
+        numpyro.sample("y", dist.Poisson(jnp.exp(level + slope)).to_event(1), obs=jnp.arange(5.0))
+
+    start = init_to_value(values={"slope": 30.0, "level": jnp.full(5, 30.0)})
+    svi = SVI(counts, guide(counts, init_loc_fn=start), NaturalGradient(), Trace_ELBO(4))
+    result = svi.run(random.key(0), 40, progress_bar=False)
+    assert result.losses[0] > 1e25
+    assert svi.optim.info(result.state.optim_state).skipped_total == 0
+    assert result.losses[-1] < 1e-2 * result.losses[0]
+
+
+def test_a_loss_is_scaled_as_a_whole_and_only_beyond_all_bounds():
+    def evidence(loss: float) -> Evidence:
+        gradient = {"a": jnp.array([1.0, 2.0])}
+        means = {"silent": jnp.array([5.0]), "split": jnp.array([[[3.0]], [[4.0]]])}
+        return Evidence(jnp.array(loss), None, gradient, means, *[lambda t: t] * 4, False, 1)
+
+    modes = {"silent": "silent", "split": "split"}
+    same, share = tempered(evidence(-HUGE), modes)
+    assert share == 1
+    jax.tree.map(np.testing.assert_array_equal, (same.gradient, same.means), (evidence(0).gradient, evidence(0).means))
+    scaled, share = tempered(evidence(4 * HUGE), modes)
+    np.testing.assert_allclose(share, 0.25)
+    np.testing.assert_allclose(scaled.gradient["a"], [0.25, 0.5])
+    np.testing.assert_allclose(scaled.push({"a": jnp.ones(2)})["a"], [0.25, 0.25])
+    # Draws are not the loss's.
+    np.testing.assert_allclose(scaled.means["silent"], [5.0])
+    np.testing.assert_allclose(scaled.means["split"], [[[3.0]], [[1.0]]])
+    assert scaled.loss == 4 * HUGE

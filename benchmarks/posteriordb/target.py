@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A posterior as every method sees it: f(z) = −log p(z, y) of a flat, unconstrained z, and where a fit of it starts."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,6 +39,8 @@ class Target(NamedTuple):
 
 def target(function: Callable[..., None], arguments: Data) -> Target:
     """The posterior in the precision at hand."""
+    # Of its own arrays: JAX remembers an index array in the precision in which it met it first.
+    arguments = copy.deepcopy(arguments)
     info = initialize_model(jax.random.key(0), function, model_kwargs=arguments)
     shapes = {name: jnp.shape(x) for name, x in info.param_info.z.items()}
     empty = Target(info.potential_fn, info.postprocess_fn, shapes)
