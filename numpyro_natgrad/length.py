@@ -94,7 +94,7 @@ def lasting(settled: jax.Array | float) -> jax.Array:
 
     The share of signal is the best *next* step, and a bad next hundred ones: T steps of length ρ up a slope of a nats
     gain Tρa, and their noise costs ½vρ/(2−ρ) once. Along a bent valley (the scale of a hierarchy far too large) it asks
-    for a hundred times as many steps as are needed. Lengths that fall as 1/√N, once nothing but noise moves the iterate,
+    for a hundred times the steps that are needed. Lengths that fall as 1/√N, once nothing but noise moves the iterate,
     are slow enough for the average of the iterates to be as good as any estimate (Polyak & Juditsky 1992).
 
     :param settled: N, the steps in which noise alone moved the iterate.

@@ -124,7 +124,12 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
 
 
 def _observed(
-    evidence: Evidence, context: Context, step: jax.Array, pace: Pace, seen: length.Observation, reach: jax.Array
+    evidence: Evidence,
+    context: Context,
+    step: jax.Array,
+    pace: Pace,
+    seen: length.Observation,
+    reach: jax.Array | float,
 ) -> length.Observed:
     """What the length rule sees of every family."""
     quiet = jnp.array(context.structure.quiet, seen.noise.dtype)
