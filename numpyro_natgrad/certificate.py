@@ -16,6 +16,9 @@ C ← A C Aᵀ + v b bᵀ that is known, since ρ, w and α are; what is left of
 
 ‖m‖ alone would not do: ρ = w makes it vanish, since then the iterate *is* the mean of what the natural gradients
 estimated, and C_aa → v/t is all that says how far that mean is off.
+
+A regression is of all remembered draws at once, in the frame of now. What they miss now is the noise of all of them, so
+that C follows v, whatever was missed far away.
 """
 
 from typing import NamedTuple
@@ -46,11 +49,17 @@ def observe(certificate: Certificate, seen: Comparison, noise: jax.Array, weight
     :param noise: v, nats.
     """
     k = noise.size
-    covariance = _propagated(certificate.covariance[..., :k], noise, weights)
+    old, remembered = certificate.noise[:k], jnp.asarray(seen.reach) > 0
+    share = jnp.where(remembered & (old > 0), noise / jnp.where(old > 0, old, 1.0), 1.0)
+    covariance = _propagated(share * certificate.covariance[..., :k], noise, weights)
     excess = jnp.clip(_mean2(seen, weights) - _noise2(covariance), -FARTHEST, FARTHEST)
     old = certificate.excess[:, :k]
     averaged = old + weights.average * (jnp.stack([excess, excess**2]) - old)
-    return Certificate(certificate.covariance.at[..., :k].set(covariance), certificate.excess.at[:, :k].set(averaged))
+    return Certificate(
+        certificate.covariance.at[..., :k].set(covariance),
+        certificate.excess.at[:, :k].set(averaged),
+        certificate.noise.at[:k].set(noise),
+    )
 
 
 def remaining(certificate: Certificate, memory: jax.Array) -> tuple[jax.Array, jax.Array]:

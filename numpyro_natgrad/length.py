@@ -3,7 +3,7 @@
 """How far: the step length ρ, and the KL radius that bounds it.
 
     ρ  =  the longest ρ ≤ cap with KL(q ‖ q₊) ≤ δ
-    cap = S/(S+2) · max(s, min(1, τ/v), min(1, 3/√N)) · o      S draws, s share of signal, v nats of noise
+    cap = S/(S+2) · max(s, min(1, τ/v), min(1, d/v) min(1, 3/√N)) · o
     s  =  ‖mean of recent natural gradients‖² / mean of their ‖·‖²
 
 The share of signal is Ranganath et al.'s adaptive rate (2013) in the Fisher metric: 1 while steps agree, 1/t where
@@ -35,8 +35,9 @@ ACCEPT, GROW = 0.1, 0.5
 MEMORY_MIN = 1.1
 #: Innovations beyond this many times their expected size are pulled in, unless they are below so many nats.
 OUTLIER, HARMLESS = 2.0, 1.0
-#: Newton's steps are this many over √N long at least, N steps after they have stopped to travel.
-LASTING = 3.0
+#: Newton's steps are this many over √N long at least, N steps after they have stopped to travel, while there is no more
+#: noise than so many nats a latent.
+LASTING, LASTING_LATENT = 3.0, 1.0
 #: Travel is what the running mean shows beyond this many times the square that noise would show in it.
 TRAVEL = 2.0
 #: The running mean is believed to lag behind by this factor at most.
@@ -60,7 +61,8 @@ class Observed(NamedTuple):
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar quiet: how much noise is left alone, nats, per family.
     :ivar reach: the length that a family with a memory of its own asks for; zero where the rule decides.
-    :ivar settled: the steps in which noise alone moved the iterate; infinity where its steps are none of Newton's.
+    :ivar settled: the steps in which noise alone moved the iterate.
+    :ivar bearable: nats of noise in which steps stay long all the same, per family; none where they are not Newton's.
     """
 
     step: jax.Array
@@ -70,7 +72,8 @@ class Observed(NamedTuple):
     particles: float
     quiet: jax.Array
     reach: jax.Array | float = 0.0
-    settled: jax.Array | float = jnp.inf
+    settled: jax.Array | float = 1.0
+    bearable: jax.Array | float = 0.0
 
 
 def cap(options: Options, seen: Observed) -> jax.Array:
@@ -84,22 +87,22 @@ def cap(options: Options, seen: Observed) -> jax.Array:
 def adaptive(seen: Observed) -> jax.Array:
     """The rule that needs no choice."""
     quiet = jnp.minimum(1.0, seen.quiet / jnp.maximum(seen.noise, seen.quiet))
-    longest = jnp.maximum(jnp.maximum(seen.signal, quiet), lasting(seen.settled))
+    longest = jnp.maximum(jnp.maximum(seen.signal, quiet), lasting(seen))
     ruled = 1 / (1 + 2 / seen.particles) * longest * seen.trust
     return jnp.where(seen.reach > 0, seen.reach, ruled)
 
 
-def lasting(settled: jax.Array | float) -> jax.Array:
+def lasting(seen: Observed) -> jax.Array:
     """The length that steps keep while they get somewhere, whatever the noise.
 
     The share of signal is the best *next* step, and a bad next hundred ones: T steps of length ρ up a slope of a nats
     gain Tρa, and their noise costs ½vρ/(2−ρ) once. Along a bent valley (the scale of a hierarchy far too large) it asks
     for a hundred times the steps that are needed. Lengths that fall as 1/√N, once nothing but noise moves the iterate,
-    are slow enough for the average of the iterates to be as good as any estimate (Polyak & Juditsky 1992).
-
-    :param settled: N, the steps in which noise alone moved the iterate.
+    are slow enough for the average of the iterates to be as good as any estimate (Polyak & Juditsky 1992), as long as
+    noise does not drive them to where everything is different: a nat of it a latent leaves them within half a nat.
     """
-    return jnp.minimum(1.0, LASTING / jnp.sqrt(settled))
+    bearable = jnp.minimum(1.0, seen.bearable / jnp.maximum(seen.noise, jnp.maximum(seen.bearable, 1e-30)))
+    return bearable * jnp.minimum(1.0, LASTING / jnp.sqrt(seen.settled))
 
 
 class Comparison(NamedTuple):

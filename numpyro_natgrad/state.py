@@ -69,10 +69,12 @@ class Certificate(NamedTuple):
         ``(3, 3, n)``.
     :ivar excess: averages, as ``get_params`` averages, of ‖m‖² beyond its noise and of the square of that, nats and
         nats²; ``(2, n)``.
+    :ivar noise: v of the last step, nats; ``(n,)``.
     """
 
     covariance: jax.Array
     excess: jax.Array
+    noise: jax.Array
 
 
 class StepInfo(NamedTuple):
@@ -140,5 +142,5 @@ def initial(params: Params, point: Any) -> State:
     )
     each = jnp.zeros(len(params), dtype)
     pace = Pace(each, each, jnp.ones_like(each), jnp.ones_like(each), jnp.stack([each, each]), zero)
-    certificate = Certificate(jnp.zeros((3, 3, each.size), dtype), jnp.zeros((2, each.size), dtype))
+    certificate = Certificate(jnp.zeros((3, 3, each.size), dtype), jnp.zeros((2, each.size), dtype), each)
     return State(params, params, memory, pace, certificate, point, info)

@@ -132,10 +132,10 @@ def _observed(
     reach: jax.Array | float,
 ) -> length.Observed:
     """What the length rule sees of every family."""
-    quiet = jnp.array(context.structure.quiet, seen.noise.dtype)
-    newton = jnp.array(context.structure.newton, bool)
-    settled = jnp.where(newton, pace.averaged[: quiet.size], jnp.inf)
-    return length.Observed(step, seen.signal, seen.noise, seen.trust, evidence.particles, quiet, reach, settled)
+    quiet, bearable = (jnp.array(x, seen.noise.dtype) for x in (context.structure.quiet, context.structure.bearable))
+    weight, signal, noise, trust = seen
+    settled = pace.averaged[: weight.size]
+    return length.Observed(step, signal, noise, trust, evidence.particles, quiet, reach, settled, bearable)
 
 
 def _search(evidence: Evidence, context: Context, direction: Direction, state: State) -> Search:

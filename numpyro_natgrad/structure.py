@@ -70,7 +70,7 @@ class Structure(NamedTuple):
     :ivar latents: latent dimensions of the guide's sites, for the whole data set; of a likelihood, observations.
     :ivar exact: whether a step of length 1 is exact on conjugate models.
     :ivar quiet: how much noise is left alone, for every family, nats.
-    :ivar newton: for every family, whether a step of length 1 is Newton's, with the curvature of all particles.
+    :ivar bearable: the noise in which steps stay long all the same, for every family, nats.
     :ivar paired: whether the draws move with the parameters, so that two values of the loss at the same draws differ by
         less than their noise. Draws of a discrete site jump.
     """
@@ -82,7 +82,7 @@ class Structure(NamedTuple):
     latents: int
     exact: bool
     quiet: tuple[float, ...]
-    newton: tuple[bool, ...]
+    bearable: tuple[float, ...]
     paired: bool
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
@@ -116,8 +116,8 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     views = _views(families, naturals, scored, hearing, options, forward)
     exact = hearing.is_elbo and all(family.exact for family in families)
     paired = all(site.reparameterized or site.analytic for site in hearing.sites.values())
-    quiet, newton = _quiet(families, exact, latents), tuple(isinstance(f, JointGaussian) for f in families)
-    return Structure(families, point, views, hearing.particles, latents, exact, quiet, newton, paired)
+    quiet, bearable = _quiet(families, exact, latents), tuple(map(_bearable, families))
+    return Structure(families, point, views, hearing.particles, latents, exact, quiet, bearable, paired)
 
 
 def _quiet(families: tuple[Family, ...], exact: bool, latents: int) -> tuple[float, ...]:
@@ -129,6 +129,10 @@ def _quiet_one(family: Family, rest: float, families: int) -> float:
     if isinstance(family, NetworkCurvature | NaturalParameters) and family.size > DENSE_LIMIT:
         return length.statistical(family.size, family.numbers)
     return (length.QUIET_SCORES if isinstance(family, ScoreFisher) else rest) / families
+
+
+def _bearable(family: Family) -> float:
+    return length.LASTING_LATENT * family.size if isinstance(family, JointGaussian) else 0.0
 
 
 def _charted(hearing: Hearing, options: Options) -> tuple[list[GaussianSite | LowRankSite], list[NaturalParameters]]:

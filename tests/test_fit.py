@@ -144,7 +144,12 @@ def followed(key, rho, steps=60, d=40, noise=0.5):
         m, x = m + mean * (v - m) - r * v, x - r * v
         return (x, m, a + weights.average * (x - a), seen), None
 
-    start = jnp.full(d, 1.0), jnp.zeros(d), jnp.full(d, 1.0), Certificate(jnp.zeros((3, 3, 1)), jnp.zeros((2, 1)))
+    start = (
+        jnp.full(d, 1.0),
+        jnp.zeros(d),
+        jnp.full(d, 1.0),
+        Certificate(jnp.zeros((3, 3, 1)), jnp.zeros((2, 1)), jnp.zeros(1)),
+    )
     draws = jnp.arange(steps, dtype=float), random.normal(key, (steps, d))
     (_, _, a, seen), _ = jax.lax.scan(step, start, draws)
     return certificate.remaining(seen, jnp.full(1, float(steps)))[0], jnp.sum(a**2) / 2
@@ -159,7 +164,7 @@ def test_the_certificate_is_the_gap_of_the_average(rho, x64):
 
 
 def test_nothing_is_certified_where_nothing_has_a_fisher():
-    state = Certificate(jnp.zeros((3, 3, 2)), jnp.zeros((2, 2)))
+    state = Certificate(jnp.zeros((3, 3, 2)), jnp.zeros((2, 2)), jnp.zeros(2))
     assert np.isnan(certificate.remaining(state, jnp.zeros(0))).all()
 
 

@@ -191,15 +191,17 @@ def test_the_rule_needs_no_choice_and_stays_below_one(particles, quiet, dtype):
 
 
 def test_newton_s_steps_stay_long_until_noise_alone_has_moved_them_for_a_while(dtype):
-    """3/√N after N such steps, of S/(S+2), however much noise there is; the rest of the rule may lengthen them."""
-    noisy = lambda settled: Observed(
-        jnp.array(3), jnp.array(1e-6), jnp.array(1e6), jnp.ones(()), 8, jnp.array(0.04), settled=jnp.array(settled)
-    )
+    """3/√N after N such steps, of S/(S+2), in noise that is borne; the rest of the rule may lengthen them."""
+
+    def rho(settled: float, noise: float, signal: float = 1e-6, bearable: float = 2.0) -> jax.Array:
+        seen = Observed(jnp.array(3), jnp.array(signal), jnp.array(noise), jnp.ones(()), 8, jnp.array(1e-9))
+        return length.adaptive(seen._replace(settled=jnp.array(settled), bearable=jnp.array(bearable)))
+
     for settled, expected in ((1.0, 1.0), (9.0, 1.0), (36.0, 0.5), (900.0, 0.1)):
-        np.testing.assert_allclose(length.adaptive(noisy(settled)), 0.8 * expected, rtol=1e-6)
-    assert length.adaptive(noisy(jnp.inf)) < 1e-6
-    sure = noisy(900.0)._replace(signal=jnp.array(0.7))
-    np.testing.assert_allclose(length.adaptive(sure), 0.8 * 0.7, rtol=1e-6)
+        np.testing.assert_allclose(rho(settled, 2.0), 0.8 * expected, rtol=1e-6)
+        np.testing.assert_allclose(rho(settled, 20.0), 0.08 * expected, rtol=1e-6)
+    assert rho(1.0, 2.0, bearable=0.0) < 1e-5
+    np.testing.assert_allclose(rho(900.0, 2.0, signal=0.7), 0.8 * 0.7, rtol=1e-6)
 
 
 @pytest.mark.parametrize("directions", [6, 1000])
