@@ -163,6 +163,26 @@ def test_the_certificate_is_the_gap_of_the_average(rho, x64):
     assert true.mean() - error <= claimed.mean() <= 1.5 * true.mean() + error
 
 
+@pytest.mark.parametrize("remembered", [True, False])
+def test_only_a_regression_forgets_the_noise_of_the_way(remembered, x64):
+    """Its covariance is that of unit noise times the noise of now; another family's keeps what each step has drawn."""
+    nothing = Certificate(jnp.zeros((3, 3, 1)), jnp.zeros((2, 1)), jnp.zeros(1))
+    seen = Comparison(*jnp.ones((3, 1)), jnp.full(1, 0.1 if remembered else 0.0))
+
+    def covariance(noises):
+        state = nothing
+        for t, noise in enumerate(noises, 1):
+            weights = Weights(*(jnp.full(1, w) for w in (0.5 / t, 1 / t, 9 / (t + 8))))
+            state = certificate.observe(state, seen, jnp.full(1, noise), weights)
+        return state.covariance
+
+    falling, unit = covariance([1e4, 1e3, 10.0, 2.0]), covariance(np.ones(4))
+    if remembered:
+        np.testing.assert_allclose(falling, 2 * unit, rtol=1e-10)
+    else:
+        assert falling[2, 2] > 100 * unit[2, 2]
+
+
 def test_nothing_is_certified_where_nothing_has_a_fisher():
     state = Certificate(jnp.zeros((3, 3, 2)), jnp.zeros((2, 2)), jnp.zeros(2))
     assert np.isnan(certificate.remaining(state, jnp.zeros(0))).all()
