@@ -50,7 +50,7 @@ def observe(certificate: Certificate, seen: Comparison, noise: jax.Array, weight
     """
     k = noise.size
     old, remembered = certificate.noise[:k], jnp.asarray(seen.reach) > 0
-    share = jnp.where(remembered & (old > 0), noise / jnp.where(old > 0, old, 1.0), 1.0)
+    share = jnp.where(remembered & (old > 0), jnp.minimum(noise / jnp.where(old > 0, old, 1.0), FARTHEST), 1.0)
     covariance = _propagated(share * certificate.covariance[..., :k], noise, weights)
     excess = jnp.clip(_mean2(seen, weights) - _noise2(covariance), -FARTHEST, FARTHEST)
     old = certificate.excess[:, :k]

@@ -86,8 +86,7 @@ def cap(options: Options, seen: Observed) -> jax.Array:
 
 def adaptive(seen: Observed) -> jax.Array:
     """The rule that needs no choice."""
-    quiet = jnp.minimum(1.0, seen.quiet / jnp.maximum(seen.noise, seen.quiet))
-    longest = jnp.maximum(jnp.maximum(seen.signal, quiet), lasting(seen))
+    longest = jnp.maximum(jnp.maximum(seen.signal, _borne(seen.noise, seen.quiet)), lasting(seen))
     ruled = 1 / (1 + 2 / seen.particles) * longest * seen.trust
     return jnp.where(seen.reach > 0, seen.reach, ruled)
 
@@ -101,8 +100,12 @@ def lasting(seen: Observed) -> jax.Array:
     are slow enough for the average of the iterates to be as good as any estimate (Polyak & Juditsky 1992), as long as
     noise does not drive them to where everything is different: a nat of it a latent leaves them within half a nat.
     """
-    bearable = jnp.minimum(1.0, seen.bearable / jnp.maximum(seen.noise, jnp.maximum(seen.bearable, 1e-30)))
-    return bearable * jnp.minimum(1.0, LASTING / jnp.sqrt(seen.settled))
+    return _borne(seen.noise, seen.bearable) * jnp.minimum(1.0, LASTING / jnp.sqrt(seen.settled))
+
+
+def _borne(noise: jax.Array, nats: jax.Array | float) -> jax.Array:
+    """1 up to so many nats of noise, and beyond the length that lets no more of it pass."""
+    return nats / jnp.maximum(jnp.maximum(noise, nats), jnp.finfo(noise.dtype).tiny)
 
 
 class Comparison(NamedTuple):

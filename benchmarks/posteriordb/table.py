@@ -32,14 +32,26 @@ come within 0.1 nats, or 0.01 where it says so: medians over {seeds} seeds, with
 in reference standard deviations, *sd ratio* the least, median and most of fitted to reference standard deviation, over
 parameters. A *failure* never came within 1 nat or ended where nothing is finite. *Adam, oracle* is the best of its ten
 settings on that posterior, which nobody has in practice; *Adam, best single* the best one over all of them.
-The heads of `benchmarks/posteriordb/*.py` say how the rest is measured.
+The heads of `benchmarks/posteriordb/*.py` say how the rest is measured; [rule.md](rule.md#what-is-missed) says why what
+is missed is missed.
+"""
+
+_FIGURES = """
+![gap against steps, full Gaussian](figures/posteriordb_full_gap_steps.png)
+
+![gap against steps, mean field](figures/posteriordb_mean_gap_steps.png)
+
+![performance profiles](figures/posteriordb_profile.png)
+
+Against seconds: [full Gaussian](figures/posteriordb_full_gap_seconds.png),
+[mean field](figures/posteriordb_mean_gap_seconds.png).
 """
 
 
 def write(results: pathlib.Path) -> str:
     """The document, from the results there are."""
     entries = load(results)
-    parts = [header(entries), demands(entries)]
+    parts = [header(entries), _FIGURES, demands(entries)]
     for guide in GUIDES:
         here = [e for e in entries if e.guide == guide]
         if here:
