@@ -9,16 +9,16 @@ the running mean of natural gradients, from which the families subtract what has
     x ← (1−ρ) x − ρ n        m ← (1−w) m + (w−ρ)(x + n)        a ← (1−α) a + α x
 
 so that z = m − x ← (1−w) z + w n holds noise alone, whatever the optimum. The noise in (x, z, a) has a covariance
-C ← A C Aᵀ + v b bᵀ that is known, since ρ, w and α are; what is left of the start is seen in ‖m‖² beyond its noise:
+v C, with C ← A C Aᵀ + b bᵀ known since ρ, w and α are; what is left of the start is seen in ‖m‖² beyond its noise:
 
-    E‖m‖² = ‖E x‖² + C_xx + 2 C_xz + C_zz,        ‖E a‖² ≤ Σ α-weighted ‖E x‖²  (Jensen)
-    decrement = ½ (max(0, Σ α-weighted (‖m‖² − its noise)) + C_aa)
+    E‖m‖² = ‖E x‖² + v (C_xx + 2 C_xz + C_zz),        ‖E a‖² ≤ Σ α-weighted ‖E x‖²  (Jensen)
+    decrement = ½ (max(0, Σ α-weighted (‖m‖² − its noise)) + v C_aa)
 
 ‖m‖ alone would not do: ρ = w makes it vanish, since then the iterate *is* the mean of what the natural gradients
-estimated, and C_aa → v/t is all that says how far that mean is off.
+estimated, and C_aa → 1/t is all that says how far that mean is off.
 
-A regression is of all remembered draws at once, in the frame of now. What they miss now is the noise of all of them, so
-that C follows v, whatever was missed far away.
+v is the noise of now, also of the steps before: nats are those of the guide as it is, and what a natural gradient
+missed far away, by fifteen orders of magnitude more, would hide for a hundred steps that the iterate still travels.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .length import Comparison
+from .length import Comparison, noise_seen
 from .state import Certificate, State
 
 #: Nats beyond which all distances are alike: their squares are numbers in single precision.
@@ -49,20 +49,17 @@ def observe(certificate: Certificate, seen: Comparison, noise: jax.Array, weight
     :param noise: v, nats.
     """
     k = noise.size
-    old, remembered = certificate.noise[:k], jnp.asarray(seen.reach) > 0
-    share = jnp.where(remembered & (old > 0), jnp.minimum(noise / jnp.where(old > 0, old, 1.0), FARTHEST), 1.0)
-    covariance = _propagated(share * certificate.covariance[..., :k], noise, weights)
-    excess = jnp.clip(_mean2(seen, weights) - _noise2(covariance), -FARTHEST, FARTHEST)
+    covariance = _propagated(certificate.covariance[..., :k], weights)
+    excess = jnp.clip(_mean2(seen, weights) - noise * _share(covariance), -FARTHEST, FARTHEST)
     old = certificate.excess[:, :k]
     averaged = old + weights.average * (jnp.stack([excess, excess**2]) - old)
     return Certificate(
         certificate.covariance.at[..., :k].set(covariance),
         certificate.excess.at[:, :k].set(averaged),
-        certificate.noise.at[:k].set(noise),
     )
 
 
-def remaining(certificate: Certificate, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+def remaining(certificate: Certificate, noise: jax.Array, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The nats still to gain, of all families, and the standard error.
 
     v is the mean of about ``memory`` squares, of relative variance 2 at least where one direction is noisy (χ²), and
@@ -73,20 +70,20 @@ def remaining(certificate: Certificate, memory: jax.Array) -> tuple[jax.Array, j
     if not k:
         return jnp.array(jnp.nan), jnp.array(jnp.nan)
     mean, square = certificate.excess[:, :k]
-    noise = jnp.minimum(certificate.covariance[2, 2, :k], FARTHEST)
-    error2 = jnp.maximum(square - mean**2, 0.0) + 2 / memory * noise**2
-    return 0.5 * jnp.sum(jnp.maximum(mean, 0.0) + noise), 0.5 * jnp.sqrt(jnp.sum(error2))
+    left = jnp.minimum(noise * certificate.covariance[2, 2, :k], FARTHEST)
+    error2 = jnp.maximum(square - mean**2, 0.0) + 2 / memory * left**2
+    return 0.5 * jnp.sum(jnp.maximum(mean, 0.0) + left), 0.5 * jnp.sqrt(jnp.sum(error2))
 
 
 def noise_left(state: State) -> tuple[float, float]:
     """The part of the decrement that is noise, nats, and the steps that the running means behind it look back over."""
-    noise = np.asarray(state.certificate.covariance[2, 2])
+    noise = np.asarray(noise_seen(state.pace) * state.certificate.covariance[2, 2])
     memory = np.asarray(state.pace.memory)
     return 0.5 * float(noise.sum()), float(noise @ memory / max(noise.sum(), np.finfo(noise.dtype).tiny))
 
 
-def _propagated(covariance: jax.Array, noise: jax.Array, weights: Weights) -> jax.Array:
-    """A C Aᵀ + v b bᵀ."""
+def _propagated(covariance: jax.Array, weights: Weights) -> jax.Array:
+    """A C Aᵀ + b bᵀ."""
     rho, mean, average = weights
     zero = jnp.zeros_like(rho)
     step = jnp.stack(
@@ -97,7 +94,7 @@ def _propagated(covariance: jax.Array, noise: jax.Array, weights: Weights) -> ja
         ]
     )
     drawn = jnp.stack([-rho, mean, -average * rho])
-    return jnp.einsum("ijk,jlk,mlk->imk", step, covariance, step) + noise * drawn[:, None] * drawn
+    return jnp.einsum("ijk,jlk,mlk->imk", step, covariance, step) + drawn[:, None] * drawn
 
 
 def _mean2(seen: Comparison, weights: Weights) -> jax.Array:
@@ -107,12 +104,12 @@ def _mean2(seen: Comparison, weights: Weights) -> jax.Array:
     return jnp.maximum(kept**2 * seen.trend2 + 2 * kept * added * product + added**2 * seen.this2, 0.0)
 
 
-def foreseen(certificate: Certificate, families: int) -> jax.Array:
+def foreseen(certificate: Certificate, noise: jax.Array) -> jax.Array:
     """‖m‖² that noise alone would show before the next step, nats, for each family."""
-    return _noise2(certificate.covariance[..., :families])
+    return noise * _share(certificate.covariance[..., : noise.size])
 
 
-def _noise2(covariance: jax.Array) -> jax.Array:
-    """E‖m‖² of noise alone, m = x + z."""
+def _share(covariance: jax.Array) -> jax.Array:
+    """E‖m‖² of unit noise alone, m = x + z."""
     (xx, xz, _), (_, zz, _), _ = covariance
     return xx + 2 * xz + zz

@@ -61,6 +61,7 @@ class Hearing(NamedTuple):
 
     :ivar sites: the latent sites of the guide.
     :ivar modelled: the sites of the model, unless the loss sums over values of any.
+    :ivar whole: whether every step sees all of the data: no site stands for more rows than it has.
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar batched: whether all particles are drawn in one batch.
     :ivar is_elbo: affine in log q.
@@ -70,6 +71,7 @@ class Hearing(NamedTuple):
     params: dict[str, HeardParam]
     sites: dict[str, HeardSite]
     modelled: dict[str, ModelSite]
+    whole: bool
     particles: float
     batched: bool
     is_elbo: bool
@@ -99,7 +101,8 @@ def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
     modelled = {} if hidden else _all_modelled(listener.modelled, seen)
     particles, scanned = max(counts, default=math.inf), frozenset(listener.scanned)
     batched = all(seen[f"draw:{name}"].batched for name in random)
-    return Hearing(listener.params, sites, modelled, particles, batched, total.degree <= 1, scanned)
+    whole = all(site.weight == 1 for site in (*listener.modelled.values(), *sites.values()))
+    return Hearing(listener.params, sites, modelled, whole, particles, batched, total.degree <= 1, scanned)
 
 
 def _listened(

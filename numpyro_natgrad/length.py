@@ -42,9 +42,9 @@ LASTING, LASTING_LATENT = 3.0, 1.0
 TRAVEL = 2.0
 #: The running mean is believed to lag behind by this factor at most.
 DRIFT_MAX = 10.0
-#: Noise is what the last few steps show, and a little more: after a change of scale the mean over many is long out of
-#: date. A weight of 1/2 looks back over three steps, whose squares scatter by √(2/3k) with k noisy directions.
-RECENT_WEIGHT, RECENT = 0.5, 1.3
+#: Noise is what the last three steps show at most, and a little more, since the mean of three squares scatters by
+#: √(2/3k) with k noisy directions: after a change of scale the mean over many is long out of date.
+RECENT = 1.3
 #: Nats a latent after which what was learned at a place is worth one step: the two guides hardly overlap there.
 FAR = 10.0
 #: Bounds of the adaptive radius: nats, and multiples of :func:`noise_floor`, to which it closes in by itself.
@@ -105,7 +105,7 @@ def lasting(seen: Observed) -> jax.Array:
 
 def _borne(noise: jax.Array, nats: jax.Array | float) -> jax.Array:
     """1 up to so many nats of noise, and beyond the length that lets no more of it pass."""
-    return nats / jnp.maximum(jnp.maximum(noise, nats), jnp.finfo(noise.dtype).tiny)
+    return jnp.minimum(1.0, nats / jnp.maximum(noise, jnp.finfo(noise.dtype).tiny))
 
 
 class Comparison(NamedTuple):
@@ -151,21 +151,22 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     pull = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(news2, tiny)))
     seen2 = pull**2 * news2
     sample = jnp.where(first, 0.0, jnp.minimum(seen2 * (2 - weight) / 2, this2))
-    recent = pace.recent[:n] + jnp.maximum(weight, RECENT_WEIGHT) * (sample - pace.recent[:n])
+    latest = jnp.where(weight > 0.5, sample, jnp.concatenate([pace.recent[1:, :n], sample[None]]))
     slow = old_noise + weight * (sample - old_noise)
-    noise = jnp.minimum(slow, RECENT * recent)
+    pace = pace._replace(noise=pace.noise.at[:n].set(slow), recent=pace.recent.at[:, :n].set(latest))
+    noise = noise_seen(pace)[:n]
     # ‖trend + w news‖² without another pass over the parameters: 2⟨trend, news⟩ = ‖this‖² − ‖trend‖² − ‖news‖².
     w = weight * pull
     mean2 = jnp.maximum(trend2 + w * (this2 - trend2 - news2) + w**2 * news2, 0.0)
     signal = jnp.clip(mean2 / jnp.maximum(mean2 + noise, tiny), 1e-6, 1.0)
     memory = jnp.maximum(kept * (1 - signal) + 1, MEMORY_MIN)
-    pace = pace._replace(
-        noise=pace.noise.at[:n].set(slow),
-        recent=pace.recent.at[:n].set(recent),
-        memory=pace.memory.at[:n].set(memory),
-        drift=pace.drift.at[:, :n].set(drift),
-    )
+    pace = pace._replace(memory=pace.memory.at[:n].set(memory), drift=pace.drift.at[:, :n].set(drift))
     return pace, Observation(w, signal, noise, pull)
+
+
+def noise_seen(pace: Pace) -> jax.Array:
+    """Nats of noise in one natural gradient of each family; no more than the last few show."""
+    return jnp.minimum(pace.noise, RECENT * pace.recent.mean(0))
 
 
 def _followed(drift: jax.Array, seen: Comparison, weight: jax.Array) -> tuple[jax.Array, Comparison]:

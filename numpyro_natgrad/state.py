@@ -16,6 +16,8 @@ from .charts import Params
 
 #: Latent dimensions up to which all Gaussian sites share one dense joint step.
 JOINT_LIMIT = 128
+#: Steps whose noise is remembered one by one.
+LAST = 3
 
 
 class Joint(NamedTuple):
@@ -46,7 +48,7 @@ class Pace(NamedTuple):
     """What the length rule carries. There are no more families than parameters, so that n of those suffice.
 
     :ivar noise: per family, running variance of the natural gradient in the Fisher norm, nats; ``(n,)``.
-    :ivar recent: the same of the last few steps; ``(n,)``.
+    :ivar recent: that of each of the last ``LAST`` steps; ``(LAST, n)``.
     :ivar memory: per family, number of steps that the running means look back over; ``(n,)``.
     :ivar averaged: per family, number of steps that the average of the iterates looks back over; ``(n,)``.
     :ivar drift: per family, running means of ⟨v − m, m⟩ and ⟨m, m⟩ as shares of ⟨v, v⟩ + ⟨m, m⟩, for natural gradients
@@ -65,16 +67,14 @@ class Pace(NamedTuple):
 class Certificate(NamedTuple):
     """What the estimate of the nats still to gain carries (:mod:`.certificate`); n as in :class:`Pace`.
 
-    :ivar covariance: C, of the noise in the iterate, in the running mean beyond it, and in the average, nats;
-        ``(3, 3, n)``.
+    :ivar covariance: C, of the noise in the iterate, in the running mean beyond it, and in the average, of unit noise in
+        the natural gradient; ``(3, 3, n)``.
     :ivar excess: averages, as ``get_params`` averages, of ‖m‖² beyond its noise and of the square of that, nats and
         nats²; ``(2, n)``.
-    :ivar noise: v of the last step, nats; ``(n,)``.
     """
 
     covariance: jax.Array
     excess: jax.Array
-    noise: jax.Array
 
 
 class StepInfo(NamedTuple):
@@ -141,6 +141,6 @@ def initial(params: Params, point: Any) -> State:
         zero, zero, zero, zero, zero, zero, zero, jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32)
     )
     each = jnp.zeros(len(params), dtype)
-    pace = Pace(each, each, jnp.ones_like(each), jnp.ones_like(each), jnp.stack([each, each]), zero)
-    certificate = Certificate(jnp.zeros((3, 3, each.size), dtype), jnp.zeros((2, each.size), dtype), each)
+    pace = Pace(each, jnp.stack([each] * LAST), jnp.ones_like(each), jnp.ones_like(each), jnp.stack([each, each]), zero)
+    certificate = Certificate(jnp.zeros((3, 3, each.size), dtype), jnp.zeros((2, each.size), dtype))
     return State(params, params, memory, pace, certificate, point, info)

@@ -207,7 +207,7 @@ def _settle(context: Context, state: State, direction: Direction, proposal: Prop
     newest = jnp.where(good, _average_weights(pace, context), 0.0)
     weights = certificate.Weights(jnp.where(good, proposal.rho, 0.0), direction.weight, newest)
     gap = certificate.observe(state.certificate, direction.compared, direction.noise, weights)
-    gap = _choose(direction.ok, gap, state.certificate)
+    gap, noise = _choose(direction.ok, gap, state.certificate), length.noise_seen(pace)[: newest.size]
     return State(
         params,
         _averaged(state.average, params, context.structure, newest),
@@ -215,7 +215,7 @@ def _settle(context: Context, state: State, direction: Direction, proposal: Prop
         pace,
         gap,
         _choose(good, proposal.point, state.point),
-        _info(state, direction, proposal, good, certificate.remaining(gap, pace.memory[: newest.size])),
+        _info(state, direction, proposal, good, certificate.remaining(gap, noise, pace.memory[: newest.size])),
     )
 
 
@@ -224,7 +224,7 @@ def _paced(
 ) -> Pace:
     """The pace after the step was tried. (A loss that is not finite where the step starts says nothing about it.)"""
     latents, pace = context.structure.latents, direction.pace
-    foreseen = certificate.foreseen(state.certificate, proposal.rho.size)
+    foreseen = certificate.foreseen(state.certificate, direction.noise)
     pace = length.averaged(pace, foreseen, direction.compared, direction.noise)
     pace = _choose(good, length.forgotten(pace, latents, jnp.sum(proposal.kl)), pace)
     if not context.options.adaptive:

@@ -116,7 +116,7 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     views = _views(families, naturals, scored, hearing, options, forward)
     exact = hearing.is_elbo and all(family.exact for family in families)
     paired = all(site.reparameterized or site.analytic for site in hearing.sites.values())
-    quiet, bearable = _quiet(families, exact, latents), tuple(map(_bearable, families))
+    quiet, bearable = _quiet(families, exact, latents), tuple(_bearable(f, hearing) for f in families)
     return Structure(families, point, views, hearing.particles, latents, exact, quiet, bearable, paired)
 
 
@@ -131,8 +131,11 @@ def _quiet_one(family: Family, rest: float, families: int) -> float:
     return (length.QUIET_SCORES if isinstance(family, ScoreFisher) else rest) / families
 
 
-def _bearable(family: Family) -> float:
-    return length.LASTING_LATENT * family.size if isinstance(family, JointGaussian) else 0.0
+def _bearable(family: Family, hearing: Hearing) -> float:
+    """Draws of other batches want other optima; those of all data's noise, far from the optimum, mostly another model."""
+    if not isinstance(family, JointGaussian):
+        return 0.0
+    return math.inf if hearing.whole else length.LASTING_LATENT * family.size
 
 
 def _charted(hearing: Hearing, options: Options) -> tuple[list[GaussianSite | LowRankSite], list[NaturalParameters]]:
@@ -178,8 +181,7 @@ def _is_regressed(sites: list[GaussianSite | LowRankSite], hearing: Hearing, opt
     """
     chosen = options.estimator is None and options.step_size is None and options.adaptive
     few = sum(s.size for s in sites) + 1 <= REGRESSED_STEPS * hearing.particles < math.inf
-    whole = all(site.weight == 1 for site in hearing.modelled.values())
-    return chosen and few and whole and hearing.batched and not any(s.analytic for s in sites)
+    return chosen and few and hearing.whole and hearing.batched and not any(s.analytic for s in sites)
 
 
 def _wide(site: GaussianSite | LowRankSite, hearing: Hearing, options: Options) -> Family:
