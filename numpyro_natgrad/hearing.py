@@ -101,7 +101,8 @@ def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
     modelled = {} if hidden else _all_modelled(listener.modelled, seen)
     particles, scanned = max(counts, default=math.inf), frozenset(listener.scanned)
     batched = all(seen[f"draw:{name}"].batched for name in random)
-    whole = all(site.weight == 1 for site in (*listener.modelled.values(), *sites.values()))
+    weights = {s.weight for s in listener.modelled.values()} | {s.weight for s in sites.values()}
+    whole = weights <= {1.0}
     return Hearing(listener.params, sites, modelled, whole, particles, batched, total.degree <= 1, scanned)
 
 

@@ -67,8 +67,8 @@ class Pace(NamedTuple):
 class Certificate(NamedTuple):
     """What the estimate of the nats still to gain carries (:mod:`.certificate`); n as in :class:`Pace`.
 
-    :ivar covariance: C, of the noise in the iterate, in the running mean beyond it, and in the average, of unit noise in
-        the natural gradient; ``(3, 3, n)``.
+    :ivar covariance: C, of the noise in the iterate, in the running mean beyond it, and in the average, of unit noise
+        in the natural gradient; ``(3, 3, n)``.
     :ivar excess: averages, as ``get_params`` averages, of ‖m‖² beyond its noise and of the square of that, nats and
         nats²; ``(2, n)``.
     """

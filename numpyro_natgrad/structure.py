@@ -132,7 +132,7 @@ def _quiet_one(family: Family, rest: float, families: int) -> float:
 
 
 def _bearable(family: Family, hearing: Hearing) -> float:
-    """Draws of other batches want other optima; those of all data's noise, far from the optimum, mostly another model."""
+    """Batches want optima of their own. Noise of all data's gradients, far off, is mostly the model that changes."""
     if not isinstance(family, JointGaussian):
         return 0.0
     return math.inf if hearing.whole else length.LASTING_LATENT * family.size
