@@ -3,7 +3,7 @@
 """How far: the step length ρ, and the KL radius that bounds it.
 
     ρ  =  the longest ρ ≤ cap with KL(q ‖ q₊) ≤ δ
-    cap = S/(S+2) · max(s, min(1, τ/v), min(1, d/v) min(1, 3/√N)) · o
+    cap = S/(S+2) · max(s, min(1, τ/v), min(1, 3/√N)) · o
     s  =  ‖mean of recent natural gradients‖² / mean of their ‖·‖²
 
 The share of signal is Ranganath et al.'s adaptive rate (2013) in the Fisher metric: 1 while steps agree, 1/t where
@@ -35,8 +35,8 @@ ACCEPT, GROW = 0.1, 0.5
 MEMORY_MIN = 1.1
 #: Innovations beyond this many times their expected size are pulled in, unless they are below so many nats.
 OUTLIER, HARMLESS = 2.0, 1.0
-#: Newton's steps are this many over √N long at least, N steps after they have stopped to travel, while there is no more
-#: noise than so many nats a latent.
+#: Newton's steps are this many over √N long at least, N steps after they have stopped to travel; where they see batches
+#: of the data, while there is no more noise than so many nats a latent.
 LASTING, LASTING_LATENT = 3.0, 1.0
 #: Travel is what the running mean shows beyond this many times the square that noise would show in it.
 TRAVEL = 2.0
@@ -51,56 +51,64 @@ FAR = 10.0
 RADIUS_MAX, RADIUS_MIN = 1e5, 1e-3
 
 
-class Observed(NamedTuple):
-    """What a rule for the step length may look at; ``signal``, ``noise`` and ``trust`` of each family.
+class Tolerance(NamedTuple):
+    """How much noise steps may have; ``quiet`` and ``bearable`` of each family.
 
-    :ivar step: its number, from 0.
-    :ivar signal: share of signal in the natural gradient, between 0 and 1.
-    :ivar noise: its variance, nats.
-    :ivar trust: 1, or the factor that pulls an outlier in.
     :ivar particles: draws a step; infinity where nothing is drawn.
-    :ivar quiet: how much noise is left alone, nats, per family.
-    :ivar reach: the length that a family with a memory of its own asks for; zero where the rule decides.
-    :ivar settled: the steps in which noise alone moved the iterate.
-    :ivar bearable: nats of noise in which steps stay long all the same, per family; none where they are not Newton's.
+    :ivar quiet: how much noise is left alone, nats.
+    :ivar bearable: nats of noise in which steps stay long all the same; none where they are not Newton's.
     """
 
-    step: jax.Array
-    signal: jax.Array
-    noise: jax.Array
-    trust: jax.Array
     particles: float
     quiet: jax.Array
-    reach: jax.Array | float = 0.0
-    settled: jax.Array | float = 1.0
     bearable: jax.Array | float = 0.0
 
 
-def cap(options: Options, seen: Observed) -> jax.Array:
-    """The longest step that the rule asks for, before the KL limit, for each family."""
+class Observation(NamedTuple):
+    """What one natural gradient says, compared with those before; of each family.
+
+    :ivar weight: its weight in the running mean.
+    :ivar signal: share of signal in the natural gradient, between 0 and 1.
+    :ivar noise: its variance, nats.
+    :ivar trust: 1, or the factor that pulls an outlier in.
+    :ivar settled: the steps in which noise alone moved the iterate.
+    :ivar reach: the length that a family with a memory of its own asks for; zero where the rule decides.
+    """
+
+    weight: jax.Array
+    signal: jax.Array
+    noise: jax.Array
+    trust: jax.Array
+    settled: jax.Array
+    reach: jax.Array | float = 0.0
+
+
+def cap(options: Options, step: jax.Array, seen: Observation, tolerance: Tolerance) -> jax.Array:
+    """The longest step that the rule asks for, before the KL limit, for each family; ``step`` counts from 0."""
     if options.step_size is None:
-        return adaptive(seen)
-    given = options.step_size(seen.step) if callable(options.step_size) else options.step_size
+        return adaptive(seen, tolerance)
+    given = options.step_size(step) if callable(options.step_size) else options.step_size
     return jnp.full_like(seen.signal, jnp.asarray(given, seen.signal.dtype))
 
 
-def adaptive(seen: Observed) -> jax.Array:
+def adaptive(seen: Observation, tolerance: Tolerance) -> jax.Array:
     """The rule that needs no choice."""
-    longest = jnp.maximum(jnp.maximum(seen.signal, _borne(seen.noise, seen.quiet)), lasting(seen))
-    ruled = 1 / (1 + 2 / seen.particles) * longest * seen.trust
+    longest = jnp.maximum(jnp.maximum(seen.signal, _borne(seen.noise, tolerance.quiet)), lasting(seen, tolerance))
+    ruled = 1 / (1 + 2 / tolerance.particles) * longest * seen.trust
     return jnp.where(seen.reach > 0, seen.reach, ruled)
 
 
-def lasting(seen: Observed) -> jax.Array:
+def lasting(seen: Observation, tolerance: Tolerance) -> jax.Array:
     """The length that steps keep while they get somewhere, whatever the noise.
 
     The share of signal is the best *next* step, and a bad next hundred ones: T steps of length ρ up a slope of a nats
     gain Tρa, and their noise costs ½vρ/(2−ρ) once. Along a bent valley (the scale of a hierarchy far too large) it asks
     for a hundred times the steps that are needed. Lengths that fall as 1/√N, once nothing but noise moves the iterate,
-    are slow enough for the average of the iterates to be as good as any estimate (Polyak & Juditsky 1992), as long as
-    noise does not drive them to where everything is different: a nat of it a latent leaves them within half a nat.
+    are slow enough for the average of the iterates to be as good as any estimate (Polyak & Juditsky 1992). Batches want
+    optima of their own, and would drive the iterate to where everything is different: a nat of noise a latent leaves it
+    within half a nat.
     """
-    return _borne(seen.noise, seen.bearable) * jnp.minimum(1.0, LASTING / jnp.sqrt(seen.settled))
+    return _borne(seen.noise, tolerance.bearable) * jnp.minimum(1.0, LASTING / jnp.sqrt(seen.settled))
 
 
 def _borne(noise: jax.Array, nats: jax.Array | float) -> jax.Array:
@@ -122,18 +130,6 @@ class Comparison(NamedTuple):
     reach: jax.Array | float = 0.0
 
 
-class Observation(NamedTuple):
-    """One natural gradient compared with those before.
-
-    :ivar weight: its weight in the running mean.  The rest as in :class:`Observed`.
-    """
-
-    weight: jax.Array
-    signal: jax.Array
-    noise: jax.Array
-    trust: jax.Array
-
-
 def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     """Compare one natural gradient with those before.
 
@@ -146,7 +142,7 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     kept, old_noise = pace.memory[:n], pace.noise[:n]
     first, weight = kept < MEMORY_MIN, 1 / kept
     drift, seen = _followed(pace.drift[:, :n], seen, weight)
-    trend2, news2, this2, _ = seen
+    trend2, news2, this2, reach = seen
     bound = jnp.where(first, jnp.inf, jnp.maximum(OUTLIER**2 * (trend2 + old_noise), HARMLESS))
     pull = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(news2, tiny)))
     seen2 = pull**2 * news2
@@ -161,7 +157,7 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     signal = jnp.clip(mean2 / jnp.maximum(mean2 + noise, tiny), 1e-6, 1.0)
     memory = jnp.maximum(kept * (1 - signal) + 1, MEMORY_MIN)
     pace = pace._replace(memory=pace.memory.at[:n].set(memory), drift=pace.drift.at[:, :n].set(drift))
-    return pace, Observation(w, signal, noise, pull)
+    return pace, Observation(w, signal, noise, pull, pace.averaged[:n], reach)
 
 
 def noise_seen(pace: Pace) -> jax.Array:

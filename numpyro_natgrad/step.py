@@ -43,18 +43,16 @@ class Context(NamedTuple):
 class Direction(NamedTuple):
     """The natural gradient, block by block, and what the length rule made of it; arrays have an entry for each family.
 
-    ``square``: squared Fisher norm, nats.  ``cap``: the longest step that the rule asks for.  ``compared``, ``weight``:
-    with the running mean, and in it.  ``share``: of the loss, that it is the natural gradient of.
+    ``square``: squared Fisher norm, nats.  ``cap``: the longest step that the rule asks for.  ``compared``: with the
+    running mean, and ``seen``: what that says.  ``share``: of the loss, that it is the natural gradient of.
     """
 
     tangents: list[Any]
     memory: Memory
     pace: Pace
     square: jax.Array
-    signal: jax.Array
-    noise: jax.Array
     compared: length.Comparison
-    weight: jax.Array
+    seen: length.Observation
     cap: jax.Array
     share: jax.Array
     ok: jax.Array
@@ -117,25 +115,13 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     memory = state.memory
     for k, (family, v) in enumerate(pairs):
         memory = family.remember(memory, v, observation.weight[k])
-    cap = length.cap(context.options, _observed(evidence, context, step, pace, observation, compared.reach))
+    cap = length.cap(context.options, step, observation, _tolerance(context.structure, square.dtype))
     square = jnp.where(ok, square, 0.0)
-    weight, signal, noise, _ = observation
-    return Direction(tangents, memory, pace, square, signal, noise, compared, weight, cap, share, ok)
+    return Direction(tangents, memory, pace, square, compared, observation, cap, share, ok)
 
 
-def _observed(
-    evidence: Evidence,
-    context: Context,
-    step: jax.Array,
-    pace: Pace,
-    seen: length.Observation,
-    reach: jax.Array | float,
-) -> length.Observed:
-    """What the length rule sees of every family."""
-    quiet, bearable = (jnp.array(x, seen.noise.dtype) for x in (context.structure.quiet, context.structure.bearable))
-    weight, signal, noise, trust = seen
-    settled = pace.averaged[: weight.size]
-    return length.Observed(step, signal, noise, trust, evidence.particles, quiet, reach, settled, bearable)
+def _tolerance(structure: Structure, dtype: Any) -> length.Tolerance:
+    return length.Tolerance(structure.particles, *(jnp.array(x, dtype) for x in (structure.quiet, structure.bearable)))
 
 
 def _search(evidence: Evidence, context: Context, direction: Direction, state: State) -> Search:
@@ -205,8 +191,8 @@ def _settle(context: Context, state: State, direction: Direction, proposal: Prop
     kept = _choose(direction.ok, direction.memory, state.memory)
     params = _choose(good, proposal.params, state.params)
     newest = jnp.where(good, _average_weights(pace, context), 0.0)
-    weights = certificate.Weights(jnp.where(good, proposal.rho, 0.0), direction.weight, newest)
-    gap = certificate.observe(state.certificate, direction.compared, direction.noise, weights)
+    weights = certificate.Weights(jnp.where(good, proposal.rho, 0.0), direction.seen.weight, newest)
+    gap = certificate.observe(state.certificate, direction.compared, direction.seen.noise, weights)
     gap, noise = _choose(direction.ok, gap, state.certificate), length.noise_seen(pace)[: newest.size]
     return State(
         params,
@@ -224,8 +210,8 @@ def _paced(
 ) -> Pace:
     """The pace after the step was tried. (A loss that is not finite where the step starts says nothing about it.)"""
     latents, pace = context.structure.latents, direction.pace
-    foreseen = certificate.foreseen(state.certificate, direction.noise)
-    pace = length.averaged(pace, foreseen, direction.compared, direction.noise)
+    foreseen = certificate.foreseen(state.certificate, direction.seen.noise)
+    pace = length.averaged(pace, foreseen, direction.compared, direction.seen.noise)
     pace = _choose(good, length.forgotten(pace, latents, jnp.sum(proposal.kl)), pace)
     if not context.options.adaptive:
         return pace
@@ -266,7 +252,7 @@ def _info(
             jnp.where(good, jnp.sum(proposal.kl), 0.0),
             jnp.sqrt(square),
             jnp.where(good, jnp.sqrt(jnp.sum(share * proposal.rho**2)), 0.0),
-            jnp.sum(share * direction.signal),
+            jnp.sum(share * direction.seen.signal),
             proposal.radius,
             *remaining,
             proposal.limited & good,

@@ -11,7 +11,7 @@ import pytest
 from test_gaussian_step import CASES, MARGIN
 
 from numpyro_natgrad import gaussian, length
-from numpyro_natgrad.length import Comparison, Observed
+from numpyro_natgrad.length import Comparison, Observation, Tolerance
 from numpyro_natgrad.options import checked
 from numpyro_natgrad.state import initial
 
@@ -182,7 +182,8 @@ def test_families_keep_a_pace_of_their_own(dtype):
 @pytest.mark.parametrize("particles", [1, 2, 8, 100])
 def test_the_rule_needs_no_choice_and_stays_below_one(particles, quiet, dtype):
     signal, noise = jnp.meshgrid(jnp.array([1e-6, 0.1, 1.0]), jnp.array([0.0, 1e-3, 1.0, 1e6]))
-    rho = length.adaptive(Observed(jnp.array(3), signal, noise, jnp.ones(()), particles, jnp.array(quiet)))
+    seen = Observation(jnp.ones(()), signal, noise, jnp.ones(()), jnp.ones(()))
+    rho = length.adaptive(seen, Tolerance(particles, jnp.array(quiet)))
     assert (rho > 0).all()
     assert (rho <= particles / (particles + 2) + np.finfo(dtype).eps).all()
     # More signal never shortens a step, more noise never lengthens it.
@@ -194,13 +195,14 @@ def test_newton_s_steps_stay_long_until_noise_alone_has_moved_them_for_a_while(d
     """3/√N after N such steps, of S/(S+2), in noise that is borne; the rest of the rule may lengthen them."""
 
     def rho(settled: float, noise: float, signal: float = 1e-6, bearable: float = 2.0) -> jax.Array:
-        seen = Observed(jnp.array(3), jnp.array(signal), jnp.array(noise), jnp.ones(()), 8, jnp.array(1e-9))
-        return length.adaptive(seen._replace(settled=jnp.array(settled), bearable=jnp.array(bearable)))
+        seen = Observation(jnp.ones(()), *(jnp.array(x) for x in (signal, noise, 1.0, settled)))
+        return length.adaptive(seen, Tolerance(8, jnp.array(1e-9), jnp.array(bearable)))
 
     for settled, expected in ((1.0, 1.0), (9.0, 1.0), (36.0, 0.5), (900.0, 0.1)):
         np.testing.assert_allclose(rho(settled, 2.0), 0.8 * expected, rtol=1e-6)
         np.testing.assert_allclose(rho(settled, 20.0), 0.08 * expected, rtol=1e-6)
     assert rho(1.0, 2.0, bearable=0.0) < 1e-5
+    np.testing.assert_allclose(rho(36.0, 1e9, bearable=np.inf), 0.4, rtol=1e-6)
     np.testing.assert_allclose(rho(900.0, 2.0, signal=0.7), 0.8 * 0.7, rtol=1e-6)
 
 
