@@ -38,6 +38,7 @@ CASES = (
     ("diamonds", "AutoMultivariateNormal"),
     ("eight_schools", "AutoNormal"),
     ("mesquite", "AutoNormal"),
+    ("GLMM", "AutoNormal"),
 )
 
 
@@ -56,9 +57,12 @@ ABLATIONS = {
     "a hundred times the ridge": Ablation(((regression, "RIDGE", 20.0),)),
     "one radius a step": Ablation(((step, "TRIALS", 1),)),
     "nothing is forgotten on the way": Ablation(((length, "FAR", float("inf")),)),
-    "noise by the long mean alone": Ablation(((length, "RECENT", float("inf")),)),
+    "noise by the long mean alone": Ablation(((length, "RECENT", 1e9),)),
     "drift counts as noise": Ablation(((length, "DRIFT_MAX", 1.0),)),
     "no noise is left alone": Ablation(((length, "QUIET", 1e-9), (length, "QUIET_LATENT", 0.0))),
+    "steps do not last": Ablation(((length, "LASTING", 0.0),)),
+    "a nat of noise a latent shortens them": Ablation(((structure, "_bearable", lambda family, hearing: family.size),)),
+    "whatever is above noise is travel": Ablation(((length, "TRAVEL", 1.0),)),
     "outliers are not pulled in": Ablation(((length, "OUTLIER", float("inf")),)),
     "the last iterate, not the average": Ablation(((step, "AVERAGE_DECAY", 1e9),)),
     "steps of length 1/2, whatever the noise": Ablation(options={"step_size": 0.5}),
