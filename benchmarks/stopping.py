@@ -35,6 +35,13 @@ PARTICLES = (32, 8, 2)
 TOLERANCES = (0.05, 0.01)
 
 
+class Effort(NamedTuple):
+    """Particles of the fits, the most first, and draws that they are scored on."""
+
+    particles: tuple[int, ...] = PARTICLES
+    draws: int = DRAWS
+
+
 class Fits(NamedTuple):
     """Per seed the history, and the true gaps every ``CHUNK`` steps, nats, ``(seeds, STEPS/CHUNK)``."""
 
@@ -100,16 +107,14 @@ CASES: dict[str, Callable[[], Case | HardCase]] = {
 GUIDES: dict[str, Callable[..., Any]] = {"full": AutoMultivariateNormal, "mean field": AutoNormal}
 
 
-def fits(
-    model: Callable[..., Any], guide: Any, data: tuple[Any, ...], particles: tuple[int, ...] = PARTICLES
-) -> Iterator[tuple[int, Fits]]:
-    """Of one model and guide, for every number of particles, the most first."""
+def fits(model: Callable[..., Any], guide: Any, data: tuple[Any, ...], effort: Effort) -> Iterator[tuple[int, Fits]]:
+    """Of one model and guide, for every number of particles."""
     key = jax.random.key(0)
-    svi = SVI(model, guide, NaturalGradient(), Trace_ELBO(DRAWS))
+    svi = SVI(model, guide, NaturalGradient(), Trace_ELBO(effort.draws))
     svi.init(key, *data)
     score = jax.jit(lambda params: jax.lax.map(lambda p: svi.loss.loss(key, p, model, guide, *data), params))
     best = None
-    for count in particles:
+    for count in effort.particles:
         records, params = _runs(SVI(model, guide, NaturalGradient(), Trace_ELBO(count)), data)
         if best is None:
             best = score(jax.tree.map(_settled, params)).min()
@@ -176,14 +181,12 @@ HEAD = (
 )
 
 
-def table(
-    cases: Iterable[tuple[str, str, Callable[..., Any], Any, tuple[Any, ...]]], particles: tuple[int, ...]
-) -> Iterator[str]:
+def table(cases: Iterable[tuple[str, str, Callable[..., Any], Any, tuple[Any, ...]]], effort: Effort) -> Iterator[str]:
     """The lines of the table, one after the other, over ``(title, guide's name, model, guide, data)``."""
     yield HEAD
     everything: dict[float, list[Stops]] = {tolerance: [] for tolerance in TOLERANCES}
     for title, name, model, guide, data in cases:
-        for count, fitted in fits(model, guide, data, particles):
+        for count, fitted in fits(model, guide, data, effort):
             for tolerance in TOLERANCES:
                 found = stops(fitted, tolerance)
                 everything[tolerance].append(found)
@@ -198,10 +201,11 @@ def summary(tolerance: float, found: list[Stops]) -> str:
     stopped = np.isfinite(steps)
     right = gaps[stopped] < 2 * tolerance
     ratio = (steps[stopped] / needed[stopped])[right]
+    within, middle = np.mean(ratio <= 2), np.median(ratio)
     return (
-        f"tolerance {tolerance} nats: {stopped.sum()} of {steps.size} fits stop within {STEPS} steps, {right.mean():.1%} "
-        f"of them with a true gap below {2 * tolerance}; those after {np.median(ratio):.1f} times the steps needed in the "
-        f"median, {np.mean(ratio <= 2):.0%} within twice.\n"
+        f"tolerance {tolerance} nats: {stopped.sum()} of {steps.size} fits stop within {STEPS} steps, "
+        f"{right.mean():.1%} of them with a true gap below {2 * tolerance}; of those {within:.0%} within twice the steps "
+        f"needed, in the median after {middle:.1f} times.\n"
     )
 
 
@@ -224,7 +228,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stopping", description=__doc__)
     parser.add_argument("case", nargs="*")
     parser.add_argument("--checkout", type=pathlib.Path, help="checkout of posteriordb")
-    parser.add_argument("--particles", nargs="*", type=int, default=PARTICLES, help="the most first")
+    parser.add_argument("--particles", default=",".join(map(str, PARTICLES)), help="with commas, the most first")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="that fits are scored on")
     options = parser.parse_args()
     if options.checkout:
         jax.config.update("jax_enable_x64", True)
@@ -232,7 +237,8 @@ def main() -> None:
     else:
         made = ((c.title, c.model, c.data) for c in (CASES[name]() for name in options.case or CASES))
     cases = ((title, name, model, guide(model), data) for title, model, data in made for name, guide in GUIDES.items())
-    for line in table(cases, tuple(options.particles)):
+    effort = Effort(tuple(map(int, options.particles.split(","))), options.draws)
+    for line in table(cases, effort):
         print(line, flush=True)
 
 
