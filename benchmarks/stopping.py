@@ -204,8 +204,8 @@ def summary(tolerance: float, found: list[Stops]) -> str:
     within, middle = np.mean(ratio <= 2), np.median(ratio)
     return (
         f"tolerance {tolerance} nats: {stopped.sum()} of {steps.size} fits stop within {STEPS} steps, "
-        f"{right.mean():.1%} of them with a true gap below {2 * tolerance}; of those {within:.0%} within twice the steps "
-        f"needed, in the median after {middle:.1f} times.\n"
+        f"{right.mean():.1%} of them with a true gap below {2 * tolerance}; of those {within:.0%} within twice the "
+        f"steps needed, in the median after {middle:.1f} times.\n"
     )
 
 
