@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 #: Steps over which the certificate has to hold, and how many of those may miss it: one draw from a heavy tail.
-WINDOW, MISSES = 10, 1
+WINDOW, MISSES = 8, 1
 #: Standard errors below the tolerance that the estimate has to be, and of a fall of the losses that counts as one.
 BEYOND, FALLS = 1.0, 2.5
 #: Steps in a row without a finite loss after which there is no point in going on.
