@@ -38,6 +38,7 @@ class Evidence(NamedTuple):
     :ivar fn: the loss function itself.
     :ivar forward: forward-mode differentiation.
     :ivar particles: draws a step; infinity where nothing is drawn.
+    :ivar stuck: the step before was skipped; what is finite now is to be made use of.
     """
 
     loss: jax.Array
@@ -50,6 +51,7 @@ class Evidence(NamedTuple):
     fn: Loss
     forward: bool
     particles: float
+    stuck: jax.Array | bool = False
 
 
 class Views(NamedTuple):

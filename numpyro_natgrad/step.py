@@ -101,7 +101,7 @@ def natural_step(fn: Loss, context: Context, step: jax.Array, state: State) -> t
 
 def _direction(evidence: Evidence, context: Context, step: jax.Array, state: State) -> Direction:
     families = context.structure.families
-    seen, share = tempered(evidence, context.structure.views.modes)
+    seen, share = tempered(evidence._replace(stuck=state.info.skipped), context.structure.views.modes)
     tangents = [f.sharp(seen, state.params, state.memory, step) for f in families]
     square = _each(f.norm2(v) for f, v in zip(families, tangents, strict=True))
     ok = finite((evidence.loss, evidence.gradient, square))

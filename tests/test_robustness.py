@@ -121,6 +121,19 @@ def test_a_bad_step_is_skipped_and_the_next_good_one_goes_on(fit, kind):
         assert not np.array_equal(x, after.params[name]), name
 
 
+def test_curvature_that_stays_no_number_is_done_without():
+    """Skipped once; then half the variance, and along the slope."""
+    svi, update, state = started("full and curvature")
+    bad = NONE.at[KINDS.index("nan in the Hessian")].set(True)
+    once, _ = update(state, bad)
+    twice, _ = update(once, bad)
+    assert not svi.optim.info(twice).skipped
+    assert svi.optim.info(twice).kl_moved > 0
+    assert finite(twice.optim_state)
+    before, after = (svi.get_params(s) for s in (once, twice))
+    assert not np.array_equal(before["loc"], after["loc"])
+
+
 @pytest.mark.parametrize("fit", FITS)
 def test_many_bad_steps_in_a_row_are_many_counts(fit):
     svi, update, state = started(fit)

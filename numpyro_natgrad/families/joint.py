@@ -17,7 +17,7 @@ from jax.scipy.linalg import block_diag, solve_triangular
 
 from .. import gaussian
 from ..charts import GaussianSite, Params, project
-from ..evidence import Evidence
+from ..evidence import Evidence, finite
 from ..gaussian import Tangent
 from ..length import Comparison
 from ..low_rank_chart import LowRankSite
@@ -82,7 +82,21 @@ class JointGaussian(NamedTuple):
         curvature = factor.T @ image
         curvature = (curvature + curvature.T) / 2 - jnp.eye(self.size, dtype=curvature.dtype)
         whitened = factor.T @ slope + self._control_variate(evidence, params, loc, factor)
+        whitened, curvature = self._usable(evidence, factor.T @ slope, whitened, curvature)
         return Frame(tangent(whitened, curvature), curvature, loc, factor, self._spreads(params))
+
+    def _usable(
+        self, evidence: Evidence, plain: jax.Array, slope: jax.Array, curvature: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Slope and curvature, whitened; where curvature is no number for the second time, what gets away from there.
+
+        A rate of e^-50 has gradient 0 and Hessian 0/0 in single precision. Draws of a guide half as wide, a standard
+        deviation a latent along the slope, are less likely to meet it.
+        """
+        lost = jnp.asarray(evidence.stuck) & ~finite((slope, curvature))
+        step = plain / jnp.maximum(jnp.sqrt(jnp.mean(plain**2)), 1.0)
+        halved = jnp.eye(self.size, dtype=curvature.dtype)
+        return jnp.where(lost, step, slope), jnp.where(lost, halved, curvature)
 
     def norm2(self, v: Frame) -> jax.Array:
         return gaussian.norm2(v.tangent)
