@@ -38,8 +38,8 @@ TOLERANCES = (0.05, 0.01)
 class Effort(NamedTuple):
     """Particles of the fits, the most first, and draws that they are scored on."""
 
-    particles: tuple[int, ...] = PARTICLES
-    draws: int = DRAWS
+    particles: tuple[int, ...]
+    draws: int
 
 
 class Fits(NamedTuple):

@@ -172,6 +172,9 @@ def test_noise_of_the_way_hides_no_travel(dtype):
         seen = Comparison(*(jnp.full(1, x) for x in (1.0, noise, 1.0 + noise)))
         state = observe(state, seen, jnp.full(1, noise), weights)
     assert 0 < certificate.foreseen(state, jnp.ones(1)) < 1
+    np.testing.assert_array_equal(
+        certificate.foreseen(state, jnp.full(1, 2.0)), 2 * certificate.foreseen(state, jnp.ones(1))
+    )
 
 
 def test_nothing_is_certified_where_nothing_has_a_fisher():

@@ -81,22 +81,10 @@ class JointGaussian(NamedTuple):
         image = jax.vmap(lambda k: self._flat(evidence.push(self._shift(params, k))), in_axes=1, out_axes=1)(factor)
         curvature = factor.T @ image
         curvature = (curvature + curvature.T) / 2 - jnp.eye(self.size, dtype=curvature.dtype)
-        whitened = factor.T @ slope + self._control_variate(evidence, params, loc, factor)
-        whitened, curvature = self._usable(evidence, factor.T @ slope, whitened, curvature)
+        plain = factor.T @ slope
+        whitened = plain + self._control_variate(evidence, params, loc, factor)
+        whitened, curvature = _usable(evidence, plain, whitened, curvature)
         return Frame(tangent(whitened, curvature), curvature, loc, factor, self._spreads(params))
-
-    def _usable(
-        self, evidence: Evidence, plain: jax.Array, slope: jax.Array, curvature: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Slope and curvature, whitened; where curvature is no number for the second time, what gets away from there.
-
-        A rate of e^-50 has gradient 0 and Hessian 0/0 in single precision. Draws of a guide half as wide, a standard
-        deviation a latent along the slope, are less likely to meet it.
-        """
-        lost = jnp.asarray(evidence.stuck) & ~finite((slope, curvature))
-        step = plain / jnp.maximum(jnp.sqrt(jnp.mean(plain**2)), 1.0)
-        halved = jnp.eye(self.size, dtype=curvature.dtype)
-        return jnp.where(lost, step, slope), jnp.where(lost, halved, curvature)
 
     def norm2(self, v: Frame) -> jax.Array:
         return gaussian.norm2(v.tangent)
@@ -202,6 +190,20 @@ def tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
     ok = jnp.all(jnp.isfinite(curvature))
     spectrum = gaussian.tangent(slope, jnp.where(ok, curvature, 0.0))
     return spectrum._replace(values=jnp.where(ok, spectrum.values, jnp.nan))
+
+
+def _usable(
+    evidence: Evidence, plain: jax.Array, slope: jax.Array, curvature: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Slope and curvature, whitened; where curvature is no number for the second time, what gets away from there.
+
+    A rate of e^-50 has gradient 0 and Hessian 0/0 in single precision. Draws of a guide half as wide, a standard
+    deviation a latent along the slope, are less likely to meet it.
+    """
+    lost = jnp.asarray(evidence.stuck) & ~finite((slope, curvature))
+    step = plain / jnp.maximum(jnp.sqrt(jnp.mean(plain**2)), 1.0)
+    halved = jnp.eye(slope.size, dtype=curvature.dtype)
+    return jnp.where(lost, step, slope), jnp.where(lost, halved, curvature)
 
 
 def padded(x: jax.Array, n: int) -> jax.Array:
