@@ -134,12 +134,6 @@ class GaussianSite(NamedTuple):
             self.scale: self.unconstrain(factor).reshape(old[1].shape).astype(old[1].dtype),
         }
 
-    def radial(self, params: Params) -> Params:
-        """The tangent of the covariance parameter along which K grows by itself: dK = K."""
-        factor = self.spread(params)
-        tangent = jax.jvp(self.unconstrain, (factor,), (factor,))[1]
-        return {self.scale: tangent.reshape(jnp.shape(params[self.scale]))}
-
     def dense(self, params: Params) -> jax.Array:
         """K as lower triangular matrices, ``(batch, d, d)``."""
         factor = self.spread(params)

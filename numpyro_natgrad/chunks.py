@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from numpyro.infer.svi import SVI, SVIState
 
+from .compilation import quickly
 from .state import StepInfo
 
 #: Steps between two looks at the certificate.
@@ -48,7 +49,7 @@ def compiled(svi: SVI, constant: Constant) -> Chunk:
     """The chunk ``(state, steps, batches) -> (state, records)``; ``batches``: stacked arguments, or none."""
     known = _COMPILED.get(svi)
     if known is None or not _same(known[0], constant):
-        known = _snapshot(constant), jax.jit(_chunk(weakref.ref(svi), constant))
+        known = _snapshot(constant), quickly(_chunk(weakref.ref(svi), constant))
         _COMPILED[svi] = known
     return known[1]
 

@@ -203,11 +203,18 @@ class PathGradient(Messenger):
         tilted site zeros of the shape of η: ⟨t, T(x)⟩ is added in the same way, and along the draw. For each split site
         zeros ``(2, particles, *shape)``, of which every particle has its own: what a silent site has, and what is added
         to the draw, so that the gradient is the draws and the gradients of −log p there, over the number of particles.
+    :param stretches: for silent sites a mean m, of as many elements as the draw, and a scalar s: draws x are moved away
+        from m by s(x − m), which is no function of any parameter.
     """
 
-    def __init__(self, modes: Mapping[str, str], taps: Mapping[str, jax.Array]) -> None:
+    def __init__(
+        self,
+        modes: Mapping[str, str],
+        taps: Mapping[str, jax.Array],
+        stretches: Mapping[str, tuple[jax.Array, jax.Array]] | None = None,
+    ) -> None:
         super().__init__()
-        self.modes, self.taps = modes, taps
+        self.modes, self.taps, self.stretches = modes, taps, stretches or {}
 
     def process_message(self, msg: Any) -> None:
         if guide_site(msg) and self.modes.get(msg["name"]) == "split":
@@ -216,6 +223,10 @@ class PathGradient(Messenger):
 
     def postprocess_message(self, msg: Any) -> None:
         mode = self.modes.get(msg["name"]) if is_guide_site(msg) else None
+        if mode and msg["name"] in self.stretches:
+            mean, by = self.stretches[msg["name"]]
+            away = stop_gradient(msg["value"] - mean.reshape(jnp.shape(msg["value"])))
+            msg["value"] = msg["value"] + by * away
         if mode == "path":
             msg["fn"] = map_base(msg["fn"], frozen_arguments)
         elif mode == "silent":

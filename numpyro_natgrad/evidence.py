@@ -30,8 +30,9 @@ class Evidence(NamedTuple):
     :ivar gradient: of the loss (score terms of Gaussian sites removed), per unconstrained parameter.
     :ivar means: for each silent site, the mean of its draws over the particles, ``site.shape``; for each split one, of
         every particle its draw and the gradient of −log p there, over their number, ``(2, particles, *site.shape)``.
-    :ivar push: directional derivative of the gradient, linear: tangents of any of the parameters that asked for it in
-        (the others stay where they are), of those parameters' gradients out.
+    :ivar push: directional derivative of the gradient, linear: tangents of any of the means that asked for it in, and
+        by how much the draws of sites are stretched away from their means (the others stay where they are); of those
+        means' gradients out.
     :ivar tilt: for exponential families, linear: ⟨t, T⟩ added to log q in, its part of the gradient out: F̂t, with F̂ the
         draws' own estimate of the Fisher.
     :ivar value: the loss at other parameters and the same draws.
@@ -45,7 +46,7 @@ class Evidence(NamedTuple):
     aux: Any
     gradient: Params
     means: dict[str, jax.Array]
-    push: Callable[[Params], Params]
+    push: Callable[..., Params]
     tilt: Callable[[Params], Params]
     value: Callable[[Params], jax.Array]
     fn: Loss
@@ -60,7 +61,8 @@ class Views(NamedTuple):
     :ivar modes: how sites with a path gradient are seen (:class:`.effects.PathGradient`).
     :ivar taps: per silent site the shape of its draw, per split site ``(2, particles, *shape)``, per tilted site that
         of its natural parameters.
-    :ivar curved: the parameters along which Hessian products are asked (empty: none).
+    :ivar curved: the means along which Hessian products are asked (empty: none).
+    :ivar centers: the mean of every silent site.
     :ivar scored: the sites whose score term is subtracted from the gradient.
     :ivar forward: forward-mode differentiation.
     :ivar keep: hold on to what does not depend on the parameters (:mod:`.hoist`), the draws above all.
@@ -69,6 +71,7 @@ class Views(NamedTuple):
     modes: Mapping[str, str]
     taps: Mapping[str, tuple[int, ...]]
     curved: tuple[str, ...]
+    centers: Mapping[str, str]
     scored: frozenset[str]
     forward: bool
     keep: bool
@@ -78,32 +81,35 @@ def gather(fn: Loss, params: Params, views: Views, particles: float) -> Evidence
     """Evaluate the loss once, with its gradient, and linearise the gradient along the parameters that ask for it."""
     dtype = jnp.result_type(*jax.tree.leaves(params))
     taps = {name: jnp.zeros(shape, dtype) for name, shape in views.taps.items()}
+    still = {site: jnp.zeros((), dtype) for site in views.centers}
 
-    def view(inputs: tuple[Params, Params]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-        values, probes = inputs
-        with PathGradient(views.modes, probes):
+    def view(inputs: tuple[Params, Params, Params]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        values, probes, by = inputs
+        with PathGradient(views.modes, probes, {site: (values[views.centers[site]], by[site]) for site in by}):
             loss, aux = fn(values)
         return loss, (loss, aux)
 
-    viewed = hoisted(view, (params, taps)) if views.keep else view
+    viewed = hoisted(view, (params, taps, still)) if views.keep else view
 
-    def slope(curved: Params) -> tuple[Params, Any]:
-        (gradient, means), out = derivative(viewed, views.forward)(({**params, **curved}, taps))
+    def slope(curved: Params, stretch: Params) -> tuple[Params, Any]:
+        along = derivative(lambda inputs: viewed((*inputs, stretch)), views.forward)
+        (gradient, means), out = along(({**params, **curved}, taps))
         return {name: gradient[name] for name in curved}, (gradient, means, out)
 
     curved = {name: params[name] for name in views.curved}
     if curved:
-        _, linear, (gradient, means, (loss, aux)) = jax.linearize(slope, curved, has_aux=True)
-        push = lambda tangents: linear(_completed(tangents, curved))
+        _, linear, (gradient, means, (loss, aux)) = jax.linearize(slope, curved, still, has_aux=True)
+        push = _product(linear, curved, still)
     else:
-        _, (gradient, means, (loss, aux)) = slope(curved)
-        push = lambda tangents: tangents
+        _, (gradient, means, (loss, aux)) = slope(curved, still)
+        push = _product(lambda tangents, by: tangents, curved, still)
     if views.scored:
         gradient = jax.tree.map(jnp.subtract, gradient, score(fn, params, views))
     tilted = {name: taps[name] for name, mode in views.modes.items() if mode == "tilted"}
-    tilt = _tilt(viewed, params, taps, tilted, views.forward) if tilted else lambda tangents: tangents
+    seen = lambda inputs: viewed((*inputs, still))
+    tilt = _tilt(seen, params, taps, tilted, views.forward) if tilted else lambda tangents: tangents
     # A view changes gradients only. Where draws are not kept the bare loss holds fewer arrays at a time.
-    value = (lambda values: viewed((values, taps))[0]) if views.keep else (lambda values: fn(values)[0])
+    value = (lambda values: seen((values, taps))[0]) if views.keep else (lambda values: fn(values)[0])
     return Evidence(loss, aux, gradient, means, push, tilt, value, fn, views.forward, particles)
 
 
@@ -120,8 +126,15 @@ def tempered(evidence: Evidence, modes: Mapping[str, str]) -> tuple[Evidence, ja
     means = {
         name: jnp.stack([x[0], scaled(x[1])]) if modes.get(name) == "split" else x for name, x in evidence.means.items()
     }
-    push = lambda tangents: scaled(evidence.push(tangents))
+    push = lambda *tangents: scaled(evidence.push(*tangents))
     return evidence._replace(gradient=scaled(evidence.gradient), means=means, push=push), share
+
+
+def _product(linear: Callable[[Params, Params], Params], curved: Params, still: Params) -> Callable[..., Params]:
+    def push(tangents: Params, by: Params | None = None) -> Params:
+        return linear(_completed(tangents, curved), _completed(by or {}, still))
+
+    return push
 
 
 def _tilt(viewed: Callable, params: Params, taps: Params, tilted: Params, forward: bool) -> Callable:

@@ -82,13 +82,6 @@ class LowRankSite(NamedTuple):
         mine = {p: x.reshape(jnp.shape(params[p])).astype(params[p].dtype) for p, x in new.items()}
         return {**params, **mine}
 
-    def radial(self, params: Params) -> Params:
-        """The tangent along which the draws move away from m: ds = s, dW = 0."""
-        scale, factor = self.spread(params)
-        grown = lambda s: self._unspread(s, factor)
-        tangents = jax.jvp(grown, (scale,), (scale,))[1]
-        return {p: x.reshape(jnp.shape(params[p])) for p, x in tangents.items()}
-
     def _unspread(self, scale: jax.Array, factor: jax.Array) -> Params:
         a, b = self.powers
         x = scale ** (2 / b)

@@ -113,7 +113,7 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     first_order = [p for family in families if not family.curved for p in family.params]
     if options.estimator == "second_order" and first_order:
         warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=4)
-    views = _views(families, naturals, scored, hearing, options, forward)
+    views = _views(families, gaussians, naturals, scored, hearing, options, forward)
     exact = hearing.is_elbo and all(family.exact for family in families)
     paired = all(site.reparameterized or site.analytic for site in hearing.sites.values())
     quiet, bearable = _quiet(families, exact, latents), tuple(_bearable(f, hearing) for f in families)
@@ -277,6 +277,7 @@ def _has_rows(parameter: str, site: HeardSite, hearing: Hearing) -> bool:
 
 def _views(
     families: tuple[Family, ...],
+    gaussians: list[GaussianSite | LowRankSite],
     naturals: list[NaturalParameters],
     scored: frozenset[str],
     hearing: Hearing,
@@ -291,7 +292,8 @@ def _views(
     taps.update(particles)
     taps.update({n.site.name: n.site.eta_shape for n in naturals if n.tilted})
     curved = tuple(p for family in families for p in family.curved)
+    centers = {g.name: g.loc for g in gaussians if modes.get(g.name) == "silent"}
     sites = {n for n in scored if hearing.sites[n].reparameterized and not hearing.sites[n].analytic}
     usable = options.path_gradient and hearing.is_elbo
     draws = sum(hearing.particles * s.size for s in hearing.sites.values())
-    return Views(modes, taps, curved, frozenset(sites if usable else ()), forward, draws <= KEPT_DRAWS)
+    return Views(modes, taps, curved, centers, frozenset(sites if usable else ()), forward, draws <= KEPT_DRAWS)

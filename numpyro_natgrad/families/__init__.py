@@ -53,7 +53,7 @@ class Family(Protocol):
 
     @property
     def curved(self) -> tuple[str, ...]:
-        """The parameters along which it asks for products with the Hessian of the loss."""
+        """The means along which it asks for products with the Hessian of the loss."""
         ...
 
     def describe(self) -> list[tuple[str, str, str, str, str]]:

@@ -45,7 +45,7 @@ class DiagonalGaussian(NamedTuple):
 
     @property
     def curved(self) -> tuple[str, ...]:
-        return self.params if self.second_order else ()
+        return (self.site.loc,) if self.second_order else ()
 
     def describe(self) -> list[tuple[str, str, str, str, str]]:
         how = f"{PROBES} products with the Hessian of the loss" if self.second_order else "draws ⊗ gradients"

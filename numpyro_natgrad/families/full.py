@@ -8,12 +8,12 @@ First order: M = tril(Kᵀ ∂L/∂K) made symmetric (Tan 2021, section 3), from
 over the number of draws.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import solve_triangular
 
 from .. import gaussian
 from ..charts import GaussianSite, Params
@@ -21,6 +21,7 @@ from ..evidence import Evidence
 from ..gaussian import Tangent
 from ..length import Comparison
 from ..state import Memory
+from .products import whitened_products
 
 #: Hessian products a step of a wide Gaussian; 16 were as good as 32 on targets of 50–500 dimensions.
 PROBES = 16
@@ -56,7 +57,7 @@ class FullGaussian(NamedTuple):
 
     @property
     def curved(self) -> tuple[str, ...]:
-        return self.params if self.second_order else ()
+        return (self.site.loc,) if self.second_order else ()
 
     def describe(self) -> list[tuple[str, str, str, str, str]]:
         how = f"{PROBES} products with the Hessian of the loss" if self.second_order else "draws ⊗ gradients"
@@ -68,7 +69,6 @@ class FullGaussian(NamedTuple):
         if not self.second_order:
             curvature = self._first_order(evidence.gradient[self.site.scale], factor)
             return Frame(gaussian.tangent(slope, jnp.nan_to_num(curvature)), loc, factor)
-        slope = slope + self._control_variate(evidence, params, loc, factor)
         return Frame(self._sketch(evidence, params, slope, factor, step), loc, factor)
 
     def norm2(self, v: Frame) -> jax.Array:
@@ -113,26 +113,19 @@ class FullGaussian(NamedTuple):
         self, evidence: Evidence, params: Params, slope: jax.Array, factor: jax.Array, step: jax.Array
     ) -> Tangent:
         probes = sweep(self.site.size, min(PROBES, self.site.size), step).astype(factor.dtype)
-        image = jax.vmap(lambda x: self._push(evidence, params, x), in_axes=1, out_axes=1)(factor @ probes)
-        image = factor.T @ image - probes
+        push, offset = partial(self._push, evidence, params), self._offset(evidence, params)
+        image, correction = whitened_products(push, factor, factor @ probes, offset, evidence.particles)
+        image = image - probes
         ok = jnp.all(jnp.isfinite(image))
-        sketched = gaussian.sketch(slope, probes, jnp.where(ok, image, 0.0))
+        sketched = gaussian.sketch(slope + correction, probes, jnp.where(ok, image, 0.0))
         return sketched._replace(values=jnp.where(ok, sketched.values, jnp.nan))
 
-    def _push(self, evidence: Evidence, params: Params, shift: jax.Array, radial: float = 0.0) -> jax.Array:
-        tangents = {self.site.loc: shift.reshape(params[self.site.loc].shape)}
-        if radial:
-            tangents |= {p: radial * x for p, x in self.site.radial(params).items()}
-        return evidence.push(tangents)[self.site.loc].reshape(self.site.shape)
+    def _offset(self, evidence: Evidence, params: Params) -> jax.Array | None:
+        return None if self.site.analytic else evidence.means[self.site.name] - self.site.read(params)[0]
 
-    def _control_variate(self, evidence: Evidence, params: Params, loc: jax.Array, factor: jax.Array) -> jax.Array:
-        """Leave-one-out, as in :meth:`.JointGaussian._control_variate`."""
-        if self.site.analytic:
-            return jnp.zeros_like(loc)
-        offset, n = evidence.means[self.site.name] - loc, evidence.particles
-        if n == 1:
-            return -solve_triangular(factor, offset, lower=True)
-        return factor.T @ self._push(evidence, params, -n / (n - 1) * offset, 1 / (n - 1))
+    def _push(self, evidence: Evidence, params: Params, shift: jax.Array, stretch: jax.Array) -> jax.Array:
+        tangents = {self.site.loc: shift.reshape(params[self.site.loc].shape)}
+        return evidence.push(tangents, {self.site.name: stretch})[self.site.loc].reshape(self.site.shape)
 
 
 def sweep(d: int, k: int, step: jax.Array) -> jax.Array:

@@ -9,11 +9,12 @@ tangent space, which is ∇_Σ L = ½(E_q[∇²f] − Σ⁻¹) = 0 along it (Pri
 correlated posteriors: the means take Newton steps with the full precision.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import block_diag, solve_triangular
+from jax.scipy.linalg import block_diag
 
 from .. import gaussian
 from ..charts import GaussianSite, Params, project
@@ -22,6 +23,7 @@ from ..gaussian import Tangent
 from ..length import Comparison
 from ..low_rank_chart import LowRankSite
 from ..state import Joint, Memory
+from .products import whitened_products
 
 
 class Frame(NamedTuple):
@@ -60,7 +62,7 @@ class JointGaussian(NamedTuple):
 
     @property
     def curved(self) -> tuple[str, ...]:
-        return self.params
+        return tuple(s.loc for s in self.sites)
 
     @property
     def lifted(self) -> bool:
@@ -77,13 +79,11 @@ class JointGaussian(NamedTuple):
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Any:
         loc = jnp.concatenate([params[s.loc].ravel() for s in self.sites])
         factor = self._factor(params, memory.joint)
-        slope = self._flat({s.loc: evidence.gradient[s.loc] for s in self.sites})
-        image = jax.vmap(lambda k: self._flat(evidence.push(self._shift(params, k))), in_axes=1, out_axes=1)(factor)
-        curvature = factor.T @ image
+        plain = factor.T @ self._flat({s.loc: evidence.gradient[s.loc] for s in self.sites})
+        push, offset = partial(self._push, evidence, params), self._offset(evidence, loc)
+        curvature, correction = whitened_products(push, factor, factor, offset, evidence.particles)
         curvature = (curvature + curvature.T) / 2 - jnp.eye(self.size, dtype=curvature.dtype)
-        plain = factor.T @ slope
-        whitened = plain + self._control_variate(evidence, params, loc, factor)
-        whitened, curvature = _usable(evidence, plain, whitened, curvature)
+        whitened, curvature = _usable(evidence, plain, plain + correction, curvature)
         return Frame(tangent(whitened, curvature), curvature, loc, factor, self._spreads(params))
 
     def norm2(self, v: Frame) -> jax.Array:
@@ -155,22 +155,14 @@ class JointGaussian(NamedTuple):
             params = site.write(params, mean, k)
         return params
 
-    def _control_variate(self, evidence: Evidence, params: Params, loc: jax.Array, factor: jax.Array) -> jax.Array:
-        """What takes the noise of the draws' mean out of the slope, whitened.
-
-        Leave-one-out: g = ∇f − (1/S) Σ_s H₋ₛ (z_s − m) with H₋ₛ the mean Hessian of the other particles, unbiased,
-        and without noise where f is quadratic. Σ_s H_s (z_s − m)/S is the derivative of E[∇f] as K grows, so that it
-        costs one more product. A single particle has no others: it is given the current S (sticking the landing).
-        """
+    def _offset(self, evidence: Evidence, loc: jax.Array) -> jax.Array | None:
+        """Of the draws' mean from m; ``None`` where nothing is drawn."""
         if any(s.analytic for s in self.sites):
-            return jnp.zeros_like(loc)
-        offset = jnp.concatenate([evidence.means[s.name].ravel() for s in self.sites]) - loc
-        n = evidence.particles
-        if n == 1:
-            return -solve_triangular(factor, offset, lower=True)
-        shift = self._shift(params, -n / (n - 1) * offset)
-        radial = {p: x / (n - 1) for s in self.sites for p, x in s.radial(params).items()}
-        return factor.T @ self._flat(evidence.push({**shift, **radial}))
+            return None
+        return jnp.concatenate([evidence.means[s.name].ravel() for s in self.sites]) - loc
+
+    def _push(self, evidence: Evidence, params: Params, shift: jax.Array, stretch: jax.Array) -> jax.Array:
+        return self._flat(evidence.push(self._shift(params, shift), {s.name: stretch for s in self.sites}))
 
     def _shift(self, params: Params, direction: jax.Array) -> Params:
         """A tangent that moves the means only."""

@@ -74,7 +74,7 @@ class LowRankGaussian(NamedTuple):
 
     @property
     def curved(self) -> tuple[str, ...]:
-        return self.params
+        return (self.site.loc,)
 
     @property
     def directions(self) -> int:
@@ -160,16 +160,15 @@ class LowRankGaussian(NamedTuple):
         push = lambda column: self._push(evidence, params, scale * column)
         return scale[..., None] * signs * jax.vmap(push, in_axes=-1, out_axes=-1)(signs * x)
 
-    def _push(self, evidence: Evidence, params: Params, shift: jax.Array, radial: float = 0.0) -> jax.Array:
+    def _push(self, evidence: Evidence, params: Params, shift: jax.Array, stretch: float = 0.0) -> jax.Array:
         tangents = {self.site.loc: shift.reshape(jnp.shape(params[self.site.loc]))}
-        if radial:
-            tangents |= {p: radial * x for p, x in self.site.radial(params).items()}
-        return evidence.push(tangents)[self.site.loc].reshape(shift.shape)
+        by = {self.site.name: jnp.asarray(stretch)}
+        return evidence.push(tangents, by)[self.site.loc].reshape(shift.shape)
 
     def _control_variate(
         self, evidence: Evidence, params: Params, loc: jax.Array, scale: jax.Array, factor: jax.Array
     ) -> jax.Array:
-        """Leave-one-out, as in :meth:`.JointGaussian._control_variate`."""
+        """Leave-one-out, as in :func:`.products.whitened_products`."""
         if self.site.analytic:
             return jnp.zeros_like(loc)
         offset, n = evidence.means[self.site.name].reshape(loc.shape) - loc, evidence.particles

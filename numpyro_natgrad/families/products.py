@@ -1,0 +1,38 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Products with the mean Hessian of a step's draws, and the control variate that they make."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+
+def whitened_products(
+    push: Callable[[jax.Array, jax.Array], jax.Array],
+    factor: jax.Array,
+    shifts: jax.Array,
+    offset: jax.Array | None,
+    particles: float,
+) -> tuple[jax.Array, jax.Array]:
+    """KᵀH of each shift, ``(d, k)``, and what takes the noise of the draws' mean out of the slope Kᵀ∇f, ``(d,)``.
+
+    Leave-one-out: g = ∇f − (1/S) Σ_s H₋ₛ (z_s − m) with H₋ₛ the mean Hessian of the other particles, unbiased, and
+    without noise where f is quadratic. Σ_s H_s (z_s − m)/S is the derivative of E[∇f] as the draws are stretched, so
+    that it costs one more product. A single particle has no others: it is given the current S (sticking the landing).
+
+    :param push: what a shift of the mean ``(d,)`` and a stretch of the draws away from it change in the gradient.
+    :param factor: K, ``(d, d)``.
+    :param shifts: of the mean, ``(d, k)``.
+    :param offset: of the draws' mean from m, ``(d,)``; ``None`` where nothing is drawn.
+    """
+    n, still = particles, jnp.zeros(shifts.shape[1], shifts.dtype)
+    products = lambda *columns: factor.T @ jax.vmap(push, in_axes=(1, 0), out_axes=1)(*columns)
+    if offset is None:
+        return products(shifts, still), jnp.zeros(len(factor), factor.dtype)
+    if n == 1:
+        return products(shifts, still), -solve_triangular(factor, offset, lower=True)
+    shifts = jnp.concatenate([shifts, -n / (n - 1) * offset[:, None]], axis=1)
+    both = products(shifts, jnp.append(still, 1 / (n - 1)))
+    return both[:, :-1], both[:, -1]
