@@ -19,6 +19,9 @@ estimated, and C_aa → 1/t is all that says how far that mean is off.
 
 v is the noise of now, also of the steps before: nats are those of the guide as it is, and what a natural gradient
 missed far away, by fifteen orders of magnitude more, would hide for a hundred steps that the iterate still travels.
+
+Where a family moves more than the guide shows (the whole precision of a lifted Gaussian), only what it shows costs
+nats, and only that counts here, of ‖m‖² and of v.
 """
 
 from typing import NamedTuple
@@ -50,12 +53,16 @@ def observe(certificate: Certificate, seen: Comparison, noise: jax.Array, weight
     """
     k = noise.size
     covariance = _propagated(certificate.covariance[..., :k], weights)
-    excess = jnp.clip(_mean2(seen, weights) - noise * _share(covariance), -FARTHEST, FARTHEST)
+    shown = seen.shown_squares()
+    share = jnp.minimum(shown[1] / jnp.maximum(seen.news2, jnp.finfo(noise.dtype).tiny), 1.0)
+    visible = certificate.visible[:k] + weights.mean * (share - certificate.visible[:k])
+    excess = jnp.clip(_mean2(shown, weights) - visible * noise * _share(covariance), -FARTHEST, FARTHEST)
     old = certificate.excess[:, :k]
     averaged = old + weights.average * (jnp.stack([excess, excess**2]) - old)
     return Certificate(
         certificate.covariance.at[..., :k].set(covariance),
         certificate.excess.at[:, :k].set(averaged),
+        certificate.visible.at[:k].set(visible),
     )
 
 
@@ -70,14 +77,15 @@ def remaining(certificate: Certificate, noise: jax.Array, memory: jax.Array) -> 
     if not k:
         return jnp.array(jnp.nan), jnp.array(jnp.nan)
     mean, square = certificate.excess[:, :k]
-    left = jnp.minimum(noise * certificate.covariance[2, 2, :k], FARTHEST)
+    left = jnp.minimum(noise * certificate.visible[:k] * certificate.covariance[2, 2, :k], FARTHEST)
     error2 = jnp.maximum(square - mean**2, 0.0) + 2 / memory * left**2
     return 0.5 * jnp.sum(jnp.maximum(mean, 0.0) + left), 0.5 * jnp.sqrt(jnp.sum(error2))
 
 
 def noise_left(state: State) -> tuple[float, float]:
     """The part of the decrement that is noise, nats, and the steps that the running means behind it look back over."""
-    noise = np.asarray(noise_seen(state.pace) * state.certificate.covariance[2, 2])
+    certificate = state.certificate
+    noise = np.asarray(noise_seen(state.pace) * certificate.visible * certificate.covariance[2, 2])
     memory = np.asarray(state.pace.memory)
     return 0.5 * float(noise.sum()), float(noise @ memory / max(noise.sum(), np.finfo(noise.dtype).tiny))
 
@@ -97,11 +105,12 @@ def _propagated(covariance: jax.Array, weights: Weights) -> jax.Array:
     return jnp.einsum("ijk,jlk,mlk->imk", step, covariance, step) + drawn[:, None] * drawn
 
 
-def _mean2(seen: Comparison, weights: Weights) -> jax.Array:
+def _mean2(squares: jax.Array, weights: Weights) -> jax.Array:
     """‖m‖² after the step: m₊ = (1−w) m + (w−ρ) v, from the squares of m, v − m and v."""
     kept, added = 1 - weights.mean, weights.mean - weights.rho
-    product = (seen.this2 + seen.trend2 - seen.news2) / 2
-    return jnp.maximum(kept**2 * seen.trend2 + 2 * kept * added * product + added**2 * seen.this2, 0.0)
+    trend2, news2, this2 = squares
+    product = (this2 + trend2 - news2) / 2
+    return jnp.maximum(kept**2 * trend2 + 2 * kept * added * product + added**2 * this2, 0.0)
 
 
 def foreseen(certificate: Certificate, noise: jax.Array) -> jax.Array:

@@ -98,6 +98,11 @@ class GaussianSite(NamedTuple):
         return (self.loc, self.scale)
 
     @property
+    def block(self) -> int:
+        """Dimensions that vary together."""
+        return 1 if self.form.diagonal else self.shape[-1]
+
+    @property
     def whole(self) -> bool:
         """Whether the family is that of all Gaussians."""
         return not self.form.diagonal and len(self.shape) == 1
@@ -226,9 +231,28 @@ def project(precision_root: jax.Array, sites: Sequence[Any], starts: Sequence[An
     return [site.project(x, start) for site, x, start in zip(sites, columns, starts, strict=True)]
 
 
+def shown(columns: jax.Array, curvature: jax.Array, d: int) -> jax.Array:
+    """Squared norm of what independent sites of d dimensions show of a change of the joint precision.
+
+    To second order a block Σ_b loses ¼‖K_bᵀ ΔS_bb K_b‖² nats by a change of S, whatever happens outside of the block.
+
+    :param columns: the sites' columns of P with PᵀP = S, ``(D, batch · d)``.
+    :param curvature: P⁻ᵀ ΔS P⁻¹, ``(D, D)``.
+    """
+    blocks = _blocks(columns, d)
+    lengths = jnp.linalg.norm(blocks, axis=1, keepdims=True)
+    frame = blocks / lengths if d == 1 else blocks @ conditional_factors(columns, d)
+    return jnp.sum((jnp.swapaxes(frame, -1, -2) @ curvature @ frame) ** 2)
+
+
 def conditional_factors(columns: jax.Array, d: int) -> jax.Array:
     """K with KKᵀ = (S_bb)⁻¹ of every block of d columns of P with PᵀP = S, ``(batch, d, d)``, lower triangular."""
-    blocks = jnp.moveaxis(columns.reshape(columns.shape[0], -1, d), 1, 0)  # (batch, D, d)
+    blocks = _blocks(columns, d)
     # S_bb = AᵀA = CᵀC with C lower: flip, factor, flip back.
     flipped = lower_factor(jnp.swapaxes(blocks[..., ::-1], -1, -2))
     return inverse_lower(jnp.swapaxes(flipped[..., ::-1, ::-1], -1, -2))
+
+
+def _blocks(columns: jax.Array, d: int) -> jax.Array:
+    """Each site's own columns, ``(batch, D, d)``."""
+    return jnp.moveaxis(columns.reshape(columns.shape[0], -1, d), 1, 0)

@@ -121,13 +121,19 @@ class Comparison(NamedTuple):
 
     Of one family, or of each: every family has a pace of its own. Rows of a subsampled plate see their own data alone,
     and move by whole steps, while what all the data is about has to average over batches.  ``reach``: the length that a
-    family with a memory of its own asks for; zero where the rule decides.
+    family with a memory of its own asks for; zero where the rule decides.  ``shown``: the three squares of what the
+    guide shows, where a family moves more than that; ``None`` where all of it counts.
     """
 
     trend2: jax.Array
     news2: jax.Array
     this2: jax.Array
     reach: jax.Array | float = 0.0
+    shown: jax.Array | None = None
+
+    def shown_squares(self) -> jax.Array:
+        """``(3, …)``"""
+        return jnp.stack([self.trend2, self.news2, self.this2]) if self.shown is None else self.shown
 
 
 def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
@@ -142,7 +148,7 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     kept, old_noise = pace.memory[:n], pace.noise[:n]
     first, weight = kept < MEMORY_MIN, 1 / kept
     drift, seen = _followed(pace.drift[:, :n], seen, weight)
-    trend2, news2, this2, reach = seen
+    trend2, news2, this2, reach, _ = seen
     bound = jnp.where(first, jnp.inf, jnp.maximum(OUTLIER**2 * (trend2 + old_noise), HARMLESS))
     pull = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(news2, tiny)))
     seen2 = pull**2 * news2
@@ -172,7 +178,7 @@ def _followed(drift: jax.Array, seen: Comparison, weight: jax.Array) -> tuple[ja
     parameters of the model that move as well, a model far from quadratic) what comes is βm with β > 1, and v − m is no
     noise but drift. β − 1 = ⟨v − m, m⟩/⟨m, m⟩, both averaged; noise alone makes it negative.
     """
-    trend2, news2, this2, reach = seen
+    trend2, news2, this2, reach, _ = seen
     bound = jnp.sqrt(news2) * jnp.sqrt(trend2)  # Cauchy & Schwarz: what is beyond is rounding
     missed = jnp.clip((this2 - trend2 - news2) / 2, -bound, bound)  # ⟨v − m, m⟩
     share = jnp.stack([missed, trend2]) / jnp.maximum(this2 + trend2, jnp.finfo(trend2.dtype).tiny)

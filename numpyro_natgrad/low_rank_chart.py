@@ -53,6 +53,11 @@ class LowRankSite(NamedTuple):
         return (self.loc, self.factor, self.scale)
 
     @property
+    def block(self) -> int:
+        """Dimensions that vary together."""
+        return self.shape[-1]
+
+    @property
     def whole(self) -> bool:
         """Whether the family is that of all Gaussians."""
         return False

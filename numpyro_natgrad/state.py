@@ -71,10 +71,12 @@ class Certificate(NamedTuple):
         in the natural gradient; ``(3, 3, n)``.
     :ivar excess: averages, as ``get_params`` averages, of ‖m‖² beyond its noise and of the square of that, nats and
         nats²; ``(2, n)``.
+    :ivar visible: running share of the noise that the guide shows; ``(n,)``.
     """
 
     covariance: jax.Array
     excess: jax.Array
+    visible: jax.Array
 
 
 class StepInfo(NamedTuple):
@@ -142,5 +144,6 @@ def initial(params: Params, point: Any) -> State:
     )
     each = jnp.zeros(len(params), dtype)
     pace = Pace(each, jnp.stack([each] * LAST), jnp.ones_like(each), jnp.ones_like(each), jnp.stack([each, each]), zero)
-    certificate = Certificate(jnp.zeros((3, 3, each.size), dtype), jnp.zeros((2, each.size), dtype))
+    nothing = jnp.zeros((3, 3, each.size), dtype), jnp.zeros((2, each.size), dtype)
+    certificate = Certificate(*nothing, jnp.ones_like(each))
     return State(params, params, memory, pace, certificate, point, info)

@@ -109,8 +109,7 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     start = length.initial_radius(context.options, context.structure.latents)
     pace = state.pace._replace(radius=jnp.where(state.pace.radius > 0, state.pace.radius, start))
     pairs = list(zip(families, tangents, strict=True))
-    each = [f.compare(state.memory, v) for f, v in pairs]
-    compared = length.Comparison(*(_each(c[i] for c in each) for i in range(len(length.Comparison._fields))))
+    compared = _compared([f.compare(state.memory, v) for f, v in pairs])
     pace, observation = length.observe(pace, compared)
     memory = state.memory
     for k, (family, v) in enumerate(pairs):
@@ -118,6 +117,13 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     cap = length.cap(context.options, step, observation, _tolerance(context.structure, square.dtype))
     square = jnp.where(ok, square, 0.0)
     return Direction(tangents, memory, pace, square, compared, observation, cap, share, ok)
+
+
+def _compared(each: list[length.Comparison]) -> length.Comparison:
+    """Of all families, as arrays."""
+    trend2, news2, this2, reach = (_each(c[i] for c in each) for i in range(4))
+    shown = jnp.stack([_each(c.shown_squares()[i] for c in each) for i in range(3)])
+    return length.Comparison(trend2, news2, this2, reach, shown)
 
 
 def _tolerance(structure: Structure, dtype: Any) -> length.Tolerance:

@@ -10,6 +10,7 @@ correlated posteriors: the means take Newton steps with the full precision.
 """
 
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import block_diag
 
 from .. import gaussian
-from ..charts import GaussianSite, Params, project
+from ..charts import GaussianSite, Params, project, shown
 from ..evidence import Evidence, finite
 from ..gaussian import Tangent
 from ..length import Comparison
@@ -102,9 +103,24 @@ class JointGaussian(NamedTuple):
         return gaussian.kl_backward(v.tangent, rho, self.margin)
 
     def compare(self, memory: Memory, v: Frame) -> Comparison:
+        slopes, curvatures = self._compared(memory, v)
+        square = lambda curvature: jnp.sum(slopes**2, axis=1) + 0.5 * curvature
+        trend2, news2, this2 = square(jnp.sum(curvatures**2, axis=(1, 2)))
+        shown = square(self._shown(v.factor, curvatures)) if self.lifted else None
+        return Comparison(trend2, news2, this2, shown=shown)
+
+    def _compared(self, memory: Memory, v: Any) -> tuple[jax.Array, jax.Array]:
+        """Slopes ``(3, d)`` and curvatures of the running mean, of what differs from it, and of both."""
         slope, curvature = self._trend(memory.joint)
-        news2 = _square(v.tangent.slope - slope, v.curvature - curvature)
-        return Comparison(_square(slope, curvature), news2, self.norm2(v))
+        slopes = jnp.stack([slope, v.tangent.slope - slope, v.tangent.slope])
+        return slopes, jnp.stack([curvature, v.curvature - curvature, v.curvature])
+
+    def _shown(self, factor: jax.Array, curvatures: jax.Array) -> jax.Array:
+        """Squares of what the guide shows of curvatures; along the means it is the joint Gaussian that counts."""
+        ends = list(accumulate(s.size for s in self.sites))
+        columns = jnp.split(gaussian.inverse_lower(factor), ends[:-1], axis=1)
+        parts = list(zip(self.sites, columns, strict=True))
+        return jax.vmap(lambda m: sum((shown(x, m, s.block) for s, x in parts), jnp.zeros(())))(curvatures)
 
     def remember(self, memory: Memory, v: Frame, weight: jax.Array) -> Memory:
         slope, curvature = self._trend(memory.joint)
@@ -200,7 +216,3 @@ def _usable(
 
 def padded(x: jax.Array, n: int) -> jax.Array:
     return jnp.pad(x, [(0, n - size) for size in x.shape])
-
-
-def _square(slope: jax.Array, curvature: jax.Array) -> jax.Array:
-    return jnp.sum(slope**2) + 0.5 * jnp.sum(curvature**2)
