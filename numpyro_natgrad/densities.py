@@ -129,13 +129,17 @@ def frozen_arguments(base: Any) -> Any:
 
 def shifted(base: Any, shift: jax.Array) -> Any:
     """The same distribution with ``shift`` added to its draws, and the log-density it had."""
+    return _moved(base, lambda x: x + shift.reshape(x.shape))
+
+
+def stretched(base: Any, mean: jax.Array, by: jax.Array) -> Any:
+    """The same with each draw x moved by ``by`` (x − mean), which is taken for a constant."""
+    return _moved(base, lambda x: x + by * stop_gradient(x - mean.reshape(x.shape)))
+
+
+def _moved(base: Any, move: Callable[[jax.Array], jax.Array]) -> Any:
     changed = copy.copy(base)
-
-    def sample(key: Any, sample_shape: tuple[int, ...] = ()) -> jax.Array:
-        x = base.sample(key, sample_shape)
-        return x + shift.reshape(x.shape)
-
-    changed.sample = sample
+    changed.sample = lambda key, sample_shape=(): move(base.sample(key, sample_shape))
     return changed
 
 

@@ -30,7 +30,7 @@ from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer.util import is_identically_one
 from numpyro.primitives import Messenger
 
-from .densities import CLOSED, MONTE_CARLO, Density, frozen_arguments, nothing, shifted, silent, tilted
+from .densities import CLOSED, MONTE_CARLO, Density, frozen_arguments, nothing, shifted, silent, stretched, tilted
 from .errors import StructureError
 from .flows import at_draw
 from .particles import own
@@ -203,8 +203,8 @@ class PathGradient(Messenger):
         tilted site zeros of the shape of η: ⟨t, T(x)⟩ is added in the same way, and along the draw. For each split site
         zeros ``(2, particles, *shape)``, of which every particle has its own: what a silent site has, and what is added
         to the draw, so that the gradient is the draws and the gradients of −log p there, over the number of particles.
-    :param stretches: for silent sites a mean m, of as many elements as the draw, and a scalar s: draws x are moved away
-        from m by s(x − m), which is no function of any parameter.
+    :param stretches: for silent sites the mean m, of as many elements as the draw, and a scalar s: draws x of the
+        Gaussian are moved away from m by s(x − m), which is no function of any parameter.
     """
 
     def __init__(
@@ -217,16 +217,17 @@ class PathGradient(Messenger):
         self.modes, self.taps, self.stretches = modes, taps, stretches or {}
 
     def process_message(self, msg: Any) -> None:
-        if guide_site(msg) and self.modes.get(msg["name"]) == "split":
-            shift = own(self.taps[msg["name"]][1], msg["kwargs"]["rng_key"])
+        if not guide_site(msg):
+            return
+        name = msg["name"]
+        if self.modes.get(name) == "split":
+            shift = own(self.taps[name][1], msg["kwargs"]["rng_key"])
             msg["fn"] = map_base(msg["fn"], lambda base: shifted(base, shift))
+        elif name in self.stretches:
+            msg["fn"] = map_base(msg["fn"], lambda base: stretched(base, *self.stretches[name]))
 
     def postprocess_message(self, msg: Any) -> None:
         mode = self.modes.get(msg["name"]) if is_guide_site(msg) else None
-        if mode and msg["name"] in self.stretches:
-            mean, by = self.stretches[msg["name"]]
-            away = stop_gradient(msg["value"] - mean.reshape(jnp.shape(msg["value"])))
-            msg["value"] = msg["value"] + by * away
         if mode == "path":
             msg["fn"] = map_base(msg["fn"], frozen_arguments)
         elif mode == "silent":
