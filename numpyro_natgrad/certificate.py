@@ -35,6 +35,8 @@ from .state import Certificate, State
 
 #: Nats beyond which all distances are alike: their squares are numbers in single precision.
 FARTHEST = 1e15
+#: Standard deviation of a normal variable, in mean absolute deviations: √(π/2).
+NORMAL = 1.2533
 
 
 class Weights(NamedTuple):
@@ -57,11 +59,12 @@ def observe(certificate: Certificate, seen: Comparison, noise: jax.Array, weight
     share = jnp.minimum(shown[1] / jnp.maximum(seen.news2, jnp.finfo(noise.dtype).tiny), 1.0)
     visible = certificate.visible[:k] + weights.mean * (share - certificate.visible[:k])
     excess = jnp.clip(_mean2(shown, weights) - visible * noise * _share(covariance), -FARTHEST, FARTHEST)
-    old = certificate.excess[:, :k]
-    averaged = old + weights.average * (jnp.stack([excess, excess**2]) - old)
+    mean, deviation = certificate.excess[:, :k]
+    mean = mean + weights.average * (excess - mean)
+    deviation = deviation + weights.average * (jnp.abs(excess - mean) - deviation)
     return Certificate(
         certificate.covariance.at[..., :k].set(covariance),
-        certificate.excess.at[:, :k].set(averaged),
+        certificate.excess.at[:, :k].set(jnp.stack([mean, deviation])),
         certificate.visible.at[:k].set(visible),
     )
 
@@ -71,14 +74,15 @@ def remaining(certificate: Certificate, noise: jax.Array, memory: jax.Array) -> 
 
     v is the mean of about ``memory`` squares, of relative variance 2 at least where one direction is noisy (χ²), and
     the excess scatters as it was seen to; its terms follow each other closely, and none of that scatter averages out.
-    Where no parameter has a Fisher nothing is known.
+    (Absolute deviations, as the average itself, forget the start where it is left behind; for the root of a mean of
+    squares its nats would count for twice as many steps.) Where no parameter has a Fisher nothing is known.
     """
     k = memory.size
     if not k:
         return jnp.array(jnp.nan), jnp.array(jnp.nan)
-    mean, square = certificate.excess[:, :k]
+    mean, deviation = certificate.excess[:, :k]
     left = jnp.minimum(noise * certificate.visible[:k] * certificate.covariance[2, 2, :k], FARTHEST)
-    error2 = jnp.maximum(square - mean**2, 0.0) + 2 / memory * left**2
+    error2 = (NORMAL * deviation) ** 2 + 2 / memory * left**2
     return 0.5 * jnp.sum(jnp.maximum(mean, 0.0) + left), 0.5 * jnp.sqrt(jnp.sum(error2))
 
 

@@ -69,8 +69,8 @@ class Certificate(NamedTuple):
 
     :ivar covariance: C, of the noise in the iterate, in the running mean beyond it, and in the average, of unit noise
         in the natural gradient; ``(3, 3, n)``.
-    :ivar excess: averages, as ``get_params`` averages, of ‖m‖² beyond its noise and of the square of that, nats and
-        nats²; ``(2, n)``.
+    :ivar excess: averages, as ``get_params`` averages, of ‖m‖² beyond its noise and of how much that deviates from its
+        average, nats; ``(2, n)``.
     :ivar visible: running share of the noise that the guide shows; ``(n,)``.
     """
 

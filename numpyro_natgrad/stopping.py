@@ -4,15 +4,18 @@
 
 The certificate (:mod:`.certificate`) is a statement about the quadratic model of one step. Far from the optimum that
 model can be wrong either way, so that it has to hold over a window of steps that were taken as proposed, while the
-losses themselves fall no more than their noise would let them.
+losses themselves fall no more than their noise would let them. A quarter of all steps is window enough: a fit that is
+near from its fifth step on would else be twice as long for the sake of a proof.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-#: Steps over which the certificate has to hold, and how many of those may miss it: one draw from a heavy tail.
-WINDOW, MISSES = 8, 1
+#: The certificate has to hold over one in so many steps, at least and at most these.
+SHARE, LEAST, WINDOW = 4, 3, 8
+#: How many of a whole window may miss it: one draw from a heavy tail.
+MISSES = 1
 #: Standard errors below the tolerance that the estimate has to be, and of a fall of the losses that counts as one.
 BEYOND, FALLS = 1.0, 2.5
 #: Steps in a row without a finite loss after which there is no point in going on.
@@ -70,7 +73,7 @@ class Log:
         """Write down a part; its seconds are since this log was begun."""
         part = part._replace(seconds=part.seconds + self._start)
         self._parts.append(part)
-        self.recent = History(*(x[-HOPE:] for x in joined([self.recent, part])))
+        self.recent = History(*(x[-SHARE * WINDOW :] for x in joined([self.recent, part])))
 
     def history(self) -> History:
         """All of it."""
@@ -78,13 +81,15 @@ class Log:
 
 
 def converged(history: History, tolerance: float) -> bool:
-    """Whether the remaining gain is below the tolerance beyond noise, over the last :data:`WINDOW` steps."""
-    if history.steps < WINDOW:
+    """Whether the remaining gain is below the tolerance beyond noise, over a quarter of the steps."""
+    window = int(np.clip(history.steps // SHARE, LEAST, WINDOW))
+    if history.steps < window:
         return False
-    last = History(*(x[-WINDOW:] for x in history))
+    last = History(*(x[-window:] for x in history))
     below = last.decrement + BEYOND * last.decrement_error < tolerance
     calm = np.isfinite(last.loss) & ~last.skipped & ~last.limited
-    return bool(below[-1] and np.sum(below & calm) >= WINDOW - MISSES and not _falling(last.loss))
+    least = window - (MISSES if window == WINDOW else 0)
+    return bool(below[-1] and np.sum(below & calm) >= least and not _falling(last.loss))
 
 
 def is_lost(history: History) -> bool:

@@ -185,3 +185,19 @@ def test_a_wide_mean_field_is_exact_in_two_on_independent_latents(x64, monkeypat
     orthogonal = np.linalg.qr(X)[0] * np.array([1, 3, 1, 0.3, 1, 1])
     options = {"steps": 2, "x": orthogonal, "estimator": "second_order"}
     assert gap("AutoDiagonalNormal", Trace_ELBO(num_particles=2), **options) < TOLERANCE["float64"]
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal])
+def test_a_site_with_a_constraint_is_as_exact(guide, x64):
+    """Gaussian is its logarithm, and what draws tell of its mean: prior N(1, ½²), one observation 2 ± 1."""
+
+    def positive_site() -> None:
+        rate = numpyro.sample("rate", dist.LogNormal(1.0, 0.5))
+        numpyro.sample("y", dist.Normal(jnp.log(rate), 1.0), obs=2.0)
+
+    svi = SVI(positive_site, made := guide(positive_site), NaturalGradient(1.0, estimator="second_order", max_kl=None),
+              Trace_ELBO(num_particles=2))  # fmt: skip
+    params = svi.run(random.key(0), 1, progress_bar=False).params
+    median, (low, high) = (made.quantiles(params, q)["rate"] for q in (0.5, [0.1, 0.9]))
+    np.testing.assert_allclose(np.log(median), 1.2, rtol=TOLERANCE["float64"])
+    np.testing.assert_allclose(np.log(high / low), 2 * 1.2815515655446004 / np.sqrt(5), rtol=TOLERANCE["float64"])

@@ -148,7 +148,7 @@ def followed(key, rho, steps=60, d=40, noise=0.5):
         jnp.full(d, 1.0),
         jnp.zeros(d),
         jnp.full(d, 1.0),
-        Certificate(jnp.zeros((3, 3, 1)), jnp.zeros((2, 1))),
+        Certificate(jnp.zeros((3, 3, 1)), jnp.zeros((2, 1)), jnp.ones(1)),
     )
     draws = jnp.arange(steps, dtype=float), random.normal(key, (steps, d))
     (_, _, a, seen), _ = jax.lax.scan(step, start, draws)
@@ -165,7 +165,7 @@ def test_the_certificate_is_the_gap_of_the_average(rho, x64):
 
 def test_noise_of_the_way_hides_no_travel(dtype):
     """Twenty steps after natural gradients that erred by 10¹⁵ nats: unit noise does not show ‖m‖² = 1 by itself."""
-    state, far = Certificate(jnp.zeros((3, 3, 1)), jnp.zeros((2, 1))), [1e15, 1e12, 1e8, 1e4]
+    state, far = Certificate(jnp.zeros((3, 3, 1)), jnp.zeros((2, 1)), jnp.ones(1)), [1e15, 1e12, 1e8, 1e4]
     observe = jax.jit(certificate.observe)
     for t, noise in enumerate(far + 20 * [1.0], 1):
         weights = Weights(*(jnp.full(1, w) for w in (0.1, max(0.1, 1 / t), 9 / (t + 8))))
@@ -178,19 +178,19 @@ def test_noise_of_the_way_hides_no_travel(dtype):
 
 
 def test_nothing_is_certified_where_nothing_has_a_fisher():
-    state = Certificate(jnp.zeros((3, 3, 2)), jnp.zeros((2, 2)))
+    state = Certificate(jnp.zeros((3, 3, 2)), jnp.zeros((2, 2)), jnp.ones(2))
     assert np.isnan(certificate.remaining(state, jnp.zeros(0), jnp.zeros(0))).all()
 
 
 def flat(**changes):
-    """A history of twenty steps that are done, but for the changes."""
-    loss = 5 + np.random.default_rng(0).normal(size=20)
-    done = dict.fromkeys(History._fields, np.zeros(20)) | {"loss": loss, "decrement": np.full(20, 0.004)}
-    return History(**done | {"limited": np.zeros(20, bool), "skipped": np.zeros(20, bool)} | changes)
+    """A history of forty steps that are done, but for the changes."""
+    loss = 5 + np.random.default_rng(0).normal(size=40)
+    done = dict.fromkeys(History._fields, np.zeros(40)) | {"loss": loss, "decrement": np.full(40, 0.004)}
+    return History(**done | {"limited": np.zeros(40, bool), "skipped": np.zeros(40, bool)} | changes)
 
 
 def last(value, count, dtype=float):
-    return np.r_[np.zeros(20 - count), np.full(count, value)].astype(dtype)
+    return np.r_[np.zeros(40 - count), np.full(count, value)].astype(dtype)
 
 
 @pytest.mark.parametrize(
@@ -198,17 +198,23 @@ def last(value, count, dtype=float):
     [
         ({}, True),
         ({"decrement": last(0.02, 1)}, False),  # now
-        ({"decrement": np.r_[np.zeros(15), 0.02, np.zeros(4)]}, True),  # one draw from a heavy tail
-        ({"decrement": last(0.0, 0) + np.r_[np.zeros(14), 0.02, 0.02, np.zeros(4)]}, False),
-        ({"decrement_error": last(0.007, 20)}, False),
+        ({"decrement": np.r_[np.zeros(35), 0.02, np.zeros(4)]}, True),  # one draw from a heavy tail
+        ({"decrement": last(0.0, 0) + np.r_[np.zeros(34), 0.02, 0.02, np.zeros(4)]}, False),
+        ({"decrement_error": last(0.007, 40)}, False),
         ({"limited": last(1, 2, bool)}, False),
         ({"skipped": last(1, 2, bool)}, False),
-        ({"loss": np.linspace(30, 5, 20)}, False),
-        ({"decrement": last(np.nan, 20)}, False),
+        ({"loss": np.linspace(30, 5, 40)}, False),
+        ({"decrement": last(np.nan, 40)}, False),
     ],
 )
 def test_done_is_below_the_tolerance_beyond_noise_for_a_while(changes, done):
     assert stopping.converged(flat(**changes), 0.01) is done
+
+
+@pytest.mark.parametrize(("steps", "held", "done"), [(12, 3, True), (12, 2, False), (24, 6, True), (24, 5, False)])
+def test_a_quarter_of_the_steps_is_a_while(steps, held, done):
+    history = flat(decrement=np.r_[np.ones(40 - held), np.full(held, 0.004)])
+    assert stopping.converged(History(*(x[-steps:] for x in history)), 0.01) is done
 
 
 @pytest.mark.parametrize(
@@ -221,6 +227,6 @@ def test_the_error_has_one_digit(value, error, text):
 
 def test_the_outlook_is_what_the_tolerance_takes():
     """Noise falls as one over steps: from 0.04 to 0.01 nats it takes four times the steps, or the particles."""
-    history = flat(decrement=np.full(20, 0.04))
+    history = flat(decrement=np.full(40, 0.04))
     assert "about 120 further steps, or 4 times the particles" in stopping.outlook(history, 0.01, 0.04, 20.0)
     assert "on its way" in stopping.outlook(history, 0.01, 0.001, 20.0)
