@@ -117,6 +117,11 @@ def _mean2(squares: jax.Array, weights: Weights) -> jax.Array:
     return jnp.maximum(kept**2 * trend2 + 2 * kept * added * product + added**2 * this2, 0.0)
 
 
+def shown(certificate: Certificate, noise: jax.Array) -> jax.Array:
+    """What the guide shows of the noise, nats, for each family."""
+    return noise * certificate.visible[: noise.size]
+
+
 def foreseen(certificate: Certificate, noise: jax.Array) -> jax.Array:
     """‖m‖² that noise alone would show before the next step, nats, for each family."""
     return noise * _share(certificate.covariance[..., : noise.size])

@@ -14,8 +14,9 @@ what it promises on its own draws, and shrinks fourfold while it does not; what 
 the guide gets away from where it was learned.
 """
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +61,8 @@ class Tolerance(NamedTuple):
     """
 
     particles: float
-    quiet: jax.Array
-    bearable: jax.Array | float = 0.0
+    quiet: Any
+    bearable: Any
 
 
 class Observation(NamedTuple):
@@ -111,9 +112,9 @@ def lasting(seen: Observation, tolerance: Tolerance) -> jax.Array:
     return _borne(seen.noise, tolerance.bearable) * jnp.minimum(1.0, LASTING / jnp.sqrt(seen.settled))
 
 
-def _borne(noise: jax.Array, nats: jax.Array | float) -> jax.Array:
+def _borne(noise: jax.Array, nats: Any) -> jax.Array:
     """1 up to so many nats of noise, and beyond the length that lets no more of it pass."""
-    return jnp.minimum(1.0, nats / jnp.maximum(noise, jnp.finfo(noise.dtype).tiny))
+    return jnp.minimum(1.0, jnp.asarray(nats, noise.dtype) / jnp.maximum(noise, jnp.finfo(noise.dtype).tiny))
 
 
 class Comparison(NamedTuple):
@@ -207,14 +208,14 @@ def forgotten(pace: Pace, latents: int, kl: jax.Array) -> Pace:
     )
 
 
-def averaged(pace: Pace, foreseen: jax.Array, seen: Comparison, noise: jax.Array) -> Pace:
-    """How many steps the average looks back over: all in which the iterate did not move more than noise moves it.
+def averaged(pace: Pace, foreseen: jax.Array, trend2: jax.Array, noise: jax.Array) -> Pace:
+    """How many steps the average looks back over: all in which the guide did not move more than noise moves it.
 
     Squares scatter about what is foreseen, and one that counted as travel whenever it is above would end the average
     every fifty steps.
     """
     n, tiny = foreseen.size, jnp.finfo(foreseen.dtype).tiny
-    travelled = jnp.maximum(seen.trend2 - TRAVEL * foreseen, 0.0) / jnp.maximum(seen.trend2 + noise, tiny)
+    travelled = jnp.maximum(trend2 - TRAVEL * foreseen, 0.0) / jnp.maximum(trend2 + noise, tiny)
     steps = pace.averaged[:n] * (1 - travelled) + 1
     return pace._replace(averaged=pace.averaged.at[:n].set(steps))
 
@@ -250,6 +251,14 @@ def quiet(latents: int) -> float:
     off, v what this lets pass: a hundredth of a nat, or less than a hundredth a latent.
     """
     return max(QUIET, QUIET_LATENT * latents)
+
+
+def bearable(latents: int, whole: bool) -> float:
+    """Nats of noise in which Newton's steps stay long all the same.
+
+    Batches want optima of their own. Noise of ``whole`` data's gradients, far off, is mostly the model that changes.
+    """
+    return math.inf if whole else LASTING_LATENT * latents
 
 
 def statistical(parameters: int, numbers: int) -> float:

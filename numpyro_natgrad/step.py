@@ -92,7 +92,7 @@ class Search(NamedTuple):
 def natural_step(fn: Loss, context: Context, step: jax.Array, state: State) -> tuple[Evidence, State]:
     """Evaluate the loss at the iterate and move."""
     structure = context.structure
-    evidence = gather(fn, state.params, structure.views, structure.particles)
+    evidence = gather(fn, state.params, structure.views, structure.tolerance.particles)
     direction = _direction(evidence, context, step, state)
     search = _search(evidence, context, direction, state)
     proposal = _propose(evidence, context, direction, state, search.radius)
@@ -114,7 +114,7 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
     memory = state.memory
     for k, (family, v) in enumerate(pairs):
         memory = family.remember(memory, v, observation.weight[k])
-    cap = length.cap(context.options, step, observation, _tolerance(context.structure, square.dtype))
+    cap = length.cap(context.options, step, observation, context.structure.tolerance)
     square = jnp.where(ok, square, 0.0)
     return Direction(tangents, memory, pace, square, compared, observation, cap, share, ok)
 
@@ -124,10 +124,6 @@ def _compared(each: list[length.Comparison]) -> length.Comparison:
     trend2, news2, this2, reach = (_each(c[i] for c in each) for i in range(4))
     shown = jnp.stack([_each(c.shown_squares()[i] for c in each) for i in range(3)])
     return length.Comparison(trend2, news2, this2, reach, shown)
-
-
-def _tolerance(structure: Structure, dtype: Any) -> length.Tolerance:
-    return length.Tolerance(structure.particles, *(jnp.array(x, dtype) for x in (structure.quiet, structure.bearable)))
 
 
 def _search(evidence: Evidence, context: Context, direction: Direction, state: State) -> Search:
@@ -216,8 +212,9 @@ def _paced(
 ) -> Pace:
     """The pace after the step was tried. (A loss that is not finite where the step starts says nothing about it.)"""
     latents, pace = context.structure.latents, direction.pace
-    foreseen = certificate.foreseen(state.certificate, direction.seen.noise)
-    pace = length.averaged(pace, foreseen, direction.compared, direction.seen.noise)
+    noise = certificate.shown(state.certificate, direction.seen.noise)
+    foreseen = certificate.foreseen(state.certificate, noise)
+    pace = length.averaged(pace, foreseen, direction.compared.shown_squares()[0], noise)
     pace = _choose(good, length.forgotten(pace, latents, jnp.sum(proposal.kl)), pace)
     if not context.options.adaptive:
         return pace

@@ -66,11 +66,9 @@ class Structure(NamedTuple):
     :ivar families: who moves what.
     :ivar point: parameters without a Fisher, left to the ordinary optimizer, with their sizes.
     :ivar views: how the loss is to be seen.
-    :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar latents: latent dimensions of the guide's sites, for the whole data set; of a likelihood, observations.
     :ivar exact: whether a step of length 1 is exact on conjugate models.
-    :ivar quiet: how much noise is left alone, for every family, nats.
-    :ivar bearable: the noise in which steps stay long all the same, for every family, nats.
+    :ivar tolerance: how much noise the steps of every family may have.
     :ivar paired: whether the draws move with the parameters, so that two values of the loss at the same draws differ by
         less than their noise. Draws of a discrete site jump.
     """
@@ -78,11 +76,9 @@ class Structure(NamedTuple):
     families: tuple[Family, ...]
     point: dict[str, int]
     views: Views
-    particles: float
     latents: int
     exact: bool
-    quiet: tuple[float, ...]
-    bearable: tuple[float, ...]
+    tolerance: length.Tolerance
     paired: bool
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
@@ -116,8 +112,9 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     views = _views(families, gaussians, naturals, scored, hearing, options, forward)
     exact = hearing.is_elbo and all(family.exact for family in families)
     paired = all(site.reparameterized or site.analytic for site in hearing.sites.values())
-    quiet, bearable = _quiet(families, exact, latents), tuple(_bearable(f, hearing) for f in families)
-    return Structure(families, point, views, hearing.particles, latents, exact, quiet, bearable, paired)
+    noise = _quiet(families, exact, latents), _bearable(families, hearing.whole)
+    tolerance = length.Tolerance(hearing.particles, *noise)
+    return Structure(families, point, views, latents, exact, tolerance, paired)
 
 
 def _quiet(families: tuple[Family, ...], exact: bool, latents: int) -> tuple[float, ...]:
@@ -131,11 +128,8 @@ def _quiet_one(family: Family, rest: float, families: int) -> float:
     return (length.QUIET_SCORES if isinstance(family, ScoreFisher) else rest) / families
 
 
-def _bearable(family: Family, hearing: Hearing) -> float:
-    """Batches want optima of their own. Noise of all data's gradients, far off, is mostly the model that changes."""
-    if not isinstance(family, JointGaussian):
-        return 0.0
-    return math.inf if hearing.whole else length.LASTING_LATENT * family.size
+def _bearable(families: tuple[Family, ...], whole: bool) -> tuple[float, ...]:
+    return tuple(length.bearable(f.size, whole) if isinstance(f, JointGaussian) else 0.0 for f in families)
 
 
 def _charted(hearing: Hearing, options: Options) -> tuple[list[GaussianSite | LowRankSite], list[NaturalParameters]]:

@@ -61,7 +61,7 @@ ABLATIONS = {
     "drift counts as noise": Ablation(((length, "DRIFT_MAX", 1.0),)),
     "no noise is left alone": Ablation(((length, "QUIET", 1e-9), (length, "QUIET_LATENT", 0.0))),
     "steps do not last": Ablation(((length, "LASTING", 0.0),)),
-    "a nat of noise a latent shortens them": Ablation(((structure, "_bearable", lambda family, hearing: family.size),)),
+    "a nat of noise a latent shortens them": Ablation(((length, "bearable", lambda latents, whole: latents),)),
     "whatever is above noise is travel": Ablation(((length, "TRAVEL", 1.0),)),
     "outliers are not pulled in": Ablation(((length, "OUTLIER", float("inf")),)),
     "the last iterate, not the average": Ablation(((step, "AVERAGE_DECAY", 1e9),)),
