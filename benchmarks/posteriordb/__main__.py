@@ -3,8 +3,9 @@
 """``python -m benchmarks.posteriordb --checkout PATH``: run what is missing of a whole benchmark, resumable.
 
 ``reference`` first draws from the posteriors that no draws are published of; ``table`` writes docs/posteriordb.md of
-the results there are, ``figures`` their pictures; ``ablation`` takes the rule apart, into docs/ablation.md. Models and
-methods are chosen by (parts of) their names, with commas.
+the results there are, ``figures`` their pictures; ``ablation`` takes the rule apart, into docs/ablation.md, and
+``compiling`` says how long XLA takes, in docs/compiling.md. Models and methods are chosen by (parts of) their names,
+with commas.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from . import run
 from .models import MODELS, named
 
 RESULTS = pathlib.Path("benchmarks/results")
-COMMANDS = ("run", "one", "reference", "table", "figures", "ablation")
+COMMANDS = ("run", "one", "reference", "table", "figures", "ablation", "compiling")
 
 
 def main() -> None:
@@ -28,8 +29,8 @@ def main() -> None:
         _document(options.command, options.results)
     elif options.checkout is None:
         raise SystemExit("`--checkout`: expected the folder of a checkout of posteriordb, got nothing.")
-    elif options.command == "ablation":
-        _ablation(options)
+    elif options.command in ("ablation", "compiling"):
+        _study(options)
     elif options.command == "reference":
         _reference(plan, _models(options))
     elif options.command == "one":
@@ -90,14 +91,17 @@ def _reference(plan: run.Plan, models: list[str]) -> None:
         print(draw(plan.checkout, plan.results, model), flush=True)
 
 
-def _ablation(options: argparse.Namespace) -> None:
+def _study(options: argparse.Namespace) -> None:
     import jax
 
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_enable_compilation_cache", False)
-    from .ablation import write
+    from . import ablation, compiling
 
-    print(write(options.checkout, options.results))
+    if options.command == "ablation":
+        print(ablation.write(options.checkout, options.results))
+    else:
+        print(compiling.write(options.checkout, _models(options)))
 
 
 def _document(command: str, results: pathlib.Path) -> None:

@@ -6,7 +6,8 @@ Gradients are those of one draw's log density. A step of Adam evaluates one for 
 every particle takes one, and a third for the loss at the point reached (which only some steps ask for); where the step
 is not made of gradients alone, two more for each of its d + 1 products with a Hessian (forward over reverse costs about
 two gradients; one of the products is the control variate's). Adam's settings and seeds run as one batch, and the
-seconds of a step are those of a run by itself.
+seconds of a step are those of a run by itself. The natural gradient is compiled as ``fit`` compiles it, Adam as
+``SVI.run`` does; :mod:`.compiling` has all four.
 """
 
 import itertools
@@ -23,6 +24,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.optim import optax_to_numpyro
 
 from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.compilation import quickly
 
 from .guides import Guide
 from .models import Data
@@ -76,7 +78,7 @@ def reference(problem: Problem) -> Iterator[Attempt]:
 
 def _natural(problem: Problem, marks: np.ndarray, particles: int, seeds: range) -> Iterator[Attempt]:
     walk, optimizer = walker(problem, marks, particles), NaturalGradient()
-    compiled, compiling = compile_timed(lambda z, key: walk(optimizer, z, key), start(problem, 0))
+    compiled, compiling = compile_timed(lambda z, key: walk(optimizer, z, key), start(problem, 0), quickly)
     products = 0 if "regression" in optimizer.report() else problem.target.size + 1
     gradients = particles * (1 + 2 * products + 1 / 3)
     for seed in seeds:
@@ -146,9 +148,12 @@ def walker(problem: Problem, marks: np.ndarray, particles: int) -> Callable[...,
     return walk
 
 
-def compile_timed(function: Callable[..., Any], example: tuple[Any, ...]) -> tuple[Callable[..., Any], float]:
+def compile_timed(
+    function: Callable[..., Any], example: tuple[Any, ...], jit: Callable[..., Any] = jax.jit
+) -> tuple[Callable[..., Any], float]:
+    """The compiled function, and the seconds of tracing and compilation."""
     begin = time.perf_counter()
-    compiled = jax.jit(function).lower(*example).compile()
+    compiled = jit(function).lower(*example).compile()
     return compiled, time.perf_counter() - begin
 
 

@@ -1,0 +1,92 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks.posteriordb compiling``: how long XLA takes, and what a step costs by how it was compiled.
+
+Adam and the natural gradient, each compiled as ``SVI.run`` does (``jax.jit``) and as :func:`numpyro_natgrad.fit` does
+(:mod:`numpyro_natgrad.compilation`): the same loop of the same length, traced, lowered and compiled with nothing
+remembered of the one before. To be run on a quiet machine.
+"""
+
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from numpyro.optim import optax_to_numpyro
+from tqdm import tqdm
+
+from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.compilation import quickly
+
+from . import svi
+from .checkout import arguments
+from .guides import GUIDES
+from .models import MODELS
+from .table import markdown
+from .target import starts, target
+
+OUTPUT = pathlib.Path("docs/compiling.md")
+STEPS, REPEATS = 60, 3
+GUIDES_TIMED = ("AutoMultivariateNormal", "AutoNormal")
+OPTIMIZERS = {"Adam": lambda: optax_to_numpyro(optax.adam(0.01)), "natural gradient": NaturalGradient}
+COMPILERS = {"SVI.run": jax.jit, "fit": quickly}
+
+_HEAD = (
+    "posterior", "guide", "Adam, as SVI.run", "Adam, as fit", "natural gradient, as SVI.run", "natural gradient, as fit",
+    "fit / SVI.run with Adam", "both as fit", "a step, as fit / as SVI.run",
+)  # fmt: skip
+_HOW = """# Seconds of compilation
+
+Written by `python -m benchmarks.posteriordb compiling`: tracing, lowering and XLA, float64, eight particles, one loop of
+{steps} steps. *As SVI.run* is `jax.jit`; *as fit* is how [`fit`](../numpyro_natgrad/compilation.py) compiles. The first
+ratio is what a user sees who goes from `SVI.run` with Adam to `fit`; the second what is left if Adam were compiled
+like that as well, which `XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"` does. The
+last one is the price: the seconds of a step.
+"""
+
+
+class Timed(NamedTuple):
+    """Seconds to compile, and of a step."""
+
+    compiling: float
+    step: float
+
+
+def write(checkout: pathlib.Path, models: list[str]) -> str:
+    """The table, as a document."""
+    rows = [_row(checkout, model, guide) for model in tqdm(models) for guide in GUIDES_TIMED]
+    ratios = np.array([[float(x) for x in row[6:]] for row in rows])
+    last = [("median", "", "", "", "", "", *map(_two, np.median(ratios, 0)))]
+    last += [("worst", "", "", "", "", "", *map(_two, ratios.max(0)))]
+    OUTPUT.write_text(_HOW.format(steps=STEPS) + "\n" + markdown(_HEAD, rows + last))
+    return f"wrote {OUTPUT}"
+
+
+def _row(checkout: pathlib.Path, model: str, guide: str) -> tuple[str, ...]:
+    function, data = MODELS[model].function, arguments(checkout, model)
+    begun = starts(function, data, 1)
+    problem = svi.Problem(function, data, target(function, data), GUIDES[guide], begun, (STEPS, 0))
+    adam, adam_fit, ours, ours_fit = (
+        _timed(problem, optimizer(), jit) for optimizer in OPTIMIZERS.values() for jit in COMPILERS.values()
+    )
+    seconds = (f"{t.compiling:.1f}" for t in (adam, adam_fit, ours, ours_fit))
+    ratios = (ours_fit.compiling / adam.compiling, ours_fit.compiling / adam_fit.compiling, ours_fit.step / ours.step)
+    return (model.split("-")[0], GUIDES[guide].family, *seconds, *map(_two, ratios))
+
+
+def _timed(problem: svi.Problem, optimizer: Any, jit: Any) -> Timed:
+    jax.clear_caches()
+    walk, begun = svi.walker(problem, np.array([STEPS]), svi.PARTICLES), svi.start(problem, 0)
+    compiled, compiling = svi.compile_timed(lambda z, key: walk(optimizer, z, key), begun, jit)
+    taken = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        jax.block_until_ready(compiled(*begun))
+        taken.append((time.perf_counter() - begin) / STEPS)
+    return Timed(compiling, min(taken))
+
+
+def _two(x: float) -> str:
+    return f"{x:.2f}"
