@@ -101,7 +101,7 @@ def _study(options: argparse.Namespace) -> None:
     if options.command == "ablation":
         print(ablation.write(options.checkout, options.results))
     else:
-        print(compiling.write(options.checkout, _models(options)))
+        print(compiling.write(options.checkout, options.results, _models(options)))
 
 
 def _document(command: str, results: pathlib.Path) -> None:

@@ -4,9 +4,12 @@
 
 Adam and the natural gradient, each compiled as ``SVI.run`` does (``jax.jit``) and as :func:`numpyro_natgrad.fit` does
 (:mod:`numpyro_natgrad.compilation`): the same loop of the same length, traced, lowered and compiled with nothing
-remembered of the one before. To be run on a quiet machine.
+remembered of the one before, one after the other. ``table`` takes Adam's seconds as ``SVI.run`` and the natural
+gradient's as ``fit`` from here.
 """
 
+import itertools
+import json
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -24,24 +27,25 @@ from . import svi
 from .checkout import arguments
 from .guides import GUIDES
 from .models import MODELS
+from .results import COMPILING
 from .table import markdown
 from .target import starts, target
 
 OUTPUT = pathlib.Path("docs/compiling.md")
 STEPS, REPEATS = 60, 3
 GUIDES_TIMED = ("AutoMultivariateNormal", "AutoNormal")
-OPTIMIZERS = {"Adam": lambda: optax_to_numpyro(optax.adam(0.01)), "natural gradient": NaturalGradient}
+OPTIMIZERS = {"adam": lambda: optax_to_numpyro(optax.adam(0.01)), "natural_gradient": NaturalGradient}
 COMPILERS = {"SVI.run": jax.jit, "fit": quickly}
 
 _HEAD = (
-    "posterior", "guide", "Adam, as SVI.run", "Adam, as fit", "natural gradient, as SVI.run", "natural gradient, as fit",
-    "fit / SVI.run with Adam", "both as fit", "a step, as fit / as SVI.run",
+    "posterior", "guide", "Adam, as SVI.run", "Adam, as fit", "natural gradient, as SVI.run",
+    "natural gradient, as fit", "fit / SVI.run with Adam", "both as fit", "a step, as fit / as SVI.run",
 )  # fmt: skip
 _HOW = """# Seconds of compilation
 
-Written by `python -m benchmarks.posteriordb compiling`: tracing, lowering and XLA, float64, eight particles, one loop of
-{steps} steps. *As SVI.run* is `jax.jit`; *as fit* is how [`fit`](../numpyro_natgrad/compilation.py) compiles. The first
-ratio is what a user sees who goes from `SVI.run` with Adam to `fit`; the second what is left if Adam were compiled
+Written by `python -m benchmarks.posteriordb compiling`: tracing, lowering and XLA, float64, eight particles, one loop
+of {steps} steps. *As SVI.run* is `jax.jit`; *as fit* is how [`fit`](../numpyro_natgrad/compilation.py) compiles. The
+first ratio is what a user sees who goes from `SVI.run` with Adam to `fit`; the second what is left if Adam were compiled
 like that as well, which `XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"` does. The
 last one is the price: the seconds of a step.
 """
@@ -54,26 +58,37 @@ class Timed(NamedTuple):
     step: float
 
 
-def write(checkout: pathlib.Path, models: list[str]) -> str:
-    """The table, as a document."""
-    rows = [_row(checkout, model, guide) for model in tqdm(models) for guide in GUIDES_TIMED]
-    ratios = np.array([[float(x) for x in row[6:]] for row in rows])
-    last = [("median", "", "", "", "", "", *map(_two, np.median(ratios, 0)))]
-    last += [("worst", "", "", "", "", "", *map(_two, ratios.max(0)))]
+def write(checkout: pathlib.Path, results: pathlib.Path, models: list[str]) -> str:
+    """The table, as a document; the seconds that ``table`` wants, beside the results."""
+    timed = {
+        (model, guide): _all_timed(checkout, model, guide) for model in tqdm(models) for guide in GUIDES_TIMED
+    }  # fmt: skip
+    kept = [[*where, "adam", ways["adam", "SVI.run"].compiling] for where, ways in timed.items()]
+    kept += [[*where, "natural_gradient", ways["natural_gradient", "fit"].compiling] for where, ways in timed.items()]
+    (results / COMPILING).write_text(json.dumps(kept))
+    ratios = np.array([_ratios(ways) for ways in timed.values()])
+    rows = [
+        (model.split("-")[0], GUIDES[guide].family, *(f"{t.compiling:.1f}" for t in ways.values()), *map(_two, ratio))
+        for ((model, guide), ways), ratio in zip(timed.items(), ratios, strict=True)
+    ]
+    last = [
+        (name, *5 * [""], *map(_two, x)) for name, x in (("median", np.median(ratios, 0)), ("worst", ratios.max(0)))
+    ]
     OUTPUT.write_text(_HOW.format(steps=STEPS) + "\n" + markdown(_HEAD, rows + last))
     return f"wrote {OUTPUT}"
 
 
-def _row(checkout: pathlib.Path, model: str, guide: str) -> tuple[str, ...]:
+def _ratios(ways: dict[tuple[str, str], Timed]) -> tuple[float, float, float]:
+    adam, quick_adam, ours, quick = ways.values()
+    return quick.compiling / adam.compiling, quick.compiling / quick_adam.compiling, quick.step / ours.step
+
+
+def _all_timed(checkout: pathlib.Path, model: str, guide: str) -> dict[tuple[str, str], Timed]:
     function, data = MODELS[model].function, arguments(checkout, model)
     begun = starts(function, data, 1)
     problem = svi.Problem(function, data, target(function, data), GUIDES[guide], begun, (STEPS, 0))
-    adam, adam_fit, ours, ours_fit = (
-        _timed(problem, optimizer(), jit) for optimizer in OPTIMIZERS.values() for jit in COMPILERS.values()
-    )
-    seconds = (f"{t.compiling:.1f}" for t in (adam, adam_fit, ours, ours_fit))
-    ratios = (ours_fit.compiling / adam.compiling, ours_fit.compiling / adam_fit.compiling, ours_fit.step / ours.step)
-    return (model.split("-")[0], GUIDES[guide].family, *seconds, *map(_two, ratios))
+    ways = itertools.product(OPTIMIZERS.items(), COMPILERS.items())
+    return {(name, how): _timed(problem, make(), jit) for (name, make), (how, jit) in ways}
 
 
 def _timed(problem: svi.Problem, optimizer: Any, jit: Any) -> Timed:

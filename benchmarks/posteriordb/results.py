@@ -13,6 +13,8 @@ import numpy as np
 GAPS = (0.1, 0.01)
 #: Further than this from the best ELBO at the end is a failure, nats.
 FAILED = 1.0
+#: Seconds of compilation that were measured side by side, if they were: :mod:`.compiling`.
+COMPILING = "compiling.json"
 COSTS = ("steps", "gradients", "seconds", "total")
 
 
@@ -72,6 +74,7 @@ def load(results: pathlib.Path) -> list[Entry]:
     :raises SystemExit: if there are none, or if they were not scored on the same draws.
     """
     stored = [json.loads(path.read_text()) for path in sorted(results.glob("*/*.json"))]
+    _time_compilation(stored, results / COMPILING)
     if len({about["draws"] for about in stored}) != 1:
         raise SystemExit(f"`{results}`: expected results scored on as many draws at most; got {len(stored)} files.")
     best: dict[tuple[str, str], float] = defaultdict(lambda: -np.inf)
@@ -80,6 +83,16 @@ def load(results: pathlib.Path) -> list[Entry]:
         where = about["model"], about["guide"]
         best[where] = max(best[where], np.max(elbos[np.isfinite(elbos)], initial=-np.inf))
     return [entry for about in stored for entry in _entries(about, best[about["model"], about["guide"]])]
+
+
+def _time_compilation(stored: list[dict[str, Any]], path: pathlib.Path) -> None:
+    if not path.exists():
+        return
+    seconds = {tuple(where): x for *where, x in json.loads(path.read_text())}
+    for about in stored:
+        for fit in about["fits"]:
+            where = about["model"], about["guide"], about["method"]
+            fit["compiling"] = seconds.get(where, fit["compiling"]) if about["precision"] == "x64" else fit["compiling"]
 
 
 def _entries(about: dict[str, Any], best: float) -> list[Entry]:

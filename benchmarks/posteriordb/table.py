@@ -31,8 +31,9 @@ from the fit. *Steps*, *gradients* (of one draw's log density) and *seconds* (of
 come within 0.1 nats, or 0.01 where it says so: medians over {seeds} seeds, with the least and the most. *Mean error* is
 in reference standard deviations, *sd ratio* the least, median and most of fitted to reference standard deviation, over
 parameters. *With compilation* the natural gradient is compiled as `fit` does and Adam as `SVI.run`:
-[compiling.md](compiling.md) has both ways of both. A *failure* never came within 1 nat or ended where nothing is finite. *Adam, oracle* is the best of its ten
-settings on that posterior, which nobody has in practice; *Adam, best single* the best one over all of them.
+[compiling.md](compiling.md) has both ways of both. A *failure* never came within 1 nat or ended where nothing is
+finite. *Adam, oracle* is the best of its ten settings on that posterior, which nobody has in practice; *Adam, best
+single* the best one over all of them.
 The heads of `benchmarks/posteriordb/*.py` say how the rest is measured; [rule.md](rule.md#what-is-missed) says why what
 is missed is missed.
 """
