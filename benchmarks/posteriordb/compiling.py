@@ -45,8 +45,8 @@ _HOW = """# Seconds of compilation
 
 Written by `python -m benchmarks.posteriordb compiling`: tracing, lowering and XLA, float64, eight particles, one loop
 of {steps} steps. *As SVI.run* is `jax.jit`; *as fit* is how [`fit`](../numpyro_natgrad/compilation.py) compiles. The
-first ratio is what a user sees who goes from `SVI.run` with Adam to `fit`; the second what is left if Adam were compiled
-like that as well, which `XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"` does. The
+first ratio is what a user sees who goes from `SVI.run` with Adam to `fit`; the second what is left if Adam were
+compiled like that as well, which `XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"` does. The
 last one is the price: the seconds of a step.
 """
 

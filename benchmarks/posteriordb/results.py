@@ -90,9 +90,10 @@ def _time_compilation(stored: list[dict[str, Any]], path: pathlib.Path) -> None:
         return
     seconds = {tuple(where): x for *where, x in json.loads(path.read_text())}
     for about in stored:
-        for fit in about["fits"]:
-            where = about["model"], about["guide"], about["method"]
-            fit["compiling"] = seconds.get(where, fit["compiling"]) if about["precision"] == "x64" else fit["compiling"]
+        where = about["model"], about["guide"], about["method"]
+        if where in seconds and about["precision"] == "x64":
+            for fit in about["fits"]:
+                fit["compiling"] = seconds[where]
 
 
 def _entries(about: dict[str, Any], best: float) -> list[Entry]:
