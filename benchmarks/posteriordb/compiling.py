@@ -46,8 +46,9 @@ _HOW = """# Seconds of compilation
 Written by `python -m benchmarks.posteriordb compiling`: tracing, lowering and XLA, float64, eight particles, one loop
 of {steps} steps. *As SVI.run* is `jax.jit`; *as fit* is how [`fit`](../numpyro_natgrad/compilation.py) compiles. The
 first ratio is what a user sees who goes from `SVI.run` with Adam to `fit`; the second what is left if Adam were
-compiled like that as well, which `XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"` does. The
-last one is the price: the seconds of a step.
+compiled like that as well, which
+`XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"` does. The last one is the price:
+the seconds of a step.
 """
 
 
@@ -60,9 +61,8 @@ class Timed(NamedTuple):
 
 def write(checkout: pathlib.Path, results: pathlib.Path, models: list[str]) -> str:
     """The table, as a document; the seconds that ``table`` wants, beside the results."""
-    timed = {
-        (model, guide): _all_timed(checkout, model, guide) for model in tqdm(models) for guide in GUIDES_TIMED
-    }  # fmt: skip
+    places = list(itertools.product(models, GUIDES_TIMED))
+    timed = {place: _all_timed(checkout, *place) for place in tqdm(places)}
     kept = [[*where, "adam", ways["adam", "SVI.run"].compiling] for where, ways in timed.items()]
     kept += [[*where, "natural_gradient", ways["natural_gradient", "fit"].compiling] for where, ways in timed.items()]
     (results / COMPILING).write_text(json.dumps(kept))
@@ -71,9 +71,8 @@ def write(checkout: pathlib.Path, results: pathlib.Path, models: list[str]) -> s
         (model.split("-")[0], GUIDES[guide].family, *(f"{t.compiling:.1f}" for t in ways.values()), *map(_two, ratio))
         for ((model, guide), ways), ratio in zip(timed.items(), ratios, strict=True)
     ]
-    last = [
-        (name, *5 * [""], *map(_two, x)) for name, x in (("median", np.median(ratios, 0)), ("worst", ratios.max(0)))
-    ]
+    ends = ("median", np.median(ratios, 0)), ("worst", ratios.max(0))
+    last = [(name, *5 * [""], *map(_two, x)) for name, x in ends]
     OUTPUT.write_text(_HOW.format(steps=STEPS) + "\n" + markdown(_HEAD, rows + last))
     return f"wrote {OUTPUT}"
 
