@@ -121,9 +121,11 @@ def test_a_bad_step_is_skipped_and_the_next_good_one_goes_on(fit, kind):
         assert not np.array_equal(x, after.params[name]), name
 
 
-def test_curvature_that_stays_no_number_is_done_without():
+@pytest.mark.parametrize("limit", [128, 1], ids=["dense", "probes"])
+def test_curvature_that_stays_no_number_is_done_without(limit, monkeypatch):
     """Skipped once; then half the variance, and along the slope."""
-    svi, update, state = started("full and curvature")
+    monkeypatch.setattr("numpyro_natgrad.structure.JOINT_LIMIT", limit)
+    svi, update, state = started.__wrapped__("full and curvature")
     bad = NONE.at[KINDS.index("nan in the Hessian")].set(True)
     once, _ = update(state, bad)
     twice, _ = update(once, bad)
@@ -132,6 +134,7 @@ def test_curvature_that_stays_no_number_is_done_without():
     assert finite(twice.optim_state)
     before, after = (svi.get_params(s) for s in (once, twice))
     assert not np.array_equal(before["loc"], after["loc"])
+    assert np.linalg.det(after["tril"]) < np.linalg.det(before["tril"])
 
 
 @pytest.mark.parametrize("fit", FITS)

@@ -21,7 +21,7 @@ from ..evidence import Evidence
 from ..gaussian import Tangent
 from ..length import Comparison
 from ..state import Memory
-from .products import whitened_products
+from .products import usable, whitened_products
 
 #: Hessian products a step of a wide Gaussian; 16 were as good as 32 on targets of 50–500 dimensions.
 PROBES = 16
@@ -115,9 +115,9 @@ class FullGaussian(NamedTuple):
         probes = sweep(self.site.size, min(PROBES, self.site.size), step).astype(factor.dtype)
         push, offset = partial(self._push, evidence, params), self._offset(evidence, params)
         image, correction = whitened_products(push, factor, factor @ probes, offset, evidence.particles)
-        image = image - probes
+        slope, image = usable(evidence.stuck, slope, slope + correction, image - probes, probes)
         ok = jnp.all(jnp.isfinite(image))
-        sketched = gaussian.sketch(slope + correction, probes, jnp.where(ok, image, 0.0))
+        sketched = gaussian.sketch(slope, probes, jnp.where(ok, image, 0.0))
         return sketched._replace(values=jnp.where(ok, sketched.values, jnp.nan))
 
     def _offset(self, evidence: Evidence, params: Params) -> jax.Array | None:

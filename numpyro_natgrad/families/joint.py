@@ -19,12 +19,12 @@ from jax.scipy.linalg import block_diag
 
 from .. import gaussian
 from ..charts import GaussianSite, Params, project, shown
-from ..evidence import Evidence, finite
+from ..evidence import Evidence
 from ..gaussian import Tangent
 from ..length import Comparison
 from ..low_rank_chart import LowRankSite
 from ..state import Joint, Memory
-from .products import whitened_products
+from .products import usable, whitened_products
 
 
 class Frame(NamedTuple):
@@ -84,7 +84,7 @@ class JointGaussian(NamedTuple):
         push, offset = partial(self._push, evidence, params), self._offset(evidence, loc)
         curvature, correction = whitened_products(push, factor, factor, offset, evidence.particles)
         curvature = (curvature + curvature.T) / 2 - jnp.eye(self.size, dtype=curvature.dtype)
-        whitened, curvature = _usable(evidence, plain, plain + correction, curvature)
+        whitened, curvature = usable(evidence.stuck, plain, plain + correction, curvature, jnp.eye(self.size))
         return Frame(tangent(whitened, curvature), curvature, loc, factor, self._spreads(params))
 
     def norm2(self, v: Frame) -> jax.Array:
@@ -198,20 +198,6 @@ def tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
     ok = jnp.all(jnp.isfinite(curvature))
     spectrum = gaussian.tangent(slope, jnp.where(ok, curvature, 0.0))
     return spectrum._replace(values=jnp.where(ok, spectrum.values, jnp.nan))
-
-
-def _usable(
-    evidence: Evidence, plain: jax.Array, slope: jax.Array, curvature: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Slope and curvature, whitened; where curvature is no number for the second time, what gets away from there.
-
-    A rate of e^-50 has gradient 0 and Hessian 0/0 in single precision. Draws of a guide half as wide, a standard
-    deviation a latent along the slope, are less likely to meet it.
-    """
-    lost = jnp.asarray(evidence.stuck) & ~finite((slope, curvature))
-    step = plain / jnp.maximum(jnp.sqrt(jnp.mean(plain**2)), 1.0)
-    halved = jnp.eye(slope.size, dtype=curvature.dtype)
-    return jnp.where(lost, step, slope), jnp.where(lost, halved, curvature)
 
 
 def padded(x: jax.Array, n: int) -> jax.Array:

@@ -1,12 +1,14 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Products with the mean Hessian of a step's draws, and the control variate that they make."""
+"""Products with the mean Hessian of a step's draws, the control variate that they make, and what stands in for them."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
+
+from ..evidence import finite
 
 
 def whitened_products(
@@ -36,3 +38,20 @@ def whitened_products(
     shifts = jnp.concatenate([shifts, -n / (n - 1) * offset[:, None]], axis=1)
     both = products(shifts, jnp.append(still, 1 / (n - 1)))
     return both[:, :-1], both[:, -1]
+
+
+def usable(
+    stuck: jax.Array | bool, plain: jax.Array, slope: jax.Array, image: jax.Array, probes: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Slope and M V, whitened; where they are no numbers for the second time, what gets away from there.
+
+    A rate of e^-50 has gradient 0 and Hessian 0/0 in single precision. Draws of a guide of half the variance (M = I), a
+    standard deviation a latent along the slope, are less likely to meet it.
+
+    :param stuck: the step before was skipped.
+    :param plain: the slope without the control variate.
+    :param image: M of the probes V, both ``(d, k)``.
+    """
+    lost = jnp.asarray(stuck) & ~finite((slope, image))
+    step = plain / jnp.maximum(jnp.sqrt(jnp.mean(plain**2)), 1.0)
+    return jnp.where(lost, step, slope), jnp.where(lost, probes.astype(image.dtype), image)
