@@ -20,11 +20,11 @@ QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level":
 
 def quickly(function: Callable) -> Any:
     """``jax.jit``, compiling quickly on a CPU, and as ever elsewhere or where XLA does not know how."""
-    return jax.jit(function, compiler_options=QUICK if jax.default_backend() == "cpu" and _is_known() else None)
+    return jax.jit(function, compiler_options=QUICK if jax.default_backend() == "cpu" and is_known() else None)
 
 
 @cache
-def _is_known() -> bool:
+def is_known() -> bool:
     """Whether this XLA takes the options: they are no part of JAX's interface."""
     try:
         jax.jit(lambda: 0, compiler_options=QUICK)()

@@ -12,7 +12,7 @@ from jax import random
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_natgrad import History, NaturalGradient, certificate, fit, stopping
+from numpyro_natgrad import History, NaturalGradient, certificate, compilation, fit, stopping
 from numpyro_natgrad.certificate import Weights
 from numpyro_natgrad.length import Comparison
 from numpyro_natgrad.state import Certificate
@@ -64,6 +64,15 @@ def test_a_resumed_fit_is_one_fit_compiled_once(svi, whole, monkeypatch):
     assert_same((whole.params, whole.history._replace(seconds=0)), (rest.params, rest.history._replace(seconds=0)))
     assert (np.diff(rest.history.seconds) > 0).all()
     assert not calls
+
+
+def test_an_xla_that_does_not_know_the_options_compiles_as_ever(monkeypatch):
+    monkeypatch.setattr(compilation, "QUICK", {"xla_no_such_option": True})
+    compilation.is_known.cache_clear()
+    try:
+        assert compilation.quickly(lambda x: 2 * x)(1.0) == 2.0
+    finally:
+        compilation.is_known.cache_clear()
 
 
 def test_minibatches_are_the_steps_of_update(svi):
