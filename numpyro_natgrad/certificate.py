@@ -55,10 +55,10 @@ def observe(certificate: Certificate, seen: Comparison, noise: jax.Array, weight
     """
     k = noise.size
     covariance = _propagated(certificate.covariance[..., :k], weights)
-    shown = seen.shown_squares()
-    share = jnp.minimum(shown[1] / jnp.maximum(seen.news2, jnp.finfo(noise.dtype).tiny), 1.0)
+    squares = seen.shown_squares()
+    share = jnp.minimum(squares[1] / jnp.maximum(seen.news2, jnp.finfo(noise.dtype).tiny), 1.0)
     visible = certificate.visible[:k] + weights.mean * (share - certificate.visible[:k])
-    excess = jnp.clip(_mean2(shown, weights) - visible * noise * _share(covariance), -FARTHEST, FARTHEST)
+    excess = jnp.clip(_mean2(squares, weights) - visible * noise * _share(covariance), -FARTHEST, FARTHEST)
     mean, deviation = certificate.excess[:, :k]
     mean = mean + weights.average * (excess - mean)
     deviation = deviation + weights.average * (jnp.abs(excess - mean) - deviation)
@@ -81,15 +81,14 @@ def remaining(certificate: Certificate, noise: jax.Array, memory: jax.Array) -> 
     if not k:
         return jnp.array(jnp.nan), jnp.array(jnp.nan)
     mean, deviation = certificate.excess[:, :k]
-    left = jnp.minimum(noise * certificate.visible[:k] * certificate.covariance[2, 2, :k], FARTHEST)
+    left = jnp.minimum(shown(certificate, noise) * certificate.covariance[2, 2, :k], FARTHEST)
     error2 = (NORMAL * deviation) ** 2 + 2 / memory * left**2
     return 0.5 * jnp.sum(jnp.maximum(mean, 0.0) + left), 0.5 * jnp.sqrt(jnp.sum(error2))
 
 
 def noise_left(state: State) -> tuple[float, float]:
     """The part of the decrement that is noise, nats, and the steps that the running means behind it look back over."""
-    certificate = state.certificate
-    noise = np.asarray(noise_seen(state.pace) * certificate.visible * certificate.covariance[2, 2])
+    noise = np.asarray(shown(state.certificate, noise_seen(state.pace)) * state.certificate.covariance[2, 2])
     memory = np.asarray(state.pace.memory)
     return 0.5 * float(noise.sum()), float(noise @ memory / max(noise.sum(), np.finfo(noise.dtype).tiny))
 
