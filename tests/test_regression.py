@@ -169,3 +169,38 @@ def test_fits_in_a_batch_are_those_by_themselves(x64):
     together, alone = jax.jit(jax.vmap(after_five))(keys), jax.jit(after_five)(keys[1])
     assert "regression of gradients" in svi.optim.report()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-8), together, alone)
+
+
+def test_remembered_draws_grow_as_the_root_of_the_steps(dtype):
+    """n₀ of them count in full; then n² = 2 n₀ S t, to the tenth that its discrete steps differ by."""
+    d, new = 4, 8
+    n0 = regression.LONG * (d + 1)
+    sums, grown = regression.nothing(d, jnp.zeros(()).dtype), []
+    for _ in range(400):
+        kept = regression.lasting(sums, new, d)
+        sums = kept._replace(gram=kept.gram.at[0, 0].add(new))
+        grown.append(float(sums.weight))
+    assert grown[0] == new
+    np.testing.assert_allclose(grown[-1] ** 2, 2 * n0 * new * 400, rtol=0.1)
+
+
+def test_a_bent_valley_is_followed_to_its_end():
+    """Counts in groups, the loss along the groups' scale a tenth as curved as the Fisher: within a nat of Hessian steps.
+
+    (By draws that count for ever 3 nats are left.)
+    """
+    counts = jnp.array(
+        np.random.default_rng(2).poisson(np.exp(1 + 0.7 * np.random.default_rng(3).normal(size=(10, 1))))
+    )
+
+    def model():
+        mu, sigma = numpyro.sample("mu", dist.Normal(0, 3)), numpyro.sample("sigma", dist.HalfNormal(2))
+        with numpyro.plate("groups", 10):
+            a = numpyro.sample("a", dist.Normal(0, 1))
+            numpyro.sample("y", dist.Poisson(jnp.exp(mu + sigma * a)[:, None]).to_event(1), obs=counts)
+
+    losses = []
+    for options in ({}, {"estimator": "second_order"}):
+        svi = SVI(model, AutoMultivariateNormal(model), NaturalGradient(**options), Trace_ELBO(32))
+        losses.append(svi.run(random.key(0), 120, progress_bar=False).losses[-20:].mean())
+    assert losses[0] < losses[1] + 1.0
