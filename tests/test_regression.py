@@ -185,7 +185,7 @@ def test_remembered_draws_grow_as_the_root_of_the_steps(dtype):
 
 
 def test_a_bent_valley_is_followed_to_its_end():
-    """Counts in groups, the loss along the groups' scale a tenth as curved as the Fisher: within a nat of Hessian steps.
+    """Counts in groups, whose scale has to come down where the loss is flatter than the Fisher: within a nat of Hessian steps.
 
     (By draws that count for ever 3 nats are left.)
     """
