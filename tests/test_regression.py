@@ -187,11 +187,10 @@ def test_remembered_draws_grow_as_the_root_of_the_steps(dtype):
 def test_a_bent_valley_is_followed_to_its_end():
     """Counts in groups, whose scale has to come down where the loss is flatter than the Fisher: within a nat of Hessian steps.
 
-    (By draws that count for ever 3 nats are left.)
+    (By draws that count for ever two and a half are left.)
     """
-    counts = jnp.array(
-        np.random.default_rng(2).poisson(np.exp(1 + 0.7 * np.random.default_rng(3).normal(size=(10, 1))))
-    )
+    rates = np.exp(1 + 0.7 * np.random.default_rng(3).normal(size=(10, 1)))
+    counts = jnp.array(np.random.default_rng(2).poisson(rates, (10, 3)))
 
     def model():
         mu, sigma = numpyro.sample("mu", dist.Normal(0, 3)), numpyro.sample("sigma", dist.HalfNormal(2))
