@@ -17,8 +17,8 @@ centred Gram matrix G = Σ w x xᵀ − ss'/(n+λ) the normal equations ΔG + G�
 
 The sums over draws are remembered from step to step, which is what makes few draws a step suffice. They are sums over
 u = (1, x), of which the frame of the next Gaussian is a linear map, so that they are moved there exactly. Draws count
-less as the Gaussian moves on, as importance weights would have it, and draws with an influence beyond all others are
-pulled in (Huber 1964).
+less as the Gaussian moves on, as importance weights would have it, and as more come (:func:`lasting`); draws with an
+influence beyond all others are pulled in (Huber 1964).
 """
 
 from typing import NamedTuple

@@ -53,6 +53,7 @@ ABLATIONS = {
     "as shipped": Ablation(),
     "Hessian products, no regression": Ablation(options={"estimator": "second_order"}),
     "draws do not lose weight on the way": Ablation(((regression, "worth", lambda kl, far: 1.0),)),
+    "draws count for ever": Ablation(((regression, "LONG", float("inf")),)),
     "draws are not pulled in": Ablation(((regression, "OUTLIER", float("inf")),)),
     "a hundred times the ridge": Ablation(((regression, "RIDGE", 20.0),)),
     "one radius a step": Ablation(((step, "TRIALS", 1),)),
