@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Precision as a fixture, and what keeps the suite short.
 
-Nearly all of the time goes into compiling, and what is compiled runs for milliseconds: XLA is told not to optimise, and
-to emit kernels without MLIR. The flags stand down for whoever sets ``XLA_FLAGS``.
+Nearly all of the time goes into compiling, and what is compiled runs for milliseconds: LLVM is told not to optimise.
+The flag stands down for whoever sets ``XLA_FLAGS``.
 """
 
 import os
 from typing import Any
 
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
