@@ -48,8 +48,8 @@ of {steps} steps. *As SVI.run* is `jax.jit`; *as fit* is how [`fit`](../numpyro_
 first ratio is what a user sees who goes from `SVI.run` with Adam to `fit`; the second what is left if Adam were
 compiled like that as well, which
 `XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"` does. The last one is the price:
-the seconds of a step. JAXlib 0.12 does not know the first of these flags (and does not start with it): there all columns
-are as SVI.run.
+the seconds of a step. JAXlib 0.12 does not know the first of these flags (and does not start with it): there all
+columns are as SVI.run.
 """
 
 
