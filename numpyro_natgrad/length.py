@@ -133,7 +133,7 @@ class Comparison(NamedTuple):
     shown: jax.Array | None = None
 
     def shown_squares(self) -> jax.Array:
-        """``(3, …)``"""
+        """``shown``, or the three squares of all that the family moves; ``(3, …)``."""
         return jnp.stack([self.trend2, self.news2, self.this2]) if self.shown is None else self.shown
 
 

@@ -20,6 +20,8 @@ MISSES = 1
 BEYOND, FALLS = 1.0, 2.5
 #: Steps in a row without a finite loss after which there is no point in going on.
 HOPE = 20
+#: Steps that both of these look back over at most; of more than so many the window is whole.
+RECENT = max(HOPE, SHARE * WINDOW)
 
 
 class History(NamedTuple):
@@ -73,7 +75,7 @@ class Log:
         """Write down a part; its seconds are since this log was begun."""
         part = part._replace(seconds=part.seconds + self._start)
         self._parts.append(part)
-        self.recent = History(*(x[-SHARE * WINDOW :] for x in joined([self.recent, part])))
+        self.recent = History(*(x[-RECENT:] for x in joined([self.recent, part])))
 
     def history(self) -> History:
         """All of it."""

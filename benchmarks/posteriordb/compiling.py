@@ -11,7 +11,6 @@ gradient's as ``fit`` from here.
 import itertools
 import json
 import pathlib
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +31,7 @@ from .table import markdown
 from .target import starts, target
 
 OUTPUT = pathlib.Path("docs/compiling.md")
-STEPS, REPEATS = 60, 3
+STEPS = 60
 GUIDES_TIMED = ("AutoMultivariateNormal", "AutoNormal")
 OPTIMIZERS = {"adam": lambda: optax_to_numpyro(optax.adam(0.01)), "natural_gradient": NaturalGradient}
 COMPILERS = {"SVI.run": jax.jit, "fit": quickly}
@@ -62,6 +61,7 @@ class Timed(NamedTuple):
 
 def write(checkout: pathlib.Path, results: pathlib.Path, models: list[str]) -> str:
     """The table, as a document; the seconds that ``table`` wants, beside the results."""
+    results.mkdir(parents=True, exist_ok=True)
     places = list(itertools.product(models, GUIDES_TIMED))
     timed = {place: _all_timed(checkout, *place) for place in tqdm(places)}
     kept = [[*where, "adam", ways["adam", "SVI.run"].compiling] for where, ways in timed.items()]
@@ -95,12 +95,7 @@ def _timed(problem: svi.Problem, optimizer: Any, jit: Any) -> Timed:
     jax.clear_caches()
     walk, begun = svi.walker(problem, np.array([STEPS]), svi.PARTICLES), svi.start(problem, 0)
     compiled, compiling = svi.compile_timed(lambda z, key: walk(optimizer, z, key), begun, jit)
-    taken = []
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        jax.block_until_ready(compiled(*begun))
-        taken.append((time.perf_counter() - begin) / STEPS)
-    return Timed(compiling, min(taken))
+    return Timed(compiling, min(svi.step_seconds(compiled, begun, STEPS)))
 
 
 def _two(x: float) -> str:

@@ -118,12 +118,17 @@ def _seconds_of_adam(problem: Problem) -> tuple[float, float]:
     walk = walker(problem, np.array([steps]), PARTICLES)
     begun = start(problem, 0)
     compiled, compiling = compile_timed(lambda z, key: walk(optax_to_numpyro(optax.adam(0.01)), z, key), begun)
+    return float(np.median(step_seconds(compiled, begun, steps))), compiling
+
+
+def step_seconds(compiled: Callable[..., Any], example: tuple[Any, ...], steps: int) -> list[float]:
+    """Seconds of a step in each of three runs of so many."""
     taken = []
     for _ in range(3):
         begin = time.perf_counter()
-        jax.block_until_ready(compiled(*begun))
+        jax.block_until_ready(compiled(*example))
         taken.append((time.perf_counter() - begin) / steps)
-    return float(np.median(taken)), compiling
+    return taken
 
 
 def walker(problem: Problem, marks: np.ndarray, particles: int) -> Callable[..., Any]:
