@@ -33,6 +33,8 @@ class Evidence(NamedTuple):
     :ivar push: directional derivative of the gradient, linear: tangents of any of the means that asked for it in, and
         by how much the draws of sites are stretched away from their means (the others stay where they are); of those
         means' gradients out.
+    :ivar push_draws: the same draw by draw, linear: of the sites that asked for it a shift of every particle's draw in,
+        ``(particles, *site.shape)``; of the gradients of −log p there, over the number of particles, out.
     :ivar tilt: for exponential families, linear: ⟨t, T⟩ added to log q in, its part of the gradient out: F̂t, with F̂ the
         draws' own estimate of the Fisher.
     :ivar value: the loss at other parameters and the same draws.
@@ -47,6 +49,7 @@ class Evidence(NamedTuple):
     gradient: Params
     means: dict[str, jax.Array]
     push: Callable[..., Params]
+    push_draws: Callable[[Params], Params]
     tilt: Callable[[Params], Params]
     value: Callable[[Params], jax.Array]
     fn: Loss
@@ -62,6 +65,7 @@ class Views(NamedTuple):
     :ivar taps: per silent site the shape of its draw, per split site ``(2, particles, *shape)``, per tilted site that
         of its natural parameters.
     :ivar curved: the means along which Hessian products are asked (empty: none).
+    :ivar divided: the split sites whose draws are asked for Hessian products of their own.
     :ivar centers: the mean of every silent site.
     :ivar scored: the sites whose score term is subtracted from the gradient.
     :ivar forward: forward-mode differentiation.
@@ -71,6 +75,7 @@ class Views(NamedTuple):
     modes: Mapping[str, str]
     taps: Mapping[str, tuple[int, ...]]
     curved: tuple[str, ...]
+    divided: tuple[str, ...]
     centers: Mapping[str, str]
     scored: frozenset[str]
     forward: bool
@@ -91,18 +96,21 @@ def gather(fn: Loss, params: Params, views: Views, particles: float) -> Evidence
 
     viewed = hoisted(view, (params, taps, still)) if views.keep else view
 
-    def slope(curved: Params, stretch: Params) -> tuple[Params, Any]:
+    def slope(curved: Params, stretch: Params, moved: Params) -> tuple[tuple[Params, Params], Any]:
         along = derivative(lambda inputs: viewed((*inputs, stretch)), views.forward)
-        (gradient, means), out = along(({**params, **curved}, taps))
-        return {name: gradient[name] for name in curved}, (gradient, means, out)
+        shifted = {site: jnp.stack([taps[site][0], x]) for site, x in moved.items()}
+        (gradient, means), out = along(({**params, **curved}, {**taps, **shifted}))
+        slopes = {name: gradient[name] for name in curved}, {site: means[site][1] for site in moved}
+        return slopes, (gradient, means, out)
 
     curved = {name: params[name] for name in views.curved}
-    if curved:
-        _, linear, (gradient, means, (loss, aux)) = jax.linearize(slope, curved, still, has_aux=True)
-        push = _product(linear, curved, still)
+    moved = {site: taps[site][1] for site in views.divided}
+    if curved or moved:
+        _, linear, (gradient, means, (loss, aux)) = jax.linearize(slope, curved, still, moved, has_aux=True)
     else:
-        _, (gradient, means, (loss, aux)) = slope(curved, still)
-        push = _product(lambda tangents, by: tangents, curved, still)
+        _, (gradient, means, (loss, aux)) = slope(curved, still, moved)
+        linear = lambda tangents, by, shifts: (tangents, shifts)
+    push, push_draws = _product(linear, curved, still, moved), _product_of_draws(linear, curved, still, moved)
     if views.scored:
         gradient = jax.tree.map(jnp.subtract, gradient, score(fn, params, views))
     tilted = {name: taps[name] for name, mode in views.modes.items() if mode == "tilted"}
@@ -110,7 +118,7 @@ def gather(fn: Loss, params: Params, views: Views, particles: float) -> Evidence
     tilt = _tilt(seen, params, taps, tilted, views.forward) if tilted else lambda tangents: tangents
     # A view changes gradients only. Where draws are not kept the bare loss holds fewer arrays at a time.
     value = (lambda values: seen((values, taps))[0]) if views.keep else (lambda values: fn(values)[0])
-    return Evidence(loss, aux, gradient, means, push, tilt, value, fn, views.forward, particles)
+    return Evidence(loss, aux, gradient, means, push, push_draws, tilt, value, fn, views.forward, particles)
 
 
 def tempered(evidence: Evidence, modes: Mapping[str, str]) -> tuple[Evidence, jax.Array]:
@@ -127,14 +135,20 @@ def tempered(evidence: Evidence, modes: Mapping[str, str]) -> tuple[Evidence, ja
         name: jnp.stack([x[0], scaled(x[1])]) if modes.get(name) == "split" else x for name, x in evidence.means.items()
     }
     push = lambda *tangents: scaled(evidence.push(*tangents))
-    return evidence._replace(gradient=scaled(evidence.gradient), means=means, push=push), share
+    push_draws = lambda shifts: scaled(evidence.push_draws(shifts))
+    gradient = scaled(evidence.gradient)
+    return evidence._replace(gradient=gradient, means=means, push=push, push_draws=push_draws), share
 
 
-def _product(linear: Callable[[Params, Params], Params], curved: Params, still: Params) -> Callable[..., Params]:
+def _product(linear: Callable, curved: Params, still: Params, moved: Params) -> Callable[..., Params]:
     def push(tangents: Params, by: Params | None = None) -> Params:
-        return linear(_completed(tangents, curved), _completed(by or {}, still))
+        return linear(_completed(tangents, curved), _completed(by or {}, still), _completed({}, moved))[0]
 
     return push
+
+
+def _product_of_draws(linear: Callable, curved: Params, still: Params, moved: Params) -> Callable[[Params], Params]:
+    return lambda shifts: linear(_completed({}, curved), _completed({}, still), _completed(shifts, moved))[1]
 
 
 def _tilt(viewed: Callable, params: Params, taps: Params, tilted: Params, forward: bool) -> Callable:

@@ -49,7 +49,7 @@ RECENT = 1.3
 #: Nats a latent after which what was learned at a place is worth one step: the two guides hardly overlap there.
 FAR = 10.0
 #: Bounds of the adaptive radius: nats, and multiples of :func:`noise_floor`, to which it closes in by itself.
-RADIUS_MAX, RADIUS_MIN = 1e5, 1e-3
+RADIUS_MAX, RADIUS_MIN = 1e12, 1e-3
 
 
 class Tolerance(NamedTuple):

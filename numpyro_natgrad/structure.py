@@ -20,6 +20,7 @@ from .evidence import Views
 from .families import Family
 from .families.curvature import DENSE_LIMIT, KLCurvature
 from .families.diagonal import DiagonalGaussian
+from .families.divided import DividedGaussian, parts
 from .families.full import FullGaussian
 from .families.joint import JointGaussian
 from .families.likelihood import LikelihoodFisher
@@ -163,7 +164,10 @@ def _gaussian_families(
     latents = sum(s.size for s in sites)
     if 0 < latents <= JOINT_LIMIT and hearing.is_elbo and options.estimator != "first_order":
         alone = names == {p for s in sites for p in s.params}
-        joint = RegressedGaussian if alone and _is_regressed(sites, hearing, options) else JointGaussian
+        if alone and _is_regressed(sites, hearing, options):
+            joint: type[JointGaussian] = RegressedGaussian
+        else:
+            joint = DividedGaussian if _is_divided(sites, hearing) else JointGaussian
         return [joint(tuple(sites), options.margin, options.strict, hearing.particles)]
     return [_wide(s, hearing, options) for s in sites]
 
@@ -176,6 +180,12 @@ def _is_regressed(sites: list[GaussianSite | LowRankSite], hearing: Hearing, opt
     chosen = options.estimator is None and options.step_size is None and options.adaptive
     few = sum(s.size for s in sites) + 1 <= REGRESSED_STEPS * hearing.particles < math.inf
     return chosen and few and hearing.whole and hearing.batched and not any(s.analytic for s in sites)
+
+
+def _is_divided(sites: list[GaussianSite | LowRankSite], hearing: Hearing) -> bool:
+    """Whether the particles, told apart, share the directions among them."""
+    several = parts(sum(s.size for s in sites), hearing.particles) > 1
+    return several and hearing.batched and not any(s.analytic for s in sites)
 
 
 def _wide(site: GaussianSite | LowRankSite, hearing: Hearing, options: Options) -> Family:
@@ -286,8 +296,9 @@ def _views(
     taps.update(particles)
     taps.update({n.site.name: n.site.eta_shape for n in naturals if n.tilted})
     curved = tuple(p for family in families for p in family.curved)
+    divided = tuple(s.name for f in families if isinstance(f, DividedGaussian) for s in f.sites)
     centers = {g.name: g.loc for g in gaussians if modes.get(g.name) == "silent"}
     sites = {n for n in scored if hearing.sites[n].reparameterized and not hearing.sites[n].analytic}
-    usable = options.path_gradient and hearing.is_elbo
+    seen = frozenset(sites if options.path_gradient and hearing.is_elbo else ())
     draws = sum(hearing.particles * s.size for s in hearing.sites.values())
-    return Views(modes, taps, curved, centers, frozenset(sites if usable else ()), forward, draws <= KEPT_DRAWS)
+    return Views(modes, taps, curved, divided, centers, seen, forward, draws <= KEPT_DRAWS)

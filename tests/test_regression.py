@@ -172,16 +172,15 @@ def test_fits_in_a_batch_are_those_by_themselves(x64):
 
 
 def test_remembered_draws_grow_as_the_root_of_the_steps(dtype):
-    """n₀ of them count in full; then n² = 2 n₀ S t, to the tenth that its discrete steps differ by."""
+    """d + 1 of them count in full; then n² = 2 (d + 1) S t, to the tenth that its discrete steps differ by."""
     d, new = 4, 8
-    n0 = regression.LONG * (d + 1)
     sums, grown = regression.nothing(d, jnp.zeros(()).dtype), []
     for _ in range(400):
         kept = regression.lasting(sums, new, d)
         sums = kept._replace(gram=kept.gram.at[0, 0].add(new))
         grown.append(float(sums.weight))
     assert grown[0] == new
-    np.testing.assert_allclose(grown[-1] ** 2, 2 * n0 * new * 400, rtol=0.1)
+    np.testing.assert_allclose(grown[-1] ** 2, 2 * (d + 1) * new * 400, rtol=0.1)
 
 
 def test_a_bent_valley_is_followed_to_its_end():

@@ -293,7 +293,7 @@ def test_a_loss_is_scaled_as_a_whole_and_only_beyond_all_bounds():
     def evidence(loss: float) -> Evidence:
         gradient = {"a": jnp.array([1.0, 2.0])}
         means = {"silent": jnp.array([5.0]), "split": jnp.array([[[3.0]], [[4.0]]])}
-        return Evidence(jnp.array(loss), None, gradient, means, *[lambda t: t] * 4, False, 1)
+        return Evidence(jnp.array(loss), None, gradient, means, *[lambda t: t] * 5, False, 1)
 
     modes = {"silent": "silent", "split": "split"}
     same, share = tempered(evidence(-HUGE), modes)

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient, length, regression, step, structure
+from numpyro_natgrad.compilation import quickly
 
 from . import svi
 from .checkout import arguments
@@ -53,9 +54,10 @@ ABLATIONS = {
     "as shipped": Ablation(),
     "Hessian products, no regression": Ablation(options={"estimator": "second_order"}),
     "draws do not lose weight on the way": Ablation(((regression, "worth", lambda kl, far: 1.0),)),
-    "draws count for ever": Ablation(((regression, "LONG", float("inf")),)),
+    "draws count for ever": Ablation(((regression, "lasting", lambda sums, new, d: sums),)),
     "draws are not pulled in": Ablation(((regression, "OUTLIER", float("inf")),)),
     "a hundred times the ridge": Ablation(((regression, "RIDGE", 20.0),)),
+    "every direction by every draw": Ablation(((structure, "parts", lambda d, particles: 1),)),
     "one radius a step": Ablation(((step, "TRIALS", 1),)),
     "nothing is forgotten on the way": Ablation(((length, "FAR", float("inf")),)),
     "noise by the long mean alone": Ablation(((length, "RECENT", 1e9),)),
@@ -97,7 +99,7 @@ def _cell(problem: svi.Problem, judge: Judge, best: float, changed: Ablation) ->
     with _patched(changed):
         walk = svi.walker(problem, MARKS, svi.PARTICLES)
         fit = lambda z, key: walk(NaturalGradient(**changed.options), z, key)
-        compiled, _ = svi.compile_timed(fit, svi.start(problem, 0))
+        compiled, _ = svi.compile_timed(fit, svi.start(problem, 0), quickly)
     gaps = []
     for seed in range(SEEDS):
         params = jax.device_get(compiled(*svi.start(problem, seed)))

@@ -11,6 +11,7 @@ seconds of a step are those of a run by itself. The natural gradient is compiled
 """
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -79,13 +80,18 @@ def reference(problem: Problem) -> Iterator[Attempt]:
 def _natural(problem: Problem, marks: np.ndarray, particles: int, seeds: range) -> Iterator[Attempt]:
     walk, optimizer = walker(problem, marks, particles), NaturalGradient()
     compiled, compiling = compile_timed(lambda z, key: walk(optimizer, z, key), start(problem, 0), quickly)
-    products = 0 if "regression" in optimizer.report() else problem.target.size + 1
-    gradients = particles * (1 + 2 * products + 1 / 3)
+    gradients = particles * (1 + 2 * products(optimizer) + 1 / 3)
     for seed in seeds:
         begin = time.perf_counter()
         params = jax.block_until_ready(compiled(*start(problem, seed)))
         seconds = (time.perf_counter() - begin) / marks[-1]
         yield Attempt("", seed, _path(problem, params, marks, gradients, seconds, compiling))
+
+
+def products(optimizer: NaturalGradient) -> int:
+    """With the Hessian, a step and particle: those that the report names, and one for the control variate."""
+    named = re.search(r"(\d+) products", optimizer.report())
+    return int(named[1]) + 1 if named else 0
 
 
 def adam(problem: Problem) -> Iterator[Attempt]:

@@ -9,6 +9,7 @@ tangent space, which is ∇_Σ L = ½(E_q[∇²f] − Σ⁻¹) = 0 along it (Pri
 correlated posteriors: the means take Newton steps with the full precision.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -73,19 +74,30 @@ class JointGaussian(NamedTuple):
     def size(self) -> int:
         return sum(s.size for s in self.sites)
 
+    @property
+    def products(self) -> int:
+        """Products with the Hessian of the loss that a particle is asked for in a step."""
+        return self.size
+
     def describe(self) -> list[tuple[str, str, str, str, str]]:
-        how = "closed form, Hessian of the loss" + (", lifted" if self.lifted else "")
-        return [row for s in self.sites for row in s.describe(how)]
+        how = f"closed form, {self.products} products with the Hessian of the loss"
+        return [row for s in self.sites for row in s.describe(how + ", lifted" * self.lifted)]
 
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Any:
         loc = jnp.concatenate([params[s.loc].ravel() for s in self.sites])
         factor = self._factor(params, memory.joint)
         plain = factor.T @ self._flat({s.loc: evidence.gradient[s.loc] for s in self.sites})
-        push, offset = partial(self._push, evidence, params), self._offset(evidence, loc)
-        curvature, correction = whitened_products(push, factor, factor, offset, evidence.particles)
+        curvature, correction = self._learned(evidence, params, loc, factor)
         curvature = (curvature + curvature.T) / 2 - jnp.eye(self.size, dtype=curvature.dtype)
         whitened, curvature = usable(evidence.stuck, plain, plain + correction, curvature, jnp.eye(self.size))
         return Frame(tangent(whitened, curvature), curvature, loc, factor, self._spreads(params))
+
+    def _learned(
+        self, evidence: Evidence, params: Params, loc: jax.Array, factor: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """KᵀHK, to be made symmetric, and what takes the noise of the draws' mean out of the slope; whitened."""
+        push, offset = partial(self._push, evidence, params), self._offset(evidence, loc)
+        return whitened_products(push, factor, factor, offset, evidence.particles)
 
     def norm2(self, v: Frame) -> jax.Array:
         return gaussian.norm2(v.tangent)
@@ -117,8 +129,7 @@ class JointGaussian(NamedTuple):
 
     def _shown(self, factor: jax.Array, curvatures: jax.Array) -> jax.Array:
         """Squares of what the guide shows of curvatures; along the means it is the joint Gaussian that counts."""
-        ends = list(accumulate(s.size for s in self.sites))
-        columns = jnp.split(gaussian.inverse_lower(factor), ends[:-1], axis=1)
+        columns = jnp.split(gaussian.inverse_lower(factor), self._ends(), axis=1)
         parts = list(zip(self.sites, columns, strict=True))
         return jax.vmap(lambda m: sum((shown(x, m, s.block) for s, x in parts), jnp.zeros(())))(curvatures)
 
@@ -189,8 +200,10 @@ class JointGaussian(NamedTuple):
         return jnp.concatenate([values[s.loc].ravel() for s in self.sites])
 
     def _split(self, flat: jax.Array) -> list[jax.Array]:
-        ends = [sum(s.size for s in self.sites[: i + 1]) for i in range(len(self.sites))]
-        return jnp.split(flat, ends[:-1])
+        return jnp.split(flat, self._ends())
+
+    def _ends(self) -> list[int]:
+        return list(accumulate(s.size for s in self.sites))[:-1]
 
 
 def tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
@@ -198,6 +211,12 @@ def tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
     ok = jnp.all(jnp.isfinite(curvature))
     spectrum = gaussian.tangent(slope, jnp.where(ok, curvature, 0.0))
     return spectrum._replace(values=jnp.where(ok, spectrum.values, jnp.nan))
+
+
+def particles(evidence: Evidence, sites: Sequence[Any]) -> jax.Array:
+    """Draws of split sites, and gradients of −log p there, ``(2, S, d)``."""
+    n = int(evidence.particles)
+    return jnp.concatenate([n * evidence.means[s.name].reshape(2, n, -1) for s in sites], axis=2)
 
 
 def padded(x: jax.Array, n: int) -> jax.Array:

@@ -20,7 +20,7 @@ from ..gaussian import Tangent
 from ..length import Comparison
 from ..regression import Sums
 from ..state import Joint, Memory
-from .joint import JointGaussian, tangent
+from .joint import JointGaussian, particles, tangent
 
 
 class Fit(NamedTuple):
@@ -54,7 +54,7 @@ class RegressedGaussian(JointGaussian):
         factor = self._factor(params, memory.joint)
         spread = block_diag(*[k for s in self.sites for k in s.dense(params)])
         inner = solve_triangular(factor, spread, lower=True) if self.lifted else jnp.eye(self.size, dtype=loc.dtype)
-        draws, gradients = self._particles(evidence)
+        draws, gradients = particles(evidence, self.sites)
         sums = regression.moved(self._sums(memory.joint), loc, spread)
         x = solve_triangular(spread, (draws - loc).T, lower=True).T
         sums = regression.taken_in(sums, x, gradients @ spread, inner.T @ inner)
@@ -77,13 +77,6 @@ class RegressedGaussian(JointGaussian):
     def _sums(self, joint: Joint) -> Sums:
         own = regression.nothing(self.size, joint.slope.dtype)
         return jax.tree.map(lambda x, small: x[_leading(small)], joint.sums, own)
-
-    def _particles(self, evidence: Evidence) -> tuple[jax.Array, jax.Array]:
-        """Draws and gradients of −log p, (S, d) each."""
-        n = evidence.particles
-        split = [n * evidence.means[s.name].reshape(2, n, -1) for s in self.sites]
-        draws, gradients = jnp.concatenate(split, axis=2)
-        return draws, gradients
 
 
 def _leading(x: jax.Array) -> tuple[slice, ...]:

@@ -1,0 +1,107 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Law: Hessian products that the draws share among them are those of the draws' own Hessians, column by column."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from jax import random
+from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from numpyro.infer.util import potential_energy
+
+from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.evidence import gather
+from numpyro_natgrad.families import joint
+from numpyro_natgrad.families.divided import parts
+from numpyro_natgrad.options import checked
+from numpyro_natgrad.structure import discover
+
+#: Latents of the model; 16 products a draw make it one direction in two for 8 particles, in three for more.
+SIZES = {"a": 25, "b": 8}
+D = sum(SIZES.values())
+
+
+def _model(y, link=jnp.tanh):
+    a = numpyro.sample("a", dist.Normal(0, 2).expand([SIZES["a"]]).to_event(1))
+    with numpyro.plate("few", SIZES["b"]):
+        b = numpyro.sample("b", dist.Normal(1, 1))
+    numpyro.sample("y", dist.Normal(link(a).sum() + link(b).sum(), 0.5), obs=y)
+
+
+def _linear(y):
+    _model(y, link=lambda x: x)
+
+
+def _evidence(guide, particles):
+    """The family, what one step shows, the parameters, and the draws and Hessians of every particle."""
+    auto, elbo = guide(_model), Trace_ELBO(particles)
+    svi = SVI(_model, auto, NaturalGradient(), elbo)
+    params = svi.optim.get_params(svi.init(random.key(0), 1.0).optim_state)
+    fn = lambda x: (elbo.loss(random.key(5), svi.constrain_fn(x), _model, auto, 1.0), None)
+    structure = discover(fn, params, checked(None, "adaptive", None, True), False)
+    (family,) = structure.families
+    evidence = gather(fn, params, structure.views, particles)
+    return family, evidence, params, joint.particles(evidence, family.sites)[0]
+
+
+def _potential(z):
+    """−log p of all latents, in the order of the guides' sites."""
+    return potential_energy(_model, (1.0,), {}, {"a": z[: SIZES["a"]], "b": z[SIZES["a"] :]})
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+@pytest.mark.parametrize("particles", [4, 9])
+def test_a_column_is_that_of_its_draws_hessians(x64, guide, particles):
+    family, evidence, params, draws = _evidence(guide, particles)
+    loc = jnp.concatenate([params[s.loc].ravel() for s in family.sites])
+    factor = jnp.tril(random.normal(random.key(1), (D, D)))
+    curvature, correction = family._learned(evidence, params, loc, factor)
+    hessians, groups = jax.vmap(jax.hessian(_potential))(draws), parts(D, particles)
+    assert groups == 2
+    for i in range(D):
+        mine = jnp.mean(hessians[i % groups :: groups], axis=0)
+        np.testing.assert_allclose(curvature[i], factor.T @ mine @ factor[:, i], atol=1e-8)
+    offsets = draws - loc
+    others = (hessians.sum(0) - hessians) / (particles - 1)
+    expected = -factor.T @ jnp.einsum("sij,sj->i", others, offsets) / particles
+    np.testing.assert_allclose(correction, expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+def test_a_step_of_length_1_is_exact_where_the_posterior_is_gaussian(x64, guide):
+    auto = guide(_linear)
+    svi = SVI(_linear, auto, NaturalGradient(step_size=1.0, max_kl=None), Trace_ELBO(6))
+    params = svi.run(random.key(0), 1, 1.0, progress_bar=False).params
+    mean = jnp.concatenate([jnp.zeros(SIZES["a"]), jnp.ones(SIZES["b"])])
+    prior = jnp.concatenate([jnp.full(SIZES["a"], 4.0), jnp.ones(SIZES["b"])])
+    precision = jnp.diag(1 / prior) + 4.0
+    expected = jnp.linalg.solve(precision, mean / prior + 4.0)
+    if guide is AutoMultivariateNormal:
+        factor = params["auto_scale_tril"]
+        np.testing.assert_allclose(params["auto_loc"], expected, atol=1e-6)
+        np.testing.assert_allclose(factor @ factor.T, jnp.linalg.inv(precision), atol=1e-6)
+    else:
+        found = [jnp.concatenate([params[f"{n}_auto_{part}"] for n in SIZES]) for part in ("loc", "scale")]
+        np.testing.assert_allclose(found[0], expected, atol=1e-6)
+        np.testing.assert_allclose(found[1], 1 / jnp.sqrt(jnp.diagonal(precision)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "products"),
+    [
+        (Trace_ELBO(8), 17),
+        (Trace_ELBO(4), 17),
+        (Trace_ELBO(3), 33),
+        (Trace_ELBO(1), 33),
+        (Trace_ELBO(8, vectorize_particles=False), 33),
+        (TraceMeanField_ELBO(8), 33),
+    ],
+)
+def test_products_are_shared_where_particles_can_be_told_apart(loss, products):
+    svi = SVI(_model, AutoNormal(_model), NaturalGradient(), loss)
+    svi.run(random.key(0), 1, 1.0, progress_bar=False)
+    assert f" {products} products with the Hessian" in svi.optim.report()
