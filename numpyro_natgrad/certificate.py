@@ -55,7 +55,7 @@ def observe(certificate: Certificate, seen: Comparison, noise: jax.Array, weight
     """
     k = noise.size
     covariance = _propagated(certificate.covariance[..., :k], weights)
-    squares = seen.shown_squares()
+    squares = seen.visible_squares()
     share = jnp.minimum(squares[1] / jnp.maximum(seen.news2, jnp.finfo(noise.dtype).tiny), 1.0)
     visible = certificate.visible[:k] + weights.mean * (share - certificate.visible[:k])
     excess = jnp.clip(_mean2(squares, weights) - visible * noise * _share(covariance), -FARTHEST, FARTHEST)
@@ -81,14 +81,14 @@ def remaining(certificate: Certificate, noise: jax.Array, memory: jax.Array) -> 
     if not k:
         return jnp.array(jnp.nan), jnp.array(jnp.nan)
     mean, deviation = certificate.excess[:, :k]
-    left = jnp.minimum(shown(certificate, noise) * certificate.covariance[2, 2, :k], FARTHEST)
+    left = jnp.minimum(visible_noise(certificate, noise) * certificate.covariance[2, 2, :k], FARTHEST)
     error2 = (NORMAL * deviation) ** 2 + 2 / memory * left**2
     return 0.5 * jnp.sum(jnp.maximum(mean, 0.0) + left), 0.5 * jnp.sqrt(jnp.sum(error2))
 
 
 def noise_left(state: State) -> tuple[float, float]:
     """The part of the decrement that is noise, nats, and the steps that the running means behind it look back over."""
-    noise = np.asarray(shown(state.certificate, noise_seen(state.pace)) * state.certificate.covariance[2, 2])
+    noise = np.asarray(visible_noise(state.certificate, noise_seen(state.pace)) * state.certificate.covariance[2, 2])
     memory = np.asarray(state.pace.memory)
     return 0.5 * float(noise.sum()), float(noise @ memory / max(noise.sum(), np.finfo(noise.dtype).tiny))
 
@@ -116,7 +116,7 @@ def _mean2(squares: jax.Array, weights: Weights) -> jax.Array:
     return jnp.maximum(kept**2 * trend2 + 2 * kept * added * product + added**2 * this2, 0.0)
 
 
-def shown(certificate: Certificate, noise: jax.Array) -> jax.Array:
+def visible_noise(certificate: Certificate, noise: jax.Array) -> jax.Array:
     """What the guide shows of the noise, nats, for each family."""
     return noise * certificate.visible[: noise.size]
 

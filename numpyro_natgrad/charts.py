@@ -231,7 +231,7 @@ def project(precision_root: jax.Array, sites: Sequence[Any], starts: Sequence[An
     return [site.project(x, start) for site, x, start in zip(sites, columns, starts, strict=True)]
 
 
-def shown(columns: jax.Array, curvature: jax.Array, d: int) -> jax.Array:
+def visible_square(columns: jax.Array, curvature: jax.Array, d: int) -> jax.Array:
     """Squared norm of what independent sites of d dimensions show of a change of the joint precision.
 
     To second order a block Σ_b loses ¼‖K_bᵀ ΔS_bb K_b‖² nats by a change of S, whatever happens outside of the block.

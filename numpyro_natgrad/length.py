@@ -122,7 +122,7 @@ class Comparison(NamedTuple):
 
     Of one family, or of each: every family has a pace of its own. Rows of a subsampled plate see their own data alone,
     and move by whole steps, while what all the data is about has to average over batches.  ``reach``: the length that a
-    family with a memory of its own asks for; zero where the rule decides.  ``shown``: the three squares of what the
+    family with a memory of its own asks for; zero where the rule decides.  ``visible``: the three squares of what the
     guide shows, where a family moves more than that; ``None`` where all of it counts.
     """
 
@@ -130,11 +130,11 @@ class Comparison(NamedTuple):
     news2: jax.Array
     this2: jax.Array
     reach: jax.Array | float = 0.0
-    shown: jax.Array | None = None
+    visible: jax.Array | None = None
 
-    def shown_squares(self) -> jax.Array:
-        """``shown``, or the three squares of all that the family moves; ``(3, …)``."""
-        return jnp.stack([self.trend2, self.news2, self.this2]) if self.shown is None else self.shown
+    def visible_squares(self) -> jax.Array:
+        """``visible``, or the three squares of all that the family moves; ``(3, …)``."""
+        return jnp.stack([self.trend2, self.news2, self.this2]) if self.visible is None else self.visible
 
 
 def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:

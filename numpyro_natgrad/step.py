@@ -122,8 +122,8 @@ def _direction(evidence: Evidence, context: Context, step: jax.Array, state: Sta
 def _compared(each: list[length.Comparison]) -> length.Comparison:
     """Of all families, as arrays."""
     trend2, news2, this2, reach = (_each(c[i] for c in each) for i in range(4))
-    shown = jnp.stack([_each(c.shown_squares()[i] for c in each) for i in range(3)])
-    return length.Comparison(trend2, news2, this2, reach, shown)
+    visible = jnp.stack([_each(c.visible_squares()[i] for c in each) for i in range(3)])
+    return length.Comparison(trend2, news2, this2, reach, visible)
 
 
 def _search(evidence: Evidence, context: Context, direction: Direction, state: State) -> Search:
@@ -212,9 +212,9 @@ def _paced(
 ) -> Pace:
     """The pace after the step was tried. (A loss that is not finite where the step starts says nothing about it.)"""
     latents, pace = context.structure.latents, direction.pace
-    noise = certificate.shown(state.certificate, direction.seen.noise)
+    noise = certificate.visible_noise(state.certificate, direction.seen.noise)
     foreseen = certificate.foreseen(state.certificate, noise)
-    pace = length.averaged(pace, foreseen, direction.compared.shown_squares()[0], noise)
+    pace = length.averaged(pace, foreseen, direction.compared.visible_squares()[0], noise)
     pace = _choose(good, length.forgotten(pace, latents, jnp.sum(proposal.kl)), pace)
     if not context.options.adaptive:
         return pace

@@ -60,13 +60,13 @@ class Timed(NamedTuple):
 
 
 def write(checkout: pathlib.Path, results: pathlib.Path, models: list[str]) -> str:
-    """The table, as a document; the seconds that ``table`` wants, beside the results."""
+    """The table, as a document, of these posteriors and of those timed before, whose seconds lie beside the results."""
     results.mkdir(parents=True, exist_ok=True)
-    places = list(itertools.product(models, GUIDES_TIMED))
-    timed = {place: _all_timed(checkout, *place) for place in tqdm(places)}
-    kept = [[*where, "adam", ways["adam", "SVI.run"].compiling] for where, ways in timed.items()]
-    kept += [[*where, "natural_gradient", ways["natural_gradient", "fit"].compiling] for where, ways in timed.items()]
-    (results / COMPILING).write_text(json.dumps(kept))
+    timed = remembered(results / COMPILING)
+    for place in tqdm(list(itertools.product(models, GUIDES_TIMED))):
+        timed[place] = _all_timed(checkout, *place)
+    flat = [[*place, *way, *seconds] for place, ways in timed.items() for way, seconds in ways.items()]
+    (results / COMPILING).write_text(json.dumps(flat))
     ratios = np.array([_ratios(ways) for ways in timed.values()])
     rows = [
         (model.split("-")[0], GUIDES[guide].family, *(f"{t.compiling:.1f}" for t in ways.values()), *map(_two, ratio))
@@ -76,6 +76,14 @@ def write(checkout: pathlib.Path, results: pathlib.Path, models: list[str]) -> s
     last = [(name, *5 * [""], *map(_two, x)) for name, x in ends]
     OUTPUT.write_text(_HOW.format(steps=STEPS) + "\n" + markdown(_HEAD, rows + last))
     return f"wrote {OUTPUT}"
+
+
+def remembered(path: pathlib.Path) -> dict[tuple[str, str], dict[tuple[str, str], Timed]]:
+    """Per posterior and guide, per optimizer and compiler, what has been timed."""
+    timed: dict[tuple[str, str], dict[tuple[str, str], Timed]] = {}
+    for model, guide, optimizer, how, *seconds in json.loads(path.read_text()) if path.exists() else []:
+        timed.setdefault((model, guide), {})[optimizer, how] = Timed(*seconds)
+    return timed
 
 
 def _ratios(ways: dict[tuple[str, str], Timed]) -> tuple[float, float, float]:

@@ -13,8 +13,9 @@ import numpy as np
 GAPS = (0.1, 0.01)
 #: Further than this from the best ELBO at the end is a failure, nats.
 FAILED = 1.0
-#: Seconds of compilation that were measured side by side, if they were: :mod:`.compiling`.
+#: Seconds of compilation that were measured side by side, if they were (:mod:`.compiling`), and how whom compiles.
 COMPILING = "compiling.json"
+COMPILED_AS = {"adam": "SVI.run", "natural_gradient": "fit"}
 COSTS = ("steps", "gradients", "seconds", "total")
 
 
@@ -88,7 +89,8 @@ def load(results: pathlib.Path) -> list[Entry]:
 def _time_compilation(stored: list[dict[str, Any]], path: pathlib.Path) -> None:
     if not path.exists():
         return
-    seconds = {tuple(where): x for *where, x in json.loads(path.read_text())}
+    timed = json.loads(path.read_text())
+    seconds = {(m, g, method): x for m, g, method, how, x, _ in timed if COMPILED_AS[method] == how}
     for about in stored:
         where = about["model"], about["guide"], about["method"]
         if where in seconds and about["precision"] == "x64":

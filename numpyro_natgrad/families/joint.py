@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import block_diag
 
 from .. import gaussian
-from ..charts import GaussianSite, Params, project, shown
+from ..charts import GaussianSite, Params, project, visible_square
 from ..evidence import Evidence
 from ..gaussian import Tangent
 from ..length import Comparison
@@ -118,8 +118,8 @@ class JointGaussian(NamedTuple):
         slopes, curvatures = self._compared(memory, v)
         square = lambda curvature: jnp.sum(slopes**2, axis=1) + 0.5 * curvature
         trend2, news2, this2 = square(jnp.sum(curvatures**2, axis=(1, 2)))
-        shown = square(self._shown(v.factor, curvatures)) if self.lifted else None
-        return Comparison(trend2, news2, this2, shown=shown)
+        visible = square(self._visible(v.factor, curvatures)) if self.lifted else None
+        return Comparison(trend2, news2, this2, visible=visible)
 
     def _compared(self, memory: Memory, v: Any) -> tuple[jax.Array, jax.Array]:
         """Slopes ``(3, d)`` and curvatures of the running mean, of what differs from it, and of both."""
@@ -127,11 +127,11 @@ class JointGaussian(NamedTuple):
         slopes = jnp.stack([slope, v.tangent.slope - slope, v.tangent.slope])
         return slopes, jnp.stack([curvature, v.curvature - curvature, v.curvature])
 
-    def _shown(self, factor: jax.Array, curvatures: jax.Array) -> jax.Array:
+    def _visible(self, factor: jax.Array, curvatures: jax.Array) -> jax.Array:
         """Squares of what the guide shows of curvatures; along the means it is the joint Gaussian that counts."""
         columns = jnp.split(gaussian.inverse_lower(factor), self._ends(), axis=1)
         parts = list(zip(self.sites, columns, strict=True))
-        return jax.vmap(lambda m: sum((shown(x, m, s.block) for s, x in parts), jnp.zeros(())))(curvatures)
+        return jax.vmap(lambda m: sum((visible_square(x, m, s.block) for s, x in parts), jnp.zeros(())))(curvatures)
 
     def remember(self, memory: Memory, v: Frame, weight: jax.Array) -> Memory:
         slope, curvature = self._trend(memory.joint)
