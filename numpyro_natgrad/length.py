@@ -39,8 +39,9 @@ OUTLIER, HARMLESS = 2.0, 1.0
 #: Newton's steps are this many over √N long at least, N steps after they have stopped to travel; where they see batches
 #: of the data, while there is no more noise than so many nats a latent.
 LASTING, LASTING_LATENT = 3.0, 1.0
-#: Travel is what the running mean shows beyond this many times the square that noise would show in it.
-TRAVEL = 2.0
+#: Travel is what the running mean shows beyond this many times the square that noise would show in it: squares scatter,
+#: and one outlier, pulled in to ``OUTLIER`` times the expected size, must not end the average.
+TRAVEL = 1 + OUTLIER**2
 #: The running mean is believed to lag behind by this factor at most.
 DRIFT_MAX = 10.0
 #: Noise is what the last three steps show at most, and a little more, since the mean of three squares scatters by
