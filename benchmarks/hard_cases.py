@@ -18,6 +18,8 @@ import numpyro.distributions as dist
 from numpyro.infer import init_to_uniform, init_to_value
 from numpyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 
+from .cases import eight_schools
+
 GUIDES = {
     "AutoNormal": AutoNormal,
     "AutoMultivariateNormal": AutoMultivariateNormal,
@@ -73,17 +75,13 @@ def separated() -> HardCase:
 
 def noncentred_schools(particles: int) -> HardCase:
     """Eight schools with as many draws a step."""
-    sigma = jnp.array([15.0, 10, 16, 11, 9, 11, 10, 18])
+    schools = eight_schools()
 
     def model(y: Any, batch: int | None = None) -> None:
-        mu = numpyro.sample("mu", dist.Normal(0, 5))
-        tau = numpyro.sample("tau", dist.HalfCauchy(5))
-        with numpyro.plate("schools", 8):
-            theta = numpyro.sample("theta", dist.Normal(0, 1))
-            numpyro.sample("y", dist.Normal(mu + tau * theta, sigma), obs=y)
+        schools.model(y)
 
     many = "1 particle" if particles == 1 else f"{particles} particles"
-    return HardCase(f"{many}: eight schools", model, (jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12]),), particles)
+    return HardCase(f"{many}: eight schools", model, schools.data, particles)
 
 
 def regression(title: str, x: np.ndarray, prior: np.ndarray, **options: Any) -> HardCase:
