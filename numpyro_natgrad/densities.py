@@ -137,6 +137,16 @@ def stretched(base: Any, mean: jax.Array, by: jax.Array) -> Any:
     return _moved(base, lambda x: x + by * stop_gradient(x - mean.reshape(x.shape)))
 
 
+def mirrored(base: Any, mean: jax.Array, sign: jax.Array) -> Any:
+    """The same with each draw x moved to mean + sign (x − mean): a draw of a symmetric distribution again."""
+
+    def mirror(x: jax.Array) -> jax.Array:
+        m = mean.reshape(x.shape)
+        return m + sign.astype(x.dtype) * (x - m)
+
+    return _moved(base, mirror)
+
+
 def _moved(base: Any, move: Callable[[jax.Array], jax.Array]) -> Any:
     changed = copy.copy(base)
     changed.sample = lambda key, sample_shape=(): move(base.sample(key, sample_shape))

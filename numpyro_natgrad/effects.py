@@ -30,10 +30,21 @@ from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer.util import is_identically_one
 from numpyro.primitives import Messenger
 
-from .densities import CLOSED, MONTE_CARLO, Density, frozen_arguments, nothing, shifted, silent, stretched, tilted
+from .densities import (
+    CLOSED,
+    MONTE_CARLO,
+    Density,
+    frozen_arguments,
+    mirrored,
+    nothing,
+    shifted,
+    silent,
+    stretched,
+    tilted,
+)
 from .errors import StructureError
 from .flows import at_draw
-from .particles import own
+from .particles import own, partner, signs
 from .provenance import tag
 from .wrappers import (
     arguments_of,
@@ -192,39 +203,51 @@ class Listener(Messenger):
             msg["fn"] = with_log_prob(fn, lambda *args: tag("density", name, fn.log_prob(*args)))
 
 
+#: Modes of sites whose particles are told apart.
+APART = ("split", "mirrored")
+
+
 class PathGradient(Messenger):
     """Remove the score term of Gaussian sites.
 
     :param modes: per site ``"path"`` (log q keeps its gradient through the draw: the path gradient), ``"silent"``
         (log q keeps its value and loses its gradient: what is left is the gradient of −log p), ``"split"`` (the same,
-        particle by particle) or ``"tilted"`` (the path gradient, of an exponential family).
+        particle by particle), ``"mirrored"`` (the same, of draws in pairs m ± Kε) or ``"tilted"`` (the path gradient,
+        of an exponential family).
     :param taps: for each silent site zeros of the shape of its draw. The gradient of the loss with respect to a tap is
         the *mean of the draws over the particles*: ⟨t, x⟩ is added to log q with its value taken out again. For each
-        tilted site zeros of the shape of η: ⟨t, T(x)⟩ is added in the same way, and along the draw. For each split site
-        zeros ``(2, particles, *shape)``, of which every particle has its own: what a silent site has, and what is added
-        to the draw, so that the gradient is the draws and the gradients of −log p there, over the number of particles.
-    :param stretches: for silent sites the mean m, of as many elements as the draw, and a scalar s: draws x of the
-        Gaussian are moved away from m by s(x − m), which is no function of any parameter.
+        tilted site zeros of the shape of η: ⟨t, T(x)⟩ is added in the same way, and along the draw. For each site that
+        is split or mirrored zeros ``(2, particles, *shape)``, of which every particle has its own: what a silent site
+        has, and what is added to the draw, so that the gradient is the draws and the gradients of −log p there, over
+        the number of particles.
+    :param means: for silent and mirrored sites m, of as many elements as the draw.
+    :param stretches: for silent sites a scalar s: draws x of the Gaussian are moved away from m by s(x − m), which is
+        no function of any parameter.
     """
 
     def __init__(
         self,
         modes: Mapping[str, str],
         taps: Mapping[str, jax.Array],
-        stretches: Mapping[str, tuple[jax.Array, jax.Array]] | None = None,
+        means: Mapping[str, jax.Array] | None = None,
+        stretches: Mapping[str, jax.Array] | None = None,
     ) -> None:
         super().__init__()
-        self.modes, self.taps, self.stretches = modes, taps, stretches or {}
+        self.modes, self.taps, self.means, self.stretches = modes, taps, means or {}, stretches or {}
 
     def process_message(self, msg: Any) -> None:
         if not guide_site(msg):
             return
         name = msg["name"]
-        if self.modes.get(name) == "split":
+        if self.modes.get(name) == "mirrored":
+            sign = own(signs(self.taps[name].shape[1]), msg["kwargs"]["rng_key"])
+            msg["kwargs"]["rng_key"] = partner(msg["kwargs"]["rng_key"])
+            msg["fn"] = map_base(msg["fn"], lambda base: mirrored(base, self.means[name], sign))
+        if self.modes.get(name) in APART:
             shift = own(self.taps[name][1], msg["kwargs"]["rng_key"])
             msg["fn"] = map_base(msg["fn"], lambda base: shifted(base, shift))
         elif name in self.stretches:
-            msg["fn"] = map_base(msg["fn"], lambda base: stretched(base, *self.stretches[name]))
+            msg["fn"] = map_base(msg["fn"], lambda base: stretched(base, self.means[name], self.stretches[name]))
 
     def postprocess_message(self, msg: Any) -> None:
         mode = self.modes.get(msg["name"]) if is_guide_site(msg) else None
@@ -233,7 +256,7 @@ class PathGradient(Messenger):
         elif mode == "silent":
             tap = self.taps[msg["name"]]
             msg["fn"] = map_base(msg["fn"], lambda base: silent(base, tap))
-        elif mode == "split":
+        elif mode in APART:
             tap = own(self.taps[msg["name"]][0], msg["kwargs"]["rng_key"])
             msg["fn"] = map_base(msg["fn"], lambda base: silent(base, tap))
         elif mode == "tilted":

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .charts import Params
-from .effects import Frozen, Loss, PathGradient
+from .effects import APART, Frozen, Loss, PathGradient
 from .hoist import hoisted
 
 #: Nats beyond which a loss says nothing but where to flee: double precision can hardly tell its nats apart.
@@ -62,11 +62,11 @@ class Views(NamedTuple):
     """How the loss is to be looked at.
 
     :ivar modes: how sites with a path gradient are seen (:class:`.effects.PathGradient`).
-    :ivar taps: per silent site the shape of its draw, per split site ``(2, particles, *shape)``, per tilted site that
-        of its natural parameters.
+    :ivar taps: per silent site the shape of its draw, per split or mirrored site ``(2, particles, *shape)``, per tilted
+        site that of its natural parameters.
     :ivar curved: the means along which Hessian products are asked (empty: none).
-    :ivar divided: the split sites whose draws are asked for Hessian products of their own.
-    :ivar centers: the mean of every silent site.
+    :ivar divided: the mirrored sites, whose draws are asked for Hessian products of their own.
+    :ivar centers: the mean of every silent or mirrored site.
     :ivar scored: the sites whose score term is subtracted from the gradient.
     :ivar forward: forward-mode differentiation.
     :ivar keep: hold on to what does not depend on the parameters (:mod:`.hoist`), the draws above all.
@@ -86,11 +86,11 @@ def gather(fn: Loss, params: Params, views: Views, particles: float) -> Evidence
     """Evaluate the loss once, with its gradient, and linearise the gradient along the parameters that ask for it."""
     dtype = jnp.result_type(*jax.tree.leaves(params))
     taps = {name: jnp.zeros(shape, dtype) for name, shape in views.taps.items()}
-    still = {site: jnp.zeros((), dtype) for site in views.centers}
+    still = {site: jnp.zeros((), dtype) for site, mode in views.modes.items() if mode == "silent"}
 
     def view(inputs: tuple[Params, Params, Params]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         values, probes, by = inputs
-        with PathGradient(views.modes, probes, {site: (values[views.centers[site]], by[site]) for site in by}):
+        with PathGradient(views.modes, probes, {site: values[p] for site, p in views.centers.items()}, by):
             loss, aux = fn(values)
         return loss, (loss, aux)
 
@@ -116,8 +116,9 @@ def gather(fn: Loss, params: Params, views: Views, particles: float) -> Evidence
     tilted = {name: taps[name] for name, mode in views.modes.items() if mode == "tilted"}
     seen = lambda inputs: viewed((*inputs, still))
     tilt = _tilt(seen, params, taps, tilted, views.forward) if tilted else lambda tangents: tangents
-    # A view changes gradients only. Where draws are not kept the bare loss holds fewer arrays at a time.
-    value = (lambda values: seen((values, taps))[0]) if views.keep else (lambda values: fn(values)[0])
+    # But for mirrors a view changes gradients only. Where draws are not kept the bare loss holds fewer arrays.
+    same = views.keep or "mirrored" in views.modes.values()
+    value = (lambda values: seen((values, taps))[0]) if same else (lambda values: fn(values)[0])
     return Evidence(loss, aux, gradient, means, push, push_draws, tilt, value, fn, views.forward, particles)
 
 
@@ -132,7 +133,7 @@ def tempered(evidence: Evidence, modes: Mapping[str, str]) -> tuple[Evidence, ja
     share = jnp.minimum(1.0, HUGE / jnp.abs(evidence.loss))
     scaled = lambda tree: jax.tree.map(lambda x: (share * x).astype(x.dtype), tree)
     means = {
-        name: jnp.stack([x[0], scaled(x[1])]) if modes.get(name) == "split" else x for name, x in evidence.means.items()
+        name: jnp.stack([x[0], scaled(x[1])]) if modes.get(name) in APART else x for name, x in evidence.means.items()
     }
     push = lambda *tangents: scaled(evidence.push(*tangents))
     push_draws = lambda shifts: scaled(evidence.push_draws(shifts))

@@ -30,6 +30,22 @@ def _abstract(copies: Any, key: Any) -> Any:
     return copies.update(shape=copies.shape[1:])
 
 
+def partner(key: jax.Array) -> jax.Array:
+    """The key of a particle's partner: of 2h particles the second half has the keys of the first, one too many its own.
+
+    Outside a batch, the key.
+    """
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    found = _partner.bind(jax.random.key_data(key) if typed else key)
+    return jax.random.wrap_key_data(found, impl=jax.random.key_impl(key)) if typed else found
+
+
+def signs(particles: int) -> jax.Array:
+    """1 for the first of a pair of partners and who has none, −1 for the second; ``(particles,)``."""
+    half = particles // 2
+    return jnp.concatenate([jnp.ones(half), -jnp.ones(half), jnp.ones(particles % 2)])
+
+
 def _batch(args: tuple[jax.Array, jax.Array], dims: tuple[int | None, int | None]) -> tuple[jax.Array, int]:
     (copies, key), (along, by) = args, dims
     if along is not None:
@@ -47,3 +63,25 @@ ad.defjvp(_own, lambda tangent, copies, key: _own.bind(tangent, key), None)
 ad.primitive_transposes[_own] = _transpose
 batching.primitive_batchers[_own] = _batch
 mlir.register_lowering(_own, mlir.lower_fun(_first, multiple_results=False))
+
+_partner = core.Primitive("partner")
+
+
+@_partner.def_impl
+def _alone(key: jax.Array) -> jax.Array:
+    return key
+
+
+@_partner.def_abstract_eval
+def _like(key: Any) -> Any:
+    return key
+
+
+def _paired(args: tuple[jax.Array], dims: tuple[int]) -> tuple[jax.Array, int]:
+    keys = jnp.moveaxis(args[0], dims[0], 0)
+    half = len(keys) // 2
+    return jnp.concatenate([keys[:half], keys[:half], keys[2 * half :]]), 0
+
+
+batching.primitive_batchers[_partner] = _paired
+mlir.register_lowering(_partner, mlir.lower_fun(_alone, multiple_results=False))

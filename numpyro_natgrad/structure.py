@@ -15,12 +15,12 @@ from . import length
 from .charts import GaussianSite, Params, read_site
 from .coordinates import read_natural
 from .densities import MONTE_CARLO
-from .effects import ModelSite
+from .effects import APART, ModelSite
 from .evidence import Views
 from .families import Family
 from .families.curvature import DENSE_LIMIT, KLCurvature
 from .families.diagonal import DiagonalGaussian
-from .families.divided import DividedGaussian, parts
+from .families.divided import DividedGaussian
 from .families.full import FullGaussian
 from .families.joint import JointGaussian
 from .families.likelihood import LikelihoodFisher
@@ -183,9 +183,8 @@ def _is_regressed(sites: list[GaussianSite | LowRankSite], hearing: Hearing, opt
 
 
 def _is_divided(sites: list[GaussianSite | LowRankSite], hearing: Hearing) -> bool:
-    """Whether the particles, told apart, share the directions among them."""
-    several = parts(sum(s.size for s in sites), hearing.particles) > 1
-    return several and hearing.batched and not any(s.analytic for s in sites)
+    """Whether there are pairs of particles, and they can be told apart."""
+    return 2 <= hearing.particles < math.inf and hearing.batched and not any(s.analytic for s in sites)
 
 
 def _wide(site: GaussianSite | LowRankSite, hearing: Hearing, options: Options) -> Family:
@@ -290,14 +289,12 @@ def _views(
 ) -> Views:
     modes = {name: mode for family in families for name, mode in family.modes.items()}
     taps = {name: hearing.sites[name].shape for name, mode in modes.items() if mode == "silent"}
-    particles = {
-        n: (2, int(hearing.particles), *hearing.sites[n].shape) for n, mode in modes.items() if mode == "split"
-    }
+    particles = {n: (2, int(hearing.particles), *hearing.sites[n].shape) for n, mode in modes.items() if mode in APART}
     taps.update(particles)
     taps.update({n.site.name: n.site.eta_shape for n in naturals if n.tilted})
     curved = tuple(p for family in families for p in family.curved)
     divided = tuple(s.name for f in families if isinstance(f, DividedGaussian) for s in f.sites)
-    centers = {g.name: g.loc for g in gaussians if modes.get(g.name) == "silent"}
+    centers = {g.name: g.loc for g in gaussians if modes.get(g.name) in ("silent", "mirrored")}
     sites = {n for n in scored if hearing.sites[n].reparameterized and not hearing.sites[n].analytic}
     seen = frozenset(sites if options.path_gradient and hearing.is_elbo else ())
     draws = sum(hearing.particles * s.size for s in hearing.sites.values())

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: Hessian products that the draws share among them are those of the draws' own Hessians, column by column."""
+"""Law: draws are mirrored, and the products that pairs of them share are those of their own Hessians, by columns."""
 
 import jax
 import jax.numpy as jnp
@@ -62,13 +62,22 @@ def test_a_column_is_that_of_its_draws_hessians(x64, guide, particles):
     curvature, correction = family._learned(evidence, params, loc, factor)
     hessians, groups = jax.vmap(jax.hessian(_potential))(draws), parts(D, particles)
     assert groups == 2
+    group = np.arange(particles) % (particles // 2) % groups
     for i in range(D):
-        mine = jnp.mean(hessians[i % groups :: groups], axis=0)
+        mine = jnp.mean(hessians[group == i % groups], axis=0)
         np.testing.assert_allclose(curvature[i], factor.T @ mine @ factor[:, i], atol=1e-8)
-    offsets = draws - loc
-    others = (hessians.sum(0) - hessians) / (particles - 1)
-    expected = -factor.T @ jnp.einsum("sij,sj->i", others, offsets) / particles
-    np.testing.assert_allclose(correction, expected, atol=1e-8)
+    last = (draws[-1] - loc) / particles if particles % 2 else jnp.zeros(D)
+    np.testing.assert_allclose(correction, -factor.T @ hessians[:-1].mean(0) @ last, atol=1e-8)
+
+
+@pytest.mark.parametrize("particles", [2, 5])
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+def test_draws_are_mirrored(guide, particles):
+    family, _, params, draws = _evidence(guide, particles)
+    offsets, half = draws - jnp.concatenate([params[s.loc].ravel() for s in family.sites]), particles // 2
+    np.testing.assert_allclose(offsets[:half], -offsets[half : 2 * half], rtol=1e-5, atol=1e-6)
+    apart = offsets[:, None] - offsets
+    assert float(jnp.min(jnp.abs(apart).max(-1) + jnp.eye(particles))) > 1e-3
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
@@ -96,6 +105,7 @@ def test_a_step_of_length_1_is_exact_where_the_posterior_is_gaussian(x64, guide)
         (Trace_ELBO(8), 17),
         (Trace_ELBO(4), 17),
         (Trace_ELBO(3), 33),
+        (Trace_ELBO(5), 17),
         (Trace_ELBO(1), 33),
         (Trace_ELBO(8, vectorize_particles=False), 33),
         (TraceMeanField_ELBO(8), 33),

@@ -11,7 +11,7 @@
 family             parameters                                             coordinates of the step
 =================  =====================================================  ==================================
 :mod:`.joint`      all Gaussian sites together, up to 128 latents         natural parameters, lifted
-:mod:`.divided`    the same, of 24 and more, products shared by draws     natural parameters, lifted
+:mod:`.divided`    the same by mirrored draws, which share the products         natural parameters, lifted
 :mod:`.regressed`  the same of a guide of few latents, gradients only     natural parameters, lifted
 :mod:`.full`       one full Gaussian site, more latents                   natural parameters
 :mod:`.diagonal`   one mean-field Gaussian site, more latents             natural parameters

@@ -1,11 +1,15 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The joint Gaussian step where every direction is asked of some of the draws only.
+"""The joint Gaussian step by Hessian products of mirrored draws, each direction asked of some of the pairs only.
 
-H₁…H_S are the Hessians at S independent draws, so that E[H_s u] = E[H]u whichever draw is asked about the direction u.
-G groups of draws share the d columns of K: d/G products a draw instead of d, for G times the variance of the estimated
-curvature, which is unbiased, and without noise where the posterior is Gaussian. Far from the optimum it is not that
-noise which makes a step good or bad, near it the length rule and the average take it out.
+*Mirrors.* Of draws m ± Kε the noise that is linear in ε, in slope as in curvature, and all that is odd, is none in the
+mean: no control variate is needed, and where the posterior is Gaussian there is no noise at all. (A last draw without
+a partner has its linear noise taken out with the Hessians of the others.)
+
+*Shares.* With H_p the mean Hessian of a pair E[H_p u] = E[H]u, whichever pair is asked about the direction u. G groups
+of pairs share the d columns of K: d/G products a draw instead of d, for G times the variance of the estimated
+curvature. Far from the optimum it is not that noise which makes a step good or bad; near it the length rule and the
+average take it out.
 """
 
 import math
@@ -25,7 +29,7 @@ class DividedGaussian(JointGaussian):
 
     @property
     def modes(self) -> dict[str, str]:
-        return {s.name: "split" for s in self.sites}
+        return {s.name: "mirrored" for s in self.sites}
 
     @property
     def curved(self) -> tuple[str, ...]:
@@ -33,22 +37,21 @@ class DividedGaussian(JointGaussian):
 
     @property
     def products(self) -> int:
-        return math.ceil(self.size / parts(self.size, self.particles))
+        return math.ceil(self.size / parts(self.size, int(self.particles)))
 
     def _learned(
         self, evidence: Evidence, params: Params, loc: jax.Array, factor: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         n, d, k = int(evidence.particles), self.size, self.products
         groups = parts(d, n)
-        group = np.arange(n) % groups
-        draws = particles(evidence, self.sites)[0]
+        group = np.arange(n) % (n // 2) % groups
         # Group g is asked about the columns g, g + G, g + 2G, …; columns beyond the last are zero.
         columns = jnp.pad(factor.T, [(0, k * groups - d), (0, 0)]).reshape(k, groups, d)[:, group]
-        shifts = jnp.concatenate([columns, leave_one_out(draws, loc)[None]])
+        shifts = jnp.concatenate([columns, unpaired(particles(evidence, self.sites)[0], loc)])
         images = jax.vmap(lambda u: self._push_draws(evidence, u))(shifts) @ factor
         means = np.equal.outer(np.arange(groups), group) * n / np.bincount(group)[:, None]
-        curvature = jnp.einsum("gs,ksd->kgd", jnp.asarray(means, factor.dtype), images[:-1])
-        return curvature.reshape(k * groups, d)[:d], jnp.sum(images[-1], axis=0)
+        curvature = jnp.einsum("gs,ksd->kgd", jnp.asarray(means, factor.dtype), images[:k])
+        return curvature.reshape(k * groups, d)[:d], jnp.sum(images[k:], axis=(0, 1))
 
     def _push_draws(self, evidence: Evidence, shifts: jax.Array) -> jax.Array:
         """H_s u_s/S of a shift for every draw, ``(S, d)``."""
@@ -57,15 +60,19 @@ class DividedGaussian(JointGaussian):
         return jnp.concatenate([images[s.name].reshape(len(shifts), -1) for s in self.sites], axis=1)
 
 
-def parts(d: int, particles: float) -> int:
-    """G: the groups that draws fall into, of two at least, so that each is asked about 16 directions or more.
+def parts(d: int, particles: int) -> int:
+    """G: the groups that pairs of draws fall into, so that each is asked about 16 directions or more.
 
     (A wide Gaussian asks for 16 altogether.)
     """
-    return 1 if math.isinf(particles) else max(1, min(int(particles) // 2, round(d / PROBES)))
+    return max(1, min(particles // 2, round(d / PROBES)))
 
 
-def leave_one_out(draws: jax.Array, loc: jax.Array) -> jax.Array:
-    """The shifts u_s with (1/S) Σ H_s u_s = −(1/S) Σ_s H₋ₛ (z_s − m): see :func:`.products.whitened_products`."""
+def unpaired(draws: jax.Array, loc: jax.Array) -> jax.Array:
+    """The shifts u_s with (1/S) Σ H_s u_s = −H̄ (z_S − m)/S, H̄ the mean Hessian of the draws before the last.
+
+    What the last of an odd number of draws is to be corrected by: ``(1, S, d)``; nothing, ``(0, S, d)``, of pairs.
+    """
     n = len(draws)
-    return (draws - loc - n * (jnp.mean(draws, axis=0) - loc)) / (n - 1)
+    others = jnp.arange(n)[:, None] < n - 1
+    return jnp.where(others, (loc - draws[-1]) / (n - 1), 0.0)[None][: n % 2]
