@@ -89,7 +89,9 @@ def converged(history: History, tolerance: float) -> bool:
         return False
     last = History(*(x[-window:] for x in history))
     below = last.decrement + BEYOND * last.decrement_error < tolerance
-    calm = np.isfinite(last.loss) & ~last.skipped & ~last.limited
+    # Where the model is wrong the limit is nats; one below the tolerance is that of steps which noise sends too far.
+    shortened = last.limited & (last.kl_moved >= tolerance)
+    calm = np.isfinite(last.loss) & ~last.skipped & ~shortened
     least = window - (MISSES if window == WINDOW else 0)
     return bool(below[-1] and np.sum(below & calm) >= least and not _falling(last.loss))
 

@@ -210,7 +210,8 @@ def last(value, count, dtype=float):
         ({"decrement": np.r_[np.zeros(35), 0.02, np.zeros(4)]}, True),  # one draw from a heavy tail
         ({"decrement": last(0.0, 0) + np.r_[np.zeros(34), 0.02, 0.02, np.zeros(4)]}, False),
         ({"decrement_error": last(0.007, 40)}, False),
-        ({"limited": last(1, 2, bool)}, False),
+        ({"limited": last(1, 2, bool), "kl_moved": np.full(40, 0.01)}, False),
+        ({"limited": last(1, 2, bool), "kl_moved": np.full(40, 0.009)}, True),
         ({"skipped": last(1, 2, bool)}, False),
         ({"loss": np.linspace(30, 5, 40)}, False),
         ({"decrement": last(np.nan, 40)}, False),
