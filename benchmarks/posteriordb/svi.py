@@ -4,8 +4,8 @@
 
 Gradients are those of one draw's log density. A step of Adam evaluates one for each particle. Of the natural gradient
 every particle takes one, and a third for the loss at the point reached (which only some steps ask for); where the step
-is not made of gradients alone, two more for each of its d + 1 products with a Hessian (forward over reverse costs about
-two gradients; one of the products is the control variate's). Adam's settings and seeds run as one batch, and the
+is not made of gradients alone, two more for each of its products with a Hessian (forward over reverse costs about two
+gradients). Adam's settings and seeds run as one batch, and the
 seconds of a step are those of a run by itself. The natural gradient is compiled as ``fit`` compiles it, Adam as
 ``SVI.run`` does; :mod:`.compiling` has all four.
 """
@@ -89,9 +89,9 @@ def _natural(problem: Problem, marks: np.ndarray, particles: int, seeds: range) 
 
 
 def products(optimizer: NaturalGradient) -> int:
-    """With the Hessian, a step and particle: those that the report names, and one for the control variate."""
+    """With the Hessian, a step and particle, by the report."""
     named = re.search(r"(\d+) products", optimizer.report())
-    return int(named[1]) + 1 if named else 0
+    return int(named[1]) if named else 0
 
 
 def adam(problem: Problem) -> Iterator[Attempt]:
