@@ -107,7 +107,8 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     point = {p: size for p, size in sizes.items() if p not in taken}
     scored = frozenset(name for family in curvatures for name, _, _ in family.sites)
     latents = _numbers(hearing.sites or hearing.modelled)
-    first_order = [p for family in families if not family.curved for p in family.params]
+    second = [family for family in families if family.curved or isinstance(family, DividedGaussian)]
+    first_order = [p for family in families if family not in second for p in family.params]
     if options.estimator == "second_order" and first_order:
         warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=4)
     views = _views(families, gaussians, naturals, scored, hearing, options, forward)
@@ -167,7 +168,7 @@ def _gaussian_families(
         if alone and _is_regressed(sites, hearing, options):
             joint: type[JointGaussian] = RegressedGaussian
         else:
-            joint = DividedGaussian if _is_divided(sites, hearing) else JointGaussian
+            joint = DividedGaussian if alone and _is_divided(sites, hearing) else JointGaussian
         return [joint(tuple(sites), options.margin, options.strict, hearing.particles)]
     return [_wide(s, hearing, options) for s in sites]
 
@@ -183,7 +184,10 @@ def _is_regressed(sites: list[GaussianSite | LowRankSite], hearing: Hearing, opt
 
 
 def _is_divided(sites: list[GaussianSite | LowRankSite], hearing: Hearing) -> bool:
-    """Whether there are pairs of particles, and they can be told apart."""
+    """Whether there are pairs of particles, and they can be told apart.
+
+    (Draws are mirrored there. Other parameters beside a Gaussian move by the very draws that NumPyro made.)
+    """
     return 2 <= hearing.particles < math.inf and hearing.batched and not any(s.analytic for s in sites)
 
 

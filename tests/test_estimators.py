@@ -150,7 +150,7 @@ def test_there_is_no_noise_at_a_gaussian_posterior(name):
 
 @pytest.mark.parametrize("name", ["full, second order, 1 draw", "full, second order, 3 draws"], indirect=True)
 def test_the_hessian_of_the_loss_is_the_mean_over_its_draws(name):
-    """dS/dρ = (1/n) Σ ∇²f(z_s) − S at the very draws of the loss, which NumPyro's handlers repeat."""
+    """dS/dρ = (1/n) Σ ∇²f(z_s) − S at the very draws of the loss, which NumPyro's handlers repeat, and their mirrors."""
     start, many = sampler(name)
     keys = random.split(random.key(2), KEYS)
     seen = many(keys, start, jnp.asarray(A), jnp.asarray(Y)).cov[:5]
@@ -158,7 +158,8 @@ def test_the_hessian_of_the_loss_is_the_mean_over_its_draws(name):
     n = ROWS[name].loss.num_particles
     for key, velocity in zip(keys[:5], seen, strict=True):
         step_key = random.split(key)[1]
-        draws = [draw(k) for k in (random.split(step_key, n) if n > 1 else [step_key])]
+        draws = np.stack([draw(k) for k in (random.split(step_key, n) if n > 1 else [step_key])])
+        draws[n // 2 : n // 2 * 2] = 2 * MEAN - draws[: n // 2]
         hessian = sum((A.T * np.exp(A @ z)) @ A for z in draws) / n + np.eye(D) / TAU**2
         assert_close(velocity, cov - cov @ hessian @ cov, root_eps("float64"))
 
