@@ -33,7 +33,7 @@ class Evidence(NamedTuple):
     :ivar push: directional derivative of the gradient, linear: tangents of any of the means that asked for it in, and
         by how much the draws of sites are stretched away from their means (the others stay where they are); of those
         means' gradients out.
-    :ivar push_draws: the same draw by draw, linear: of the sites that asked for it a shift of every particle's draw in,
+    :ivar push_draws: the same draw by draw, linear: of mirrored sites a shift of every particle's draw in,
         ``(particles, *site.shape)``; of the gradients of −log p there, over the number of particles, out.
     :ivar tilt: for exponential families, linear: ⟨t, T⟩ added to log q in, its part of the gradient out: F̂t, with F̂ the
         draws' own estimate of the Fisher.
@@ -65,7 +65,6 @@ class Views(NamedTuple):
     :ivar taps: per silent site the shape of its draw, per split or mirrored site ``(2, particles, *shape)``, per tilted
         site that of its natural parameters.
     :ivar curved: the means along which Hessian products are asked (empty: none).
-    :ivar divided: the mirrored sites, whose draws are asked for Hessian products of their own.
     :ivar centers: the mean of every silent or mirrored site.
     :ivar scored: the sites whose score term is subtracted from the gradient.
     :ivar forward: forward-mode differentiation.
@@ -75,7 +74,6 @@ class Views(NamedTuple):
     modes: Mapping[str, str]
     taps: Mapping[str, tuple[int, ...]]
     curved: tuple[str, ...]
-    divided: tuple[str, ...]
     centers: Mapping[str, str]
     scored: frozenset[str]
     forward: bool
@@ -104,7 +102,7 @@ def gather(fn: Loss, params: Params, views: Views, particles: float) -> Evidence
         return slopes, (gradient, means, out)
 
     curved = {name: params[name] for name in views.curved}
-    moved = {site: taps[site][1] for site in views.divided}
+    moved = {site: taps[site][1] for site, mode in views.modes.items() if mode == "mirrored"}
     if curved or moved:
         _, linear, (gradient, means, (loss, aux)) = jax.linearize(slope, curved, still, moved, has_aux=True)
     else:

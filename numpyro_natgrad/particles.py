@@ -13,8 +13,7 @@ from jax.interpreters import ad, batching, mlir
 def own(copies: jax.Array, key: jax.Array) -> jax.Array:
     """A particle's copy: row s of ``copies`` in the s-th particle, told apart by its key; outside a batch, row 0."""
     # A primitive, because only a batching rule sees that what it is called for is a batch of particles.
-    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    return _own.bind(copies, data)
+    return _own.bind(copies, _data(key))
 
 
 _own = core.Primitive("own")
@@ -35,9 +34,16 @@ def partner(key: jax.Array) -> jax.Array:
 
     Outside a batch, the key.
     """
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    found = _partner.bind(jax.random.key_data(key) if typed else key)
-    return jax.random.wrap_key_data(found, impl=jax.random.key_impl(key)) if typed else found
+    found = _partner.bind(_data(key))
+    return jax.random.wrap_key_data(found, impl=jax.random.key_impl(key)) if _is_typed(key) else found
+
+
+def _is_typed(key: jax.Array) -> bool:
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
+def _data(key: jax.Array) -> jax.Array:
+    return jax.random.key_data(key) if _is_typed(key) else key
 
 
 def signs(particles: int) -> jax.Array:

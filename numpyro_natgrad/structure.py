@@ -107,8 +107,8 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     point = {p: size for p, size in sizes.items() if p not in taken}
     scored = frozenset(name for family in curvatures for name, _, _ in family.sites)
     latents = _numbers(hearing.sites or hearing.modelled)
-    second = [family for family in families if family.curved or isinstance(family, DividedGaussian)]
-    first_order = [p for family in families if family not in second for p in family.params]
+    second = [family.curved or "mirrored" in family.modes.values() for family in families]
+    first_order = [p for family, asks in zip(families, second, strict=True) if not asks for p in family.params]
     if options.estimator == "second_order" and first_order:
         warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=4)
     views = _views(families, gaussians, naturals, scored, hearing, options, forward)
@@ -297,9 +297,8 @@ def _views(
     taps.update(particles)
     taps.update({n.site.name: n.site.eta_shape for n in naturals if n.tilted})
     curved = tuple(p for family in families for p in family.curved)
-    divided = tuple(s.name for f in families if isinstance(f, DividedGaussian) for s in f.sites)
     centers = {g.name: g.loc for g in gaussians if modes.get(g.name) in ("silent", "mirrored")}
     sites = {n for n in scored if hearing.sites[n].reparameterized and not hearing.sites[n].analytic}
     seen = frozenset(sites if options.path_gradient and hearing.is_elbo else ())
     draws = sum(hearing.particles * s.size for s in hearing.sites.values())
-    return Views(modes, taps, curved, divided, centers, seen, forward, draws <= KEPT_DRAWS)
+    return Views(modes, taps, curved, centers, seen, forward, draws <= KEPT_DRAWS)

@@ -20,7 +20,7 @@ from numpyro_natgrad.families.divided import parts
 from numpyro_natgrad.options import checked
 from numpyro_natgrad.structure import discover
 
-#: Latents of the model; 16 products a draw make it one direction in two for 8 particles, in three for more.
+#: Latents of the model: two groups of pairs share 17 and 16 directions.
 SIZES = {"a": 25, "b": 8}
 D = sum(SIZES.values())
 
@@ -37,7 +37,7 @@ def _linear(y):
 
 
 def _evidence(guide, particles):
-    """The family, what one step shows, the parameters, and the draws and Hessians of every particle."""
+    """The family, what one step shows, the parameters, and the draw of every particle."""
     auto, elbo = guide(_model), Trace_ELBO(particles)
     svi = SVI(_model, auto, NaturalGradient(), elbo)
     params = svi.optim.get_params(svi.init(random.key(0), 1.0).optim_state)

@@ -19,7 +19,7 @@ from numpyro import distributions as dist
 from numpyro.infer import SVI, Trace_ELBO
 from scipy import special, stats
 
-from benchmarks.posteriordb import checkout, compiling, measure, results, run, targets
+from benchmarks.posteriordb import ablation, checkout, compiling, measure, results, run, targets
 from benchmarks.posteriordb.guides import GUIDES
 from benchmarks.posteriordb.models import MODELS, named
 from benchmarks.posteriordb.target import Target, starts, target
@@ -290,6 +290,12 @@ def test_a_job_that_breaks_is_told(small, tmp_path, monkeypatch):
     job = run.Job(SCHOOLS, "AutoNormal", "float32", ("natural_gradient",))
     monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
     assert run.run(run.Plan(small, tmp_path / "none"), [job]) == [job]
+
+
+def test_every_ingredient_that_is_removed_is_there():
+    changed = [constant for how in ablation.ABLATIONS.values() for constant in how.constants]
+    assert changed
+    assert all(hasattr(module, name) for module, name, _ in changed)
 
 
 def test_seconds_of_compilation_are_those_that_were_timed_side_by_side(tmp_path):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient, length, regression, step, structure
 from numpyro_natgrad.compilation import quickly
+from numpyro_natgrad.families import divided
 
 from . import svi
 from .checkout import arguments
@@ -57,7 +58,7 @@ ABLATIONS = {
     "draws count for ever": Ablation(((regression, "lasting", lambda sums, new, d: sums),)),
     "draws are not pulled in": Ablation(((regression, "OUTLIER", float("inf")),)),
     "a hundred times the ridge": Ablation(((regression, "RIDGE", 20.0),)),
-    "every direction by every draw": Ablation(((structure, "parts", lambda d, particles: 1),)),
+    "every direction by every draw": Ablation(((divided, "parts", lambda d, particles: 1),)),
     "one radius a step": Ablation(((step, "TRIALS", 1),)),
     "nothing is forgotten on the way": Ablation(((length, "FAR", float("inf")),)),
     "noise by the long mean alone": Ablation(((length, "RECENT", 1e9),)),

@@ -11,7 +11,7 @@ gradient's as ``fit`` from here.
 import itertools
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from . import svi
 from .checkout import arguments
 from .guides import GUIDES
 from .models import MODELS
-from .results import COMPILING
+from .results import COMPILING, Timed, remembered
 from .table import markdown
 from .target import starts, target
 
@@ -52,13 +52,6 @@ columns are as SVI.run.
 """
 
 
-class Timed(NamedTuple):
-    """Seconds to compile, and of a step."""
-
-    compiling: float
-    step: float
-
-
 def write(checkout: pathlib.Path, results: pathlib.Path, models: list[str]) -> str:
     """The table, as a document, of these posteriors and of those timed before, whose seconds lie beside the results."""
     results.mkdir(parents=True, exist_ok=True)
@@ -76,14 +69,6 @@ def write(checkout: pathlib.Path, results: pathlib.Path, models: list[str]) -> s
     last = [(name, *5 * [""], *map(_two, x)) for name, x in ends]
     OUTPUT.write_text(_HOW.format(steps=STEPS) + "\n" + markdown(_HEAD, rows + last))
     return f"wrote {OUTPUT}"
-
-
-def remembered(path: pathlib.Path) -> dict[tuple[str, str], dict[tuple[str, str], Timed]]:
-    """Per posterior and guide, per optimizer and compiler, what has been timed."""
-    timed: dict[tuple[str, str], dict[tuple[str, str], Timed]] = {}
-    for model, guide, optimizer, how, *seconds in json.loads(path.read_text()) if path.exists() else []:
-        timed.setdefault((model, guide), {})[optimizer, how] = Timed(*seconds)
-    return timed
 
 
 def _ratios(ways: dict[tuple[str, str], Timed]) -> tuple[float, float, float]:

@@ -19,6 +19,13 @@ COMPILED_AS = {"adam": "SVI.run", "natural_gradient": "fit"}
 COSTS = ("steps", "gradients", "seconds", "total")
 
 
+class Timed(NamedTuple):
+    """Seconds to compile, and of a step."""
+
+    compiling: float
+    step: float
+
+
 class Entry(NamedTuple):
     """One method with one setting on one posterior with one guide: its fits, a seed each.
 
@@ -87,15 +94,21 @@ def load(results: pathlib.Path) -> list[Entry]:
 
 
 def _time_compilation(stored: list[dict[str, Any]], path: pathlib.Path) -> None:
-    if not path.exists():
-        return
-    timed = json.loads(path.read_text())
-    seconds = {(m, g, method): x for m, g, method, how, x, _ in timed if COMPILED_AS[method] == how}
+    timed = remembered(path)
     for about in stored:
-        where = about["model"], about["guide"], about["method"]
-        if where in seconds and about["precision"] == "x64":
+        way = about["method"], COMPILED_AS.get(about["method"], "")
+        seconds = timed.get((about["model"], about["guide"]), {}).get(way)
+        if seconds and about["precision"] == "x64":
             for fit in about["fits"]:
-                fit["compiling"] = seconds[where]
+                fit["compiling"] = seconds.compiling
+
+
+def remembered(path: pathlib.Path) -> dict[tuple[str, str], dict[tuple[str, str], Timed]]:
+    """Per posterior and guide, per optimizer and compiler, what has been timed."""
+    timed: dict[tuple[str, str], dict[tuple[str, str], Timed]] = {}
+    for model, guide, optimizer, how, *seconds in json.loads(path.read_text()) if path.exists() else []:
+        timed.setdefault((model, guide), {})[optimizer, how] = Timed(*seconds)
+    return timed
 
 
 def _entries(about: dict[str, Any], best: float) -> list[Entry]:

@@ -27,13 +27,7 @@ from .joint import JointGaussian, particles
 class DividedGaussian(JointGaussian):
     """The dense joint step over ``sites`` by Hessian products that the draws share among them."""
 
-    @property
-    def modes(self) -> dict[str, str]:
-        return {s.name: "mirrored" for s in self.sites}
-
-    @property
-    def curved(self) -> tuple[str, ...]:
-        return ()
+    mode = "mirrored"
 
     @property
     def products(self) -> int:

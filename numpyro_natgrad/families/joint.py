@@ -20,6 +20,7 @@ from jax.scipy.linalg import block_diag
 
 from .. import gaussian
 from ..charts import GaussianSite, Params, project, visible_square
+from ..effects import APART
 from ..evidence import Evidence
 from ..gaussian import Tangent
 from ..length import Comparison
@@ -59,12 +60,18 @@ class JointGaussian(NamedTuple):
         return True
 
     @property
+    def mode(self) -> str:
+        """How all of its sites are seen."""
+        return "silent"
+
+    @property
     def modes(self) -> dict[str, str]:
-        return {s.name: "silent" for s in self.sites}
+        return {s.name: self.mode for s in self.sites}
 
     @property
     def curved(self) -> tuple[str, ...]:
-        return tuple(s.loc for s in self.sites)
+        """The means; none where particles are told apart, each by its own gradient."""
+        return () if self.mode in APART else tuple(s.loc for s in self.sites)
 
     @property
     def lifted(self) -> bool:
@@ -214,7 +221,7 @@ def tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
 
 
 def particles(evidence: Evidence, sites: Sequence[Any]) -> jax.Array:
-    """Draws of split sites, and gradients of −log p there, ``(2, S, d)``."""
+    """Draws of sites whose particles are told apart, and gradients of −log p there, ``(2, S, d)``."""
     n = int(evidence.particles)
     return jnp.concatenate([n * evidence.means[s.name].reshape(2, n, -1) for s in sites], axis=2)
 

@@ -37,13 +37,7 @@ class Fit(NamedTuple):
 class RegressedGaussian(JointGaussian):
     """The dense joint step over ``sites`` by regression."""
 
-    @property
-    def modes(self) -> dict[str, str]:
-        return {s.name: "split" for s in self.sites}
-
-    @property
-    def curved(self) -> tuple[str, ...]:
-        return ()
+    mode = "split"
 
     def describe(self) -> list[tuple[str, str, str, str, str]]:
         how = "closed form, regression of gradients" + (", lifted" if self.lifted else "")
