@@ -3,7 +3,7 @@
 """How far: the step length ρ, and the KL radius that bounds it.
 
     ρ  =  the longest ρ ≤ cap with KL(q ‖ q₊) ≤ δ
-    cap = S/(S+2) · max(s, min(1, τ/v), min(1, 3/√N)) · o
+    cap = c · max(s, min(1, τ/v), min(1, 3/√N)) · o,   c = S/(S+2), or 1 of two mirrored pairs or more
     s  =  ‖mean of recent natural gradients‖² / mean of their ‖·‖²
 
 The share of signal is Ranganath et al.'s adaptive rate (2013) in the Fisher metric: 1 while steps agree, 1/t where
@@ -30,6 +30,8 @@ from .state import Pace
 #: sampled, most of what is measured as noise lies in directions that hardly change the distribution, and damping keeps
 #: them short: half a nat.
 QUIET, QUIET_LATENT, QUIET_INEXACT, QUIET_SCORES = 0.04, 0.005, 0.01, 0.5
+#: Mirrored draws that take steps of length 1.
+PAIRED = 4
 #: A step must deliver this share of its predicted gain, and this share to let the radius grow.
 ACCEPT, GROW = 0.1, 0.5
 #: Steps that the running means look back over at least. Little: far from the optimum the model changes with each step.
@@ -54,14 +56,14 @@ RADIUS_MAX, RADIUS_MIN = 1e12, 1e-3
 
 
 class Tolerance(NamedTuple):
-    """How much noise steps may have; ``quiet`` and ``bearable`` of each family.
+    """How much noise steps may have, of each family.
 
-    :ivar particles: draws a step; infinity where nothing is drawn.
+    :ivar most: how long steps are at most; :func:`most`.
     :ivar quiet: how much noise is left alone, nats.
     :ivar bearable: nats of noise in which steps stay long all the same; none where they are not Newton's.
     """
 
-    particles: float
+    most: Any
     quiet: Any
     bearable: Any
 
@@ -96,7 +98,7 @@ def cap(options: Options, step: jax.Array, seen: Observation, tolerance: Toleran
 def adaptive(seen: Observation, tolerance: Tolerance) -> jax.Array:
     """The rule that needs no choice."""
     longest = jnp.maximum(jnp.maximum(seen.signal, _borne(seen.noise, tolerance.quiet)), lasting(seen, tolerance))
-    ruled = 1 / (1 + 2 / tolerance.particles) * longest * seen.trust
+    ruled = jnp.asarray(tolerance.most, longest.dtype) * longest * seen.trust
     return jnp.where(seen.reach > 0, seen.reach, ruled)
 
 
@@ -242,6 +244,16 @@ def longest(kl: Callable[[jax.Array], jax.Array], cap: jax.Array, radius: jax.Ar
 def noise_floor(latents: int) -> float:
     """Nats below which a step is not judged on its own draws: noise would decide."""
     return max(0.1, 0.02 * latents)
+
+
+def most(particles: float, mirrored: bool) -> float:
+    """The longest step: S/(S+2) of the way that S draws show.
+
+    At a distance x from the optimum of a conjugate model, a natural gradient whose curvature comes from draws has the
+    noise 2‖x‖²/S, and (1−ρ)²‖x‖² + 2ρ²‖x‖²/S is least there. Mirrored draws have none: all of the way. (A step of 1
+    makes the precision of this step's Hessians alone: a single pair is too few for that where they vary.)
+    """
+    return 1.0 if mirrored and particles >= PAIRED else 1 / (1 + 2 / particles)
 
 
 def quiet(latents: int) -> float:

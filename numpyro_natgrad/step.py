@@ -92,7 +92,7 @@ class Search(NamedTuple):
 def natural_step(fn: Loss, context: Context, step: jax.Array, state: State) -> tuple[Evidence, State]:
     """Evaluate the loss at the iterate and move."""
     structure = context.structure
-    evidence = gather(fn, state.params, structure.views, structure.tolerance.particles)
+    evidence = gather(fn, state.params, structure.views, structure.particles)
     direction = _direction(evidence, context, step, state)
     search = _search(evidence, context, direction, state)
     proposal = _propose(evidence, context, direction, state, search.radius)

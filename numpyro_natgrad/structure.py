@@ -67,6 +67,7 @@ class Structure(NamedTuple):
     :ivar families: who moves what.
     :ivar point: parameters without a Fisher, left to the ordinary optimizer, with their sizes.
     :ivar views: how the loss is to be seen.
+    :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar latents: latent dimensions of the guide's sites, for the whole data set; of a likelihood, observations.
     :ivar exact: whether a step of length 1 is exact on conjugate models.
     :ivar tolerance: how much noise the steps of every family may have.
@@ -77,6 +78,7 @@ class Structure(NamedTuple):
     families: tuple[Family, ...]
     point: dict[str, int]
     views: Views
+    particles: float
     latents: int
     exact: bool
     tolerance: length.Tolerance
@@ -114,9 +116,9 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     views = _views(families, gaussians, naturals, scored, hearing, options, forward)
     exact = hearing.is_elbo and all(family.exact for family in families)
     paired = all(site.reparameterized or site.analytic for site in hearing.sites.values())
-    noise = _quiet(families, exact, latents), _bearable(families, hearing.whole)
-    tolerance = length.Tolerance(hearing.particles, *noise)
-    return Structure(families, point, views, latents, exact, tolerance, paired)
+    most = tuple(length.most(hearing.particles, isinstance(f, DividedGaussian)) for f in families)
+    tolerance = length.Tolerance(most, _quiet(families, exact, latents), _bearable(families, hearing.whole))
+    return Structure(families, point, views, hearing.particles, latents, exact, tolerance, paired)
 
 
 def _quiet(families: tuple[Family, ...], exact: bool, latents: int) -> tuple[float, ...]:

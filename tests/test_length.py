@@ -179,24 +179,27 @@ def test_families_keep_a_pace_of_their_own(dtype):
 
 
 @pytest.mark.parametrize("quiet", [length.QUIET, length.QUIET_INEXACT, length.QUIET_SCORES])
+@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("particles", [1, 2, 8, 100])
-def test_the_rule_needs_no_choice_and_stays_below_one(particles, quiet, dtype):
+def test_the_rule_needs_no_choice_and_stays_below_one(particles, mirrored, quiet, dtype):
     signal, noise = jnp.meshgrid(jnp.array([1e-6, 0.1, 1.0]), jnp.array([0.0, 1e-3, 1.0, 1e6]))
     seen = Observation(jnp.ones(()), signal, noise, jnp.ones(()), jnp.ones(()))
-    rho = length.adaptive(seen, Tolerance(particles, jnp.array(quiet), 0.0))
+    rho = length.adaptive(seen, Tolerance(length.most(particles, mirrored), jnp.array(quiet), 0.0))
     assert (rho > 0).all()
-    assert (rho <= particles / (particles + 2) + np.finfo(dtype).eps).all()
+    bound = 1.0 if mirrored and particles > 2 else particles / (particles + 2)
+    assert (rho <= bound + np.finfo(dtype).eps).all()
+    np.testing.assert_allclose(rho[0, -1], bound, rtol=1e-5)
     # More signal never shortens a step, more noise never lengthens it.
     assert (jnp.diff(rho, axis=1) >= 0).all()
     assert (jnp.diff(rho, axis=0) <= 0).all()
 
 
 def test_newton_s_steps_stay_long_until_noise_alone_has_moved_them_for_a_while(dtype):
-    """3/√N after N such steps, of S/(S+2), in noise that is borne; the rest of the rule may lengthen them."""
+    """3/√N after N such steps, of 0.8 at most, in noise that is borne; the rest of the rule may lengthen them."""
 
     def rho(settled: float, noise: float, signal: float = 1e-6, bearable: float = 2.0) -> jax.Array:
         seen = Observation(jnp.ones(()), *(jnp.array(x) for x in (signal, noise, 1.0, settled)))
-        return length.adaptive(seen, Tolerance(8, jnp.array(1e-9), jnp.array(bearable)))
+        return length.adaptive(seen, Tolerance(0.8, jnp.array(1e-9), jnp.array(bearable)))
 
     for settled, expected in ((1.0, 1.0), (9.0, 1.0), (36.0, 0.5), (900.0, 0.1)):
         np.testing.assert_allclose(rho(settled, 2.0), 0.8 * expected, rtol=1e-6)

@@ -16,6 +16,7 @@ at the optimum. At the start W = 0, a saddle without a gradient. Where a directi
 they break the symmetry, the same ones in every run.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from ..length import Comparison
 from ..low_rank import Tangent
 from ..low_rank_chart import LowRankSite
 from ..state import Memory
+from .products import left_out, usable
 
 #: Random probes a step: of the Hessian's diagonal, and of what else there is to find.
 PROBES = 8
@@ -87,18 +89,19 @@ class LowRankGaussian(NamedTuple):
 
     def sharp(self, evidence: Evidence, params: Params, memory: Memory, step: jax.Array) -> Frame:
         loc, (scale, factor) = self.site.read(params)
-        slope = scale * evidence.gradient[self.site.loc].reshape(scale.shape)
-        slope = slope + self._control_variate(evidence, params, loc, scale, factor)
+        plain = scale * evidence.gradient[self.site.loc].reshape(scale.shape)
+        slope = plain + self._control_variate(evidence, params, loc, scale, factor)
         key, *keys = random.split(random.fold_in(random.key(0), step), 3)
         signs = random.rademacher(key, (*scale.shape, 2 * PROBES + 2 * self.site.rank + 2), scale.dtype)
         probes, others, spare = jnp.split(signs, [PROBES, 2 * PROBES], axis=-1)
         trend, diagonal = self._trend(memory, scale)
         turned = memory.trend[self.site.factor].reshape(factor.shape) / scale[..., None]
+        ask = partial(self._asked, evidence, params, plain)
+        slope, found = ask(slope, others, keys[0])
         own = jnp.concatenate([factor, turned, slope[..., None], trend[..., None]], axis=-1)
-        found = self._images(evidence, params, scale, others, keys[0]) - _product(factor, others)
-        basis = jax.vmap(directions, (0, 0, 0, None))(own, spare, found, self.directions)
+        basis = jax.vmap(directions, (0, 0, 0, None))(own, spare, found - _product(factor, others), self.directions)
         asked = jnp.concatenate([basis, probes], axis=-1)
-        image = self._images(evidence, params, scale, asked, keys[1])
+        slope, image = ask(slope, asked, keys[1])
         ok = jnp.all(jnp.isfinite(image)) & jnp.all(jnp.isfinite(basis)) & jnp.all(jnp.isfinite(slope))
         slope, basis, asked, image = (jnp.where(ok, x, 0.0) for x in (slope, basis, asked, image))
         v, turned = jax.vmap(_differences)(factor, slope, diagonal, basis, asked, image)
@@ -150,6 +153,14 @@ class LowRankGaussian(NamedTuple):
         shaped = {p: x.reshape(jnp.shape(memory.trend[p])) for p, x in new.items()}
         return memory._replace(trend={**memory.trend, **shaped})
 
+    def _asked(
+        self, evidence: Evidence, params: Params, plain: jax.Array, slope: jax.Array, x: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The slope and Hx, or what gets away from where they are no numbers."""
+        _, (scale, factor) = self.site.read(params)
+        image = self._images(evidence, params, scale, x, key)
+        return usable(evidence.stuck, plain, slope, image, 2 * _product(factor, x))
+
     def _images(self, evidence: Evidence, params: Params, scale: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
         """Each batch element's own Hx for its x, ``(batch, d, n)``.
 
@@ -168,13 +179,13 @@ class LowRankGaussian(NamedTuple):
     def _control_variate(
         self, evidence: Evidence, params: Params, loc: jax.Array, scale: jax.Array, factor: jax.Array
     ) -> jax.Array:
-        """Leave-one-out, as in :func:`.products.whitened_products`."""
+        """What takes the noise of the draws' mean out of the slope: :func:`.products.whitened_products`."""
         if self.site.analytic:
             return jnp.zeros_like(loc)
-        offset, n = evidence.means[self.site.name].reshape(loc.shape) - loc, evidence.particles
-        if n == 1:
+        offset = evidence.means[self.site.name].reshape(loc.shape) - loc
+        if evidence.particles == 1:
             return -_product(factor, (offset / scale)[..., None])[..., 0]
-        return scale * self._push(evidence, params, -n / (n - 1) * offset, 1 / (n - 1))
+        return scale * self._push(evidence, params, *left_out(offset, evidence.particles))
 
 
 def directions(own: jax.Array, spare: jax.Array, found: jax.Array, n: int) -> jax.Array:

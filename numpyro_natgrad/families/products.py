@@ -20,9 +20,7 @@ def whitened_products(
 ) -> tuple[jax.Array, jax.Array]:
     """KᵀH of each shift, ``(d, k)``, and what takes the noise of the draws' mean out of the slope Kᵀ∇f, ``(d,)``.
 
-    Leave-one-out: g = ∇f − (1/S) Σ_s H₋ₛ (z_s − m) with H₋ₛ the mean Hessian of the other particles, unbiased, and
-    without noise where f is quadratic. Σ_s H_s (z_s − m)/S is the derivative of E[∇f] as the draws are stretched, so
-    that it costs one more product. A single particle has no others: it is given the current S (sticking the landing).
+    A single particle has no others (:func:`left_out`): it is given the current S (sticking the landing).
 
     :param push: what a shift of the mean ``(d,)`` and a stretch of the draws away from it change in the gradient.
     :param factor: K, ``(d, d)``.
@@ -35,9 +33,21 @@ def whitened_products(
         return products(shifts, still), jnp.zeros(len(factor), factor.dtype)
     if n == 1:
         return products(shifts, still), -solve_triangular(factor, offset, lower=True)
-    shifts = jnp.concatenate([shifts, -n / (n - 1) * offset[:, None]], axis=1)
-    both = products(shifts, jnp.append(still, 1 / (n - 1)))
+    shift, stretch = left_out(offset, n)
+    both = products(jnp.concatenate([shifts, shift[:, None]], axis=1), jnp.append(still, stretch))
     return both[:, :-1], both[:, -1]
+
+
+def left_out(offset: jax.Array, particles: float) -> tuple[jax.Array, float]:
+    """The shift of the mean and the stretch of the draws that change the gradient ∇f by its control variate.
+
+    Leave-one-out: g = ∇f − (1/S) Σ_s H₋ₛ (z_s − m) with H₋ₛ the mean Hessian of the other particles, unbiased, and
+    without noise where f is quadratic. Σ_s H_s (z_s − m)/S is the derivative of E[∇f] as the draws are stretched, so
+    that it costs one more product.
+
+    :param offset: of the draws' mean from m.
+    """
+    return -particles / (particles - 1) * offset, 1 / (particles - 1)
 
 
 def usable(
