@@ -25,10 +25,10 @@ from jax import lax
 from .options import Options
 from .state import Pace
 
-#: Nats of noise in the natural gradient that are left alone, at least, and for each latent: see :func:`quiet`. Where a
-#: step of length 1 is exact on no model, noise comes back multiplied, and less of it is let pass. Where the Fisher is
-#: sampled, most of what is measured as noise lies in directions that hardly change the distribution, and damping keeps
-#: them short: half a nat.
+#: Nats of noise in the natural gradient that are left alone, at least, and for each latent where steps do not last: see
+#: :func:`quiet` and :func:`lasting`. Where a step of length 1 is exact on no model, noise comes back multiplied, and
+#: less of it is let pass. Where the Fisher is sampled, most of what is measured as noise lies in directions that hardly
+#: change the distribution, and damping keeps them short: half a nat.
 QUIET, QUIET_LATENT, QUIET_INEXACT, QUIET_SCORES = 0.04, 0.005, 0.01, 0.5
 #: Mirrored draws that take steps of length 1.
 PAIRED = 4

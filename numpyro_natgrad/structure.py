@@ -129,6 +129,8 @@ def _quiet(families: tuple[Family, ...], exact: bool, latents: int) -> tuple[flo
 def _quiet_one(family: Family, rest: float, families: int) -> float:
     if isinstance(family, NetworkCurvature | NaturalParameters) and family.size > DENSE_LIMIT:
         return length.statistical(family.size, family.numbers)
+    if isinstance(family, JointGaussian):  # its steps last as it is
+        return min(rest, length.QUIET) / families
     return (length.QUIET_SCORES if isinstance(family, ScoreFisher) else rest) / families
 
 
