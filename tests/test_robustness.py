@@ -132,7 +132,7 @@ def test_a_bad_step_is_skipped_and_the_next_good_one_goes_on(fit, kind):
     ("guide", "limit"), [(full, 128), (full, 1), (low_rank, 1)], ids=["dense", "probes", "low rank"]
 )
 def test_curvature_that_stays_no_number_is_done_without(guide, limit, monkeypatch):
-    """Skipped once; then half the variance, and along the slope."""
+    """Skipped once; then along the slope, the covariance as it is."""
     monkeypatch.setattr("numpyro_natgrad.structure.JOINT_LIMIT", limit)
     svi = SVI(model, guide, NaturalGradient(), Trace_ELBO(num_particles=2))
     state, update = svi.init(random.key(0), NONE), jax.jit(svi.stable_update)
@@ -144,9 +144,10 @@ def test_curvature_that_stays_no_number_is_done_without(guide, limit, monkeypatc
     assert not svi.optim.info(twice).skipped
     assert svi.optim.info(twice).kl_moved > 0
     assert finite(twice.optim_state)
-    before, after = (covariance(svi.get_params(s)) for s in (once, twice))
-    assert not np.array_equal(svi.get_params(once)["loc"], svi.get_params(twice)["loc"])
-    assert np.linalg.det(after) < np.linalg.det(before)
+    before, after = (s.optim_state[1].params for s in (once, twice))
+    assert np.linalg.norm(after["loc"] - before["loc"]) > 0.01
+    # (In single precision, and by a step that lets a negligible part of the covariance go.)
+    np.testing.assert_allclose(*(covariance(svi.constrain_fn(x)) for x in (after, before)), rtol=1e-3, atol=1e-4)
 
 
 def covariance(params: dict[str, Any]) -> np.ndarray:

@@ -115,7 +115,7 @@ class FullGaussian(NamedTuple):
         probes = sweep(self.site.size, min(PROBES, self.site.size), step).astype(factor.dtype)
         push, offset = partial(self._push, evidence, params), self._offset(evidence, params)
         image, correction = whitened_products(push, factor, factor @ probes, offset, evidence.particles)
-        slope, image = usable(evidence.stuck, slope, slope + correction, image - probes, probes)
+        slope, image = usable(evidence.stuck, slope, slope + correction, image - probes)
         ok = jnp.all(jnp.isfinite(image))
         sketched = gaussian.sketch(slope, probes, jnp.where(ok, image, 0.0))
         return sketched._replace(values=jnp.where(ok, sketched.values, jnp.nan))

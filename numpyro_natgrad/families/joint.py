@@ -96,7 +96,7 @@ class JointGaussian(NamedTuple):
         plain = factor.T @ self._flat({s.loc: evidence.gradient[s.loc] for s in self.sites})
         curvature, correction = self._learned(evidence, params, loc, factor)
         curvature = (curvature + curvature.T) / 2 - jnp.eye(self.size, dtype=curvature.dtype)
-        whitened, curvature = usable(evidence.stuck, plain, plain + correction, curvature, jnp.eye(self.size))
+        whitened, curvature = usable(evidence.stuck, plain, plain + correction, curvature)
         return Frame(tangent(whitened, curvature), curvature, loc, factor, self._spreads(params))
 
     def _learned(

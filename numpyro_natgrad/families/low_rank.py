@@ -25,7 +25,7 @@ from jax import random
 
 from .. import low_rank
 from ..charts import Params
-from ..evidence import Evidence
+from ..evidence import Evidence, finite
 from ..length import Comparison
 from ..low_rank import Tangent
 from ..low_rank_chart import LowRankSite
@@ -99,12 +99,12 @@ class LowRankGaussian(NamedTuple):
         ask = partial(self._asked, evidence, params, plain)
         slope, found = ask(slope, others, keys[0])
         own = jnp.concatenate([factor, turned, slope[..., None], trend[..., None]], axis=-1)
-        basis = jax.vmap(directions, (0, 0, 0, None))(own, spare, found - _product(factor, others), self.directions)
+        basis = jax.vmap(directions, (0, 0, 0, None))(own, spare, found, self.directions)
         asked = jnp.concatenate([basis, probes], axis=-1)
-        slope, image = ask(slope, asked, keys[1])
-        ok = jnp.all(jnp.isfinite(image)) & jnp.all(jnp.isfinite(basis)) & jnp.all(jnp.isfinite(slope))
-        slope, basis, asked, image = (jnp.where(ok, x, 0.0) for x in (slope, basis, asked, image))
-        v, turned = jax.vmap(_differences)(factor, slope, diagonal, basis, asked, image)
+        slope, residual = ask(slope, asked, keys[1])
+        ok = finite((slope, basis, residual))
+        slope, basis, asked, residual = (jnp.where(ok, x, 0.0) for x in (slope, basis, asked, residual))
+        v, turned = jax.vmap(_differences)(factor, slope, diagonal, basis, asked, residual)
         return Frame(v._replace(slope=jnp.where(ok, slope, jnp.nan)), loc, scale, turned)
 
     def norm2(self, v: Frame) -> jax.Array:
@@ -156,10 +156,10 @@ class LowRankGaussian(NamedTuple):
     def _asked(
         self, evidence: Evidence, params: Params, plain: jax.Array, slope: jax.Array, x: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """The slope and Hx, or what gets away from where they are no numbers."""
+        """The slope and (H − S)x, or what gets away from where they are no numbers."""
         _, (scale, factor) = self.site.read(params)
-        image = self._images(evidence, params, scale, x, key)
-        return usable(evidence.stuck, plain, slope, image, 2 * _product(factor, x))
+        residual = self._images(evidence, params, scale, x, key) - _product(factor, x)
+        return usable(evidence.stuck, plain, slope, residual)
 
     def _images(self, evidence: Evidence, params: Params, scale: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
         """Each batch element's own Hx for its x, ``(batch, d, n)``.
@@ -200,23 +200,22 @@ _product = jax.vmap(low_rank.precision_product)
 
 
 def _differences(
-    factor: jax.Array, slope: jax.Array, trend: jax.Array, basis: jax.Array, asked: jax.Array, image: jax.Array
+    factor: jax.Array, slope: jax.Array, trend: jax.Array, basis: jax.Array, asked: jax.Array, residual: jax.Array
 ) -> tuple[Tangent, jax.Array]:
     """The natural gradient, and (H − S − diag(H − S))T outside of T.
 
     :param trend: what earlier steps say diag(H − S) is.
-    :param asked: T and probes, ``(d, n + 8)``.  :param image: H times them.
+    :param asked: T and probes, ``(d, n + 8)``.  :param residual: (H − S) times them.
     """
     n = basis.shape[1]
-    residual, probes = image - low_rank.precision_product(factor, asked), asked[:, n:]
-    along, across = residual[:, :n], residual[:, n:]
+    probes, along, across = asked[:, n:], residual[:, :n], residual[:, n:]
     inner = basis.T @ along
     turned = along - basis @ inner
     # With P = TTᵀ: diag(H − S) is that of (I − P)(H − S)(I − P), to be probed, and of the rest, which is known.
     across = across - basis @ (basis.T @ across) - turned @ (basis.T @ probes)
     known = jnp.sum(basis * (2 * turned + basis @ (inner + inner.T) / 2), axis=1)
     diagonal = trend + _news(factor, known[:, None] + probes * across - trend[:, None])
-    v = low_rank.tangent(factor, slope, diagonal, basis, image[:, :n])
+    v = low_rank.tangent(factor, slope, diagonal, basis, along + low_rank.precision_product(factor, basis))
     return v, turned - diagonal[:, None] * basis
 
 

@@ -51,17 +51,16 @@ def left_out(offset: jax.Array, particles: float) -> tuple[jax.Array, float]:
 
 
 def usable(
-    stuck: jax.Array | bool, plain: jax.Array, slope: jax.Array, image: jax.Array, probes: jax.Array
+    stuck: jax.Array | bool, plain: jax.Array, slope: jax.Array, image: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Slope and M V, whitened; where they are no numbers for the second time, what gets away from there.
 
-    A rate of e^-50 has gradient 0 and Hessian 0/0 in single precision. Draws of a guide of half the variance (M = I), a
-    standard deviation a latent along the slope, are less likely to meet it.
+    A Poisson rate of e^-50 has a gradient, but its Hessian is 0/0 in single precision. The gradient alone is followed,
+    with the covariance as it is (M = 0), as far as the KL radius and the judge allow.
 
     :param stuck: the step before was skipped.
     :param plain: the slope without the control variate.
-    :param image: M of the probes V, both ``(d, k)``.
+    :param image: M of the probes V.
     """
     lost = jnp.asarray(stuck) & ~finite((slope, image))
-    step = plain / jnp.maximum(jnp.sqrt(jnp.mean(plain**2)), 1.0)
-    return jnp.where(lost, step, slope), jnp.where(lost, probes.astype(image.dtype), image)
+    return jnp.where(lost, plain, slope), jnp.where(lost, 0.0, image)
