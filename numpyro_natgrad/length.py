@@ -3,7 +3,7 @@
 """How far: the step length ρ, and the KL radius that bounds it.
 
     ρ  =  the longest ρ ≤ cap with KL(q ‖ q₊) ≤ δ
-    cap = c · max(s, min(1, τ/v), min(1, 3/√N)) · o,   c = S/(S+2), or 1 of two mirrored pairs or more
+    cap = c · max(s, min(1, τ/v), min(1, β/v) · min(1, 3/√N)) · o,   c = S/(S+2), or 1 of two mirrored pairs or more
     s  =  ‖mean of recent natural gradients‖² / mean of their ‖·‖²
 
 The share of signal is Ranganath et al.'s adaptive rate (2013) in the Fisher metric: 1 while steps agree, 1/t where
