@@ -154,12 +154,16 @@ def test_the_step_is_as_long_as_the_rule_says(rule, x64):
     assert not info.skipped.any()
 
 
-@pytest.mark.parametrize(("estimator", "whole"), [(None, 1.0), ("second_order", 4 / (4 + 2))])
-def test_the_default_rule_stays_between_none_and_the_whole_way(x64, estimator, whole):
-    """The whole way is that to the fit of a regression, and S/(S + 2) of that to what S draws' Hessians say."""
-    params, info = walk(gaussian, full, NaturalGradient(estimator=estimator))
+@pytest.mark.parametrize(
+    ("estimator", "particles", "whole"),
+    [(None, 4, 1.0), ("second_order", 4, 1.0), ("second_order", 3, 3 / (3 + 2)), ("second_order", 2, 2 / (2 + 2))],
+)
+def test_the_default_rule_stays_between_none_and_the_whole_way(x64, estimator, particles, whole):
+    """The whole way is that to the fit of a regression, or to what two pairs' Hessians say; S/(S + 2) of it for one."""
+    params, info = walk(gaussian, full, NaturalGradient(estimator=estimator), Trace_ELBO(num_particles=particles))
     assert (info.step_length[~info.skipped] > 0).all()
     assert (info.step_length <= whole + root_eps("float64")).all()
+    assert info.step_length.max() > whole - 1e-3
     # A Gaussian target has no noise with two draws or more: S approaches H at the full rate.
     factor = params["tril"][-1]
     assert_close(factor @ factor.T, np.linalg.inv(PRECISION), 1e-3)
