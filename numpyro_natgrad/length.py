@@ -29,8 +29,8 @@ from .state import Pace
 #: less of it is let pass. Where the Fisher is sampled, most of what is measured as noise lies in directions that hardly
 #: change the distribution, and damping keeps them short: half a nat.
 QUIET, QUIET_LATENT, QUIET_INEXACT, QUIET_SCORES = 0.04, 0.005, 0.01, 0.5
-#: Mirrored draws that take steps of length 1.
-PAIRED = 4
+#: Mirrored draws from which on steps are of length 1.
+MIRRORED = 4
 #: A step must deliver this share of its predicted gain, and this share to let the radius grow.
 ACCEPT, GROW = 0.1, 0.5
 #: Steps that the running means look back over at least. Little: far from the optimum the model changes with each step.
@@ -252,7 +252,7 @@ def most(particles: float, mirrored: bool) -> float:
     noise 2‖x‖²/S, and (1−ρ)²‖x‖² + 2ρ²‖x‖²/S is least there. Mirrored draws have none: all of the way. (A step of 1
     makes the precision of this step's Hessians alone: a single pair is too few for that where they vary.)
     """
-    return 1.0 if mirrored and particles >= PAIRED else 1 / (1 + 2 / particles)
+    return 1.0 if mirrored and particles >= MIRRORED else 1 / (1 + 2 / particles)
 
 
 def quiet(latents: int) -> float:

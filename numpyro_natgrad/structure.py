@@ -109,16 +109,20 @@ def discover(fn: Any, params: Params, options: Options, forward: bool) -> Struct
     point = {p: size for p, size in sizes.items() if p not in taken}
     scored = frozenset(name for family in curvatures for name, _, _ in family.sites)
     latents = _numbers(hearing.sites or hearing.modelled)
-    second = [family.curved or "mirrored" in family.modes.values() for family in families]
+    second = [family.curved or _is_mirrored(family) for family in families]
     first_order = [p for family, asks in zip(families, second, strict=True) if not asks for p in family.params]
     if options.estimator == "second_order" and first_order:
         warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=4)
     views = _views(families, gaussians, naturals, scored, hearing, options, forward)
     exact = hearing.is_elbo and all(family.exact for family in families)
     paired = all(site.reparameterized or site.analytic for site in hearing.sites.values())
-    most = tuple(length.most(hearing.particles, isinstance(f, DividedGaussian)) for f in families)
+    most = tuple(length.most(hearing.particles, _is_mirrored(f)) for f in families)
     tolerance = length.Tolerance(most, _quiet(families, exact, latents), _bearable(families, hearing.whole))
     return Structure(families, point, views, hearing.particles, latents, exact, tolerance, paired)
+
+
+def _is_mirrored(family: Family) -> bool:
+    return "mirrored" in family.modes.values()
 
 
 def _quiet(families: tuple[Family, ...], exact: bool, latents: int) -> tuple[float, ...]:
