@@ -33,12 +33,12 @@ _LAST = "another parameterisation of the model (`numpyro.infer.reparam`), a larg
 #: What follows on a guide, by the name of its class; a wider family is one that contains it.
 _NEXT = {
     "AutoDelta": "`AutoNormal`",
-    "AutoLaplaceApproximation": f"`{_FULL}`",
+    "AutoLaplaceApproximation": "{wider}",
     "AutoNormal": "{wider}",
     "AutoDiagonalNormal": "{wider}",
-    "AutoLowRankMultivariateNormal": f"`{_FULL}`",
-    "AutoBatchedMultivariateNormal": f"`{_FULL}`",
-    "AutoBatchedLowRankMultivariateNormal": f"`{_FULL}`",
+    "AutoLowRankMultivariateNormal": "{widest}",
+    "AutoBatchedMultivariateNormal": "{widest}",
+    "AutoBatchedLowRankMultivariateNormal": "{widest}",
     "AutoMultivariateNormal": _FLOWS,
     "AutoIAFNormal": _LAST,
     "AutoBNAFNormal": _LAST,
@@ -123,8 +123,8 @@ def _main(case: Case) -> str:
     if mark == "usable":
         return f"The guide is usable: {k}. Take the importance-weighted moments ({case.ess:.0f} effective draws)."
     if _unfinished(case):
-        gain = "" if case.flat else f" by about {case.decrement:.1f} nats"
-        return f"The fit is not done: its ELBO can rise{gain} within this family ({k}). Take more steps."
+        gain = f"by about {case.decrement:.1f} nats"
+        return f"The fit is not done: its ELBO can rise {gain} within this family ({k}). Take more steps."
     fault = f"The family is too small: {k}, trustworthy below {limit}"
     advice = f"{fault}. Try {following(case)}."
     return advice + (" Its maximum of the ELBO is not where the fit stopped: more steps may help too." * case.flat)
@@ -135,6 +135,8 @@ def _unfinished(case: Case) -> bool:
 
 
 def _correction(case: Case) -> str:
+    if case.lost:
+        return "Take the importance-weighted moments, in which draws without a finite weight count nothing."
     name, ratio = case.worst
     if abs(math.log(ratio)) <= OFF:
         return "Use it as it is."
@@ -145,10 +147,11 @@ def _correction(case: Case) -> str:
 
 def following(case: Case) -> str:
     """The next guide to try."""
-    wider = f"`{_FULL}`" if case.latents <= FULL_LIMIT else f"`{_LOW_RANK}`"
+    few = case.latents <= FULL_LIMIT
+    wider, widest = f"`{_FULL if few else _LOW_RANK}`", f"`{_FULL}`" if few else _FLOWS
     for name in case.guide:
         if name in _NEXT:
-            return _NEXT[name].format(wider=wider)
+            return _NEXT[name].format(wider=wider, widest=widest)
     return f"a guide whose latents depend on each other ({wider} is one), or a flow (`AutoBNAFNormal`)"
 
 

@@ -75,11 +75,13 @@ register_gaussian(
 class GaussianSite(NamedTuple):
     """A guide site whose mean and covariance arguments *are* parameters.
 
+    :ivar family: the name of the distribution's class.
     :ivar shape: ``(*batch, d)``: shape of a draw; K is ``(*batch, d, d)``, or ``(*batch, d)`` in a diagonal form.
     :ivar scale_shape: the shape of the covariance argument's constrained value.
     """
 
     name: str
+    family: str
     loc: str
     scale: str
     argument: str
@@ -109,11 +111,10 @@ class GaussianSite(NamedTuple):
 
     def describe(self, how: str) -> list[tuple[str, str, str, str, str]]:
         """The report's rows."""
-        family = "Normal" if self.form.diagonal else "MultivariateNormal"
         shape = "×".join(map(str, self.shape))
         return [
-            (self.loc, self.name, family, how, shape),
-            (self.scale, self.name, f"{family} ({self.argument})", how, shape),
+            (self.loc, self.name, self.family, how, shape),
+            (self.scale, self.name, f"{self.family} ({self.argument})", how, shape),
         ]
 
     def read(self, params: Params) -> tuple[jax.Array, jax.Array]:
@@ -176,8 +177,9 @@ def read_site(name: str, hearing: Hearing) -> GaussianSite | None:
             shape = site.shape or (1,)
             heard = hearing.params[scale]
             return GaussianSite(
-                name, loc, scale, argument, form, heard.transform, shape, heard.shape or (), site.analytic
-            )
+                name, site.base.__name__, loc, scale, argument, form, heard.transform, shape, heard.shape or (),
+                site.analytic,
+            )  # fmt: skip
     return None
 
 

@@ -32,8 +32,13 @@ class Records(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """What a compiled chunk holds on to: arguments of every step, and whether differentiation is forward."""
+    """What a compiled chunk holds on to.
 
+    :ivar parts: model, guide, loss and optimizer of the ``SVI``, which can be given others.
+    :ivar args: of every step; ``kwargs`` likewise.  :ivar forward: whether differentiation is forward.
+    """
+
+    parts: tuple[Any, ...]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     forward: bool
@@ -134,8 +139,9 @@ def _first(batches: Iterator[Any]) -> list[Any]:
 
 
 def _arguments(batch: Any) -> tuple[Any, ...]:
-    """A batch is the tuple of a step's arguments; anything else is the only one of them."""
-    batch = batch if isinstance(batch, tuple) and not hasattr(batch, "_fields") else (batch,)
+    """A batch is the tuple (or list) of a step's arguments; anything else is the only one of them."""
+    several = isinstance(batch, tuple | list) and not hasattr(batch, "_fields")
+    batch = tuple(batch) if several else (batch,)
     return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), batch)
 
 

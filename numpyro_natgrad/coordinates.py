@@ -143,6 +143,9 @@ def _elementwise(x: Any) -> Any:
 
 
 def _range(transform: Any) -> tuple[float, float]:
-    with jax.ensure_compile_time_eval():
-        ends = transform(jnp.array([-_FAR, _FAR]))
-        return float(ends[0]), float(ends[1])
+    try:
+        with jax.ensure_compile_time_eval():
+            ends = transform(jnp.array([-_FAR, _FAR]))
+            return float(ends[0]), float(ends[1])
+    except jax.errors.ConcretizationTypeError:  # a constraint that depends on the data covers nothing for sure
+        return math.nan, math.nan

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.lax import stop_gradient
 from numpyro import distributions as dist
 from numpyro.distributions import biject_to, constraints
@@ -77,7 +76,7 @@ class ModelSite(NamedTuple):
     :ivar params: the parameters that its density, or its value, is computed from.
     :ivar observed: its value is data.  :ivar point: its value is computed from parameters.
     :ivar drawn: its density depends on draws of the guide.
-    :ivar weight: how many rows of the whole data set one row stands for.
+    :ivar weight: how many rows of the whole data set one row stands for; ``None`` where that is not known.
     :ivar divergence: how its Fisher is got.
     """
 
@@ -87,7 +86,7 @@ class ModelSite(NamedTuple):
     observed: bool
     point: bool
     drawn: bool
-    weight: float
+    weight: float | None
     divergence: str
 
 
@@ -102,7 +101,7 @@ class DrawnSite(NamedTuple):
     draw_size: int
     arguments: tuple[str, ...]
     reparameterized: bool
-    weight: float
+    weight: float | None
     plain: bool
     masked: bool
     divergence: str
@@ -380,10 +379,11 @@ def _is_plain(fn: Any, msg: Any) -> bool:
     return bool(unscaled)
 
 
-def _weight(scale: Any) -> float:
-    """The scale of a site where it is one known number, else 1."""
-    known = isinstance(scale, float | int) or (isinstance(scale, np.ndarray) and scale.ndim == 0)
-    return float(scale) if known else 1.0
+def _weight(scale: Any) -> float | None:
+    """The scale of a site where it is one known number, 1 where there is none, else ``None``."""
+    if scale is None:
+        return 1.0
+    return None if isinstance(scale, jax.core.Tracer) or jnp.ndim(scale) else float(scale)
 
 
 def _tag_score(name: str, fn: Any, frozen: Any) -> None:

@@ -53,6 +53,10 @@ class FitResult(NamedTuple):
     converged: bool
     reason: str
 
+    def __repr__(self) -> str:
+        """What one reads of it in a notebook; its arrays are not."""
+        return f"FitResult(converged={self.converged}, steps={len(self.losses)}, reason={self.reason!r})"
+
 
 def fit(
     svi: SVI,
@@ -92,8 +96,8 @@ def fit(
     :param max_steps: steps after which this call ends in any case.
     :param tolerance: nats still to gain at which the fit is done; 0 takes all steps. 0.01 nats are at most 0.14
         posterior standard deviations in any direction.
-    :param batches: arguments of one step after the other, instead of ``args``: an iterable of tuples. It is read as far
-        as it is needed; the fit ends with it. Every new shape compiles once.
+    :param batches: arguments of one step after the other, instead of ``args``: an iterable of tuples or lists. It is
+        read as far as it is needed; the fit ends with it. Every new shape compiles once.
     :param init_state: the state to start from, as for ``svi.run``.
     :param init_params: initial values of parameters, as for ``svi.run``.
     :param resume: a result of this function to go on from: its state, with its history continued.
@@ -114,7 +118,8 @@ def fit(
     if first is None:
         raise ValueError("`batches` is empty: expected at least one tuple of arguments for model and guide.")
     state, past = _start(svi, rng_key, first, kwargs, init_state, init_params, resume)
-    chunk = compiled(svi, Constant(args, kwargs, forward_mode_differentiation))
+    parts = svi.model, svi.guide, svi.loss, svi.optim
+    chunk = compiled(svi, Constant(parts, args, kwargs, forward_mode_differentiation))
     with tqdm.tqdm(total=max_steps, disable=not progress_bar, mininterval=0.2) as bar:
         run = _Run(state, Log(past), bar)
         end = run.until(chunk, feed, max_steps, tolerance)
@@ -169,8 +174,9 @@ def _start(
     resume: FitResult | None,
 ) -> tuple[SVIState, History]:
     """The state and the history that the first step adds to."""
-    if init_state is not None and resume is not None:
-        raise ValueError("both `init_state` and `resume` were given: expected one state to start from.")
+    starts = {"init_state": init_state, "init_params": init_params, "resume": resume}
+    if len(several := [f"`{name}`" for name, x in starts.items() if x is not None]) > 1:
+        raise ValueError(f"{' and '.join(several)} were given: expected one of them to start from.")
     given = init_state if resume is None else resume.state
     if given is not None and svi.constrain_fn is not None:
         return given, empty() if resume is None else resume.history

@@ -141,8 +141,8 @@ def kl(svi: SVI, old: SVIState, new: SVIState, *args: Any, num_draws: int = 64, 
     :param old: the state whose distribution draws. :param new: another state of the same ``svi``.
     :param num_draws: draws of the guide, 2 at least for a standard error.
     """
-    before, after = (_initialised(svi).get_params(state) for state in (old, new))
-    keys = random.split(old.rng_key, num_draws)
+    before, after = ({**_initialised(svi).get_params(s), **(s.mutable_state or {})} for s in (old, new))
+    keys, kwargs = random.split(old.rng_key, num_draws), {**svi.static_kwargs, **kwargs}
     nats = lax.map(lambda key: log_ratios(svi.guide, key, before, after, args, kwargs), keys)
     return Estimate(jnp.mean(nats), jnp.std(nats, ddof=1) / jnp.sqrt(num_draws))
 

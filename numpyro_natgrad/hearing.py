@@ -28,7 +28,8 @@ class HeardSite(NamedTuple):
     :ivar arguments: for each argument of the base distribution, where it comes from.
     :ivar density: where the density at frozen draws comes from (``None``: it cannot be computed at given draws).
     :ivar reparameterized: whether gradients flow through its draws.
-    :ivar weight: how many draws of the whole data set one draw stands for (the ``scale`` of a subsampled plate).
+    :ivar weight: how many draws of the whole data set one draw stands for (the ``scale`` of a subsampled plate);
+        ``None`` where that is not known.
     :ivar plain: no ``scale`` and no parameter in a transform: but for a mask, the base's Fisher is the site's.
     :ivar masked: some of its densities may not count.
     :ivar analytic: the loss integrates this site itself (``TraceMeanField_ELBO``, or ``TraceEnum_ELBO`` by summing).
@@ -44,7 +45,7 @@ class HeardSite(NamedTuple):
     arguments: dict[str, Origin]
     density: Origin | None
     reparameterized: bool
-    weight: float
+    weight: float | None
     plain: bool
     masked: bool
     analytic: bool
@@ -102,7 +103,7 @@ def hear(fn: Loss, params: dict[str, Any]) -> Hearing:
     particles, scanned = max(counts, default=math.inf), frozenset(listener.scanned)
     batched = all(seen[f"draw:{name}"].batched for name in random)
     weights = {s.weight for s in listener.modelled.values()} | {s.weight for s in sites.values()}
-    whole = weights <= {1.0}
+    whole = all(weight is not None and weight <= 1 for weight in weights)
     return Hearing(listener.params, sites, modelled, whole, particles, batched, total.degree <= 1, scanned)
 
 

@@ -31,6 +31,8 @@ from .geometry import Estimate
 CHUNK, BATCH = 500, 50
 #: Seconds after which a progress bar appears.
 PATIENCE = 2.0
+#: Finite log weights below which there is no tail to fit: a fifth of them has to be five (Vehtari et al. 2024).
+TAIL = 25
 #: Log weights that differ by less than so many roundings are equal.
 ROUNDINGS = 64
 
@@ -53,11 +55,14 @@ class Draws(NamedTuple):
     """Independent draws of the guide; ``S`` of them.
 
     :ivar log_weights: ``(S,)``, nats.  :ivar values: of each site, constrained, ``(S, *shape)``.
+    :ivar latent: the sites among them that the guide draws.  :ivar asked: those that were asked for.
     :ivar subsampled: plates that saw a minibatch only.  :ivar dtype: that the log weights were computed in.
     """
 
     log_weights: np.ndarray
     values: dict[str, np.ndarray]
+    latent: tuple[str, ...]
+    asked: tuple[str, ...]
     subsampled: tuple[str, ...]
     dtype: Any
 
@@ -105,17 +110,17 @@ def fitted(svi: SVI, result: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
 def draw(fit: Fit, key: jax.Array, num_draws: int, sites: Any = None) -> Draws:
     """Draw from the guide and weigh every draw; a progress bar appears where that takes long.
 
-    :param sites: names of latent or deterministic sites of the model whose values are kept (default: all latents).
+    :param sites: names of sites of the model, latent or deterministic, asked for beside all latents (default: these).
     :raises StructureError: if the model has latents that the guide does not draw, or no site of a name.
     """
-    subsampled, names = _look(fit, key, sites)
-    one = lambda k: _weigh(fit, k, names)
+    subsampled, latent, asked = _look(fit, key, sites)
+    one = lambda k: _weigh(fit, k, tuple(dict.fromkeys(latent + asked)))
     each = jax.jit(lambda keys: lax.map(one, keys, batch_size=BATCH if fit.vectorized else None))
     keys = random.split(key, num_draws)
     starts = tqdm(range(0, num_draws, CHUNK), desc="draws", unit=f"×{CHUNK}", delay=PATIENCE, leave=False)
     chunks = [jax.device_get(each(keys[start : start + CHUNK])) for start in starts]
     log_weights, values = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
-    return Draws(np.asarray(log_weights, np.float64), values, subsampled, log_weights.dtype)
+    return Draws(np.asarray(log_weights, np.float64), values, latent, asked, subsampled, log_weights.dtype)
 
 
 def _weigh(fit: Fit, key: jax.Array, names: tuple[str, ...]) -> tuple[jax.Array, Params]:
@@ -131,21 +136,21 @@ def _traces(fit: Fit, key: jax.Array) -> tuple[jax.Array, Any, Any]:
     return log_p - log_q, guided, modelled
 
 
-def _look(fit: Fit, key: jax.Array, sites: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The plates that subsample, and the names of the sites asked for; traced, not run."""
-    found: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+def _look(fit: Fit, key: jax.Array, sites: Any) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The plates that subsample, the latents, and the names of the sites asked for; traced, not run."""
+    found: list[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = []
 
     def look(key: jax.Array) -> None:
         _, guided, modelled = _traces(fit, key)
         plates = [(n, s["args"]) for n, s in modelled.items() if s["type"] == "plate"]
         subsampled = tuple(n for n, (size, seen) in plates if seen is not None and seen < size)
-        found.append((subsampled, _names(guided, modelled, sites)))
+        found.append((subsampled, *_names(guided, modelled, sites)))
 
     jax.eval_shape(look, key)
     return found[0]
 
 
-def _names(guided: Any, modelled: Any, sites: Any) -> tuple[str, ...]:
+def _names(guided: Any, modelled: Any, sites: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     latent = [n for n, s in modelled.items() if s["type"] == "sample" and not s["is_observed"]]
     if undrawn := [n for n in latent if n not in guided]:
         raise StructureError(
@@ -154,9 +159,10 @@ def _names(guided: Any, modelled: Any, sites: Any) -> tuple[str, ...]:
             "(`dist.MixtureSameFamily`, `numpyro.factor`), or draw it in the guide."
         )
     known = {n for n, s in modelled.items() if s["type"] == "deterministic"} | set(latent)
-    if unknown := [n for n in sites or () if n not in known]:
-        raise StructureError(f"`sites={list(sites)}`: the model has no {unknown}; expected some of {sorted(known)}.")
-    return tuple(latent if sites is None else sites)
+    asked = latent if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    if unknown := [n for n in asked if n not in known]:
+        raise StructureError(f"`sites={sites!r}`: the model has no {unknown}; expected some of {sorted(known)}.")
+    return tuple(latent), tuple(asked)
 
 
 def elbo(log_weights: np.ndarray) -> Estimate:
@@ -170,14 +176,17 @@ def smooth(log_weights: np.ndarray, dtype: Any) -> Weights:
 
     The standard error is that of log Ẑ by the delta method: √(Σw̄² − 1/S). With k-hat above 0.7 it is too small.
 
-    :param dtype: that the log weights were computed in. Where they differ by rounding alone k-hat is 0.
+    :param dtype: that the log weights were computed in. Where they differ by rounding alone k-hat is 0; infinite where
+        there are too few for a tail.
     """
     finite = np.isfinite(log_weights)
     known, count = log_weights[finite], log_weights.size
     if known.size == 0:
         return Weights(np.zeros(count), math.inf, _estimate(-math.inf, math.nan))
     rounding = ROUNDINGS * float(np.finfo(dtype).eps) * max(1.0, float(np.abs(known).max()))
-    if np.ptp(known) <= rounding:
+    if known.size < TAIL:
+        smoothed, k_hat = known - np.logaddexp.reduce(known), math.inf
+    elif np.ptp(known) <= rounding:
         smoothed, k_hat = np.full(known.size, -math.log(known.size)), 0.0
     else:
         smoothed, k_hat = arviz_lines.psis(known)
@@ -197,6 +206,7 @@ def moments(values: np.ndarray, weights: np.ndarray | None = None) -> Moments:
     """
     z = np.asarray(values, np.float64)
     w = np.full(len(z), 1 / len(z)) if weights is None else weights
+    z, w = z[w > 0], w[w > 0]  # what counts nothing may be no number
     mean = np.tensordot(w, z, 1)
     square = (z - mean) ** 2
     return Moments(mean, np.sqrt(np.tensordot(w, square, 1)), np.sqrt(np.tensordot(w**2, square, 1)))

@@ -3,12 +3,12 @@
 """How far: the step length ρ, and the KL radius that bounds it.
 
     ρ  =  the longest ρ ≤ cap with KL(q ‖ q₊) ≤ δ
-    cap = c · max(s, min(1, τ/v), min(1, β/v) · min(1, 3/√N)) · o,   c = S/(S+2), or 1 of two mirrored pairs or more
-    s  =  ‖mean of recent natural gradients‖² / mean of their ‖·‖²
+    cap = c · max(s, min(1, τ/n), min(1, 10d/n) · min(1, 3/√N)) · o,   c = S/(S+2), or 1 of two mirrored pairs or more
+    s  =  ‖m‖² / (‖m‖² + n),      m the running mean of natural gradients v, n their noise ‖v − m‖², nats
 
 The share of signal is Ranganath et al.'s adaptive rate (2013) in the Fisher metric: 1 while steps agree, 1/t where
 noise rules, so that the iterate becomes a running mean. A noise below τ needs no shortening: an iterate that takes
-steps of length ρ stays ½vρ/(2−ρ) nats above the optimum. o < 1 pulls an outlier in: draws from heavy tails now and
+steps of length ρ stays ½nρ/(2−ρ) nats above the optimum. o < 1 pulls an outlier in: draws from heavy tails now and
 then give a natural gradient a hundred times its usual length. The radius grows fourfold while a shortened step delivers
 what it promises on its own draws, and shrinks fourfold while it does not; what was learned of signal and noise fades as
 the guide gets away from where it was learned.
@@ -105,7 +105,7 @@ def lasting(seen: Observation, tolerance: Tolerance) -> jax.Array:
     """The length that steps keep while they get somewhere, whatever the noise.
 
     The share of signal is the best *next* step, and a bad next hundred ones: T steps of length ρ up a slope of a nats
-    gain Tρa, and their noise costs ½vρ/(2−ρ) once. Along a bent valley (the scale of a hierarchy far too large) it asks
+    gain Tρa, and their noise costs ½nρ/(2−ρ) once. Along a bent valley (the scale of a hierarchy far too large) it asks
     for a hundred times the steps that are needed. Lengths that fall as 1/√N, once nothing but noise moves the iterate,
     are slow enough for the average of the iterates to be as good as any estimate (Polyak & Juditsky 1992). Batches want
     optima of their own, and would drive the iterate to where everything is different: a nat of noise a latent leaves it
@@ -143,7 +143,7 @@ def observe(pace: Pace, seen: Comparison) -> tuple[Pace, Observation]:
     """Compare one natural gradient with those before.
 
     The innovation's square has the variance of one natural gradient and of the running mean that foresaw it:
-    v (1 + w/(2−w)) = 2v/(2−w) for a running mean with weight w on the newest. An innovation more than ``OUTLIER``
+    n (1 + w/(2−w)) = 2n/(2−w) for a running mean with weight w on the newest. An innovation more than ``OUTLIER``
     times its expected size is pulled in to that size: one draw from a heavy tail must not decide about the next fifty
     steps.
     """
@@ -259,8 +259,8 @@ def quiet(latents: int) -> float:
     """Nats of noise that are left alone: the average takes them out.
 
     Steps that shrink with the share of signal settle early where the loss is flatter than the Fisher says (a scale of a
-    hierarchy, say): long steps and an average arrive (Polyak & Juditsky 1992). The last iterate is then ½vρ/(2−ρ) nats
-    off, v what this lets pass: a hundredth of a nat, or less than a hundredth a latent.
+    hierarchy, say): long steps and an average arrive (Polyak & Juditsky 1992). The last iterate is then ½nρ/(2−ρ) nats
+    off, n what this lets pass: at most two hundredths of a nat, or a four-hundredth a latent.
     """
     return max(QUIET, QUIET_LATENT * latents)
 

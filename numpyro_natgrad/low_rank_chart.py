@@ -113,7 +113,7 @@ class LowRankSite(NamedTuple):
 def read_low_rank(name: str, hearing: Hearing) -> LowRankSite | None:
     """The site as a low-rank Gaussian in closed form, or ``None`` if it is anything else."""
     site = hearing.sites[name]
-    if site.base is not dist.LowRankMultivariateNormal or not site.plain or site.leaks:
+    if site.base is not dist.LowRankMultivariateNormal or not site.plain or site.masked or site.leaks:
         return None
     loc, diag = argument_parameter("loc", site), _powers("cov_diag", site)
     if loc is None or diag is None or len(diag) != 1:

@@ -42,7 +42,7 @@ class NaturalGradient(_NumPyroOptim):
     :param estimator: where the covariance's natural gradient comes from: ``"second_order"`` (Price's identity, products
         with the Hessian of the loss), ``"first_order"`` (draws ⊗ gradients), or ``None`` to choose by the number of
         latents: where the draws of a step and a half are more than the latents, gradients are regressed on draws
-        (:mod:`.regression`).
+        (:mod:`.regression`; with products instead where ``step_size`` or ``max_kl`` is yours).
     :param path_gradient: leave out the score term of the gradient, which has zero mean, wherever that is valid. (The
         second-order estimator takes the entropy in closed form and has none.)
     :param fisher: by which route the Fisher is got: ``"closed_form"``, ``"kl_hessian"``, ``"monte_carlo"``,

@@ -74,6 +74,6 @@ def checked(
 
 def _positive(x: Any) -> bool:
     try:
-        return bool(np.ndim(x) == 0 and float(x) > 0 and np.isfinite(float(x)))
+        return bool(not isinstance(x, bool) and np.ndim(x) == 0 and float(x) > 0 and np.isfinite(float(x)))
     except (TypeError, ValueError):
         return False

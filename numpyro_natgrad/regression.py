@@ -131,7 +131,8 @@ def fit(sums: Sums, precision: jax.Array) -> tuple[jax.Array, jax.Array]:
     slope = missing[:, 0]
     gram = sums.gram[1:, 1:] - jnp.outer(s, s) / n
     cross = missing[:, 1:] - jnp.outer(slope, s) / n
-    values, vectors = jnp.linalg.eigh(gram)
+    # A NaN would keep the eigensolver busy; the step that follows it is skipped because the slope shows it.
+    values, vectors = jnp.linalg.eigh(jnp.where(jnp.all(jnp.isfinite(gram)), gram, 0.0))
     values = jnp.maximum(values, 0.0)
     rotated = vectors.T @ cross @ vectors
     entries = (rotated + rotated.T) / (values[:, None] + values + 2 * RIDGE)

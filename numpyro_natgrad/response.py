@@ -235,7 +235,10 @@ def _sites(hearing: Hearing) -> list[GaussianSite | LowRankSite]:
     sites = [site for site in read.values() if site is not None]
     owned = [p for site in sites for p in site.params]
     if other := [name for name, site in read.items() if site is None] + sorted(hearing.scanned):
-        raise StructureError(f"linear response needs Gaussian sites with parameters of their own; {other} are not.")
+        raise StructureError(
+            f"linear response needs Gaussian sites with parameters of their own; {other} are not. Fit a Gaussian guide "
+            "(`AutoNormal`, `AutoMultivariateNormal`) for it."
+        )
     if not sites or len(set(owned)) < len(owned):
         raise StructureError("linear response needs Gaussian sites with parameters of their own; the guide has none.")
     return sites

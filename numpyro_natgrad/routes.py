@@ -63,7 +63,7 @@ def _empirical(hearing: Hearing) -> Hearing:
             f"the guide draws {sorted(hearing.sites)}, and the scores of its own draws are what its Fisher is made of",
             "Use `fisher='monte_carlo'`; the empirical Fisher is for models fitted by points",
         )
-    if not any(site.observed for site in hearing.modelled.values()):
+    if not any(site.observed and site.params for site in hearing.modelled.values()):
         _refuse("empirical", "the model has no observed site with a parameter", "Give the data as `obs=`")
     return hearing._replace(modelled={n: s._replace(divergence=EMPIRICAL) for n, s in hearing.modelled.items()})
 

@@ -71,7 +71,7 @@ class Proposal(NamedTuple):
     radius: jax.Array
 
 
-class Verdict(NamedTuple):
+class Judgement(NamedTuple):
     """Whether a step is taken, whether it has earned a larger radius, and what it gains on its own draws, nats."""
 
     good: jax.Array
@@ -80,10 +80,10 @@ class Verdict(NamedTuple):
 
 
 class Search(NamedTuple):
-    """The best radius so far with its verdict, the next one to try, and whether it is worth trying; nats."""
+    """The best radius so far with the judgement of it, the next one to try, and whether it is worth trying; nats."""
 
     radius: jax.Array
-    verdict: Verdict
+    judgement: Judgement
     following: jax.Array
     trials: jax.Array
     open: jax.Array
@@ -133,21 +133,21 @@ def _search(evidence: Evidence, context: Context, direction: Direction, state: S
     the parameters the difference of two losses is noise, and all steps are believed.
     """
     radius = direction.pace.radius
-    nothing = Verdict(jnp.array(True), jnp.array(False), jnp.zeros_like(evidence.loss))
+    nothing = Judgement(jnp.array(True), jnp.array(False), jnp.zeros_like(evidence.loss))
     search = Search(radius, nothing, radius, jnp.array(0, jnp.int32), direction.ok)
     if not context.options.adaptive or not context.structure.paired:
         return search
 
     def body(search: Search) -> Search:
         proposal = _propose(evidence, context, direction, state, search.following)
-        verdict = _judge(evidence, context, proposal, direction.share)
-        up = (search.trials > 0) & search.verdict.good
-        better = verdict.good & (verdict.gained > search.verdict.gained)
-        radius, best = _choose(~up | better, (search.following, verdict), (search.radius, search.verdict))
+        judgement = _judge(evidence, context, proposal, direction.share)
+        up = (search.trials > 0) & search.judgement.good
+        better = judgement.good & (judgement.gained > search.judgement.gained)
+        radius, best = _choose(~up | better, (search.following, judgement), (search.radius, search.judgement))
         # Farther while that pays; nearer until it delivers, and then no farther.
-        farther = jnp.array(context.structure.exact) & verdict.grows & jnp.where(up, better, search.trials == 0)
-        following = jnp.where(verdict.good, length.grown(search.following), search.following / 4)
-        return Search(radius, best, following, search.trials + 1, farther | ~(up | verdict.good))
+        farther = jnp.array(context.structure.exact) & judgement.grows & jnp.where(up, better, search.trials == 0)
+        following = jnp.where(judgement.good, length.grown(search.following), search.following / 4)
+        return Search(radius, best, following, search.trials + 1, farther | ~(up | judgement.good))
 
     return lax.while_loop(lambda search: search.open & (search.trials < TRIALS), body, search)
 
@@ -169,7 +169,7 @@ def _propose(evidence: Evidence, context: Context, direction: Direction, state: 
     return Proposal(params, memory, point, rho, kl(share), moved, share < 1, radius)
 
 
-def _judge(evidence: Evidence, context: Context, proposal: Proposal, share: jax.Array) -> Verdict:
+def _judge(evidence: Evidence, context: Context, proposal: Proposal, share: jax.Array) -> Judgement:
     """Compare what a step promises with what it delivers on its own draws, where that says more than noise.
 
     For a conjugate model the gain of a step ρ is at least KL(q ‖ q₊)/ρ exactly; elsewhere a tenth of it is asked for.
@@ -182,12 +182,12 @@ def _judge(evidence: Evidence, context: Context, proposal: Proposal, share: jax.
     gained = evidence.loss - lax.cond(ok & asked, evidence.value, lambda _: evidence.loss, proposal.params)
     promised = jnp.sum(proposal.kl / jnp.maximum(proposal.rho, jnp.finfo(proposal.rho.dtype).tiny)) / share
     delivered = ~asked | (gained >= jnp.where(large, length.ACCEPT * promised, -floor))
-    return Verdict(ok & delivered, proposal.limited & (gained > length.GROW * promised), gained)
+    return Judgement(ok & delivered, proposal.limited & (gained > length.GROW * promised), gained)
 
 
 def _settle(context: Context, state: State, direction: Direction, proposal: Proposal, search: Search) -> State:
     """Take the step or leave it, and write down which."""
-    good = direction.ok & search.verdict.good & finite(proposal.params)
+    good = direction.ok & search.judgement.good & finite(proposal.params)
     pace = _choose(direction.ok, _paced(context, state, direction, proposal, search, good), state.pace)
     # A skipped natural gradient stays in the running means only if it was finite.
     kept = _choose(direction.ok, direction.memory, state.memory)
@@ -219,7 +219,7 @@ def _paced(
     if not context.options.adaptive:
         return pace
     tried = pace._replace(radius=proposal.radius)
-    nats, limited, grows = jnp.sum(proposal.kl), proposal.limited, search.verdict.grows
+    nats, limited, grows = jnp.sum(proposal.kl), proposal.limited, search.judgement.grows
     return length.resized(tried, latents, nats, good=good, limited=limited, grows=grows)
 
 

@@ -119,7 +119,9 @@ def outlook(history: History, tolerance: float, noise: float, memory: float) -> 
     """
     gain, error = history.decrement[-1], history.decrement_error[-1]
     times = (gain + BEYOND * error) / tolerance
-    if not times >= 1:
+    if np.isnan(times):  # no parameter has a Fisher: nothing is known
+        return ""
+    if times < 1:
         return ", not yet for long enough"
     if noise < gain / 2:
         return "; it is still on its way"

@@ -265,7 +265,7 @@ def _likelihood(names: set[str], sites: list[str], hearing: Hearing, sizes: dict
 
 def _numbers(sites: Mapping[str, HeardSite | ModelSite]) -> int:
     """How many numbers are drawn or observed, for the whole data set."""
-    return max(round(sum(s.weight * s.size for s in sites.values())), 1)
+    return max(round(sum((s.weight or 1.0) * s.size for s in sites.values())), 1)
 
 
 def _curvature(names: set[str], sites: list[str], hearing: Hearing, sizes: dict[str, int]) -> KLCurvature:
@@ -286,8 +286,8 @@ def _is_local(names: tuple[str, ...], sites: list[str], hearing: Hearing) -> boo
 
 
 def _has_rows(parameter: str, site: HeardSite, hearing: Hearing) -> bool:
-    shape = hearing.params[parameter].shape or ()
-    return site.weight > 1 and any(math.isclose(a, site.weight * b, rel_tol=0.01) for a in shape for b in site.shape)
+    shape, weight = hearing.params[parameter].shape or (), site.weight or 1.0
+    return weight > 1 and any(math.isclose(a, weight * b, rel_tol=0.01) for a in shape for b in site.shape)
 
 
 def _views(

@@ -69,6 +69,10 @@ class Verdict(NamedTuple):
     def __str__(self) -> str:
         return "\n".join([*_head(self), "", *_body(self), "", self.advice])
 
+    def __repr__(self) -> str:
+        """The table: all draws of all sites are nothing to read in a notebook."""
+        return str(self)
+
 
 def verdict(
     svi: SVI,
@@ -76,7 +80,7 @@ def verdict(
     rng_key: jax.Array,
     *args: Any,
     num_draws: int = 4000,
-    sites: Sequence[str] | None = None,
+    sites: Sequence[str] | str | None = None,
     **kwargs: Any,
 ) -> Verdict:
     """Judge a fit by importance sampling from its guide.
@@ -89,10 +93,14 @@ def verdict(
     :param rng_key: of the draws.
     :param args: of the model and the guide, with all of the data. :param kwargs: likewise.
     :param num_draws: S, 100 at least.
-    :param sites: latent or deterministic sites of the model to tabulate; all latents by default.
+    :param sites: latent or deterministic sites of the model to tabulate; all latents by default. (A model's own
+        argument of this name, or of ``num_draws``, is given by position.)
     :raises StructureError: if the guide does not draw all latents of the model, or there is no site of a name.
+    :raises TypeError: if ``num_draws`` is no integer.
     :raises ValueError: with fewer than 100 draws.
     """
+    if isinstance(num_draws, bool) or not isinstance(num_draws, int | np.integer):
+        raise TypeError(f"`num_draws={num_draws!r}`: expected an integer, such as 4000.")
     if num_draws < 100:
         raise ValueError(f"`num_draws={num_draws}`: expected 100 or more; a tail cannot be read off fewer.")
     fit = importance.fitted(svi, result, args, kwargs)
@@ -100,22 +108,23 @@ def verdict(
     drawn = importance.draw(fit, keys[0], num_draws, sites)
     if drawn.subsampled:
         warnings.warn(_MINIBATCH.format(list(drawn.subsampled)), stacklevel=2)
-    points = tuple(n for n, z in drawn.values.items() if np.issubdtype(z.dtype, np.floating) and np.all(z == z[0]))
-    whole = bool(points) and len(points) == len(drawn.values)
-    linear, decrement, missing, flat = _linear(fit, keys[1], num_draws, tuple(drawn.values))
+    points = tuple(name for name in drawn.latent if _is_point(drawn.values[name]))
+    whole = bool(points) and len(points) == len(drawn.latent)
+    linear, decrement, missing, flat = _linear(fit, keys[1], num_draws, drawn.asked)
     judged = _judged(drawn, whole)
     elbo = importance.elbo(drawn.log_weights)
     guide = {name: importance.moments(z) for name, z in drawn.values.items()}
     weighted = {name: importance.moments(z, judged.normalised) for name, z in drawn.values.items()}
+    asked = lambda x: {name: x[name] for name in drawn.asked}
     case = advice.Case(
         advice.ancestors(svi.guide),
-        sum(m.mean.size for m in guide.values()),
+        sum(guide[name].mean.size for name in drawn.latent),
         num_draws,
         int(np.sum(~np.isfinite(drawn.log_weights))),
         judged.k_hat,
         judged.ess,
         float(judged.log_evidence.value - elbo.value),
-        abs(float(elbo.value)) * float(np.finfo(drawn.dtype).eps),
+        _rounding(drawn),
         decrement,
         flat,
         points,
@@ -130,11 +139,11 @@ def verdict(
         judged.log_evidence,
         judged.ess,
         decrement,
-        guide,
-        weighted,
+        asked(guide),
+        asked(weighted),
         linear,
         missing,
-        drawn.values,
+        asked(drawn.values),
         drawn.log_weights,
         judged.normalised,
         advice.advise(case),
@@ -159,6 +168,16 @@ def to_arviz(judged: Verdict, rng_key: jax.Array | None = None, **labels: Any) -
     with np.errstate(divide="ignore"):
         statistics = {"log_weight": np.log(judged.weights), "lp_minus_lq": judged.log_weights}
     return arviz_lines.inference_data(judged.draws, statistics, **labels)
+
+
+def _is_point(values: np.ndarray) -> bool:
+    return bool(np.issubdtype(values.dtype, np.floating) and np.all(values == values[0]))
+
+
+def _rounding(drawn: Draws) -> float:
+    """Of a log weight, nats."""
+    known = drawn.log_weights[np.isfinite(drawn.log_weights)]
+    return float(np.abs(known).mean() * np.finfo(drawn.dtype).eps) if known.size else 0.0
 
 
 def _judged(drawn: Draws, whole: bool) -> Weights:
@@ -190,12 +209,13 @@ def _linear(fit: Fit, key: jax.Array, num_draws: int, names: tuple[str, ...]) ->
 
     many = lambda keys: lax.map(one, keys, batch_size=BATCH if fit.vectorized else None)
     values = jax.device_get(jax.jit(many)(random.split(key, num_draws)))
-    return {n: importance.moments(z).sd for n, z in values.items()}, float(corrected.decrement), "", False
+    return {n: importance.moments(values[n]).sd for n in names}, float(corrected.decrement), "", False
 
 
 def _worst(guide: dict[str, Moments], weighted: dict[str, Moments]) -> tuple[str, float]:
     """The entry whose standard deviation is most off, with the ratio of the guide's to the importance-weighted one."""
-    rows = [(label, a[1] / b[1]) for label, a, b in _entries(guide, weighted) if a[1] > 0 and b[1] > 0]
+    sure = lambda mean, sd: sd > np.finfo(np.float32).eps * abs(mean)  # a constant's is its rounding
+    rows = [(label, a[1] / b[1]) for label, a, b in _entries(guide, weighted) if sure(*a) and sure(*b)]
     return max(rows, key=lambda row: abs(math.log(row[1])), default=("", 1.0))
 
 

@@ -169,3 +169,17 @@ def test_an_estimator_that_cannot_be_had_is_announced():
     guide = lambda: numpyro.sample("z", dist.Gamma(positive("a", 2.0), positive("b", 1.0)))
     with pytest.warns(UserWarning, match="second_order.*first-order"):
         run(lambda: numpyro.sample("z", dist.Gamma(2.0, 3.0)), guide, 1, estimator="second_order")
+
+
+def test_a_constraint_that_depends_on_the_data_takes_the_curvature_of_kl():
+    """Whether it lets every valid value through is not known before there are data."""
+
+    def guide(x):
+        lower = dist.constraints.greater_than(0 * jnp.max(x))
+        numpyro.sample("z", dist.Gamma(numpyro.param("a", 2.0, constraint=lower), 1.0))
+
+    svi = SVI(lambda x: numpyro.sample("z", dist.Gamma(3.0, 1.0)), guide, NaturalGradient(), Trace_ELBO(2))
+    state, x = svi.init(random.key(0), jnp.ones(3)), jnp.ones(3)
+    state, loss = jax.jit(svi.update)(state, x)
+    assert np.isfinite(loss)
+    assert "Hessian of KL" in str(svi.optim.report())

@@ -127,11 +127,38 @@ def test_an_interrupt_returns_what_there_is(svi):
         (ValueError, "beside `batches`", (Y,), {"batches": [(Y,)]}),
         (TypeError, "batches=3", (), {"batches": 3}),
         (ValueError, "`batches` is empty", (), {"batches": []}),
+        (ValueError, "`init_state` and `init_params` were given", (Y,), {"init_state": 1, "init_params": {}}),
     ],
 )
 def test_what_cannot_be_used_is_named(svi, error, match, args, options):
     with pytest.raises(error, match=match):
         fit(svi, random.key(0), *args, **options)
+
+
+def test_a_list_is_a_batch_as_a_tuple_is(svi):
+    """What a ``DataLoader`` yields."""
+    ways = ([kind([Y, jnp.array(2.0)])] * 3 for kind in (tuple, list))
+    a, b = (fit(svi, random.key(0), batches=batches, progress_bar=False) for batches in ways)
+    assert_same(a.losses, b.losses)
+
+
+def test_an_optimizer_that_is_exchanged_takes_the_next_steps():
+    """The same ``SVI``, the same arguments: what was compiled for the other one is not taken."""
+    svi = make()
+    fit(svi, random.key(0), Y, max_steps=2, tolerance=0, progress_bar=False)
+    svi.optim = NaturalGradient(max_kl=1e-4)
+    result = fit(svi, random.key(0), Y, max_steps=2, tolerance=0, progress_bar=False)
+    assert 0 < result.history.kl_moved.max() <= 1e-4
+
+
+def test_nothing_is_foretold_where_nothing_has_a_fisher():
+    svi = SVI(
+        lambda: numpyro.factor("f", -(numpyro.param("x", 1.0) ** 2)), lambda: None, NaturalGradient(), Trace_ELBO()
+    )
+    result = fit(svi, random.key(0), max_steps=3, progress_bar=False)
+    assert "unknown number of nats" in result.reason
+    assert result.reason.endswith("`tolerance=0.01`")
+    assert repr(result) == f"FitResult(converged=False, steps=3, reason={result.reason!r})"
 
 
 def test_another_optimizer_is_refused():

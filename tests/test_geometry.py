@@ -134,6 +134,21 @@ def test_kl_between_two_states(name, dtype):
     np.testing.assert_allclose(2 * kl(svi, state, near).value, square, rtol=0.03)
 
 
+def test_kl_has_what_the_svi_was_given_for_good():
+    """Keyword arguments of the constructor, and the mutable state of the guide."""
+
+    def guide(shift=None):
+        numpyro.sample(
+            "z",
+            dist.Normal(numpyro.param("loc", 0.0) + shift + numpyro.primitives.mutable("offset", jnp.array(1.0)), 1.0),
+        )
+
+    svi = SVI(lambda shift: numpyro.sample("z", dist.Normal(0, 1)), guide, optax.sgd(0.1), Trace_ELBO(), shift=1.0)
+    state = svi.init(random.key(0))
+    new = state._replace(mutable_state={"offset": jnp.array(3.0)})
+    np.testing.assert_allclose(kl(svi, state, new).value, 2.0, rtol=1e-5)
+
+
 def test_kl_of_a_guide_without_closed_form_has_a_standard_error(x64):
     svi, state = started(pair, chain)
     params = svi.optim.get_params(state.optim_state)

@@ -180,6 +180,8 @@ def test_a_loss_that_is_no_elbo_is_announced_and_fitted_by_the_metric_alone(x64)
 
 BAD = {
     "negative step": (ValueError, {"step_size": -0.5}, "-0.5"),
+    "a step that is true": (ValueError, {"step_size": True}, "step_size=True"),
+    "true nats": (ValueError, {"max_kl": True}, "max_kl=True"),
     "no step": (ValueError, {"step_size": 0}, "step_size=0"),
     "infinite step": (ValueError, {"step_size": float("inf")}, "inf"),
     "step in words": (ValueError, {"step_size": "fast"}, "'fast'"),

@@ -51,6 +51,14 @@ def test_a_quadratic_is_fitted_exactly_by_few_draws(x64, seed):
     np.testing.assert_allclose(found, factor.T @ slope, atol=1e-6)
 
 
+def test_a_gradient_that_is_no_number_shows_in_the_slope():
+    """And meets no eigensolver, which would be kept busy by it."""
+    loc, factor = _frame(random.key(0))
+    sums, _ = _sums(random.key(0), jnp.ones((DRAWS, D)), jnp.ones((DRAWS, D)).at[0, 0].set(jnp.nan), loc, factor)
+    slope, _ = regression.fit(sums, jnp.eye(D))
+    assert np.isnan(slope).all()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_sums_are_moved_exactly_to_another_frame(x64, seed):
     key = random.key(seed)

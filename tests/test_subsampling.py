@@ -56,6 +56,23 @@ def test_a_step_of_length_one_is_exact_for_a_minibatch_of_any_size(guide, x64):
         np.testing.assert_allclose([loc, scale], [expected["loc"], expected["scale"]], rtol=1e-8)
 
 
+@pytest.mark.parametrize("weight", [20.0, np.float32(20.0), jnp.array(20.0), "argument"], ids=str)
+def test_a_weight_of_any_kind_makes_a_minibatch(weight):
+    """Draws of a batch are not remembered as those of all the data are, whoever computed how many rows it stands for."""
+
+    def model(y: Any, scale: Any) -> None:
+        mu = numpyro.sample("mu", dist.Normal(0, 10))
+        with numpyro.handlers.scale(scale=scale if weight == "argument" else weight):
+            numpyro.sample("y", dist.Normal(mu, 2).expand([len(y)]).to_event(1), obs=y)
+
+    svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO(8))
+    state = svi.init(random.key(0), jnp.asarray(Y[:10]), 20.0)
+    jax.eval_shape(svi.update, state, jnp.asarray(Y[:10]), 20.0)
+    report = str(svi.optim.report())
+    assert "Hessian of the loss" in report
+    assert "regression" not in report
+
+
 def test_a_conjugate_step_is_exact_for_a_minibatch(x64):
     y = np.random.default_rng(1).poisson(3.0, 30)
     svi = SVI(counted, gamma, NaturalGradient(1.0, max_kl=None), Trace_ELBO(4))

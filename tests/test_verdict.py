@@ -4,6 +4,7 @@
 and advice follows from the numbers."""
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from tables import positive
 
 from numpyro_natgrad import Estimate, StructureError, Verdict, linear_response, to_arviz, verdict
 from numpyro_natgrad.advice import Case, advise, threshold
-from numpyro_natgrad.importance import Moments, draw, fitted, smooth
+from numpyro_natgrad.importance import Moments, draw, fitted, moments, smooth
 from numpyro_natgrad.response import NoMinimumError
 
 D = 4
@@ -248,6 +249,43 @@ def test_draws_without_a_weight_are_counted():
     assert abs(found.log_evidence.value - math.log(kept)) < 4 * math.sqrt((1 - kept) / kept / 1000)
 
 
+def test_where_draws_are_lost_the_guide_is_not_to_be_used_as_it_is():
+    said = advise(_case(lost=2000, k_hat=0.1))
+    assert said.endswith("Take the importance-weighted moments, in which draws without a finite weight count nothing.")
+
+
+def test_one_finite_weight_says_nothing():
+    found = smooth(np.r_[0.0, np.full(3999, -np.inf)], np.float64)
+    assert found.k_hat == np.inf
+    assert found.ess == 1
+
+
+def test_what_counts_nothing_may_be_no_number():
+    found = moments(np.array([np.inf, 1.0, 3.0]), np.array([0.0, 0.5, 0.5]))
+    assert (found.mean, found.sd) == (2.0, 1.0)
+
+
+def test_what_is_tabulated_changes_no_judgement():
+    """A constant that is tabulated is no point of the guide, and a latent that is not is judged all the same."""
+
+    def model() -> None:
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.deterministic("c", jnp.full(2, 0.3) + 0 * z)
+
+    svi, params = started(model, AutoNormal(model), z_auto_loc=0.0, z_auto_scale=0.5)
+    ways = (None, "c", ["c", "z"])
+    found = [verdict(svi, params, random.key(1), num_draws=500, sites=sites) for sites in ways]
+    assert [list(v.guide) for v in found] == [["z"], ["c"], ["c", "z"]] == [list(v.draws) for v in found]
+    assert len({v.advice for v in found}) == 1
+    assert "point" not in found[0].advice
+    assert "c[0]" not in found[2].advice
+    assert repr(found[1]) == str(found[1])
+    rows = str(found[2]).splitlines()
+    linear = {row.split()[0]: float(row.split()[-1]) for row in rows if row.startswith(("z", "c["))}
+    assert_close(linear["z"], 1.0, 5 / math.sqrt(2 * 500))
+    assert linear["c[0]"] < 1e-6
+
+
 def test_latents_that_the_guide_does_not_draw():
     def mixture() -> None:
         numpyro.sample("z", dist.Normal(0.0, 1.0))
@@ -263,10 +301,13 @@ def test_arguments_are_checked():
     svi, params = full()
     with pytest.raises(ValueError, match="num_draws=10"):
         verdict(svi, params, random.key(1), num_draws=10)
+    with pytest.raises(TypeError, match=r"num_draws=1000\.0.*an integer"):
+        verdict(svi, params, random.key(1), num_draws=1e3)
     with pytest.raises(TypeError, match=r"`int` is no fit.*svi\.run"):
         verdict(svi, 3, random.key(1))
-    with pytest.raises(StructureError, match=r"the model has no \['y'\]; expected some of"):
-        verdict(svi, params, random.key(1), sites=["y"])
+    for typed in (["y"], "y"):
+        with pytest.raises(StructureError, match=rf"`sites={re.escape(repr(typed))}`: .* no \['y'\]; expected some of"):
+            verdict(svi, params, random.key(1), sites=typed)
     with pytest.raises(ValueError, match=r"call `svi\.init"):
         linear_response(SVI(gaussian, svi.guide, optax.sgd(0.1), Trace_ELBO()), params, random.key(1))
 
@@ -288,6 +329,8 @@ CASES = [
     ({"latents": 5000}, "Try `AutoLowRankMultivariateNormal`."),
     ({"guide": ("Mine", "AutoDiagonalNormal")}, "Try `AutoMultivariateNormal`."),
     ({"guide": ("AutoMultivariateNormal",)}, "a flow (`AutoBNAFNormal`"),
+    ({"guide": ("AutoLowRankMultivariateNormal",)}, "Try `AutoMultivariateNormal`."),
+    ({"guide": ("AutoLowRankMultivariateNormal",), "latents": 5000}, "a flow (`AutoBNAFNormal`"),
     ({"guide": ("AutoBNAFNormal",)}, "NUTS"),
     ({"guide": ("function",)}, "latents depend on each other"),
     ({"decrement": 1.5}, "The fit is not done: its ELBO can rise by about 1.5 nats within this family"),

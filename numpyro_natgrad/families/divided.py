@@ -55,7 +55,7 @@ class DividedGaussian(JointGaussian):
 
 
 def parts(d: int, particles: int) -> int:
-    """G: the groups that pairs of draws fall into, so that each is asked about 16 directions or more.
+    """G: the groups that pairs of draws fall into, so that each is asked about 16 directions, or more of few pairs.
 
     (A wide Gaussian asks for 16 altogether.)
     """
