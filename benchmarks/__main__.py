@@ -53,7 +53,7 @@ def everything() -> None:
             print(f"… {part} {' '.join(flags)}", flush=True)
             command = [sys.executable, "-m", "benchmarks", *part.split(), *flags]
             tables.append(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    OUTPUT.write_text("\n".join([header(), *tables]))
+            OUTPUT.write_text("\n".join([header(), *tables]))  # part by part: a later one may fail
     print(f"wrote {OUTPUT}")
 
 

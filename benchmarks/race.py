@@ -6,7 +6,7 @@ Every fit of a case is scored on one common set of draws, in double precision. *
 seconds) at which the parameters that ``get_params`` returns are within the case's gap of the best ELBO that any fit of
 the run found, a long run with 64 particles included. Seconds are of the compiled loop; with compilation, its tracing
 and compiling is added. Adam's settings are five rates, each constant and with a cosine decay over its steps; *best* is
-the one that reaches the gap first in the median over seeds (in seconds), or ends lowest if none does: a choice that
+the one that reaches the gap in the fewest steps in the median over seeds, or ends lowest if none does: a choice that
 nobody has in practice.
 """
 
@@ -121,7 +121,7 @@ def best_adam(fits: list[Fit], best: float, case: Case) -> Fit:
 
     def rank(fit: Fit) -> tuple[float, ...]:
         done, half = (float(np.median(fit.reached(best + gap))) for gap in (case.gap, case.loose))
-        return done, half, float(np.median(fit.losses[:, -1]))
+        return done, half, float(np.median(np.nan_to_num(fit.losses[:, -1], nan=np.inf)))
 
     return min(adam, key=rank)
 

@@ -55,6 +55,7 @@ from .wrappers import (
     is_wrapper,
     map_base,
     owns_parameters,
+    spelt_out,
     with_log_prob,
 )
 
@@ -337,10 +338,20 @@ def _is_random(site: Any) -> bool:
 
 def _log_ratio(old: Any, new: Any) -> jax.Array:
     try:
-        nats = kl_divergence(old["fn"], new["fn"])
+        nats = kl_divergence(spelt_out(old["fn"]), spelt_out(new["fn"]))
     except NotImplementedError:
-        nats = old["fn"].log_prob(old["value"]) - new["fn"].log_prob(old["value"])
+        nats = _log_density(old, old["value"]) - _log_density(new, old["value"])
     return jnp.sum(nats if old["scale"] is None else old["scale"] * nats)
+
+
+def _log_density(site: Any, value: Any) -> jax.Array:
+    try:
+        return site["fn"].log_prob(value)
+    except NotImplementedError:
+        raise StructureError(
+            f"the guide's site `{site['name']}` ({type(site['fn']).__name__}) has no density at another state's draws: "
+            "a flow without an inverse, such as `AutoBNAFNormal`'s. Use a guide that has one (`AutoIAFNormal`)."
+        ) from None
 
 
 def guide_site(msg: Any) -> bool:

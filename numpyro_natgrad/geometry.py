@@ -99,7 +99,14 @@ class Estimate(NamedTuple):
     standard_error: jax.Array
 
 
-def fisher(svi: SVI, state: SVIState, *args: Any, num_draws: int = 64, **kwargs: Any) -> Fisher:
+def fisher(
+    svi: SVI,
+    state: SVIState,
+    *args: Any,
+    num_draws: int = 64,
+    forward_mode_differentiation: bool = False,
+    **kwargs: Any,
+) -> Fisher:
     """The Fisher matrix of the guide of ``svi`` at a state, as an operator.
 
     In closed form at every site where it is known, the outer product of scores elsewhere; F = E_z Σ JᵀF_site J over
@@ -110,14 +117,21 @@ def fisher(svi: SVI, state: SVIState, *args: Any, num_draws: int = 64, **kwargs:
     :param args: of the model and the guide, as for ``svi.update``. :param kwargs: likewise.
     :param num_draws: draws of the loss (of all of its particles) that a mean is taken over. One is enough, and one is
         used, if the Fisher depends on no draw. The Monte-Carlo part has no more rank than there are draws.
+    :param forward_mode_differentiation: as for ``svi.update``.
     :raises ValueError: if ``svi.init`` has not been called.
     """
     params = _initialised(svi).optim.get_params(state.optim_state)
-    return _fisher(svi, params, state, num_draws, args, kwargs)
+    return _fisher(svi, params, state, num_draws, args, kwargs, forward=forward_mode_differentiation)
 
 
 def natural_gradient(
-    svi: SVI, state: SVIState, *args: Any, num_draws: int = 64, damping: float | None = None, **kwargs: Any
+    svi: SVI,
+    state: SVIState,
+    *args: Any,
+    num_draws: int = 64,
+    damping: float | None = None,
+    forward_mode_differentiation: bool = False,
+    **kwargs: Any,
 ) -> Params:
     """F⁻¹∇L at a state: the direction of steepest ascent of the loss per nat of KL, in unconstrained parameters.
 
@@ -125,11 +139,13 @@ def natural_gradient(
 
     :param num_draws: see :func:`fisher`.
     :param damping: see :meth:`Fisher.solve`.
+    :param forward_mode_differentiation: as for ``svi.update``.
     :return: a tree like the parameters; a step of ``-ρ`` times it moves ½ρ² gᵀF⁻¹g nats.
     """
     params = _initialised(svi).optim.get_params(state.optim_state)
-    gradient = derivative(_loss(svi, params, state, args, kwargs), False)(params)[0]
-    return _fisher(svi, params, state, num_draws, args, kwargs).solve(gradient, damping)
+    forward = forward_mode_differentiation
+    gradient = derivative(_loss(svi, params, state, args, kwargs), forward)(params)[0]
+    return _fisher(svi, params, state, num_draws, args, kwargs, forward=forward).solve(gradient, damping)
 
 
 def kl(svi: SVI, old: SVIState, new: SVIState, *args: Any, num_draws: int = 64, **kwargs: Any) -> Estimate:
@@ -183,7 +199,9 @@ def scale_by_fisher(
     return optax.GradientTransformation(init, update)
 
 
-def _fisher(svi: SVI, params: Params, state: SVIState, num_draws: int, args: Any, kwargs: Any) -> Fisher:
+def _fisher(
+    svi: SVI, params: Params, state: SVIState, num_draws: int, args: Any, kwargs: Any, *, forward: bool = False
+) -> Fisher:
     hearing = hear(_loss(svi, params, state, args, kwargs), params)
     exact = _is_exact(hearing)
     keys = random.split(state.rng_key, 1 if exact else num_draws)
@@ -195,7 +213,7 @@ def _fisher(svi: SVI, params: Params, state: SVIState, num_draws: int, args: Any
             return fn(unravel(x))[0]
 
     def product(d: jax.Array) -> jax.Array:
-        each = lambda key: fisher_product(lambda x: length(x, key), flat)(d)
+        each = lambda key: fisher_product(lambda x: length(x, key), flat, forward=forward)(d)
         return jnp.mean(lax.map(each, keys), axis=0)
 
     owners = _owners(hearing)

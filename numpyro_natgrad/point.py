@@ -41,9 +41,11 @@ def checked(optimizer: Any) -> PointOptimizer:
     """The optimizer of parameters without a Fisher, ``optax.adam(1e-2)`` for ``None``."""
     if optimizer is None:
         return PointOptimizer(optax.adam(1e-2))
-    if isinstance(optimizer, optax.GradientTransformation | _NumPyroOptim):
+    # (`Minimize` and `NaturalGradient` take the loss itself: there is no step of theirs from a gradient alone.)
+    takes_gradients = getattr(type(optimizer), "eval_and_update", None) is _NumPyroOptim.eval_and_update
+    if isinstance(optimizer, optax.GradientTransformation) or takes_gradients:
         return PointOptimizer(optimizer)
     raise TypeError(
         f"`point_optimizer={optimizer!r}`: expected an optax transformation such as `optax.adam(1e-2)`, an optimizer "
-        "of `numpyro.optim`, or None for `optax.adam(1e-2)`."
+        "of `numpyro.optim` that steps by gradients, or None for `optax.adam(1e-2)`."
     )

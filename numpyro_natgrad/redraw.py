@@ -49,7 +49,8 @@ def scores(
 class Redraw(Messenger):
     """Let the guide draw again, and give every particle its own copy of the parameters.
 
-    Every key gives way to the ``number``-th of those that follow from it. Model and minibatch stay as they are.
+    Every key gives way to the ``number``-th of those that follow from it. What the model draws stays as it is. (A plate
+    that the guide opens after a ``param`` has other rows than in the loss: telling particles apart takes a key.)
 
     :param copies: of the unconstrained parameters, one for each particle, ``(particles, *shape)``.
     :param number: which draws.

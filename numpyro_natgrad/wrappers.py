@@ -39,14 +39,14 @@ def closed_kl(fn: Any) -> jax.Array | None:
         return None if inner is None else sum_rightmost(inner, jnp.ndim(inner) - len(fn.batch_shape))
     if isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         return _unwrapped(fn)
-    fn = _spelt_out(fn)
+    fn = spelt_out(fn)
     try:
         return jnp.asarray(kl_divergence(jax.tree.map(stop_gradient, fn), fn))
     except NotImplementedError:
         return None
 
 
-def _spelt_out(fn: Any) -> Any:
+def spelt_out(fn: Any) -> Any:
     """One number as the mean of a multivariate Gaussian stands for all of its entries, which NumPyro's KL forgets."""
     if not isinstance(fn, dist.MultivariateNormal):
         return fn

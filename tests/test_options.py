@@ -15,6 +15,7 @@ from jax import lax, random
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
+from numpyro.optim import Minimize
 from oracles import assert_close, root_eps, spd
 from tables import positive
 
@@ -98,7 +99,8 @@ LIMITS = {
     "full, first order": Bounded(gaussian, full, {"estimator": "first_order"}, 0.5, 1e-8),
     "independent": Bounded(gaussian, independent, {}, 0.5, 1e-8),
     "independent, first order": Bounded(gaussian, independent, {"estimator": "first_order"}, 0.5, 1e-8),
-    "curvature of KL": Bounded(rates, gamma, {}, 1e-4, 3e-2),
+    "natural parameters": Bounded(rates, gamma, {}, 1e-4, 3e-2),
+    "curvature of KL": Bounded(rates, gamma, {"fisher": "kl_hessian"}, 1e-4, 3e-2),
 }
 
 
@@ -193,6 +195,8 @@ BAD = {
     "estimator": (ValueError, {"estimator": "third_order"}, "'third_order'"),
     "path gradient": (TypeError, {"path_gradient": "yes"}, "'yes'"),
     "point optimizer": (TypeError, {"point_optimizer": "adam"}, "'adam'"),
+    "point optimizer of losses": (TypeError, {"point_optimizer": Minimize()}, "Minimize"),
+    "natural point optimizer": (TypeError, {"point_optimizer": NaturalGradient()}, "NaturalGradient"),
     "point optimizer's rate": (TypeError, {"point_optimizer": 0.01}, "0.01"),
     "unknown": (TypeError, {"learning_rate": 0.1}, "learning_rate"),
 }

@@ -208,6 +208,18 @@ def test_the_inverse_does_not_cancel(name):
     assert error.max() < root_eps("float32")
 
 
+@pytest.mark.parametrize("kappa", [1e2, 1e3, 1e4])
+def test_a_sharp_angle_keeps_its_curvature(kappa, dtype):
+    """A″ = 1/(2κ²) + 1/(4κ³) + O(κ⁻⁴) beside A′/κ; what rounds A′/κ rounds A″ 2κ times as much."""
+    r = np.array([np.cos(0.7), np.sin(0.7)])
+    family, eta = exponential.exponential(dist.VonMises), jnp.asarray(kappa * r)
+    curvature = 1 / (2 * kappa**2) + 1 / (4 * kappa**3)
+    allowed = 1 / kappa**2 + 8 * kappa * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(r @ np.asarray(family.fisher(eta), float) @ r, curvature, rtol=allowed)
+    v = np.asarray(family.sharp(eta, jnp.asarray(curvature * r)), float)
+    np.testing.assert_allclose(v @ r, 1.0, rtol=allowed)
+
+
 WRAPPED = {
     "expand": lambda a, b: dist.Cauchy(a, b).expand([4, 3]),
     "mask": lambda a, b: dist.Cauchy(a * jnp.ones(3), b).mask(jnp.array([True, False, True])),

@@ -79,9 +79,10 @@ def low_rank(bad: jax.Array) -> None:
     numpyro.sample("z", dist.LowRankMultivariateNormal(loc, factor, diagonal))
 
 
-# Guides with what each needs of the loss: Gaussian and curvature blocks with Hessian products, point and gradients.
+# Guides with what each needs of the loss: Hessian products of Gaussians, beside other blocks; gradients of all others.
 FITS = {
-    "full and curvature": (full, {}, KINDS),
+    "full and natural parameters": (full, {}, KINDS),
+    "curvature of KL": (full, {"fisher": "kl_hessian"}, KINDS[:4]),
     "independent and point, first order": (independent, {"estimator": "first_order"}, KINDS[:4]),
 }
 CELLS = [(fit, kind) for fit, (_, _, kinds) in FITS.items() for kind in kinds]

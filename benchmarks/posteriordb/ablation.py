@@ -80,6 +80,8 @@ ABLATIONS = {
 def write(checkout: pathlib.Path, results: pathlib.Path) -> str:
     """The table, as a document."""
     best = {(e.model, e.guide): e.best for e in load(results)}
+    if missing := [f"{model}, {guide}" for model, guide in CASES if (named(model), guide) not in best]:
+        raise SystemExit(f"`{results}`: expected results of {'; '.join(missing)}. Run the benchmark on them first.")
     columns = [_column(checkout, named(model), guide, best) for model, guide in tqdm(CASES)]
     rows = [(name, *(column[name] for column in columns)) for name in ABLATIONS]
     titles = [f"{model}, {GUIDES[guide].family}" for model, guide in CASES]

@@ -3,9 +3,9 @@
 """``NaturalGradient()`` as shipped, and Adam at ten settings, through NumPyro's ``SVI`` with eight particles.
 
 Gradients are those of one draw's log density. A step of Adam evaluates one for each particle. Of the natural gradient
-every particle takes one, and a third for the loss at the point reached (which only some steps ask for); where the step
-is not made of gradients alone, two more for each of its products with a Hessian (forward over reverse costs about two
-gradients). Adam's settings and seeds run as one batch, and the seconds of a step are those of a run by itself. The
+every particle takes one, and a third for each value of the loss at a point tried, as if every step tried as many as it
+may (most try one, or none); where the step is not made of gradients alone, two more for each of its products with a
+Hessian (forward over reverse costs about two gradients). Adam's settings and seeds run as one batch, and the seconds of a step are those of a run by itself. The
 natural gradient is compiled as ``fit`` compiles it, Adam as ``SVI.run`` does; :mod:`.compiling` has all four.
 """
 
@@ -25,6 +25,7 @@ from numpyro.optim import optax_to_numpyro
 
 from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.compilation import quickly
+from numpyro_natgrad.step import TRIALS
 
 from .guides import Guide
 from .models import Data
@@ -79,7 +80,7 @@ def reference(problem: Problem) -> Iterator[Attempt]:
 def _natural(problem: Problem, marks: np.ndarray, particles: int, seeds: range) -> Iterator[Attempt]:
     walk, optimizer = walker(problem, marks, particles), NaturalGradient()
     compiled, compiling = compile_timed(lambda z, key: walk(optimizer, z, key), start(problem, 0), quickly)
-    gradients = particles * (1 + 2 * products(optimizer) + 1 / 3)
+    gradients = particles * (1 + 2 * products(optimizer) + TRIALS / 3)
     for seed in seeds:
         begin = time.perf_counter()
         params = jax.block_until_ready(compiled(*start(problem, seed)))

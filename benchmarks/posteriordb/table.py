@@ -33,7 +33,10 @@ in reference standard deviations, *sd ratio* the least, median and most of fitte
 parameters. *With compilation* the natural gradient is compiled as `fit` does and Adam as `SVI.run`:
 [compiling.md](compiling.md) has both ways of both. A *failure* never came within 1 nat or ended where nothing is
 finite. *Adam, oracle* is the best of its ten settings on that posterior, which nobody has in practice; *Adam, best
-single* the best one over all of them.
+single* the best one over all of them. (Its ten settings are scored every tenth, the others at every step up to 60.)
+
+`python -m benchmarks.posteriordb --checkout PATH --draws {draws}` runs what is missing, `… table` and `… figures` write
+this document. PATH is a clone of https://github.com/stan-dev/posteriordb.
 The heads of `benchmarks/posteriordb/*.py` say how the rest is measured; [rule.md](rule.md#what-is-missed) says why what
 is missed is missed.
 """
