@@ -5,8 +5,9 @@
 Gradients are those of one draw's log density. A step of Adam evaluates one for each particle. Of the natural gradient
 every particle takes one, and a third for each value of the loss at a point tried, as if every step tried as many as it
 may (most try one, or none); where the step is not made of gradients alone, two more for each of its products with a
-Hessian (forward over reverse costs about two gradients). Adam's settings and seeds run as one batch, and the seconds of a step are those of a run by itself. The
-natural gradient is compiled as ``fit`` compiles it, Adam as ``SVI.run`` does; :mod:`.compiling` has all four.
+Hessian (forward over reverse costs about two gradients). Adam's settings and seeds run as one batch, and the seconds of
+a step are those of a run by itself. The natural gradient is compiled as ``fit`` compiles it, Adam as ``SVI.run`` does;
+:mod:`.compiling` has all four.
 """
 
 import itertools
