@@ -374,6 +374,18 @@ def _wishart_normalizer(eta: jax.Array) -> jax.Array:
     return multigammaln(n / 2, d) + 0.5 * n * (d * math.log(2.0) - logdet)
 
 
+def _wishart_solve(eta: jax.Array, gradient: jax.Array) -> jax.Array:
+    # For changes ẋ of n and X of R: ½n R⁻¹XR⁻¹ − ½ẋR⁻¹ = G, ¼ψ′_d(n/2) ẋ − ½ tr R⁻¹X = g, ψ′_d(a) = Σ ψ₁(a − j/2).
+    # Their Schur complement is ¼ (ψ′_d(n/2) − 2d/n), without the cancellation. (A triangle counts G's entries twice.)
+    n, rate, g = eta[..., 0], _matrix(eta), _matrix(gradient)
+    g = (g + g * jnp.eye(g.shape[-1], dtype=g.dtype)) / 2
+    half, lag = n[..., None] / 2, jnp.arange(g.shape[-1]) / 2
+    complement = 0.25 * jnp.sum((_excess(half - lag) + lag / half) / (half - lag), axis=-1)
+    first = (gradient[..., 0] + jnp.sum(g * rate, axis=(-2, -1)) / n) / complement
+    change = 2 * rate @ g @ rate + first[..., None, None] * rate
+    return _vech(first, change / n[..., None, None])
+
+
 def _wishart_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
     # The rate moves in its own frame, R₊ = L Q w Qᵀ Lᵀ with R = LLᵀ and L⁻¹ΔL⁻ᵀ = Q (w − 1) Qᵀ: always positive.
     factor = jnp.linalg.cholesky(_matrix(eta))
@@ -413,6 +425,7 @@ register_exponential(
     natural=lambda concentration, **forms: _vech(concentration, _rate_of(**forms)),
     log_normalizer=_wishart_normalizer,
     arguments=lambda eta: {"concentration": eta[..., 0], "rate_matrix": _matrix(eta)},
+    solve=_wishart_solve,
     move=_wishart_move,
 )
 register_exponential(
@@ -420,6 +433,7 @@ register_exponential(
     natural=lambda concentration, **forms: _vech(concentration, _scale_of(**forms)),
     log_normalizer=_wishart_normalizer,
     arguments=lambda eta: {"concentration": eta[..., 0], "scale_matrix": _matrix(eta)},
+    solve=_wishart_solve,
     move=_wishart_move,
 )
 
