@@ -287,12 +287,12 @@ def draw_curves(axes: list[Axes], curves: list[Curve], best: Curve) -> None:
         axis.set(xlabel=label, xscale="log", ylim=(best.train[-1] - 8, best.train[-1] + 2))
         plain(axis)
     axes[0].set_ylabel("ELBO (nats an image)")
-    axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper left", fontsize="small")
+    axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="lower right", fontsize="small")
 
 
 def main() -> None:
     """Fit, compare, and draw the figure."""
-    chosen = options("A variational autoencoder of digits.", "vae.png", steps=400, adam_steps=2000)
+    chosen = options("A variational autoencoder of digits.", "vae.png", steps=800, adam_steps=2000)
     data = digits()
     ours, others = natural(data, chosen.steps), adams(data, chosen.adam_steps)
     best = max(others, key=lambda curve: curve.train[-1])
