@@ -21,14 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-import optax
 from jax import lax, random
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoBNAFNormal, AutoDAIS, AutoIAFNormal
-from numpyro.optim import optax_to_numpyro
 from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient
+
+from .posteriordb.svi import decaying_adam
 
 RATES, SEEDS, PARTICLES, DRAWS = (0.03, 0.01, 0.003, 0.001, 0.0003), 3, 8, 2000
 ADAM_STEPS, NATURAL_STEPS = 3000, 500
@@ -82,13 +82,7 @@ def settings(rates: tuple[float, ...]) -> tuple[tuple[float, bool], ...]:
 
 def adam_over(steps: int) -> Callable[[Any], Any]:
     """Adam from its setting, a decay being over so many steps."""
-
-    def make(setting: Any) -> Any:
-        rate, decays = setting
-        share = lambda step: jnp.where(decays, 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(step / steps, 1.0))), 1.0)
-        return optax_to_numpyro(optax.adam(lambda step: rate * share(step)))
-
-    return make
+    return lambda setting: decaying_adam(setting[0], setting[1], steps)
 
 
 def named(setting: tuple[float, bool]) -> str:

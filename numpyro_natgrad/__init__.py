@@ -24,14 +24,14 @@
 :mod:`.stopping`    when a fit is done, and its history
 :mod:`.chunks`      its steps, compiled by the chunk
 :mod:`.exponential` the registry of Fisher matrices in closed form
-:mod:`.zoo`         NumPyro's distributions in that registry
+:mod:`.zoo`         NumPyro's distributions in that registry; :mod:`.zoo_matrices` those of directions and matrices
 :mod:`.verdict`     is the answer any good, and what to do if not
 :mod:`.importance`  log weights of the guide's draws, and what they correct
 :mod:`.response`    covariances by linear response
 ==================  ==========================================================
 """
 
-from . import zoo as _zoo  # noqa: F401  (fills the registry)
+from . import zoo_matrices as _zoo  # noqa: F401  (fills the registry, with the zoo that it imports)
 from .charts import Form as Form
 from .charts import register_gaussian as register_gaussian
 from .errors import StructureError as StructureError

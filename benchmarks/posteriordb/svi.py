@@ -101,7 +101,7 @@ def adam(problem: Problem) -> Iterator[Attempt]:
     marks = np.unique(np.geomspace(1, total, 90).round().astype(int))
     seconds, compiling = _seconds_of_adam(problem)
     walk = walker(problem, marks, PARTICLES)
-    run = jax.jit(jax.vmap(lambda r, c, z, key: walk(_adam(r, c, total), z, key), in_axes=(None, None, 0, 0)))
+    run = jax.jit(jax.vmap(lambda r, c, z, key: walk(decaying_adam(r, c, total), z, key), in_axes=(None, None, 0, 0)))
     starts = [jnp.stack(x) for x in zip(*(start(problem, seed) for seed in range(seeds)), strict=True)]
     for cosine, rate in itertools.product((False, True), RATES):
         params = jax.device_get(run(jnp.array(rate), jnp.array(cosine), *starts))
@@ -111,7 +111,9 @@ def adam(problem: Problem) -> Iterator[Attempt]:
             yield Attempt(f"{'cosine' if cosine else 'constant'} {rate:g}", seed, path)
 
 
-def _adam(rate: Any, cosine: Any, total: int) -> Any:
+def decaying_adam(rate: Any, cosine: Any, total: int) -> Any:
+    """Adam at a rate that stays, or decays by a cosine over ``total`` steps; both may be traced."""
+
     def schedule(step: Any) -> Any:
         decayed = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(step / total, 1.0)))
         return rate * jnp.where(cosine, decayed, 1.0)
