@@ -4,7 +4,7 @@
 
 With ``--checkout PATH`` (of posteriordb) the cases are its posteriors, by (parts of) their names, in float64.
 
-Fits of :data:`STEPS` steps from several seeds are looked at every :data:`~numpyro_natgrad.chunks.CHUNK` steps, by the
+Fits of :data:`STEPS` steps from several seeds are looked at every :data:`.CHUNK` steps, by the
 rule that ``fit`` stops by; the true gap there is the loss beyond the reference's on the same :data:`DRAWS` draws. The
 reference is the best of the seeds' means over the last half of the fits with the most particles. A stop is *right* if
 the true gap is below twice the tolerance; *needed* are the steps until it first is.
@@ -24,8 +24,8 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from numpyro_natgrad import History, NaturalGradient
-from numpyro_natgrad.chunks import CHUNK
-from numpyro_natgrad.stopping import converged
+from numpyro_natgrad.infer.convergence import converged
+from numpyro_natgrad.infer.loop import CHUNK
 
 from .cases import Case, eight_schools, gaussian
 from .hard_cases import HardCase, centred_schools
@@ -145,7 +145,7 @@ def _runs(svi: SVI, data: tuple[Any, ...]) -> tuple[Any, Any]:
 
 def _history(records: Any) -> History:
     loss, info = jax.tree.map(np.ravel, records)
-    fields = info.kl_moved, info.step_length, info.decrement, info.decrement_error, info.limited, info.skipped
+    fields = info.kl, info.step_size, info.newton_decrement, info.newton_decrement_error, info.limited, info.skipped
     return History(loss, *fields, np.zeros(STEPS))
 
 

@@ -32,7 +32,7 @@ from numpyro.infer.svi import SVIState
 from numpyro.optim import Adam, _NumPyroOptim
 from tqdm import tqdm
 
-from numpyro_natgrad.arviz_lines import psis
+from numpyro_natgrad.diagnostics.arviz_compat import psis
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 

@@ -59,7 +59,7 @@ def kl_to_target(loc: Array, scale: Array) -> Array:
     return dist.kl_divergence(dist.Normal(loc, scale), TARGET)
 
 
-def kl_moved(loc: Array, scale: Array) -> Array:
+def kl(loc: Array, scale: Array) -> Array:
     """Nats from the guide before each step to the guide after it: what `max_kl` limits.
 
     :param loc: means on the way.
@@ -129,7 +129,7 @@ def draw_moves(axis: Axes, paths: dict[str, tuple[Array, Array]]) -> None:
     :param paths: means and standard deviations on the way of each optimizer.
     """
     for label, (means, scales) in paths.items():
-        moved = kl_moved(means, scales)
+        moved = kl(means, scales)
         moved = jnp.where(moved < FLOOR, jnp.nan, moved)  # arrived
         axis.semilogy(1 + np.arange(len(moved)), moved, label=label, **look(label))
     axis.set(xlabel="step", ylabel="KL(q before ‖ q after) (nats)", ylim=(FLOOR, 1e3))

@@ -244,7 +244,7 @@ def main() -> None:
     train, test = digits(chosen.size)
     inducing = jnp.asarray(KMeans(chosen.inducing, n_init=1, random_state=0).fit(train.x).cluster_centers_)
     whole, parts = problem(train, inducing), problem(train, inducing, chosen.batch)
-    both = NaturalGradient(point_optimizer=optax.adam(0.1))
+    both = NaturalGradient(fallback_optimizer=optax.adam(0.1))
     curves = [follow("NaturalGradient + adam(0.1)", whole, both, chosen.steps)]
     curves += [follow(f"... in batches of {chosen.batch}", parts, both, chosen.steps, whole)]
     curves += [follow(f"Adam({r:g}) alone", whole, Adam(r), chosen.adam_steps) for r in (0.03, 0.01)]

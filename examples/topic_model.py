@@ -48,8 +48,8 @@ from sklearn.decomposition import LatentDirichletAllocation
 from sklearn.feature_extraction.text import CountVectorizer
 from tqdm import tqdm
 
-from numpyro_natgrad import NaturalGradient, register_exponential
-from numpyro_natgrad.exponential import exponential
+from numpyro_natgrad import NaturalGradient, register_exponential_family
+from numpyro_natgrad.distributions.exponential_family import exponential
 
 PACKAGES = ("matplotlib", "pandas", "scipy", "sklearn", "statsmodels")
 HELD_OUT = 500  # documents
@@ -68,7 +68,7 @@ class Expected(dist.Dirichlet):
 
 _dirichlet = exponential(dist.Dirichlet)
 assert _dirichlet is not None
-register_exponential(Expected, **_dirichlet._asdict())
+register_exponential_family(Expected, **_dirichlet._asdict())
 
 
 class TopicModel(NamedTuple):

@@ -11,7 +11,7 @@ Estimator = Literal["first_order", "second_order"]
 Fisher = Literal["closed_form", "kl_hessian", "monte_carlo", "empirical"]
 
 #: Where a step would leave the cone of precisions, the share of the old one at which it starts to bend back: see
-#: :func:`.gaussian.positive`. A natural parameter that is bounded keeps more of its room: draws of a Gamma that has
+#: :func:`.positive`. A natural parameter that is bounded keeps more of its room: draws of a Gamma that has
 #: lost all of its shape are zeros in float32, and a loss that is no number shows no way back.
 MARGIN, NATURAL_MARGIN, LIFTED_MARGIN = 0.05, 0.25, 1e-6
 

@@ -70,8 +70,8 @@ def tapped(model, guide, loss, *args, seed: int = 0, **kwargs):
 
     ``at(key, other, given)`` is another loss of the same model and guide, at other arguments.
     """
-    tap = Tap()
-    svi = SVI(model, guide, tap, loss)
+    perturbation = Tap()
+    svi = SVI(model, guide, perturbation, loss)
     init = lambda key: svi.init(key, *args, **kwargs)
     # An autoguide keeps what it traces; everything else is initialised by one program instead of a hundred.
     start = (init if isinstance(guide, AutoGuide) else jax.jit(init))(random.key(seed))
@@ -79,7 +79,7 @@ def tapped(model, guide, loss, *args, seed: int = 0, **kwargs):
     def at(key, other=None, given=None):
         svi.loss = other or loss
         svi.update(start._replace(rng_key=key), *(args if given is None else given), **kwargs)
-        return tap.fn
+        return perturbation.fn
 
     return at, start.optim_state
 

@@ -20,14 +20,15 @@ from scipy import optimize, stats
 from tables import DATA, GUIDES, positive
 from test_estimators import TAU, full, mean_field, model
 
-from numpyro_natgrad import NaturalGradient, length
+from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.step import step_size
 
 # A Poisson regression whose posterior is strongly correlated: independent components lose 0.9 nats.
 A = np.array([[1.0, 0.9], [0.8, 1.0], [0.9, 0.5]])
 Y = np.array([4.0, 6.0, 2.0])
 #: Nats that steps of length ρ leave on average where v nats of noise are let pass: ½ v ρ/(2 − ρ), at 8 draws a step.
 RHO = 8 / (8 + 2)
-LEFT = 0.5 * length.QUIET * RHO / (2 - RHO)
+LEFT = 0.5 * step_size.QUIET * RHO / (2 - RHO)
 
 
 def elbo(m: np.ndarray, k: np.ndarray) -> float:

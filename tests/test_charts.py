@@ -18,8 +18,9 @@ from oracles import assert_close, root_eps, spd, tapped
 from scipy import optimize
 from tables import FORMS, gram
 
-from numpyro_natgrad import Form, NaturalGradient, charts, register_gaussian
-from numpyro_natgrad.hearing import hear
+from numpyro_natgrad import CovarianceForm, NaturalGradient, register_gaussian
+from numpyro_natgrad.guide import gaussian_sites
+from numpyro_natgrad.guide.trace import trace_loss
 
 
 def model() -> None:
@@ -35,8 +36,8 @@ def guide() -> None:
 @cache
 def heard(precision: str):
     at, params = tapped(model, guide, Trace_ELBO())
-    hearing = hear(at(random.key(0)), params)
-    return {name: charts.read_site(name, hearing) for name in FORMS}, params
+    trace = trace_loss(at(random.key(0)), params)
+    return {name: gaussian_sites.read_gaussian_site(name, trace) for name in FORMS}, params
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -112,7 +113,7 @@ def projection():
         sites = tuple(heard("float64")[0][name] for name in PROJECTED)
         precision = jnp.asarray(spd(11, sum(s.size for s in sites), low=0.1, high=20.0))
         root = jnp.linalg.cholesky(precision).T  # any P with PᵀP = S
-        return charts.project(root, sites, [site.read(heard("float64")[1])[1] for site in sites]), precision
+        return gaussian_sites.project(root, sites, [site.read(heard("float64")[1])[1] for site in sites]), precision
 
 
 def test_the_projection_has_the_blocks_of_the_precision(x64):
@@ -143,7 +144,7 @@ def test_the_projection_of_a_member_is_itself(dtype):
     chosen = tuple(sites[name] for name in PROJECTED)
     own = [site.read(params)[1] for site in chosen]
     root = jnp.linalg.inv(jnp.linalg.cholesky(covariances(own)))
-    assert_close(charts.project(root, chosen, own), own, root_eps(dtype))
+    assert_close(gaussian_sites.project(root, chosen, own), own, root_eps(dtype))
 
 
 # --- the registry is open ---
@@ -160,7 +161,7 @@ class Sharpness(dist.Normal):
 
 
 def test_a_registered_class_is_a_gaussian(x64, monkeypatch):
-    monkeypatch.setattr(charts, "_REGISTRY", dict(charts._REGISTRY))
+    monkeypatch.setattr(gaussian_sites, "_REGISTRY", dict(gaussian_sites._REGISTRY))
 
     def model():
         numpyro.sample("z", dist.Normal(2.0, 0.1))
@@ -178,7 +179,7 @@ def test_a_registered_class_is_a_gaussian(x64, monkeypatch):
 
     report, _ = step()
     assert "Hessian of KL" in report
-    register_gaussian(Sharpness, forms={"sharpness": Form(lambda w: w**-0.5, lambda k: k**-2, diagonal=True)})
+    register_gaussian(Sharpness, forms={"sharpness": CovarianceForm(lambda w: w**-0.5, lambda k: k**-2, diagonal=True)})
     report, params = step()
     assert "closed form" in report
     assert_close(params, {"loc": np.float64(2.0), "w": np.log(100.0)}, root_eps("float64"))
@@ -190,7 +191,7 @@ def test_what_a_site_shows_of_a_precision_is_its_own_blocks(d, dtype):
     precision, change = spd(0, 6), spd(1, 6) - spd(2, 6)
     root = np.linalg.cholesky(precision).T
     whitened = np.linalg.solve(root.T, np.linalg.solve(root.T, change).T)
-    seen = charts.visible_square(jnp.asarray(root, dtype), jnp.asarray(whitened, dtype), d)
+    seen = gaussian_sites.visible_square(jnp.asarray(root, dtype), jnp.asarray(whitened, dtype), d)
     blocks = [slice(i, i + d) for i in range(0, 6, d)]
     relative = [np.linalg.solve(precision[b, b], change[b, b]) for b in blocks]
     np.testing.assert_allclose(seen, sum(np.trace(x @ x) for x in relative), rtol=root_eps(dtype))

@@ -19,7 +19,7 @@ from oracles import kl
 from tables import positive
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.hearing import hear
+from numpyro_natgrad.guide.trace import trace_loss
 
 MEAN, SD = jnp.array([1.0, -2.0, 0.5]), jnp.array([0.5, 2.0, 1.0])
 EXACT = {"step_size": 1.0, "max_kl": None}
@@ -103,7 +103,7 @@ def test_particles_in_batches_are_counted(batch):
     svi = SVI(target, AutoNormal(target), NaturalGradient(), loss)
     params = svi.init(random.key(0)).optim_state[1].params
     fn = lambda p: (loss.loss(random.key(0), svi.constrain_fn(p), svi.model, svi.guide), None)
-    assert hear(fn, params).particles == 10
+    assert trace_loss(fn, params).particles == 10
 
 
 @pytest.mark.parametrize("sd", [1e-5, 1e-6])

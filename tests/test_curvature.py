@@ -23,10 +23,10 @@ from scipy.special import polygamma
 from tables import GUIDES, started
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.densities import fisher_density, half_squared_score, kl_to_self
-from numpyro_natgrad.effects import Frozen
-from numpyro_natgrad.families import curvature
-from numpyro_natgrad.hearing import hear
+from numpyro_natgrad.blocks.fisher import kl_hessian
+from numpyro_natgrad.distributions.surrogate import fisher_surrogate, kl_surrogate, squared_score_surrogate
+from numpyro_natgrad.guide.handlers import Frozen
+from numpyro_natgrad.guide.trace import trace_loss
 
 real, positive = constraints.real, constraints.positive
 
@@ -39,7 +39,7 @@ def gamma_block(a: float, b: float) -> np.ndarray:
     return np.array([[trigamma(a), -1 / b], [-1 / b, a / b**2]])
 
 
-class Family(NamedTuple):
+class Block(NamedTuple):
     """A distribution, its arguments with constraints and values, and their Fisher matrix in closed form."""
 
     cls: Any
@@ -51,28 +51,28 @@ class Family(NamedTuple):
 CONCENTRATION = np.array([0.8, 2.0, 3.5])
 NU, SCALE = 5.0, 1.4
 FAMILIES = {
-    "Normal": Family(dist.Normal, {"loc": (real, 0.3), "scale": (positive, 0.7)}, np.diag([1, 2]) / 0.7**2),
-    "LogNormal": Family(dist.LogNormal, {"loc": (real, 0.3), "scale": (positive, 0.7)}, np.diag([1, 2]) / 0.7**2),
-    "Gamma": Family(dist.Gamma, {"concentration": (positive, 2.3), "rate": (positive, 1.7)}, gamma_block(2.3, 1.7)),
-    "Beta": Family(
+    "Normal": Block(dist.Normal, {"loc": (real, 0.3), "scale": (positive, 0.7)}, np.diag([1, 2]) / 0.7**2),
+    "LogNormal": Block(dist.LogNormal, {"loc": (real, 0.3), "scale": (positive, 0.7)}, np.diag([1, 2]) / 0.7**2),
+    "Gamma": Block(dist.Gamma, {"concentration": (positive, 2.3), "rate": (positive, 1.7)}, gamma_block(2.3, 1.7)),
+    "Beta": Block(
         dist.Beta,
         {"concentration1": (positive, 2.5), "concentration0": (positive, 0.9)},
         np.diag(trigamma([2.5, 0.9])) - trigamma(3.4),
     ),
-    "Dirichlet": Family(
+    "Dirichlet": Block(
         dist.Dirichlet,
         {"concentration": (positive, CONCENTRATION)},
         np.diag(trigamma(CONCENTRATION)) - trigamma(CONCENTRATION.sum()),
     ),
-    "Exponential": Family(dist.Exponential, {"rate": (positive, 1.7)}, np.array([[1 / 1.7**2]]), exact=False),
-    "Laplace": Family(dist.Laplace, {"loc": (real, 0.3), "scale": (positive, 0.7)}, np.eye(2) / 0.7**2, exact=False),
-    "InverseGamma": Family(
+    "Exponential": Block(dist.Exponential, {"rate": (positive, 1.7)}, np.array([[1 / 1.7**2]]), exact=False),
+    "Laplace": Block(dist.Laplace, {"loc": (real, 0.3), "scale": (positive, 0.7)}, np.eye(2) / 0.7**2, exact=False),
+    "InverseGamma": Block(
         dist.InverseGamma,
         {"concentration": (positive, 2.3), "rate": (positive, 1.7)},
         gamma_block(2.3, 1.7),
         exact=False,
     ),
-    "StudentT": Family(
+    "StudentT": Block(
         lambda loc, scale: dist.StudentT(NU, loc, scale),
         {"loc": (real, 0.3), "scale": (positive, SCALE)},
         np.diag([NU + 1, 2 * NU]) / ((NU + 3) * SCALE**2),
@@ -135,7 +135,7 @@ def fishers(precision: str, particles: int) -> tuple[Any, Any]:
                 at(key),
                 params,
                 [f"{name}/{a}" for a in family.arguments],
-                {name: kl_to_self if family.exact else half_squared_score},
+                {name: kl_surrogate if family.exact else squared_score_surrogate},
             )
             for name, family in FAMILIES.items()
         }
@@ -186,7 +186,7 @@ def test_a_site_that_depends_on_another_is_averaged_over_it(loss, x64):
     at, params = started("structured", "float64")
     fn = at(random.key(0), LOSSES[loss](num_particles=N))
     names = ["shift", "slope", "s2"]
-    found = jax.jit(lambda: fisher(fn, params, names, {"z2": kl_to_self}))()
+    found = jax.jit(lambda: fisher(fn, params, names, {"z2": kl_surrogate}))()
     m, s, s2 = 0.1, 0.5, 0.5
     expected = np.array([[1, m, 0], [m, m**2 + s**2, 0], [0, 0, 2 * s2**2]]) / s2**2
     errors = np.array([[0, s, 0], [s, np.sqrt(2 * s**4 + 4 * m**2 * s**2), 0], [0, 0, 0]]) / s2**2 / np.sqrt(N)
@@ -197,17 +197,17 @@ def test_the_first_site_does_not_pay_for_the_second(x64):
     """Cross terms vanish: a conditional score has mean zero given what it is conditioned on, draw by draw."""
     at, params = started("structured", "float64")
     names = ["m1", "s1", "shift", "slope", "s2"]
-    found = jax.jit(lambda: fisher(at(random.key(0)), params, names, dict.fromkeys(["z1", "z2"], kl_to_self)))()
+    found = jax.jit(lambda: fisher(at(random.key(0)), params, names, dict.fromkeys(["z1", "z2"], kl_surrogate)))()
     np.testing.assert_allclose(found[:2, 2:], 0.0, atol=root_eps("float64"))
     assert_close(found[:2, :2], np.diag([1 / 0.5**2, 2.0]), root_eps("float64"))
 
 
-@pytest.mark.parametrize("guide", [name for name, case in GUIDES.items() if case.curved])
+@pytest.mark.parametrize("guide", [name for name, case in GUIDES.items() if case.hessian_params])
 def test_the_fisher_is_symmetric_and_leaves_the_cone_nowhere(guide, x64):
     at, params = started(guide, "float64")
     fn = at(random.key(0), Trace_ELBO(num_particles=2))
-    densities = {name: fisher_density(site.divergence) for name, site in hear(fn, params).sites.items()}
-    found = np.asarray(jax.jit(lambda: fisher(fn, params, sorted(GUIDES[guide].curved), densities))())
+    densities = {name: fisher_surrogate(site.divergence) for name, site in trace_loss(fn, params).sites.items()}
+    found = np.asarray(jax.jit(lambda: fisher(fn, params, sorted(GUIDES[guide].hessian_params), densities))())
     assert np.abs(found).max() > 0
     assert_close(found, found.T, root_eps("float64"))
     assert np.linalg.eigvalsh(found).min() >= -root_eps("float64") * np.abs(found).max()
@@ -223,20 +223,20 @@ def test_both_solvers_solve(dtype):
     size = np.sqrt(expected @ matrix @ expected)
     product, g = lambda x: jnp.asarray(matrix) @ x, jnp.asarray(slope)
     for solution in (
-        curvature._dense(product, g, lambda x: x),
-        curvature._iterative(product, g),
+        kl_hessian._dense(product, g, lambda x: x),
+        kl_hessian._iterative(product, g),
     ):
         v = np.asarray(solution, np.float64)
         error = v - expected
         # In the Fisher norm, where a residual of 1 % and a condition number of 10 leave at most √10 %.
-        assert np.sqrt(error @ matrix @ error) <= np.sqrt(10) * curvature.CG_TOLERANCE * size
+        assert np.sqrt(error @ matrix @ error) <= np.sqrt(10) * kl_hessian.CG_TOLERANCE * size
 
 
 def test_a_parameter_that_nothing_depends_on_does_not_spoil_the_others(dtype):
     matrix = np.diag([4.0, 0.0, 1.0])
-    v = curvature._dense(lambda x: jnp.asarray(matrix) @ x, jnp.asarray([1.0, 0.0, 1.0]), lambda x: x)
+    v = kl_hessian._dense(lambda x: jnp.asarray(matrix) @ x, jnp.asarray([1.0, 0.0, 1.0]), lambda x: x)
     # Damping lengthens the diagonal (4, 0, 1) by ε (4, 0, 1) + ε times its mean 5/3.
-    damped = np.diag(matrix) * (1 + curvature.DAMPING) + curvature.DAMPING * 5 / 3
+    damped = np.diag(matrix) * (1 + kl_hessian.DAMPING) + kl_hessian.DAMPING * 5 / 3
     np.testing.assert_allclose(v, [1.0, 0.0, 1.0] / damped, rtol=root_eps(dtype))
 
 
@@ -258,7 +258,7 @@ def gamma_guide(y: Any) -> None:
 @pytest.mark.parametrize("limit", [512, 0], ids=["dense", "conjugate gradients"])
 def test_a_gamma_guide_finds_its_poisson_posterior(limit, x64, monkeypatch):
     """Gamma(2 + Σy, 1/2 + n). The path gradient has no noise there, so that the fit closes in to any precision."""
-    monkeypatch.setattr(curvature, "DENSE_LIMIT", limit)
+    monkeypatch.setattr(kl_hessian, "DENSE_LIMIT", limit)
     y = jnp.array([3.0, 5.0, 4.0, 7.0, 2.0, 6.0])
     svi = SVI(poisson, gamma_guide, NaturalGradient(fisher="kl_hessian"), Trace_ELBO(num_particles=8))
     result = svi.run(random.key(0), 200, y, progress_bar=False)

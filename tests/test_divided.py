@@ -14,11 +14,11 @@ from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from numpyro.infer.util import potential_energy
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.evidence import gather
-from numpyro_natgrad.families import joint
-from numpyro_natgrad.families.divided import parts
+from numpyro_natgrad.blocks.gaussian import joint
+from numpyro_natgrad.blocks.gaussian.antithetic import parts
+from numpyro_natgrad.blocks.partition import partition_parameters
+from numpyro_natgrad.estimators.derivatives import evaluate_loss
 from numpyro_natgrad.options import checked
-from numpyro_natgrad.structure import discover
 
 #: Latents of the model: two groups of pairs share 17 and 16 directions.
 SIZES = {"a": 25, "b": 8}
@@ -42,10 +42,10 @@ def _evidence(guide, particles):
     svi = SVI(_model, auto, NaturalGradient(), elbo)
     params = svi.optim.get_params(svi.init(random.key(0), 1.0).optim_state)
     fn = lambda x: (elbo.loss(random.key(5), svi.constrain_fn(x), _model, auto, 1.0), None)
-    structure = discover(fn, params, checked(None, "adaptive", None, True), False)
+    structure = partition_parameters(fn, params, checked(None, "adaptive", None, True), False)
     (family,) = structure.families
-    evidence = gather(fn, params, structure.views, particles)
-    return family, evidence, params, joint.particles(evidence, family.sites)[0]
+    loss_info = evaluate_loss(fn, params, structure.request, particles)
+    return family, loss_info, params, joint.particles(loss_info, family.sites)[0]
 
 
 def _potential(z):
@@ -56,10 +56,10 @@ def _potential(z):
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
 @pytest.mark.parametrize("particles", [4, 9])
 def test_a_column_is_that_of_its_draws_hessians(x64, guide, particles):
-    family, evidence, params, draws = _evidence(guide, particles)
+    family, loss_info, params, draws = _evidence(guide, particles)
     loc = jnp.concatenate([params[s.loc].ravel() for s in family.sites])
     factor = jnp.tril(random.normal(random.key(1), (D, D)))
-    curvature, correction = family._learned(evidence, params, loc, factor)
+    curvature, correction = family._learned(loss_info, params, loc, factor)
     hessians, groups = jax.vmap(jax.hessian(_potential))(draws), parts(D, particles)
     assert groups == 2
     group = np.arange(particles) % (particles // 2) % groups

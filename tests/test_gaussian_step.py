@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_close, kl, root_eps, spd
 
-from numpyro_natgrad import gaussian
-from numpyro_natgrad.gaussian import Tangent
+from numpyro_natgrad.distributions import gaussian
+from numpyro_natgrad.distributions.gaussian import Tangent
 
 D, RANK, MARGIN = 6, 4, 0.05
 # Eigenvalues of M: a variance that grows tenfold at ρ = 1, and one that shrinks to a thirtieth.
@@ -114,7 +114,7 @@ def test_a_step_of_no_length_goes_nowhere(case, dtype):
 def test_the_norm_is_twice_the_kl_of_a_short_step(case, x64):
     """KL(ρv) = ½ρ²‖v‖² + O(ρ³): the remainder falls by 8 where ρ falls by 2."""
     rhos = np.array([4e-3, 2e-3, 1e-3])
-    short = 0.5 * rhos**2 * float(gaussian.norm2(case.tangent))
+    short = 0.5 * rhos**2 * float(gaussian.squared_norm(case.tangent))
     for nats in (gaussian.kl_forward, gaussian.kl_backward):
         remainder = np.abs(np.array([float(nats(case.tangent, r, MARGIN)) for r in rhos]) - short)
         np.testing.assert_allclose(remainder[:-1] / remainder[1:], 8.0, rtol=0.1)
@@ -122,7 +122,7 @@ def test_the_norm_is_twice_the_kl_of_a_short_step(case, x64):
 
 def test_the_norm_is_that_of_the_dense_matrix(case, dtype):
     expected = np.sum(slope() ** 2) + 0.5 * np.sum(case.curvature**2)
-    assert_close(gaussian.norm2(case.tangent), expected, root_eps(dtype))
+    assert_close(gaussian.squared_norm(case.tangent), expected, root_eps(dtype))
 
 
 def test_leading_axes_are_a_loop(dtype):
@@ -136,7 +136,7 @@ def test_leading_axes_are_a_loop(dtype):
     for total in (gaussian.kl_forward, gaussian.kl_backward):
         expected = sum(float(total(t, 0.5, MARGIN)) for t in alone)
         assert_close(total(together, 0.5, MARGIN), expected, root_eps(dtype))
-    assert_close(gaussian.norm2(together), sum(float(gaussian.norm2(t)) for t in alone), root_eps(dtype))
+    assert_close(gaussian.squared_norm(together), sum(float(gaussian.squared_norm(t)) for t in alone), root_eps(dtype))
 
 
 @pytest.mark.parametrize("k", [1, 3, D])
@@ -185,7 +185,7 @@ spectra = st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4)
 def everything(slope, values, rho):
     t = Tangent(slope, values, jnp.asarray(rotation(4, 7), values.dtype))
     factor = gaussian.contraction(t, rho, MARGIN)
-    return factor, gaussian.displacement(t, rho, MARGIN), gaussian.kl_forward(t, rho, MARGIN), gaussian.norm2(t)
+    return factor, gaussian.displacement(t, rho, MARGIN), gaussian.kl_forward(t, rho, MARGIN), gaussian.squared_norm(t)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
@@ -194,7 +194,7 @@ def test_any_curvature_leaves_a_covariance(precision, values, slope, rho):
     with jax.enable_x64(precision == "float64"):
         dtype = jnp.dtype(precision)
         slopes = jnp.full(4, slope, dtype)
-        factor, shift, nats, norm2 = everything(slopes, jnp.asarray(values, dtype), jnp.asarray(rho, dtype))
+        factor, shift, nats, squared_norm = everything(slopes, jnp.asarray(values, dtype), jnp.asarray(rho, dtype))
         assert factor.dtype == shift.dtype == nats.dtype == dtype
         assert (jnp.diagonal(factor) > 0).all()
         assert bool(jnp.isfinite(factor).all() & jnp.isfinite(shift).all() & jnp.isfinite(nats))

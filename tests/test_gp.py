@@ -89,7 +89,7 @@ def test_hyper_parameters_move_as_under_optax_alone():
     """Adam, fed the gradients that NumPyro computes at the iterates, makes the very same moves."""
     problem, *_ = small()
     adam = optax.adam(0.1)
-    iterates, slopes = walk(problem.svi(NaturalGradient(point_optimizer=adam)), problem.args, 4)
+    iterates, slopes = walk(problem.svi(NaturalGradient(fallback_optimizer=adam)), problem.args, 4)
     names = "variance", "lengthscale"
     mine = {name: iterates[0][name] for name in names}
     state = adam.init(mine)
@@ -130,7 +130,7 @@ def fits() -> dict[str, Any]:
     found = {}
     for name, (batch, rate) in rates.items():
         problem, *_ = small(batch)
-        svi = problem.svi(NaturalGradient(point_optimizer=optax.adam(rate)))
+        svi = problem.svi(NaturalGradient(fallback_optimizer=optax.adam(rate)))
         found[name] = svi.run(random.key(0), 150, *problem.args, progress_bar=False).params
     return found
 

@@ -12,10 +12,11 @@ from numpyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField
 from oracles import tapped
 from tables import GUIDES, started
 
-from numpyro_natgrad import NaturalGradient, StructureError, charts
-from numpyro_natgrad.hearing import hear
-from numpyro_natgrad.low_rank_chart import read_low_rank
-from numpyro_natgrad.provenance import origins, tag
+from numpyro_natgrad import NaturalGradient, StructureError
+from numpyro_natgrad.guide import gaussian_sites
+from numpyro_natgrad.guide.low_rank_sites import read_low_rank_site
+from numpyro_natgrad.guide.provenance import origins, tag
+from numpyro_natgrad.guide.trace import trace_loss
 
 # loss, draws a step, whether it is an ELBO
 LOSSES = {
@@ -40,15 +41,15 @@ PAIRS = [("AutoMultivariateNormal", loss) for loss in LOSSES] + [
 def test_arguments_particles_and_kind_of_loss_are_heard(guide, loss):
     at, params = started(guide, "float32")
     objective, particles, is_elbo = LOSSES[loss]
-    hearing = hear(at(random.key(0), objective), params)
-    assert set(hearing.params) == set(params)
-    if hearing.sites:
-        assert (hearing.particles, hearing.is_elbo) == (particles, is_elbo)
-    read = {name: charts.read_site(name, hearing) for name in hearing.sites}
+    trace = trace_loss(at(random.key(0), objective), params)
+    assert set(trace.params) == set(params)
+    if trace.sites:
+        assert (trace.particles, trace.is_elbo) == (particles, is_elbo)
+    read = {name: gaussian_sites.read_gaussian_site(name, trace) for name in trace.sites}
     found = {name: (g.loc, g.scale) for name, g in read.items() if g is not None}
     # A parameter of two sites is read at both of them; that it is shared is the structure's affair.
     assert {n: p for n, p in found.items() if "both" not in p} == GUIDES[guide].gaussian
-    low_rank = {name: read_low_rank(name, hearing) for name in hearing.sites}
+    low_rank = {name: read_low_rank_site(name, trace) for name in trace.sites}
     assert {name: site.params for name, site in low_rank.items() if site is not None} == GUIDES[guide].low_rank
 
 
@@ -69,14 +70,16 @@ def test_every_parameter_has_one_mover(guide, estimator):
     case, found = GUIDES[guide], {word: {p for p in way if word in way[p]} for word in WAYS}
     closed = {parameter for site in case.gaussian.values() for parameter in site} | case.natural
     products = {parameter for site in case.low_rank.values() for parameter in site}  # of the Hessian, or else none
-    closed, curved = (closed | products, case.curved) if estimator is None else (closed, case.curved | products)
-    assert found == dict(zip(WAYS, (closed, curved, case.point, case.likely), strict=True))
+    closed, hessian_params = (
+        (closed | products, case.hessian_params) if estimator is None else (closed, case.hessian_params | products)
+    )
+    assert found == dict(zip(WAYS, (closed, hessian_params, case.point, case.likely), strict=True))
 
 
 def test_the_loss_integrates_densities_itself_only_in_mean_field():
     at, params = started("Normal in a plate", "float32")
     for name, (objective, _, _) in LOSSES.items():
-        site = hear(at(random.key(0), objective), params).sites["z"]
+        site = trace_loss(at(random.key(0), objective), params).sites["z"]
         assert site.analytic == name.startswith("TraceMeanField")
 
 
@@ -88,7 +91,7 @@ def test_score_functions_are_no_elbo():
         numpyro.sample("k", dist.Bernoulli(logits=numpyro.param("logit", 0.2)))
 
     at, params = tapped(model, guide, TraceGraph_ELBO(num_particles=2))
-    assert not hear(at(random.key(0)), params).is_elbo
+    assert not trace_loss(at(random.key(0)), params).is_elbo
 
 
 def test_a_name_taken_twice_is_refused():
@@ -102,7 +105,7 @@ def test_a_name_taken_twice_is_refused():
 
     at, params = tapped(model, guide, Trace_ELBO())
     with pytest.raises(StructureError, match="`u`"):
-        hear(at(random.key(0)), params)
+        trace_loss(at(random.key(0)), params)
 
 
 # --- the state is one tree for good ---

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from test_gaussian_step import CASES, MARGIN
 
-from numpyro_natgrad import gaussian, length
-from numpyro_natgrad.length import Comparison, Observation, Tolerance
+from numpyro_natgrad.distributions import gaussian
 from numpyro_natgrad.options import checked
-from numpyro_natgrad.state import initial
+from numpyro_natgrad.step import step_size
+from numpyro_natgrad.step.state import initial
+from numpyro_natgrad.step.step_size import Observation, SquaredNorms, Tolerance
 
 RADII = [1e-4, 1e-2, 0.5]
 ADAPTIVE = checked(None, "adaptive", None, True)
@@ -27,7 +28,7 @@ def test_the_kl_moved_is_the_radius(name, dtype):
     @jax.jit
     def moved(radius):
         nats = lambda rho: gaussian.kl_forward(tangent, rho, MARGIN)
-        return nats(length.longest(nats, jnp.asarray(1.0), radius))
+        return nats(step_size.longest(nats, jnp.asarray(1.0), radius))
 
     for radius in RADII:
         assert 0.975 * radius <= moved(jnp.asarray(radius)) <= radius
@@ -38,7 +39,7 @@ def test_a_wide_radius_leaves_the_rule_alone(name, dtype):
     tangent = CASES[name]().tangent
     nats = lambda rho: gaussian.kl_forward(tangent, rho, MARGIN)
     for radius in (1e9, jnp.inf):
-        assert length.longest(nats, jnp.asarray(0.25), jnp.asarray(radius)) == 0.25
+        assert step_size.longest(nats, jnp.asarray(0.25), jnp.asarray(radius)) == 0.25
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -46,20 +47,20 @@ def test_the_quadratic_rule_misses_the_radius_by_its_power_three_halves(name, x6
     """ρ = √(2δ/‖v‖²) moves δ + O(δ^1.5) nats: the error falls by 10^1.5 where δ falls by 10."""
     tangent = CASES[name]().tangent
     radii = np.array([1e-6, 1e-7, 1e-8])
-    rhos = np.sqrt(2 * radii / float(gaussian.norm2(tangent)))
+    rhos = np.sqrt(2 * radii / float(gaussian.squared_norm(tangent)))
     error = [abs(float(gaussian.kl_forward(tangent, rho, MARGIN)) - d) for rho, d in zip(rhos, radii, strict=True)]
     np.testing.assert_allclose(np.log10(np.array(error[:-1]) / error[1:]), 1.5, atol=0.02)
 
 
 def test_an_infinite_kl_is_shortened_to_something_finite(dtype):
     nats = lambda rho: jnp.where(rho > 1e-3, jnp.inf, rho)
-    rho = length.longest(nats, jnp.asarray(1.0), jnp.asarray(1.0))
+    rho = step_size.longest(nats, jnp.asarray(1.0), jnp.asarray(1.0))
     assert 0.98e-3 <= rho <= 1e-3
 
 
 def fresh(families):
     """The pace before the first step, of that many families."""
-    return initial({str(k): jnp.zeros(1) for k in range(families)}, None).pace._replace(radius=jnp.ones(()))
+    return initial({str(k): jnp.zeros(1) for k in range(families)}, None).statistics._replace(radius=jnp.ones(()))
 
 
 @jax.jit
@@ -67,10 +68,10 @@ def watch(samples):
     """Shares of signal and estimates of noise when the rows are successive natural gradients, all in one frame."""
 
     def step(carry, v):
-        pace, mean = carry
+        statistics, mean = carry
         squares = jnp.sum(jnp.stack([mean, v - mean, v]) ** 2, axis=1)
-        pace, seen = length.observe(pace, Comparison(*squares[:, None]))
-        return (pace, mean + seen.weight * (v - mean)), (seen.signal[0], seen.noise[0])
+        statistics, seen = step_size.observe(statistics, SquaredNorms(*squares[:, None]))
+        return (statistics, mean + seen.weight * (v - mean)), (seen.signal[0], seen.noise[0])
 
     start = fresh(1), jnp.zeros(samples.shape[1])
     return jax.lax.scan(step, start, samples)[1]
@@ -94,13 +95,13 @@ def chased(velocity, noise):
     d = velocity.size
 
     def step(carry, draw):
-        pace, mean, distance = carry
+        statistics, mean, distance = carry
         v = distance + draw
         squares = jnp.sum(jnp.stack([mean, v - mean, v]) ** 2, axis=1)
-        pace, seen = length.observe(pace, Comparison(*squares[:, None]))
+        statistics, seen = step_size.observe(statistics, SquaredNorms(*squares[:, None]))
         rho = 0.8 * seen.signal[0]
         mean = mean + seen.weight[0] * (v - mean) - rho * v  # as the families do
-        return (pace, mean, distance - rho * v + velocity), (seen.signal[0], jnp.sum(distance**2))
+        return (statistics, mean, distance - rho * v + velocity), (seen.signal[0], jnp.sum(distance**2))
 
     start = fresh(1), jnp.zeros(d), 10 * velocity
     draws = noise * jax.random.normal(jax.random.key(0), (300, d))
@@ -129,16 +130,20 @@ def test_noise_follows_a_scale_that_falls(dtype):
     scale = jnp.where(jnp.arange(60) < 20, 1e3, 1.0)[:, None]
     _, noise = watch(scale * jax.random.normal(jax.random.key(2), (60, 20)))
     # The mean of the last squares, each of relative variance 2/20, is known to 4 √(2/60); RECENT of it is believed.
-    assert noise[-1] <= length.RECENT * 20 * (1 + 4 * np.sqrt(2 / 60))
+    assert noise[-1] <= step_size.RECENT * 20 * (1 + 4 * np.sqrt(2 / 60))
 
 
 def test_what_was_learned_is_forgotten_with_distance(dtype):
-    pace = fresh(2)._replace(noise=jnp.array([1.0, 2.0]), memory=jnp.array([50.0, 3.0]), averaged=jnp.array([9.0, 2.0]))
-    far = [length.forgotten(pace, 5, jnp.asarray(kl)) for kl in (0.0, 1.0, 5 * length.FAR, 50 * length.FAR)]
-    np.testing.assert_allclose(far[0].memory, pace.memory)
-    np.testing.assert_allclose(far[0].noise, pace.noise)
+    statistics = fresh(2)._replace(
+        noise=jnp.array([1.0, 2.0]), memory=jnp.array([50.0, 3.0]), averaged=jnp.array([9.0, 2.0])
+    )
+    far = [
+        step_size.forgotten(statistics, 5, jnp.asarray(kl)) for kl in (0.0, 1.0, 5 * step_size.FAR, 50 * step_size.FAR)
+    ]
+    np.testing.assert_allclose(far[0].memory, statistics.memory)
+    np.testing.assert_allclose(far[0].noise, statistics.noise)
     np.testing.assert_allclose(far[2].memory, [2.0, 2.0])
-    np.testing.assert_allclose(far[3].noise, pace.noise / 10, rtol=1e-5)
+    np.testing.assert_allclose(far[3].noise, statistics.noise / 10, rtol=1e-5)
     for nearer, farther in itertools.pairwise(far):
         assert (farther.memory <= nearer.memory).all()
         assert (farther.noise <= nearer.noise).all()
@@ -148,13 +153,13 @@ def test_what_was_learned_is_forgotten_with_distance(dtype):
 def test_the_average_is_over_the_steps_that_noise_rules(dtype):
     """Where ‖m‖² is what noise foresees every step counts; where it is travel, two at most."""
     still, travel = jnp.array([0.5]), jnp.array([1e4])
-    pace = fresh(1)
+    statistics = fresh(1)
     for steps in range(2, 12):
-        pace = length.averaged(pace, jnp.array([0.5]), still, jnp.array([1.0]))
-        np.testing.assert_allclose(pace.averaged[0], steps)
+        statistics = step_size.averaged(statistics, jnp.array([0.5]), still, jnp.array([1.0]))
+        np.testing.assert_allclose(statistics.averaged[0], steps)
     for _ in range(3):
-        pace = length.averaged(pace, jnp.array([0.5]), travel, jnp.array([1.0]))
-    assert pace.averaged[0] < 2
+        statistics = step_size.averaged(statistics, jnp.array([0.5]), travel, jnp.array([1.0]))
+    assert statistics.averaged[0] < 2
 
 
 def test_one_draw_from_a_heavy_tail_does_not_decide(dtype):
@@ -168,23 +173,23 @@ def test_one_draw_from_a_heavy_tail_does_not_decide(dtype):
 
 def test_families_keep_a_pace_of_their_own(dtype):
     """Noise in one of them shortens its steps, and not those of one that is all signal."""
-    pace = fresh(3)  # three parameters, two families
-    observe = jax.jit(length.observe)
+    statistics = fresh(3)  # three parameters, two families
+    observe = jax.jit(step_size.observe)
     for n in range(50):
         quiet, noisy = jnp.array([1.0, 1.0]), jnp.array([0.0, 1.0 if n else 0.0])
-        pace, seen = observe(pace, Comparison(jnp.array([1.0, 1e-3]), noisy, quiet))
+        statistics, seen = observe(statistics, SquaredNorms(jnp.array([1.0, 1e-3]), noisy, quiet))
     assert seen.signal[0] > 0.999
     assert seen.signal[1] < 0.01
-    assert pace.noise.shape == pace.memory.shape == (3,)
+    assert statistics.noise.shape == statistics.memory.shape == (3,)
 
 
-@pytest.mark.parametrize("quiet", [length.QUIET, length.QUIET_INEXACT, length.QUIET_SCORES])
+@pytest.mark.parametrize("quiet", [step_size.QUIET, step_size.QUIET_INEXACT, step_size.QUIET_SCORES])
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("particles", [1, 2, 8, 100])
 def test_the_rule_needs_no_choice_and_stays_below_one(particles, mirrored, quiet, dtype):
     signal, noise = jnp.meshgrid(jnp.array([1e-6, 0.1, 1.0]), jnp.array([0.0, 1e-3, 1.0, 1e6]))
     seen = Observation(jnp.ones(()), signal, noise, jnp.ones(()), jnp.ones(()))
-    rho = length.adaptive(seen, Tolerance(length.most(particles, mirrored), jnp.array(quiet), 0.0))
+    rho = step_size.adaptive(seen, Tolerance(step_size.most(particles, mirrored), jnp.array(quiet), 0.0))
     assert (rho > 0).all()
     bound = 1.0 if mirrored and particles > 2 else particles / (particles + 2)
     assert (rho <= bound + np.finfo(dtype).eps).all()
@@ -199,7 +204,7 @@ def test_newton_s_steps_stay_long_until_noise_alone_has_moved_them_for_a_while(d
 
     def rho(settled: float, noise: float, signal: float = 1e-6, bearable: float = 2.0) -> jax.Array:
         seen = Observation(jnp.ones(()), *(jnp.array(x) for x in (signal, noise, 1.0, settled)))
-        return length.adaptive(seen, Tolerance(0.8, jnp.array(1e-9), jnp.array(bearable)))
+        return step_size.adaptive(seen, Tolerance(0.8, jnp.array(1e-9), jnp.array(bearable)))
 
     for settled, expected in ((1.0, 1.0), (9.0, 1.0), (36.0, 0.5), (900.0, 0.1)):
         np.testing.assert_allclose(rho(settled, 2.0), 0.8 * expected, rtol=1e-6)
@@ -215,14 +220,14 @@ def test_scatter_of_noise_is_no_travel(directions, dtype):
 
     A slope as large as the noise holds it at a dozen steps, one of three times the noise ends it.
     """
-    pace, slope, steep = fresh(1), fresh(1), fresh(1)
-    step = jax.jit(length.averaged)
+    statistics, slope, steep = fresh(1), fresh(1), fresh(1)
+    step = jax.jit(step_size.averaged)
     for x in np.random.default_rng(0).chisquare(directions, 500) / directions:
-        trend2 = jnp.array([0.2 * x])
-        pace = step(pace, jnp.array([0.2]), trend2, jnp.array([1.0]))
-        slope = step(slope, jnp.array([0.2]), trend2 + 1.0, jnp.array([1.0]))
-        steep = step(steep, jnp.array([0.2]), trend2 + 3.0, jnp.array([1.0]))
-    assert pace.averaged[0] > 150
+        running_mean2 = jnp.array([0.2 * x])
+        statistics = step(statistics, jnp.array([0.2]), running_mean2, jnp.array([1.0]))
+        slope = step(slope, jnp.array([0.2]), running_mean2 + 1.0, jnp.array([1.0]))
+        steep = step(steep, jnp.array([0.2]), running_mean2 + 3.0, jnp.array([1.0]))
+    assert statistics.averaged[0] > 150
     assert slope.averaged[0] < 20
     assert steep.averaged[0] < 4
 
@@ -230,12 +235,14 @@ def test_scatter_of_noise_is_no_travel(directions, dtype):
 @pytest.mark.parametrize("latents", [1, 10, 1000])
 def test_the_radius_grows_and_shrinks_fourfold_between_its_bounds(latents, dtype):
     def resized(radius, kl, **verdict):
-        pace = fresh(1)._replace(radius=jnp.asarray(radius))
+        statistics = fresh(1)._replace(radius=jnp.asarray(radius))
         return float(
-            length.resized(pace, latents, jnp.asarray(kl), **{k: jnp.array(v) for k, v in verdict.items()}).radius
+            step_size.resized(
+                statistics, latents, jnp.asarray(kl), **{k: jnp.array(v) for k, v in verdict.items()}
+            ).radius
         )
 
-    start, floor = 10.0 * latents, length.noise_floor(latents)
+    start, floor = 10.0 * latents, step_size.noise_floor(latents)
     assert resized(start, start, good=True, limited=True, grows=True) == 4 * start
     assert resized(start, start, good=True, limited=True, grows=False) == start
     assert resized(start, start, good=False, limited=True, grows=False) == start / 4
@@ -246,10 +253,10 @@ def test_the_radius_grows_and_shrinks_fourfold_between_its_bounds(latents, dtype
     )
     np.testing.assert_allclose(resized(start, 0.0, good=True, limited=False, grows=False), floor, rtol=1e-6)
     # Failures go below what noise decides, down to a bound; there every step that is not one comes back.
-    least = length.RADIUS_MIN * floor
+    least = step_size.RADIUS_MIN * floor
     np.testing.assert_allclose(resized(least, least, good=True, limited=True, grows=False), 4 * least, rtol=1e-6)
     np.testing.assert_allclose(resized(floor / 2, floor, good=True, limited=True, grows=False), floor, rtol=1e-6)
     np.testing.assert_allclose(resized(least, 0.0, good=False, limited=True, grows=False), least, rtol=1e-6)
     np.testing.assert_allclose(resized(least, least, good=True, limited=True, grows=True), 4 * least, rtol=1e-6)
-    most = float(jnp.asarray(length.RADIUS_MAX))  # as the precision has it
-    assert resized(length.RADIUS_MAX, 1.0, good=True, limited=True, grows=True) == most
+    most = float(jnp.asarray(step_size.RADIUS_MAX))  # as the precision has it
+    assert resized(step_size.RADIUS_MAX, 1.0, good=True, limited=True, grows=True) == most

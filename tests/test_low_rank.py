@@ -19,7 +19,8 @@ from numpyro.infer.autoguide import AutoBatchedLowRankMultivariateNormal, AutoLo
 from oracles import assert_close, kl, root_eps, spd
 from scipy import optimize
 
-from numpyro_natgrad import NaturalGradient, exponential, low_rank
+from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.distributions import exponential_family, low_rank_gaussian
 
 D, R, MARGIN = 6, 2, 1e-6
 
@@ -47,30 +48,30 @@ def test_the_metric_is_the_hessian_of_the_dense_kl(size, x64):
         return dist.MultivariateNormal(at["loc"], at["cov_factor"] @ at["cov_factor"].T + jnp.diag(at["cov_diag"]))
 
     expected = jax.hessian(lambda y: dist.kl_divergence(dense(x), dense(y)))(x)
-    found = jax.hessian(lambda y: exponential.divergence(dist.LowRankMultivariateNormal, unravel(x), unravel(y)).sum())(
-        x
-    )
+    found = jax.hessian(
+        lambda y: exponential_family.divergence(dist.LowRankMultivariateNormal, unravel(x), unravel(y)).sum()
+    )(x)
     assert_close(found, expected, root_eps("float64"))
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e3])
 def test_kl_is_numpyros(size, dtype):
     (m, s, w), (m_new, s_new, w_new) = member(1, size=size), member(2, size=1.0)
-    nats = low_rank.kl(*(jnp.asarray(x) for x in (w, w_new, s_new / s, (m_new - m) / s)))
+    nats = low_rank_gaussian.kl(*(jnp.asarray(x) for x in (w, w_new, s_new / s, (m_new - m) / s)))
     assert_close(nats, kl((m, covariance(s, w)), (m_new, covariance(s_new, w_new))), root_eps(dtype))
 
 
 def test_the_products_are_those_of_the_inverse(dtype):
     w, x = member(3)[2], np.random.default_rng(4).normal(size=(D, 3))
     inverse = np.linalg.inv(np.eye(D) + w @ w.T)
-    assert_close(low_rank.precision_product(jnp.asarray(w), jnp.asarray(x)), inverse @ x, root_eps(dtype))
-    assert_close(low_rank.precision_diagonal(jnp.asarray(w)), np.diag(inverse), root_eps(dtype))
+    assert_close(low_rank_gaussian.precision_product(jnp.asarray(w), jnp.asarray(x)), inverse @ x, root_eps(dtype))
+    assert_close(low_rank_gaussian.precision_diagonal(jnp.asarray(w)), np.diag(inverse), root_eps(dtype))
 
 
 def test_alignment_changes_no_covariance_and_undoes_a_rotation(dtype):
     w, angle = member(5)[2], 2.0
     turned = w @ np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    assert_close(low_rank.aligned(jnp.asarray(turned), jnp.asarray(w)), w, root_eps(dtype))
+    assert_close(low_rank_gaussian.aligned(jnp.asarray(turned), jnp.asarray(w)), w, root_eps(dtype))
 
 
 # --- projections ---
@@ -92,14 +93,14 @@ def assert_stationary(at: Any, precision: Any) -> None:
 def test_the_projection_of_a_member_is_itself(dtype):
     _, s, w = member(6)
     dense = jnp.linalg.cholesky(jnp.asarray(covariance(s, w)))
-    assert_close(low_rank.project(dense, jnp.asarray(s), jnp.asarray(w)), (s, w), root_eps(dtype) * 10)
+    assert_close(low_rank_gaussian.project(dense, jnp.asarray(s), jnp.asarray(w)), (s, w), root_eps(dtype) * 10)
 
 
 def test_the_projection_is_stationary_in_kl_and_nearer_than_independence(x64):
     precision = jnp.asarray(spd(8, D))
     dense = jnp.linalg.cholesky(jnp.linalg.inv(precision))
     alone = 1 / jnp.sqrt(jnp.diag(precision)), jnp.zeros((D, 1))
-    found = low_rank.project(dense, *alone, sweeps=1000)
+    found = low_rank_gaussian.project(dense, *alone, sweeps=1000)
     assert_stationary(found, precision)
     assert distance(found, precision) < 0.8 * distance(alone, precision)
 
@@ -113,8 +114,10 @@ def test_whole_steps_descend_to_where_the_gradient_vanishes(x64):
         s, w = at
         basis = jnp.linalg.qr(jnp.concatenate([w, rest], axis=1))[0]
         hessian = s[:, None] * s * precision
-        residual = jnp.diag(hessian) - low_rank.precision_diagonal(w)
-        new = low_rank.reached(low_rank.tangent(w, jnp.zeros(D), residual, basis, hessian @ basis), 1.0, MARGIN)
+        residual = jnp.diag(hessian) - low_rank_gaussian.precision_diagonal(w)
+        new = low_rank_gaussian.reached(
+            low_rank_gaussian.tangent(w, jnp.zeros(D), residual, basis, hessian @ basis), 1.0, MARGIN
+        )
         return (s * new.ratio, new.factor), distance(at, precision)
 
     at, path = jax.jit(lambda: jax.lax.scan(step, (jnp.asarray(s), jnp.asarray(w)), None, length=1000))()

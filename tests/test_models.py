@@ -127,7 +127,7 @@ DESIGN = np.column_stack([np.ones(T - 1), Y[:-1]])
 
 class Model(NamedTuple):
     model: Any
-    evidence: float  # its logarithm
+    log_evidence: float  # its logarithm
     guide: Any = AutoMultivariateNormal
 
 
@@ -160,7 +160,7 @@ def test_the_defaults_end_at_the_evidence(name):
     case = MODELS[name]
     _, loss, report = fitted(case.model, case.guide(case.model), STEPS)
     # The loss adds up to twenty log-densities of a few nats each: 1e-4 is a thousand roundings of their sum.
-    assert abs(loss + case.evidence) < 1e-4
+    assert abs(loss + case.log_evidence) < 1e-4
     assert "closed form, " in report
 
 

@@ -22,7 +22,7 @@ from oracles import assert_close, root_eps, spd
 from tables import positive
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.families import networks
+from numpyro_natgrad.blocks.fisher import network
 
 ROWS, BATCH, PIXELS, LATENTS, HIDDEN, NOISE = 256, 32, 10, 2, 64, 0.5
 RNG = np.random.default_rng(0)
@@ -161,15 +161,15 @@ def test_what_moves_draws_on_their_way_is_no_parameter_of_the_model():
 
 def test_as_many_products_as_dimensions_solve(dtype, monkeypatch):
     matrix, slope = spd(3, 8, low=1.0, high=10.0), np.linspace(-1, 1, 8)
-    monkeypatch.setattr(networks, "CG_STEPS", 8)
-    found, left = networks.conjugate(lambda v: jnp.asarray(matrix, dtype) @ v, jnp.asarray(slope, dtype))
+    monkeypatch.setattr(network, "CG_STEPS", 8)
+    found, left = network.conjugate(lambda v: jnp.asarray(matrix, dtype) @ v, jnp.asarray(slope, dtype))
     assert_close(found, np.linalg.solve(matrix, slope), 10 * root_eps(dtype))
     np.testing.assert_allclose(left, 0, atol=10 * root_eps(dtype))
 
 
 def test_nothing_to_solve_is_no_failure(dtype):
     zero = jnp.zeros(5, dtype)
-    assert (networks.conjugate(lambda v: 0 * v, zero)[0] == 0).all()
+    assert (network.conjugate(lambda v: 0 * v, zero)[0] == 0).all()
 
 
 # --- both at once ---

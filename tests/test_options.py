@@ -131,7 +131,7 @@ def test_a_limited_step_uses_what_it_is_given(name, x64):
 def test_the_kl_reported_is_that_moved(name, x64):
     case, (params, info) = LIMITS[name], limited(name)
     np.testing.assert_allclose(
-        info.kl_moved, nats(case.guide, params), rtol=max(root_eps("float64"), case.excess), atol=1e-12
+        info.kl, nats(case.guide, params), rtol=max(root_eps("float64"), case.excess), atol=1e-12
     )
 
 
@@ -147,7 +147,7 @@ def test_the_step_is_as_long_as_the_rule_says(rule, x64):
     given, expected = RULES[rule]
     params, info = walk(gaussian, full, NaturalGradient(given, max_kl=None))
     rho = np.array([expected(t) for t in range(STEPS)])
-    assert_close(info.step_length, rho, root_eps("float64"))
+    assert_close(info.step_size, rho, root_eps("float64"))
     precision = np.linalg.inv(params["tril"] @ np.swapaxes(params["tril"], 1, 2))
     assert_close(
         precision[1:], (1 - rho[:, None, None]) * precision[:-1] + rho[:, None, None] * PRECISION, root_eps("float64")
@@ -163,9 +163,9 @@ def test_the_step_is_as_long_as_the_rule_says(rule, x64):
 def test_the_default_rule_stays_between_none_and_the_whole_way(x64, estimator, particles, whole):
     """The whole way is that to the fit of a regression, or to what two pairs' Hessians say; S/(S + 2) of it for one."""
     params, info = walk(gaussian, full, NaturalGradient(estimator=estimator), Trace_ELBO(num_particles=particles))
-    assert (info.step_length[~info.skipped] > 0).all()
-    assert (info.step_length <= whole + root_eps("float64")).all()
-    assert info.step_length.max() > whole - 1e-3
+    assert (info.step_size[~info.skipped] > 0).all()
+    assert (info.step_size <= whole + root_eps("float64")).all()
+    assert info.step_size.max() > whole - 1e-3
     # A Gaussian target has no noise with two draws or more: S approaches H at the full rate.
     factor = params["tril"][-1]
     assert_close(factor @ factor.T, np.linalg.inv(PRECISION), 1e-3)

@@ -41,7 +41,7 @@ def fit(optimizer: Any) -> tuple[dict[str, Any], Any]:
 @pytest.mark.parametrize("name", ORDINARY)
 def test_a_guide_of_points_is_fitted_by_the_ordinary_optimizer(name):
     given, alone = ORDINARY[name]
-    params, losses = fit(NaturalGradient(point_optimizer=given))
+    params, losses = fit(NaturalGradient(fallback_optimizer=given))
     expected, expected_losses = fit(alone)
     assert_close(losses, expected_losses, root_eps("float32"))
     assert_close(params, expected, root_eps("float32"))
@@ -50,7 +50,7 @@ def test_a_guide_of_points_is_fitted_by_the_ordinary_optimizer(name):
 @cache
 def beside(name: str) -> tuple[list[Any], list[Any]]:
     """Iterates of a guide with a ``param`` of the model beside it, and the gradients that it met."""
-    optimizer = NaturalGradient(point_optimizer=OTHERS[name])
+    optimizer = NaturalGradient(fallback_optimizer=OTHERS[name])
     return walk(SVI(with_model_param, AutoNormal(with_model_param), optimizer, Trace_ELBO(2)), (X,), 5)
 
 

@@ -15,8 +15,8 @@ from numpyro.distributions import biject_to
 from numpyro.distributions.transforms import ExpTransform
 from oracles import root_eps
 
-from numpyro_natgrad import exponential, wrappers
-from numpyro_natgrad.exponential import Exponential
+from numpyro_natgrad.distributions import exponential_family, wrappers
+from numpyro_natgrad.distributions.exponential_family import ExponentialFamily
 
 # Densities with a kink, where the trapezoidal rule is of the first order in its spacing.
 KINKED = {"Laplace": 5e-3}
@@ -66,18 +66,22 @@ def test_single_precision_has_the_same_fisher(name):
 def families() -> list[str]:
     """Those of the table that are exponential families."""
     made = {name: make(x) for name, (x, make) in ((name, case.start()) for name, case in CASES.items())}
-    return [name for name, fn in made.items() if exponential.exponential(type(wrappers.base_of(fn))) is not None]
+    return [
+        name
+        for name, fn in made.items()
+        if exponential_family.exponential(type(wrappers.base_distribution(fn))) is not None
+    ]
 
 
 FAMILIES = families()
 
 
-def natural(fn: Any) -> tuple[Exponential, jax.Array, dict[str, Any]]:
-    base = wrappers.base_of(fn)
-    family, arguments = exponential.exponential(type(base)), wrappers.arguments_of(base)
+def natural(fn: Any) -> tuple[ExponentialFamily, jax.Array, dict[str, Any]]:
+    base = wrappers.base_distribution(fn)
+    family, arguments = exponential_family.exponential(type(base)), wrappers.distribution_arguments(base)
     assert family is not None
     fixed = {name: arguments[name] for name in family.fixed}
-    return family, family.natural(**exponential.given(family, arguments)), fixed
+    return family, family.natural(**exponential_family.given(family, arguments)), fixed
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -90,11 +94,11 @@ def test_an_exponential_family_is_one(name, x64):
     x, make = case.start()
     fns = make(x), make(x + 0.3 * jnp.cos(jnp.arange(x.size)))
     (family, eta, fixed), (_, other, _) = (natural(fn) for fn in fns)
-    base = wrappers.base_of(fns[0])
+    base = wrappers.base_distribution(fns[0])
     z = (
         base.sample(random.key(2), (5,))
         if case.over == "draws"
-        else wrappers.base_of(fns[0]).sample(random.key(2), (50,))
+        else wrappers.base_distribution(fns[0]).sample(random.key(2), (50,))
     )
 
     @jax.jit
@@ -105,7 +109,7 @@ def test_an_exponential_family_is_one(name, x64):
     @jax.jit
     def laws(eta: jax.Array, other: jax.Array) -> Any:
         rebuilt = type(base)(**family.arguments(eta), **fixed, validate_args=False)
-        again = family.natural(**exponential.given(family, wrappers.arguments_of(rebuilt)))
+        again = family.natural(**exponential_family.given(family, wrappers.distribution_arguments(rebuilt)))
         if fixed:
             return again, 0.0, 0.0, 0.0
         if case.over == "draws":
@@ -140,7 +144,7 @@ def test_kl_is_that_of_numpyro_where_it_has_one(x64):
 EXTREMES = np.geomspace(1e-6, 1e6, 60)
 
 
-def wide(family: Exponential, eta: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+def wide(family: ExponentialFamily, eta: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
     """n starts over twelve orders of magnitude, where there is a bound, and changes over twenty-four."""
     rng = np.random.default_rng(0)
     lower = np.broadcast_to(np.asarray(family.lower, float), eta.shape)
@@ -156,7 +160,7 @@ def test_no_step_leaves_the_domain(name, dtype):
     """Three thousand starts and changes each: the new arguments are valid, and so are their unconstrained values; and
     these can be left again, because a gradient still reaches them."""
     x, make = CASES[name].start()
-    base = wrappers.base_of(make(x))
+    base = wrappers.base_distribution(make(x))
     family, eta, _ = natural(base)
 
     @jax.jit
@@ -206,7 +210,7 @@ def test_the_inverse_does_not_cancel(name):
     size = np.exp(rng.uniform(np.log(1e-3), np.log(1e4), (500, 1)))
     points = jnp.asarray(size * rng.uniform(0.5, 2, (500, eta.size)), eta.dtype)
     gradient = jnp.asarray(rng.normal(size=points.shape), eta.dtype)
-    v = jax.jit(family.sharp)(points, gradient)
+    v = jax.jit(family.natural_gradient)(points, gradient)
     with jax.enable_x64(True):
         dense = jax.jit(family.fisher)(jnp.asarray(np.asarray(points, float)))
         exact = np.linalg.solve(dense, np.asarray(gradient, float)[..., None])[..., 0]
@@ -217,10 +221,10 @@ def test_the_inverse_does_not_cancel(name):
 @pytest.mark.parametrize("degrees", [5.0, 1e2, 1e4, 1e6])
 def test_the_inverse_of_a_wishart_does_not_cancel(degrees):
     """In single precision against a dense solve in double precision; n of 10⁶ leaves 10⁻¹² of the matrix' scale there."""
-    family = exponential.exponential(dist.WishartCholesky)
+    family = exponential_family.exponential(dist.WishartCholesky)
     eta = np.r_[degrees, degrees * np.array([1.0, 0.3, 2.0, -0.2, 0.5, 1.5])]
     gradient = np.array([0.3, 1.0, -0.4, 0.2, 0.7, -1.0, 0.5])
-    v = jax.jit(family.sharp)(jnp.asarray(eta, jnp.float32), jnp.asarray(gradient, jnp.float32))
+    v = jax.jit(family.natural_gradient)(jnp.asarray(eta, jnp.float32), jnp.asarray(gradient, jnp.float32))
     with jax.enable_x64(True):
         exact = np.linalg.solve(jax.jit(family.fisher)(jnp.asarray(eta)), gradient)
     np.testing.assert_allclose(v, exact, atol=root_eps("float32") * np.abs(exact).max())
@@ -230,11 +234,11 @@ def test_the_inverse_of_a_wishart_does_not_cancel(degrees):
 def test_a_sharp_angle_keeps_its_curvature(kappa, dtype):
     """A″ = 1/(2κ²) + 1/(4κ³) + O(κ⁻⁴) beside A′/κ; what rounds A′/κ rounds A″ 2κ times as much."""
     r = np.array([np.cos(0.7), np.sin(0.7)])
-    family, eta = exponential.exponential(dist.VonMises), jnp.asarray(kappa * r)
+    family, eta = exponential_family.exponential(dist.VonMises), jnp.asarray(kappa * r)
     curvature = 1 / (2 * kappa**2) + 1 / (4 * kappa**3)
     allowed = 1 / kappa**2 + 8 * kappa * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(r @ np.asarray(family.fisher(eta), float) @ r, curvature, rtol=allowed)
-    v = np.asarray(family.sharp(eta, jnp.asarray(curvature * r)), float)
+    v = np.asarray(family.natural_gradient(eta, jnp.asarray(curvature * r)), float)
     np.testing.assert_allclose(v @ r, 1.0, rtol=allowed)
 
 

@@ -12,8 +12,9 @@ from jax import random
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from numpyro_natgrad import NaturalGradient, regression
-from numpyro_natgrad.effects import PathGradient
+from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.estimators import stein_regression
+from numpyro_natgrad.guide.handlers import PathGradient
 
 D, DRAWS = 5, 12
 
@@ -32,9 +33,9 @@ def _symmetric(key, d=D):
 def _sums(key, z, gradients, loc, factor):
     """Of draws z and gradients there, in the frame of N(loc, factor factorᵀ)."""
     x = jax.scipy.linalg.solve_triangular(factor, (z - loc).T, lower=True).T
-    empty = regression.nothing(D, z.dtype)._replace(loc=loc, factor=factor)
+    empty = stein_regression.nothing(D, z.dtype)._replace(loc=loc, factor=factor)
     # A quadratic's own precision explains everything, so that no draw is pulled in.
-    return regression.taken_in(empty, x, gradients @ factor, jnp.eye(D)), x
+    return stein_regression.taken_in(empty, x, gradients @ factor, jnp.eye(D)), x
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -46,7 +47,7 @@ def test_a_quadratic_is_fitted_exactly_by_few_draws(x64, seed):
     sums, _ = _sums(key, z, (z - loc) @ hessian + slope, loc, factor)
     # The ridge stands for a fifth of a draw: as many draws more make it as small as one likes.
     many = sums._replace(gram=1e9 * sums.gram, cross=1e9 * sums.cross)
-    found, curvature = regression.fit(many, jnp.eye(D))
+    found, curvature = stein_regression.fit(many, jnp.eye(D))
     np.testing.assert_allclose(curvature, factor.T @ hessian @ factor - jnp.eye(D), atol=1e-6)
     np.testing.assert_allclose(found, factor.T @ slope, atol=1e-6)
 
@@ -55,7 +56,7 @@ def test_a_gradient_that_is_no_number_shows_in_the_slope():
     """And meets no eigensolver, which would be kept busy by it."""
     loc, factor = _frame(random.key(0))
     sums, _ = _sums(random.key(0), jnp.ones((DRAWS, D)), jnp.ones((DRAWS, D)).at[0, 0].set(jnp.nan), loc, factor)
-    slope, _ = regression.fit(sums, jnp.eye(D))
+    slope, _ = stein_regression.fit(sums, jnp.eye(D))
     assert np.isnan(slope).all()
 
 
@@ -66,10 +67,10 @@ def test_sums_are_moved_exactly_to_another_frame(x64, seed):
     z = loc + random.normal(random.fold_in(key, 4), (DRAWS, D)) @ factor.T
     gradients = random.normal(random.fold_in(key, 5), (DRAWS, D))
     sums, x = _sums(key, z, gradients, loc, factor)
-    moved = regression.moved(sums, far, wide)
+    moved = stein_regression.moved(sums, far, wide)
     # The same draws summed in the new frame, with the weights that they were given in the old one.
     influence = jnp.sum((gradients @ factor - x) ** 2, 1) * (1 + jnp.sum(x**2, 1))
-    bound = jnp.maximum(regression.OUTLIER * DRAWS * jnp.median(influence), 1.0)
+    bound = jnp.maximum(stein_regression.OUTLIER * DRAWS * jnp.median(influence), 1.0)
     weight = jnp.sqrt(jnp.minimum(1.0, bound / influence))[:, None]
     y = jax.scipy.linalg.solve_triangular(wide, (z - far).T, lower=True).T
     g, share = gradients @ wide, moved.weight / sums.weight
@@ -83,7 +84,7 @@ def test_draws_of_the_same_gaussian_are_worth_as_much_as_before(x64):
     loc, factor = _frame(random.key(0))
     z = loc + random.normal(random.key(1), (4000, D)) @ factor.T
     sums, _ = _sums(random.key(2), z, (z - loc) @ _symmetric(random.key(3)), loc, factor)
-    np.testing.assert_allclose(regression.moved(sums, loc, factor).weight, sums.weight)
+    np.testing.assert_allclose(stein_regression.moved(sums, loc, factor).weight, sums.weight)
 
 
 def test_the_curvature_is_stein_s_expectation(x64):
@@ -93,7 +94,7 @@ def test_the_curvature_is_stein_s_expectation(x64):
     n = 200_000
     z = loc + random.normal(random.key(2), (n, D)) @ factor.T
     sums, _ = _sums(random.key(3), z, jnp.tanh(z @ rows.T) @ rows, loc, factor)
-    slope, curvature = regression.fit(sums, jnp.eye(D))
+    slope, curvature = stein_regression.fit(sums, jnp.eye(D))
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)
     along = (rows @ loc)[:, None] + jnp.linalg.norm(rows @ factor, axis=1)[:, None] * nodes
     mean = lambda values: values @ (weights / weights.sum())
@@ -124,13 +125,13 @@ def test_every_particle_shows_its_draw_and_its_gradient(x64):
     svi = SVI(_model, guide, NaturalGradient(), Trace_ELBO(n))
     params = svi.optim.get_params(svi.init(random.key(0), y).optim_state)
     shapes = {"a": (2,), "b": ()}
-    taps = {name: jnp.zeros((2, n, *shape)) for name, shape in shapes.items()}
+    perturbations = {name: jnp.zeros((2, n, *shape)) for name, shape in shapes.items()}
 
-    def loss(taps):
-        with PathGradient(dict.fromkeys(shapes, "split"), taps):
+    def loss(perturbations):
+        with PathGradient(dict.fromkeys(shapes, "split"), perturbations):
             return Trace_ELBO(n).loss(random.key(5), svi.constrain_fn(params), _model, guide, y)
 
-    split = {name: n * x for name, x in jax.grad(loss)(taps).items()}
+    split = {name: n * x for name, x in jax.grad(loss)(perturbations).items()}
     potential = lambda z: numpyro.infer.util.potential_energy(_model, (y,), {}, z)
     for s in range(n):
         z = {name: x[0, s] for name, x in split.items()}
@@ -182,9 +183,9 @@ def test_fits_in_a_batch_are_those_by_themselves(x64):
 def test_remembered_draws_grow_as_the_root_of_the_steps(dtype):
     """d + 1 of them count in full; then n² = 2 (d + 1) S t, to the tenth that its discrete steps differ by."""
     d, new = 4, 8
-    sums, grown = regression.nothing(d, jnp.zeros(()).dtype), []
+    sums, grown = stein_regression.nothing(d, jnp.zeros(()).dtype), []
     for _ in range(400):
-        kept = regression.lasting(sums, new, d)
+        kept = stein_regression.lasting(sums, new, d)
         sums = kept._replace(gram=kept.gram.at[0, 0].add(new))
         grown.append(float(sums.weight))
     assert grown[0] == new

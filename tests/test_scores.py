@@ -28,11 +28,13 @@ from numpyro.infer.autoguide import (
 from oracles import assert_close, form, root_eps, tapped
 from scipy import stats
 
-from numpyro_natgrad import NaturalGradient, flows, redraw
-from numpyro_natgrad.densities import MONTE_CARLO, kl_to_self
-from numpyro_natgrad.effects import Frozen
-from numpyro_natgrad.evidence import Evidence
-from numpyro_natgrad.families.scores import DRAWS, ScoreFisher, solve
+from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.blocks.fisher.scores import DRAWS, ScoreFisher, solve
+from numpyro_natgrad.distributions import flow_density
+from numpyro_natgrad.distributions.surrogate import MONTE_CARLO, kl_surrogate
+from numpyro_natgrad.estimators import score_samples
+from numpyro_natgrad.estimators.derivatives import LossInfo
+from numpyro_natgrad.guide.handlers import Frozen
 
 
 def banana() -> None:
@@ -51,7 +53,7 @@ def test_the_score_at_a_flows_own_draw_is_that_of_its_inverse(x64):
     def score(inverts: bool) -> Any:
         def log_q(changed: Any) -> jax.Array:
             q = flow(guide, changed)
-            each = (q if inverts else flows.at_draw(q, noted)).log_prob(value)
+            each = (q if inverts else flow_density.at_draw(q, noted)).log_prob(value)
             return each @ jnp.array([1.0, -0.4, 2.0, 0.3])
 
         return jax.jit(jax.value_and_grad(log_q))(params)
@@ -89,7 +91,7 @@ def test_scores_of_fresh_draws_are_unbiased_for_the_fisher(particles, batched):
     fn = at(random.key(3))
 
     def row(number: jax.Array) -> jax.Array:
-        each = redraw.scores(fn, params, params, frozenset({"z"}), particles, number)
+        each = score_samples.scores(fn, params, params, frozenset({"z"}), particles, number)
         flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(each)
         return particles * flat.T @ flat
 
@@ -106,9 +108,9 @@ def test_the_draws_of_the_fisher_do_not_depend_on_the_particles(particles):
     family = ScoreFisher(
         tuple(params), (("z", "Normal", MONTE_CARLO),), {p: x.size for p, x in params.items()}, 1, False
     )
-    nothing: dict[str, Any] = dict.fromkeys(Evidence._fields)
-    evidence = Evidence(**{**nothing, "fn": at(random.key(0)), "particles": particles})
-    shape = jax.eval_shape(lambda p: family.scores(evidence, p), params).shape
+    nothing: dict[str, Any] = dict.fromkeys(LossInfo._fields)
+    loss_info = LossInfo(**{**nothing, "fn": at(random.key(0)), "particles": particles})
+    shape = jax.eval_shape(lambda p: family.scores(loss_info, p), params).shape
     assert shape[0] == 4
     assert DRAWS <= shape[1] < DRAWS + particles
 
@@ -179,7 +181,7 @@ def test_an_enumerated_mixture_has_the_expectation_conditional_fisher(mixture):
     flat, unravel = ravel_pytree(params)
 
     def length(x: jax.Array) -> jax.Array:
-        with Frozen({"w": kl_to_self, "z": kl_to_self}):
+        with Frozen({"w": kl_surrogate, "z": kl_surrogate}):
             return fn(unravel(x))[0]
 
     assert_close(jax.jit(lambda x: form(length, x))(flat), expected.astype(np.float32), 1e-4)
@@ -193,7 +195,7 @@ def test_the_fisher_of_a_marginal_mixture_is_at_most_that_of_the_joint(mixture, 
     fn = at(random.key(2))
 
     def rows(number: jax.Array) -> jax.Array:
-        each = redraw.scores(fn, params, params, frozenset({"z"}), 8, number)
+        each = score_samples.scores(fn, params, params, frozenset({"z"}), 8, number)
         flat = 8 * jax.vmap(lambda tree: ravel_pytree(tree)[0])(each)
         return flat.T @ flat / 8
 

@@ -30,9 +30,9 @@ from oracles import assert_close, root_eps, spd
 from tables import positive
 
 from numpyro_natgrad import Estimate, StructureError, Verdict, linear_response, to_arviz, verdict
-from numpyro_natgrad.advice import Case, advise, threshold
-from numpyro_natgrad.importance import Moments, draw, fitted, moments, smooth
-from numpyro_natgrad.response import NoMinimumError
+from numpyro_natgrad.diagnostics.importance import Moments, draw, fitted, moments, smooth
+from numpyro_natgrad.diagnostics.linear_response import NoMinimumError
+from numpyro_natgrad.diagnostics.recommendation import Case, advise, threshold
 
 D = 4
 CENTRE, COVARIANCE = np.arange(1.0, D + 1), spd(3, D, low=0.5, high=8.0)
@@ -156,7 +156,7 @@ def test_the_decrement_is_what_a_newton_step_gains(x64):
     params["loc"] = params["loc"] + away
     found = linear_response(svi, params, random.key(1), num_particles=4096)
     assert_close(found.covariance, COVARIANCE, 1e-8)
-    assert_close(found.decrement, 0.5 * away @ PRECISION @ away, 0.02)
+    assert_close(found.newton_decrement, 0.5 * away @ PRECISION @ away, 0.02)
 
 
 def test_no_response_without_a_minimum():
@@ -356,7 +356,7 @@ def test_a_flow_has_no_linear_response_but_weights():
     found = verdict(svi, params, random.key(1), num_draws=100)
     assert np.isfinite(found.elbo.value)
     assert found.linear == {}
-    assert math.isnan(found.decrement)
+    assert math.isnan(found.newton_decrement)
 
 
 def by_hand() -> Verdict:

@@ -17,9 +17,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from numpyro_natgrad import NaturalGradient, length, regression, step, structure
-from numpyro_natgrad.compilation import quickly
-from numpyro_natgrad.families import divided
+from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.blocks import partition
+from numpyro_natgrad.blocks.gaussian import antithetic
+from numpyro_natgrad.estimators import stein_regression
+from numpyro_natgrad.infer.compilation import quickly
+from numpyro_natgrad.step import natural_step, step_size
 
 from . import svi
 from .checkout import arguments
@@ -54,26 +57,26 @@ class Ablation(NamedTuple):
 ABLATIONS = {
     "as shipped": Ablation(),
     "Hessian products, no regression": Ablation(options={"estimator": "second_order"}),
-    "draws do not lose weight on the way": Ablation(((regression, "worth", lambda kl, far: 1.0),)),
-    "draws count for ever": Ablation(((regression, "lasting", lambda sums, new, d: sums),)),
-    "draws are not pulled in": Ablation(((regression, "OUTLIER", float("inf")),)),
-    "a hundred times the ridge": Ablation(((regression, "RIDGE", 20.0),)),
-    "every direction by every draw": Ablation(((divided, "parts", lambda d, particles: 1),)),
-    "one radius a step": Ablation(((step, "TRIALS", 1),)),
-    "nothing is forgotten on the way": Ablation(((length, "FAR", float("inf")),)),
-    "noise by the long mean alone": Ablation(((length, "RECENT", 1e9),)),
-    "drift counts as noise": Ablation(((length, "DRIFT_MAX", 1.0),)),
-    "no noise is left alone": Ablation(((length, "QUIET", 1e-9), (length, "QUIET_LATENT", 0.0))),
-    "steps do not last": Ablation(((length, "LASTING", 0.0),)),
-    "they last whatever the noise": Ablation(((length, "BORNE", float("inf")),)),
-    "a nat of noise a latent shortens them": Ablation(((length, "BORNE", 1.0),)),
-    "whatever is above noise is travel": Ablation(((length, "TRAVEL", 1.0),)),
-    "outliers are not pulled in": Ablation(((length, "OUTLIER", float("inf")),)),
-    "the last iterate, not the average": Ablation(((step, "AVERAGE_DECAY", 1e9),)),
+    "draws do not lose weight on the way": Ablation(((stein_regression, "worth", lambda kl, far: 1.0),)),
+    "draws count for ever": Ablation(((stein_regression, "lasting", lambda sums, new, d: sums),)),
+    "draws are not pulled in": Ablation(((stein_regression, "OUTLIER", float("inf")),)),
+    "a hundred times the ridge": Ablation(((stein_regression, "RIDGE", 20.0),)),
+    "every direction by every draw": Ablation(((antithetic, "parts", lambda d, particles: 1),)),
+    "one radius a step": Ablation(((natural_step, "TRIALS", 1),)),
+    "nothing is forgotten on the way": Ablation(((step_size, "FAR", float("inf")),)),
+    "noise by the long mean alone": Ablation(((step_size, "RECENT", 1e9),)),
+    "drift counts as noise": Ablation(((step_size, "DRIFT_MAX", 1.0),)),
+    "no noise is left alone": Ablation(((step_size, "QUIET", 1e-9), (step_size, "QUIET_LATENT", 0.0))),
+    "steps do not last": Ablation(((step_size, "LASTING", 0.0),)),
+    "they last whatever the noise": Ablation(((step_size, "BORNE", float("inf")),)),
+    "a nat of noise a latent shortens them": Ablation(((step_size, "BORNE", 1.0),)),
+    "whatever is above noise is travel": Ablation(((step_size, "TRAVEL", 1.0),)),
+    "outliers are not pulled in": Ablation(((step_size, "OUTLIER", float("inf")),)),
+    "the last iterate, not the average": Ablation(((natural_step, "AVERAGE_DECAY", 1e9),)),
     "steps of length 1/2, whatever the noise": Ablation(options={"step_size": 0.5}),
     "no KL limit": Ablation(options={"max_kl": None}),
     "first order": Ablation(options={"estimator": "first_order"}),
-    "every site by itself, not lifted": Ablation(((structure, "JOINT_LIMIT", 0),)),
+    "every site by itself, not lifted": Ablation(((partition, "JOINT_LIMIT", 0),)),
 }
 
 

@@ -20,7 +20,7 @@ from numpyro.optim import optax_to_numpyro
 from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.compilation import quickly
+from numpyro_natgrad.infer.compilation import quickly
 
 from . import svi
 from .checkout import arguments

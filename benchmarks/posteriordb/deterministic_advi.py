@@ -32,7 +32,7 @@ from .walk import timed_compile
 LOSS = 0.05
 
 
-class Family(NamedTuple):
+class Block(NamedTuple):
     """How a Gaussian is parameterised. Every family has its mean and the logarithms ρ of L's diagonal.
 
     :ivar start: (loc, log scale) → parameters.
@@ -49,8 +49,8 @@ class _Over(Exception):  # noqa: N818
     """Nothing more to be had: the budget is spent, or there is no finite number to go on with."""
 
 
-MEAN_FIELD = Family(lambda loc, rho: (loc, rho), lambda p: jnp.exp(p[1]), lambda d: 30)
-FULL = Family(
+MEAN_FIELD = Block(lambda loc, rho: (loc, rho), lambda p: jnp.exp(p[1]), lambda d: 30)
+FULL = Block(
     lambda loc, rho: (loc, rho, jnp.zeros(loc.size * (loc.size - 1) // 2, loc.dtype)),
     lambda p: jnp.diag(jnp.exp(p[1])).at[jnp.tril_indices(p[0].size, -1)].set(p[2]),
     lambda d: max(30, int(np.ceil(d * (d + 3) / (4 * LOSS)))),
@@ -63,7 +63,7 @@ def mean_field(f: Callable[[jax.Array], jax.Array], loc: Any, scale: Any, key: j
 
 
 def fit(
-    f: Callable[[jax.Array], jax.Array], loc: Any, scale: Any, key: jax.Array, *, family: Family = FULL,
+    f: Callable[[jax.Array], jax.Array], loc: Any, scale: Any, key: jax.Array, *, family: Block = FULL,
     draws: int | None = None, steps: int = 500, budget: float = 1e6, gtol: float = 1e-4,
 ) -> Path:  # fmt: skip
     """The Gaussians along the way, the start included.
@@ -93,7 +93,7 @@ def fixed_draws(key: jax.Array, draws: int, loc: jax.Array) -> jax.Array:
     return jax.random.normal(key, (draws, loc.size), loc.dtype)
 
 
-def _gaussian(family: Family, parameters: Any) -> tuple[jax.Array, jax.Array]:
+def _gaussian(family: Block, parameters: Any) -> tuple[jax.Array, jax.Array]:
     return parameters[0], family.factor(parameters)
 
 
@@ -107,7 +107,7 @@ class _Objective(NamedTuple):
 
 @functools.cache
 def _objective(
-    f: Callable[[jax.Array], jax.Array], family: Family, size: int, draws: int, dtype: Any
+    f: Callable[[jax.Array], jax.Array], family: Block, size: int, draws: int, dtype: Any
 ) -> _Objective:  # fmt: skip
     x, unravel = ravel_pytree(family.start(jnp.zeros(size, dtype), jnp.zeros(size, dtype)))
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from numpyro_natgrad import arviz_lines
+from numpyro_natgrad.diagnostics import arviz_compat
 
 from .models import Data
 from .target import Target
@@ -155,7 +155,7 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     what ArviZ 0.23 does, and ArviZ 1 raises at.
     """
     try:
-        smoothed, khat = arviz_lines.psis(log_weights)
+        smoothed, khat = arviz_compat.psis(log_weights)
     except ValueError:
         smoothed, khat = log_weights, np.inf
     return smoothed - np.logaddexp.reduce(smoothed), khat

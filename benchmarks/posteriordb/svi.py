@@ -25,8 +25,8 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.optim import optax_to_numpyro
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.compilation import quickly
-from numpyro_natgrad.step import TRIALS
+from numpyro_natgrad.infer.compilation import quickly
+from numpyro_natgrad.step.natural_step import TRIALS
 
 from .guides import Guide
 from .models import Data

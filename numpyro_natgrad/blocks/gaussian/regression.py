@@ -1,0 +1,78 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""The joint Gaussian step by gradients alone: slope and curvature come from the regression of gradients on draws.
+
+A step costs one gradient a particle, where Hessian products cost two for every latent more. The regression remembers
+draws (:mod:`.stein_regression`), so that a step goes all of the way to its fit: of n remembered draws, S of them new,
+the fit follows the new ones by S/n. What the length rule compares is what the new draws alone say, n/S times that way.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import block_diag, solve_triangular
+
+from numpyro_natgrad.blocks.gaussian.joint import JointGaussian, particles, tangent
+from numpyro_natgrad.distributions.gaussian import Tangent
+from numpyro_natgrad.estimators import stein_regression
+from numpyro_natgrad.estimators.derivatives import LossInfo
+from numpyro_natgrad.estimators.stein_regression import Sums
+from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.step.state import Joint, Memory
+from numpyro_natgrad.step.step_size import SquaredNorms
+
+
+class Fit(NamedTuple):
+    """As :class:`.joint.Frame`, with the sums that the fit was made of."""
+
+    tangent: Tangent
+    curvature: jax.Array
+    loc: jax.Array
+    factor: jax.Array
+    spreads: list[Any]
+    sums: Sums
+
+
+class RegressedGaussian(JointGaussian):
+    """The dense joint step over ``sites`` by regression."""
+
+    mode = "split"
+
+    def report_rows(self) -> list[tuple[str, str, str, str, str]]:
+        how = "closed form, regression of gradients" + (", lifted" if self.lifted else "")
+        return [row for s in self.sites for row in s.report_rows(how)]
+
+    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, step: jax.Array) -> Fit:
+        loc = jnp.concatenate([params[s.loc].ravel() for s in self.sites])
+        factor = self._factor(params, memory.joint)
+        spread = block_diag(*[k for s in self.sites for k in s.dense(params)])
+        inner = solve_triangular(factor, spread, lower=True) if self.lifted else jnp.eye(self.size, dtype=loc.dtype)
+        draws, gradients = particles(loss_info, self.sites)
+        sums = stein_regression.moved(self._sums(memory.joint), loc, spread)
+        x = solve_triangular(spread, (draws - loc).T, lower=True).T
+        sums = stein_regression.taken_in(sums, x, gradients @ spread, inner.T @ inner)
+        slope, curvature = stein_regression.fit(sums, inner.T @ inner)
+        if self.lifted:
+            back = solve_triangular(inner, jnp.eye(self.size, dtype=loc.dtype), lower=True)
+            slope, curvature = back.T @ slope, back.T @ curvature @ back
+        new = jnp.maximum(sums.weight / loss_info.particles, 1.0)  # draws that were pulled in count less than one
+        return Fit(tangent(new * slope, new * curvature), new * curvature, loc, factor, self._spreads(params), sums)
+
+    def compare(self, memory: Memory, v: Any) -> SquaredNorms:
+        seen = super().compare(memory, v)
+        return seen._replace(reach=jnp.minimum(self.particles / v.sums.weight, 1.0))
+
+    def update_memory(self, memory: Memory, v: Any, weight: jax.Array) -> Memory:
+        memory = super().update_memory(memory, v, weight)
+        sums = jax.tree.map(lambda room, x: room.at[_leading(x)].set(x), memory.joint.sums, v.sums)
+        return memory._replace(joint=memory.joint._replace(sums=sums))
+
+    def _sums(self, joint: Joint) -> Sums:
+        own = stein_regression.nothing(self.size, joint.slope.dtype)
+        return jax.tree.map(lambda x, small: x[_leading(small)], joint.sums, own)
+
+
+def _leading(x: jax.Array) -> tuple[slice, ...]:
+    """Where ``x`` lies in an array with more room."""
+    return tuple(slice(size) for size in x.shape)

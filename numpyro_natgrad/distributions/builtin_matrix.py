@@ -1,0 +1,173 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""The second room of :mod:`.builtin`: distributions of directions and of matrices."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import i0e, multigammaln
+from numpyro import distributions as dist
+
+from numpyro_natgrad.distributions.builtin import excess, stack
+from numpyro_natgrad.distributions.exponential_family import (
+    Arguments,
+    register_exponential_family,
+    register_fisher,
+    shrunk,
+)
+from numpyro_natgrad.distributions.gaussian import inverse_lower, lower_factor, positive
+
+
+def _length(eta: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(eta**2, axis=-1) + jnp.finfo(eta.dtype).tiny)
+
+
+def _log_bessel(kappa: jax.Array) -> jax.Array:
+    """A(κ) = log I₀(κ), whose curvature of 1/(2κ²) is rounded away in I₁/I₀ where κ is large.
+
+    There by Hankel's series, I₀ = e^κ (2πκ)^(−½) Σ ((2k−1)!!)² / (k! (8κ)^k) (Abramowitz & Stegun, 9.7.1), six terms.
+    """
+    large = kappa > (200.0 if kappa.dtype == jnp.float64 else 30.0)
+    far, near = jnp.where(large, kappa, 100.0), jnp.where(large, 1.0, kappa)
+    series = jnp.polyval(jnp.asarray([7441.875, 459.375, 37.5, 4.5, 1.0, 0.0], kappa.dtype), 1 / (8 * far))
+    return kappa + jnp.where(large, jnp.log1p(series) - 0.5 * jnp.log(2 * jnp.pi * far), jnp.log(i0e(near)))
+
+
+def _solve_von_mises(eta: jax.Array, gradient: jax.Array) -> jax.Array:
+    # ∇²A(|η|) = A″ rrᵀ + A′/κ (I − rrᵀ) along r = η/κ: as a matrix its condition is 2κ.
+    kappa = _length(eta)
+    slope_of = lambda k: jax.jvp(_log_bessel, (k,), (jnp.ones_like(k),))[1]
+    slope, curvature = (x[..., None] for x in jax.jvp(slope_of, (kappa,), (jnp.ones_like(kappa),)))
+    r = eta / kappa[..., None]
+    along = jnp.sum(gradient * r, axis=-1, keepdims=True) * r
+    return along / curvature + (gradient - along) * kappa[..., None] / slope
+
+
+register_exponential_family(
+    dist.VonMises,  # η = κ (cos, sin) of the location, T = (cos z, sin z)
+    natural=lambda loc, concentration: stack(concentration * jnp.cos(loc), concentration * jnp.sin(loc)),
+    log_normalizer=lambda eta: _log_bessel(_length(eta)),
+    solve=_solve_von_mises,
+    arguments=lambda eta: {"loc": jnp.arctan2(eta[..., 1], eta[..., 0]), "concentration": _length(eta)},
+)
+
+
+def _vech(concentration: jax.Array, matrix: jax.Array) -> jax.Array:
+    d = matrix.shape[-1]
+    lower = matrix[..., *np.tril_indices(d)]
+    return jnp.concatenate([jnp.broadcast_to(jnp.asarray(concentration), lower.shape[:-1])[..., None], lower], axis=-1)
+
+
+def _matrix(eta: jax.Array) -> jax.Array:
+    """The symmetric matrix behind the lower triangle in η[1:]."""
+    d = (math.isqrt(8 * eta.shape[-1] - 7) - 1) // 2
+    lower = jnp.zeros((*eta.shape[:-1], d, d), eta.dtype).at[..., *np.tril_indices(d)].set(eta[..., 1:])
+    return lower + jnp.swapaxes(jnp.tril(lower, -1), -1, -2)
+
+
+def _wishart_normalizer(eta: jax.Array) -> jax.Array:
+    # η = (n, R), T = (½ log|Z|, −½ Z, off-diagonals twice): A = log Γ_d(n/2) + ½ n d log 2 − ½ n log|R|
+    n, rate = eta[..., 0], _matrix(eta)
+    d = rate.shape[-1]
+    logdet = 2 * jnp.sum(jnp.log(jnp.diagonal(jnp.linalg.cholesky(rate), axis1=-2, axis2=-1)), axis=-1)
+    return multigammaln(n / 2, d) + 0.5 * n * (d * math.log(2.0) - logdet)
+
+
+def _wishart_solve(eta: jax.Array, gradient: jax.Array) -> jax.Array:
+    # For changes ẋ of n and X of R: ½n R⁻¹XR⁻¹ − ½ẋR⁻¹ = G, ¼ψ′_d(n/2) ẋ − ½ tr R⁻¹X = g, ψ′_d(a) = Σ ψ₁(a − j/2).
+    # Their Schur complement is ¼ (ψ′_d(n/2) − 2d/n), without the cancellation. (A triangle counts G's entries twice.)
+    n, rate, g = eta[..., 0], _matrix(eta), _matrix(gradient)
+    g = (g + g * jnp.eye(g.shape[-1], dtype=g.dtype)) / 2
+    half, lag = n[..., None] / 2, jnp.arange(g.shape[-1]) / 2
+    complement = 0.25 * jnp.sum((excess(half - lag) + lag / half) / (half - lag), axis=-1)
+    first = (gradient[..., 0] + jnp.sum(g * rate, axis=(-2, -1)) / n) / complement
+    change = 2 * rate @ g @ rate + first[..., None, None] * rate
+    return _vech(first, change / n[..., None, None])
+
+
+def _wishart_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
+    # The rate moves in its own frame, R₊ = L Q w Qᵀ Lᵀ with R = LLᵀ and L⁻¹ΔL⁻ᵀ = Q (w − 1) Qᵀ: always positive.
+    factor = jnp.linalg.cholesky(_matrix(eta))
+    inverse = inverse_lower(factor)
+    whitened = inverse @ _matrix(change) @ jnp.swapaxes(inverse, -1, -2)
+    values, vectors = jnp.linalg.eigh(whitened)
+    stretch = positive(values, margin)
+    # A matrix whose condition number is beyond the precision is not one that has a Cholesky factor.
+    stretch = jnp.maximum(stretch, 1e2 * jnp.finfo(eta.dtype).eps * jnp.max(stretch, axis=-1, keepdims=True))
+    root = lower_factor(factor @ vectors * jnp.sqrt(stretch)[..., None, :])
+    least = factor.shape[-1] - 1.0
+    room = eta[..., 0] - least
+    above = least * (1 + 4 * float(jnp.finfo(eta.dtype).eps))
+    concentration = jnp.maximum(least + shrunk(room, change[..., 0], margin), above)
+    return _vech(concentration, root @ jnp.swapaxes(root, -1, -2))
+
+
+def _inverted(matrix: jax.Array) -> jax.Array:
+    factor = inverse_lower(jnp.linalg.cholesky(matrix))
+    return jnp.swapaxes(factor, -1, -2) @ factor
+
+
+def _rate_of(rate_matrix: Any = None, scale_matrix: Any = None, scale_tril: Any = None) -> jax.Array:
+    if rate_matrix is not None:
+        return rate_matrix
+    return _inverted(scale_matrix if scale_matrix is not None else scale_tril @ jnp.swapaxes(scale_tril, -1, -2))
+
+
+def _scale_of(scale_matrix: Any = None, rate_matrix: Any = None, scale_tril: Any = None) -> jax.Array:
+    if scale_matrix is not None:
+        return scale_matrix
+    return _inverted(rate_matrix) if rate_matrix is not None else scale_tril @ jnp.swapaxes(scale_tril, -1, -2)
+
+
+register_exponential_family(
+    dist.WishartCholesky,
+    natural=lambda concentration, **forms: _vech(concentration, _rate_of(**forms)),
+    log_normalizer=_wishart_normalizer,
+    arguments=lambda eta: {"concentration": eta[..., 0], "rate_matrix": _matrix(eta)},
+    solve=_wishart_solve,
+    move=_wishart_move,
+)
+register_exponential_family(
+    dist.InverseWishartCholesky,  # Z⁻¹ is Wishart, with this scale as its rate
+    natural=lambda concentration, **forms: _vech(concentration, _scale_of(**forms)),
+    log_normalizer=_wishart_normalizer,
+    arguments=lambda eta: {"concentration": eta[..., 0], "scale_matrix": _matrix(eta)},
+    solve=_wishart_solve,
+    move=_wishart_move,
+)
+
+
+def _matrix_normal(at: Arguments, d: Arguments) -> jax.Array:
+    # Covariance V ⊗ U, whitened change I ⊗ X + Y ⊗ I: ½ ‖·‖² = ½ (p ‖X‖² + n ‖Y‖²) + tr X tr Y
+    rows, columns = (inverse_lower(at[f"scale_tril_{side}"]) for side in ("row", "column"))
+    x, y = (_symmetric(inverse @ d[f"scale_tril_{side}"]) for inverse, side in ((rows, "row"), (columns, "column")))
+    shift = rows @ d["loc"] @ jnp.swapaxes(columns, -1, -2)
+    n, p = x.shape[-1], y.shape[-1]
+    return _norm2(shift) + 0.5 * (p * _norm2(x) + n * _norm2(y)) + _trace(x) * _trace(y)
+
+
+def _student_matrix(at: Arguments, d: Arguments) -> jax.Array:
+    inverse, df = inverse_lower(at["scale_tril"]), at["df"]
+    n = inverse.shape[-1]
+    x, shift = _symmetric(inverse @ d["scale_tril"]), jnp.einsum("...ij,...j->...i", inverse, d["loc"])
+    share = (df + n) / (df + n + 2)
+    return share * (jnp.sum(shift**2, -1) + 0.5 * _norm2(x)) - _trace(x) ** 2 / (2 * (df + n + 2))
+
+
+def _symmetric(lower: jax.Array) -> jax.Array:
+    return lower + jnp.swapaxes(lower, -1, -2)
+
+
+def _norm2(x: jax.Array) -> jax.Array:
+    return jnp.sum(x**2, axis=(-2, -1))
+
+
+def _trace(x: jax.Array) -> jax.Array:
+    return jnp.trace(x, axis1=-2, axis2=-1)
+
+
+register_fisher(dist.MatrixNormal, _matrix_normal)
+register_fisher(dist.MultivariateStudentT, _student_matrix, fixed=("df",))

@@ -1,0 +1,140 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+r"""Steps of a Gaussian q = N(m, KKᵀ) in its natural parameters, seen from its own whitened frame u = K⁻¹(z − m).
+
+With f = −log p, slope g = Kᵀ E[∇f] and curvature M = Kᵀ E[∇²f] K − I = Q Λ Qᵀ, the mirror step
+S ← (1−ρ) S + ρ E[∇²f],  m ← m − ρ S₊⁻¹ E[∇f]  (Khan & Rue 2023, eq. 12) reads
+
+    w = 1 + ρλ,   K₊ = K Q w^(−1/2) (rotated to be lower triangular),   m₊ = m − ρ K Q (Qᵀg / w)
+    KL(q ‖ q₊) = ½ Σ [w − 1 − log w + ρ² (Qᵀg)² / w],      ‖∇L‖² in the Fisher metric = |g|² + ½‖M‖²
+
+No Fisher matrix is formed, nothing is inverted, and the condition number of Σ never enters: float32 suffices.
+All functions batch over leading axes.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Tangent(NamedTuple):
+    """A natural gradient at N(m, KKᵀ), whitened.
+
+    :ivar slope: g, shape ``(..., d)``.
+    :ivar values: eigenvalues λ of M, ``(..., r)``; the other d − r are zero.
+    :ivar vectors: orthonormal eigenvectors Q, ``(..., d, r)``; ``None`` where M is diagonal (r = d).
+    """
+
+    slope: jax.Array
+    values: jax.Array
+    vectors: jax.Array | None
+
+
+def tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
+    """Diagonalise a dense symmetric M, shape ``(..., d, d)``."""
+    values, vectors = jnp.linalg.eigh(curvature)
+    return Tangent(slope, values, vectors)
+
+
+def squared_norm(t: Tangent) -> jax.Array:
+    """Squared length in the Fisher metric, in nats: twice the KL of a unit step, to second order."""
+    return jnp.sum(t.slope**2) + 0.5 * jnp.sum(t.values**2)
+
+
+def positive(x: jax.Array, margin: float) -> jax.Array:
+    """1 + x above −1 + ``margin``, continued below so that it stays positive and continuously differentiable.
+
+    A negative curvature (a likelihood that is not log-concave) or a noisy one would otherwise leave the cone of
+    positive definite precisions. Exact wherever no variance grows by more than 1/``margin`` in one step.
+    """
+    return jnp.where(x >= margin - 1, 1 + x, margin**2 / jnp.maximum(2 * margin - 1 - x, margin))
+
+
+def kl_forward(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:
+    """KL(q ‖ q₊) in nats, exactly; increasing in ρ."""
+    w, a = positive(rho * t.values, margin), _coefficients(t)
+    inside = jnp.sum(w - 1 - jnp.log(w) + rho**2 * a**2 / w)
+    return 0.5 * (inside + rho**2 * _outside(t, a))
+
+
+def kl_backward(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:
+    """KL(q₊ ‖ q) in nats, exactly: what the step moved, measured from where it arrived."""
+    w, a = positive(rho * t.values, margin), _coefficients(t)
+    inside = jnp.sum(1 / w - 1 + jnp.log(w) + rho**2 * a**2 / w**2)
+    return 0.5 * (inside + rho**2 * _outside(t, a))
+
+
+def displacement(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:
+    """K⁻¹(m₊ − m), shape ``(..., d)``."""
+    w, a = positive(rho * t.values, margin), _coefficients(t)
+    if t.vectors is None:
+        return -rho * a / w
+    return -rho * (t.slope + _expand(t.vectors, a * (1 / w - 1)))
+
+
+def contraction(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:
+    """T with K₊ = K T: lower triangular ``(..., d, d)``, or the diagonal ``(..., d)`` where M is diagonal.
+
+    T Tᵀ = B⁻¹ for B = I + Q (w − 1) Qᵀ. The QR factor of the symmetric root of B⁻¹ gives T without squaring its
+    condition number, which a Cholesky factor of B would.
+    """
+    root = 1 / jnp.sqrt(positive(rho * t.values, margin))
+    if t.vectors is None:
+        return root
+    eye = jnp.eye(t.slope.shape[-1], dtype=root.dtype)
+    return lower_factor(eye + (t.vectors * (root - 1)[..., None, :]) @ _transpose(t.vectors))
+
+
+def growth(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:
+    """Kᵀ(S₊ − S)K = Q (w − 1) Qᵀ, ``(..., d, d)``: what the step adds to the whitened precision."""
+    assert t.vectors is not None
+    return (t.vectors * (positive(rho * t.values, margin) - 1)[..., None, :]) @ _transpose(t.vectors)
+
+
+def lower_factor(square_root: jax.Array) -> jax.Array:
+    """L lower triangular with positive diagonal and L Lᵀ = A Aᵀ, from any A of shape ``(..., d, n)``."""
+    upper = jnp.linalg.qr(_transpose(square_root), mode="r")
+    signs = jnp.where(jnp.diagonal(upper, axis1=-2, axis2=-1) < 0, -1, 1).astype(upper.dtype)
+    return _transpose(upper * signs[..., None])
+
+
+def inverse_lower(lower: jax.Array) -> jax.Array:
+    """The inverse of a lower triangular matrix."""
+    eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
+    return lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+
+
+def sketch(slope: jax.Array, probes: jax.Array, image: jax.Array) -> Tangent:
+    """The part of M that k probes see: M̂ = YVᵀ + VYᵀ − V(VᵀY)Vᵀ for orthonormal V and Y = MV.
+
+    M̂ agrees with M on the span of V, is zero where M is, and has rank 2k: its spectrum costs O(d k²).
+
+    :param probes: V, ``(d, k)``.  :param image: Y, ``(d, k)``.
+    """
+    basis, _ = jnp.linalg.qr(jnp.concatenate([probes, image], axis=1))
+    v, y = basis.T @ probes, basis.T @ image
+    inner = (probes.T @ image + image.T @ probes) / 2
+    small = y @ v.T + v @ y.T - v @ inner @ v.T
+    values, vectors = jnp.linalg.eigh(small)
+    return Tangent(slope, values, basis @ vectors)
+
+
+def _coefficients(t: Tangent) -> jax.Array:
+    return t.slope if t.vectors is None else jnp.einsum("...dr,...d->...r", t.vectors, t.slope)
+
+
+def _outside(t: Tangent, coefficients: jax.Array) -> jax.Array | float:
+    # The slope's part orthogonal to Q, where w = 1. Not formed when Q is complete: it would be a rounding error.
+    if t.vectors is None or t.vectors.shape[-1] == t.slope.shape[-1]:
+        return 0.0
+    return jnp.sum((t.slope - _expand(t.vectors, coefficients)) ** 2)
+
+
+def _expand(vectors: jax.Array, coefficients: jax.Array) -> jax.Array:
+    return jnp.einsum("...dr,...r->...d", vectors, coefficients)
+
+
+def _transpose(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)

@@ -1,0 +1,91 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Fresh draws of the guide, and the score of each of them: what a Monte-Carlo Fisher is made of.
+
+    u_s = ∇_φ log q_φ(z_s),   z_s ~ q_φ,        E[uuᵀ] = F
+
+The loss has its keys closed over and its particles averaged. Two handlers undo both: :class:`Redraw` gives the guide
+other keys, so that there are as many draws as wanted, whatever the loss takes; and it gives *every particle parameters
+of its own* (equal ones), so that one gradient with respect to all of them is one score for each particle.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from jax.lax import stop_gradient
+from numpyro.distributions import biject_to, constraints
+from numpyro.primitives import Messenger
+
+from numpyro_natgrad.distributions.surrogate import Density
+from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.guide.handlers import Assigned, Frozen, Loss, guide_site, is_guide_site
+from numpyro_natgrad.guide.particles import own
+
+
+def scores(
+    fn: Loss, params: Params, mine: Params, sites: frozenset[str], particles: int, number: jax.Array
+) -> dict[str, Any]:
+    """∇_φ log q_φ(z_s)/particles of as many fresh draws as there are particles.
+
+    :param fn: the loss.
+    :param params: all parameters, unconstrained.  :param mine: those among them that are asked about.
+    :param sites: whose densities make up q.
+    :param particles: what the loss averages over.
+    :param number: of the set of draws; any other one gives other draws.
+    :return: like ``mine``, with ``(particles,)`` before each shape. Where the particles are not drawn in one batch
+        (``lax.map``), the first row is the sum of all of them, and the other rows are zero.
+    """
+
+    def log_q(copies: dict[str, Any]) -> jax.Array:
+        with Redraw(copies, number), Scored(sites):
+            return fn(params)[0]
+
+    return jax.grad(log_q)(jax.tree.map(lambda x: jnp.broadcast_to(x, (particles, *jnp.shape(x))), mine))
+
+
+class Redraw(Messenger):
+    """Let the guide draw again, and give every particle its own copy of the parameters.
+
+    Every key gives way to the ``number``-th of those that follow from it. What the model draws stays as it is. (A plate
+    that the guide opens after a ``param`` has other rows than in the loss: telling particles apart takes a key.)
+
+    :param copies: of the unconstrained parameters, one for each particle, ``(particles, *shape)``.
+    :param number: which draws.
+    """
+
+    def __init__(self, copies: Mapping[str, Any], number: jax.Array) -> None:
+        super().__init__()
+        self.copies, self.number = copies, number
+
+    def process_message(self, msg: Any) -> None:
+        # This handler is the outermost one, so that the host has put its key there by now.
+        if guide_site(msg) and msg["kwargs"].get("rng_key") is not None:
+            msg["kwargs"]["rng_key"] = jax.random.fold_in(msg["kwargs"]["rng_key"], self.number)
+
+    def postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "param" and msg["name"] in self.copies:
+            key = numpyro.prng_key()
+            transform = biject_to(msg["kwargs"].get("constraint", constraints.real))
+            mine = jax.tree.map(lambda x: x[0] if key is None else own(x, key), self.copies[msg["name"]])
+            msg["value"] = jax.tree.map(transform, mine)
+
+
+class Scored(Frozen):
+    """The guide's log-densities at frozen draws.
+
+    A ``scale`` c stands for c independent copies of a site, whose Fisher is c times as large: its score counts √c.
+    """
+
+    def __init__(self, sites: frozenset[str]) -> None:
+        density: Density = lambda fn, value: fn.log_prob(value)
+        super().__init__(dict.fromkeys(sites, density))
+
+    def postprocess_message(self, msg: Any) -> None:
+        super().postprocess_message(msg)
+        if is_guide_site(msg) and msg["scale"] is not None:
+            fn, scale = msg["fn"], stop_gradient(jnp.asarray(msg["scale"]))
+            root = jnp.where(scale > 0, 1 / jnp.sqrt(jnp.where(scale > 0, scale, 1.0)), 0.0)
+            msg["fn"] = Assigned(fn.base, fn.density * root, drawn=True)

@@ -1,0 +1,151 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Natural parameters η of a guide site, read out of NumPyro's unconstrained parameters and written back.
+
+params ──bijection of the constraint──▶ arguments ──natural──▶ η ──arguments──▶ … ──inverse bijection──▶ params
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from numpyro.distributions import biject_to, constraints, transforms
+
+from numpyro_natgrad.distributions.exponential_family import ExponentialFamily, exponential
+from numpyro_natgrad.guide.gaussian_sites import CHOLESKY, Params, argument_parameter
+from numpyro_natgrad.guide.trace import GuideSite, LossTrace
+
+
+class ExponentialFamilySite(NamedTuple):
+    """A guide site of an exponential family whose arguments *are* parameters.
+
+    :ivar family: its family.  :ivar cls: its distribution class.
+    :ivar arguments: the names of the arguments, and in the same order
+    :ivar params: the parameters that they are,
+    :ivar transforms: the bijections from unconstrained to constrained values,
+    :ivar shapes: the shapes of the constrained values.
+    :ivar batch: batch shape of the arguments; ``eta_shape`` is ``(*batch, k)``.
+    :ivar copies: how many draws share each of them (a parameter outside of a plate).
+    :ivar event_size: numbers in one draw.
+    """
+
+    name: str
+    family: ExponentialFamily
+    cls: Any
+    arguments: tuple[str, ...]
+    params: tuple[str, ...]
+    transforms: tuple[Any, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    eta_shape: tuple[int, ...]
+    copies: int
+    event_size: int
+
+    def read(self, params: Params) -> jax.Array:
+        """η at unconstrained parameters, ``(*batch, k)``."""
+        values = (t(params[p]) for t, p in zip(self.transforms, self.params, strict=True))
+        return self.family.natural(**dict(zip(self.arguments, values, strict=True))).reshape(self.eta_shape)
+
+    def write(self, params: Params, eta: jax.Array) -> Params:
+        """The parameters with this site's replaced."""
+        made = self.cls(**self.family.arguments(eta), validate_args=False)
+        new = {}
+        for argument, p, transform, shape in zip(
+            self.arguments, self.params, self.transforms, self.shapes, strict=True
+        ):
+            value = transform.inv(getattr(made, argument).reshape(shape))
+            new[p] = jnp.asarray(value, params[p].dtype).reshape(jnp.shape(params[p]))
+        return {**params, **new}
+
+    def pull(self, params: Params, gradient: Params) -> jax.Array:
+        """The gradient with respect to η, of one draw, from that of the unconstrained parameters."""
+        mine = lambda eta: {p: x for p, x in self.write(params, eta).items() if p in self.params}
+        return jax.vjp(mine, self.read(params))[1]({p: gradient[p] for p in self.params})[0] / self.copies
+
+
+def read_exponential_site(name: str, trace: LossTrace) -> ExponentialFamilySite | None:
+    """The site in natural parameters, or ``None`` if it has none, or if they are not parameters of the guide."""
+    site = trace.sites[name]
+    family = exponential(site.base)
+    if family is None or family.fixed or not site.plain:
+        return None
+    direct = {a: argument_parameter(a, site) for a in site.arguments}
+    owned = {a: p for a, p in direct.items() if p and trace.params[p].shape is not None}
+    if not owned or len(set(owned.values())) < len(owned) or not _determined(site, set(owned.values())):
+        return None
+    known = site.base.arg_constraints
+    if not all(_covers(trace.params[p].transform, known[a], _order(site)) for a, p in owned.items()):
+        return None
+    return _site(name, site, family, owned, trace)
+
+
+def _determined(site: GuideSite, owned: set[str]) -> bool:
+    """Whether the other arguments, such as a Cholesky factor made of a covariance, depend on nothing else."""
+    return all(o.sources <= {f"param:{p}" for p in owned} for o in site.arguments.values()) and all(
+        o.sources for o in site.arguments.values()
+    )
+
+
+def _site(
+    name: str, site: GuideSite, family: ExponentialFamily, owned: dict[str, str], trace: LossTrace
+) -> ExponentialFamilySite | None:
+    shapes = tuple(trace.params[p].shape or () for p in owned.values())
+    maps = tuple(trace.params[p].transform for p in owned.values())
+    events = tuple(site.base.arg_constraints[a].event_dim for a in owned)
+    batches = {shape[: len(shape) - n] for shape, n in zip(shapes, events, strict=True)}
+    if {math.prod(b) for b in batches} != {math.prod(site.batch)}:
+        return None  # shared by some draws and not by others
+    dtype = jnp.result_type(float)
+    values = [jax.ShapeDtypeStruct((*site.batch, *s[len(s) - n :]), dtype) for s, n in zip(shapes, events, strict=True)]
+    try:
+        eta = jax.eval_shape(lambda v: family.natural(**dict(zip(owned, v, strict=True))), values)
+    except TypeError:  # η needs an argument that is no parameter
+        return None
+    event_size = site.event_size
+    copies = site.size // max(math.prod(site.batch) * event_size, 1)
+    if site.masked and copies > 1:
+        return None  # as many times the base's Fisher as there are copies that count, which may change
+    return ExponentialFamilySite(
+        name, family, site.base, tuple(owned), tuple(owned.values()), maps, shapes, eta.shape, copies, event_size
+    )
+
+
+_FAR = 1e3
+
+
+def _order(site: GuideSite) -> int:
+    """d of a random d × d matrix, whose degrees of freedom exceed d − 1; else 1."""
+    is_matrix = site.base.support in (constraints.positive_definite, constraints.lower_cholesky)
+    return math.isqrt(site.event_size) if is_matrix else 1
+
+
+def _covers(transform: Any, constraint: Any, order: int) -> bool:
+    """Whether the parameter's constraint lets every valid value of the argument through (an interval would not)."""
+    transform, constraint = _elementwise(transform), _elementwise(constraint)
+    if constraint in (constraints.positive_definite, constraints.lower_cholesky):
+        parts = transform.parts if isinstance(transform, transforms.ComposeTransform) else [transform]
+        return isinstance(parts[0], CHOLESKY)
+    if constraint is constraints.simplex:
+        return isinstance(transform, transforms.StickBreakingTransform)
+    low, high = _range(transform)
+    if isinstance(constraint, type(constraints.dependent)):
+        return 0.0 <= low <= order - 1 and high >= _FAR
+    wanted = _range(_elementwise(biject_to(constraint)))
+    return bool(low <= wanted[0] and high >= min(wanted[1], _FAR))
+
+
+def _elementwise(x: Any) -> Any:
+    while isinstance(x, transforms.IndependentTransform):
+        x = x.base_transform
+    while type(x) is type(constraints.real_vector):
+        x = x.base_constraint
+    return x
+
+
+def _range(transform: Any) -> tuple[float, float]:
+    try:
+        with jax.ensure_compile_time_eval():
+            ends = transform(jnp.array([-_FAR, _FAR]))
+            return float(ends[0]), float(ends[1])
+    except jax.errors.ConcretizationTypeError:  # a constraint that depends on the data covers nothing for sure
+        return math.nan, math.nan

@@ -1,0 +1,260 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""What NumPyro's parameters mean: reading (m, K) of a Gaussian site out of them, and writing it back.
+
+A *form* says how one argument of a distribution encodes K with Σ = KKᵀ. The registry is open:
+:func:`register_gaussian` makes a user's own location-scale Gaussian class known, the built-in ones take the same way.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_solve
+from numpyro import distributions as dist
+from numpyro.distributions import transforms
+
+from numpyro_natgrad.distributions.gaussian import inverse_lower, lower_factor
+from numpyro_natgrad.guide.trace import GuideSite, LossTrace
+
+Params = dict[str, Any]
+
+
+class CovarianceForm(NamedTuple):
+    """``read(argument) -> K`` and ``write(K) -> argument``; ``diagonal``: K is a vector of standard deviations."""
+
+    read: Callable[[jax.Array], jax.Array]
+    write: Callable[[jax.Array], jax.Array]
+    diagonal: bool = False
+
+
+def _gram(lower: jax.Array) -> jax.Array:
+    return lower @ jnp.swapaxes(lower, -1, -2)
+
+
+def _inverse_gram(lower: jax.Array) -> jax.Array:
+    return cho_solve((lower, True), jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape))
+
+
+def _factor_of_inverse(precision: jax.Array) -> jax.Array:
+    # S = CᵀC with C lower (a Cholesky factor of the flipped matrix, flipped back), K = C⁻¹.
+    upper = jnp.linalg.cholesky(precision[..., ::-1, ::-1])[..., ::-1, ::-1]
+    return inverse_lower(jnp.swapaxes(upper, -1, -2))
+
+
+SCALE = CovarianceForm(lambda x: x, lambda k: k, diagonal=True)
+SCALE_TRIL = CovarianceForm(jnp.tril, lambda k: k)
+COVARIANCE = CovarianceForm(jnp.linalg.cholesky, _gram)
+PRECISION = CovarianceForm(_factor_of_inverse, _inverse_gram)
+
+_REGISTRY: dict[type, tuple[str, Mapping[str, CovarianceForm]]] = {}
+
+
+def register_gaussian(cls: type, *, loc: str = "loc", forms: Mapping[str, CovarianceForm]) -> None:
+    """Tell how a Gaussian distribution class is parameterised.
+
+    :param cls: the distribution class (exactly this class, no subclass).
+    :param loc: the name of its mean argument.
+    :param forms: for each argument that can hold the covariance, its :class:`Form`. It is used where the argument is a
+        parameter with NumPyro's constraint for it (positive, lower Cholesky, positive definite); one that is
+        unconstrained, or bounded otherwise, is moved by the curvature of KL.
+    """
+    _REGISTRY[cls] = (loc, dict(forms))
+
+
+register_gaussian(dist.Normal, forms={"scale": SCALE})
+register_gaussian(
+    dist.MultivariateNormal,
+    forms={"scale_tril": SCALE_TRIL, "covariance_matrix": COVARIANCE, "precision_matrix": PRECISION},
+)
+
+
+class GaussianSite(NamedTuple):
+    """A guide site whose mean and covariance arguments *are* parameters.
+
+    :ivar family: the name of the distribution's class.
+    :ivar shape: ``(*batch, d)``: shape of a draw; K is ``(*batch, d, d)``, or ``(*batch, d)`` in a diagonal form.
+    :ivar scale_shape: the shape of the covariance argument's constrained value.
+    """
+
+    name: str
+    family: str
+    loc: str
+    scale: str
+    argument: str
+    form: CovarianceForm
+    transform: Any
+    shape: tuple[int, ...]
+    scale_shape: tuple[int, ...]
+    analytic: bool
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return (self.loc, self.scale)
+
+    @property
+    def block(self) -> int:
+        """Dimensions that vary together."""
+        return 1 if self.form.diagonal else self.shape[-1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the family is that of all Gaussians."""
+        return not self.form.diagonal and len(self.shape) == 1
+
+    def report_rows(self, how: str) -> list[tuple[str, str, str, str, str]]:
+        """The report's rows."""
+        shape = "×".join(map(str, self.shape))
+        return [
+            (self.loc, self.name, self.family, how, shape),
+            (self.scale, self.name, f"{self.family} ({self.argument})", how, shape),
+        ]
+
+    def read(self, params: Params) -> tuple[jax.Array, jax.Array]:
+        """m and K at unconstrained parameters."""
+        return params[self.loc].reshape(self.shape), self.spread(params)
+
+    def spread(self, params: Params) -> jax.Array:
+        """K, from the covariance parameter."""
+        k = self.form.read(self.transform(params[self.scale]))
+        return k.reshape(self.shape if self.form.diagonal else (*self.shape, self.shape[-1]))
+
+    def unconstrain(self, factor: jax.Array) -> jax.Array:
+        """The covariance parameter from K."""
+        value = self.transform.inv(self.form.write(factor).reshape(self.scale_shape))
+        return jnp.asarray(value, factor.dtype)
+
+    def write(self, params: Params, loc: jax.Array, factor: jax.Array) -> Params:
+        """The parameters with this site's mean and covariance replaced."""
+        old = params[self.loc], params[self.scale]
+        return {
+            **params,
+            self.loc: loc.reshape(old[0].shape).astype(old[0].dtype),
+            self.scale: self.unconstrain(factor).reshape(old[1].shape).astype(old[1].dtype),
+        }
+
+    def dense(self, params: Params) -> jax.Array:
+        """K as lower triangular matrices, ``(batch, d, d)``."""
+        factor = self.spread(params)
+        if self.form.diagonal:
+            return jnp.diag(factor.ravel())[None]
+        return factor.reshape(-1, *factor.shape[-2:])
+
+    def project(self, columns: jax.Array, start: jax.Array) -> jax.Array:
+        """The K closest to a joint Gaussian, from the site's columns of P with PᵀP = S: see :func:`project`."""
+        if self.form.diagonal:
+            return (1 / jnp.sqrt(jnp.sum(columns**2, axis=0))).reshape(self.shape)
+        return conditional_factors(columns, self.shape[-1]).reshape(*self.shape, self.shape[-1])
+
+    def kl(self, before: jax.Array, after: jax.Array, shift: jax.Array) -> jax.Array:
+        """KL(N(m, LLᵀ) ‖ N(m + shift, L₊L₊ᵀ)) in nats: with A = L₊⁻¹L, ½(‖A‖² − d − 2 log|A| + ‖L₊⁻¹ shift‖²)."""
+        if self.form.diagonal:
+            ratio = before / after
+            return 0.5 * jnp.sum(ratio**2 - 1 - 2 * jnp.log(ratio) + (shift / after) ** 2)
+        inverse = inverse_lower(after)
+        ratio, x = inverse @ before, jnp.einsum("...ij,...j->...i", inverse, shift)
+        logs = jnp.log(jnp.diagonal(ratio, axis1=-2, axis2=-1))
+        return 0.5 * (jnp.sum(ratio**2) - self.size - 2 * jnp.sum(logs) + jnp.sum(x**2))
+
+
+def read_gaussian_site(name: str, trace: LossTrace) -> GaussianSite | None:
+    """The site as a Gaussian in closed form, or ``None`` if it is anything else."""
+    site = trace.sites[name]
+    if site.base not in _REGISTRY or not site.plain or site.masked or site.leaks:
+        return None
+    loc_argument, forms = _REGISTRY[site.base]
+    loc = argument_parameter(loc_argument, site)
+    for argument, form in forms.items():
+        scale = argument_parameter(argument, site)
+        if loc and scale and _fits(loc, scale, form, site, trace):
+            shape = site.shape or (1,)
+            heard = trace.params[scale]
+            return GaussianSite(
+                name, site.base.__name__, loc, scale, argument, form, heard.transform, shape, heard.shape or (),
+                site.analytic,
+            )  # fmt: skip
+    return None
+
+
+def argument_parameter(argument: str, site: GuideSite) -> str | None:
+    """The parameter that an argument is, up to its shape."""
+    origin = site.arguments.get(argument)
+    kind, _, name = (origin.copy_of or "" if origin else "").partition(":")
+    return name if kind == "param" else None
+
+
+def _fits(loc: str, scale: str, form: CovarianceForm, site: GuideSite, trace: LossTrace) -> bool:
+    mean, cov = trace.params[loc], trace.params[scale]
+    if mean.shape is None or cov.shape is None or not is_identity(mean.transform):
+        return False
+    entries = site.size if form.diagonal else site.size * (site.shape or (1,))[-1]
+    return math.prod(mean.shape) == site.size and math.prod(cov.shape) == entries and keeps(cov.transform, form)
+
+
+def is_identity(transform: Any) -> bool:
+    while isinstance(transform, transforms.IndependentTransform):
+        transform = transform.base_transform
+    return isinstance(transform, transforms.IdentityTransform)
+
+
+_POSITIVE = (transforms.ExpTransform, transforms.SoftplusTransform)
+CHOLESKY = (
+    transforms.LowerCholeskyTransform,
+    transforms.ScaledUnitLowerCholeskyTransform,
+    transforms.SoftplusLowerCholeskyTransform,
+)
+
+
+def keeps(transform: Any, form: CovarianceForm) -> bool:
+    """Whether the parameter's constraint lets every valid value through (an interval, say, would not)."""
+    while isinstance(transform, transforms.IndependentTransform):
+        transform = transform.base_transform
+    parts = transform.parts if isinstance(transform, transforms.ComposeTransform) else [transform]
+    # What follows must not narrow the range again: a shift after an exponential is a bound other than zero.
+    narrow = [t for t in parts[1:] if isinstance(t, transforms.AffineTransform)]
+    return isinstance(parts[0], _POSITIVE if form.diagonal else CHOLESKY) and not narrow
+
+
+def project(precision_root: jax.Array, sites: Sequence[Any], starts: Sequence[Any]) -> list[Any]:
+    """The members of the guide's family closest to a joint Gaussian: what each site spreads by, from P with PᵀP = S.
+
+    The minimiser of KL(guide ‖ N(m, S⁻¹)) has the joint precision's diagonal blocks: Σ_b = (S_bb)⁻¹, and
+    σᵢ = Sᵢᵢ^(−1/2) for independent components. A family without a closed form is searched from ``starts``.
+    """
+    ends = list(accumulate(site.size for site in sites))
+    columns = jnp.split(precision_root, ends[:-1], axis=1)
+    return [site.project(x, start) for site, x, start in zip(sites, columns, starts, strict=True)]
+
+
+def visible_square(columns: jax.Array, curvature: jax.Array, d: int) -> jax.Array:
+    """Squared norm of what independent sites of d dimensions show of a change of the joint precision.
+
+    To second order a block Σ_b loses ¼‖K_bᵀ ΔS_bb K_b‖² nats by a change of S, whatever happens outside of the block.
+
+    :param columns: the sites' columns of P with PᵀP = S, ``(D, batch · d)``.
+    :param curvature: P⁻ᵀ ΔS P⁻¹, ``(D, D)``.
+    """
+    blocks = _blocks(columns, d)
+    lengths = jnp.linalg.norm(blocks, axis=1, keepdims=True)
+    frame = blocks / lengths if d == 1 else blocks @ conditional_factors(columns, d)
+    return jnp.sum((jnp.swapaxes(frame, -1, -2) @ curvature @ frame) ** 2)
+
+
+def conditional_factors(columns: jax.Array, d: int) -> jax.Array:
+    """K with KKᵀ = (S_bb)⁻¹ of every block of d columns of P with PᵀP = S, ``(batch, d, d)``, lower triangular."""
+    blocks = _blocks(columns, d)
+    # S_bb = AᵀA = CᵀC with C lower: flip, factor, flip back.
+    flipped = lower_factor(jnp.swapaxes(blocks[..., ::-1], -1, -2))
+    return inverse_lower(jnp.swapaxes(flipped[..., ::-1, ::-1], -1, -2))
+
+
+def _blocks(columns: jax.Array, d: int) -> jax.Array:
+    """Each site's own columns, ``(batch, D, d)``."""
+    return jnp.moveaxis(columns.reshape(columns.shape[0], -1, d), 1, 0)

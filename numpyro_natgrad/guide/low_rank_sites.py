@@ -1,0 +1,159 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Reading (m, s, W) of a low-rank Gaussian site, Σ = D(I + WWᵀ)D with D = diag(s), out of NumPyro's parameters.
+
+``LowRankMultivariateNormal`` takes V = DW and ψ = s². A guide may hand over parameters themselves or products of them:
+
+    V = x_W x_s^a,   ψ = x_s^b           (0, 1) by hand;  (1, 2) in ``AutoLowRankMultivariateNormal``
+
+which :class:`.Origin` has followed through the loss, so that no guide has to be known by its name.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from numpyro import distributions as dist
+
+from numpyro_natgrad.distributions import low_rank_gaussian
+from numpyro_natgrad.distributions.gaussian import lower_factor
+from numpyro_natgrad.guide.gaussian_sites import (
+    SCALE,
+    Params,
+    argument_parameter,
+    conditional_factors,
+    is_identity,
+    keeps,
+)
+from numpyro_natgrad.guide.trace import GuideSite, LossTrace
+
+Spread = tuple[jax.Array, jax.Array]
+
+
+class LowRankSite(NamedTuple):
+    """A guide site ``LowRankMultivariateNormal`` whose arguments are products of parameters.
+
+    :ivar loc: the parameter m.  :ivar factor: x_W.  :ivar scale: x_s.  :ivar powers: (a, b).
+    :ivar transform: of x_s.
+    :ivar shape: ``(*batch, d)``: shape of a draw.  :ivar rank: r.
+    """
+
+    name: str
+    loc: str
+    factor: str
+    scale: str
+    powers: tuple[int, int]
+    transform: Any
+    shape: tuple[int, ...]
+    rank: int
+    scale_shape: tuple[int, ...]
+    analytic: bool
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return (self.loc, self.factor, self.scale)
+
+    @property
+    def block(self) -> int:
+        """Dimensions that vary together."""
+        return self.shape[-1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the family is that of all Gaussians."""
+        return False
+
+    def report_rows(self, how: str) -> list[tuple[str, str, str, str, str]]:
+        """The report's rows."""
+        shape, kind = "×".join(map(str, self.shape)), "LowRankMultivariateNormal"
+        names = (kind, f"{kind} (cov_factor)", f"{kind} (cov_diag)")
+        sizes = (shape, f"{shape}×{self.rank}", shape)
+        rows = zip(self.params, names, sizes, strict=True)
+        return [(p, self.name, name, how, size) for p, name, size in rows]
+
+    def read(self, params: Params) -> tuple[jax.Array, Spread]:
+        """m, ``(batch, d)``, and s and W, at unconstrained parameters."""
+        return params[self.loc].reshape(-1, self.shape[-1]), self.spread(params)
+
+    def spread(self, params: Params) -> Spread:
+        """s, ``(batch, d)``, and W, ``(batch, d, r)``, with one batch axis."""
+        (a, b), d = self.powers, self.shape[-1]
+        x = self.transform(params[self.scale]).reshape(-1, d)
+        factor = params[self.factor].reshape(-1, d, self.rank)
+        return x ** (b / 2), factor * x[..., None] ** (a - b / 2)
+
+    def write(self, params: Params, loc: jax.Array, spread: Spread) -> Params:
+        """The parameters with this site's replaced."""
+        new = {self.loc: loc, **self._unspread(*spread)}
+        mine = {p: x.reshape(jnp.shape(params[p])).astype(params[p].dtype) for p, x in new.items()}
+        return {**params, **mine}
+
+    def _unspread(self, scale: jax.Array, factor: jax.Array) -> Params:
+        a, b = self.powers
+        x = scale ** (2 / b)
+        value = self.transform.inv(x.reshape(self.scale_shape))
+        return {self.factor: factor * x[..., None] ** (b / 2 - a), self.scale: jnp.asarray(value, scale.dtype)}
+
+    def dense(self, params: Params) -> jax.Array:
+        """K lower triangular with KKᵀ = Σ, ``(batch, d, d)``."""
+        scale, factor = self.spread(params)
+        eye = jnp.broadcast_to(jnp.eye(scale.shape[-1], dtype=scale.dtype), (*scale.shape, scale.shape[-1]))
+        return scale[..., None] * lower_factor(jnp.concatenate([eye, factor], axis=-1))
+
+    def project(self, columns: jax.Array, start: Spread) -> Spread:
+        """The s and W closest to a joint Gaussian, from the site's columns of P with PᵀP = S."""
+        dense = conditional_factors(columns, self.shape[-1])
+        return jax.vmap(low_rank_gaussian.project)(dense, *start)
+
+    def kl(self, before: Spread, after: Spread, shift: jax.Array) -> jax.Array:
+        """KL(N(m, Σ) ‖ N(m + shift, Σ₊)) in nats."""
+        (s, w), (s_new, w_new) = before, after
+        return jnp.sum(jax.vmap(low_rank_gaussian.kl)(w, w_new, s_new / s, shift.reshape(s.shape) / s))
+
+
+def read_low_rank_site(name: str, trace: LossTrace) -> LowRankSite | None:
+    """The site as a low-rank Gaussian in closed form, or ``None`` if it is anything else."""
+    site = trace.sites[name]
+    if site.base is not dist.LowRankMultivariateNormal or not site.plain or site.masked or site.leaks:
+        return None
+    loc, diag = argument_parameter("loc", site), _powers("cov_diag", site)
+    if loc is None or diag is None or len(diag) != 1:
+        return None
+    (scale, b), factors = next(iter(diag.items())), _powers("cov_factor", site) or {}
+    rest = {p: n for p, n in factors.items() if p != scale}
+    if list(rest.values()) != [1] or not _fits(loc, next(iter(rest)), scale, site, trace):
+        return None
+    factor, heard = next(iter(rest)), trace.params[scale]
+    rank = math.prod(trace.params[factor].shape or ()) // site.size
+    powers = factors.get(scale, 0), b
+    return LowRankSite(
+        name, loc, factor, scale, powers, heard.transform, site.shape, rank, heard.shape or (), site.analytic
+    )
+
+
+def _powers(argument: str, site: GuideSite) -> Mapping[str, int] | None:
+    """The parameters whose product an argument is, with their exponents."""
+    powers = site.arguments[argument].powers if argument in site.arguments else None
+    if powers is None or not all(label.startswith("param:") for label in powers):
+        return None
+    return {label.removeprefix("param:"): n for label, n in powers.items()}
+
+
+def _fits(loc: str, factor: str, scale: str, site: GuideSite, trace: LossTrace) -> bool:
+    """Whether every latent has a mean, a scale and a row of its own, and none is bounded where a Gaussian's is not.
+
+    Where r = d it is not known which of the two axes a scale has been multiplied along.
+    """
+    heard = [trace.params[p] for p in (loc, factor, scale)]
+    if any(x.shape is None for x in heard):
+        return False
+    sizes, d = [math.prod(x.shape or ()) for x in heard], site.shape[-1]
+    rank = sizes[1] // site.size
+    whole = sizes == [site.size, site.size * rank, site.size] and rank > 0 and (rank != d or d == 1)
+    return whole and all(is_identity(x.transform) for x in heard[:2]) and keeps(heard[2].transform, SCALE)

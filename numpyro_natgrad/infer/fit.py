@@ -1,0 +1,249 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""``fit(svi, rng_key, *args)``: as many steps as it takes.
+
+The steps are those of ``svi.run``. Between two chunks of them the certificate is looked at (:mod:`.newton_decrement`:
+the nats still to gain, and how well that is known), and the fit is over when it has been below the tolerance beyond noise
+for a while (:mod:`.convergence`).
+"""
+
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+from numpyro.infer.svi import SVI, SVIState
+
+from numpyro_natgrad.infer.convergence import History, Log, converged, empty, interval, is_lost, outlook
+from numpyro_natgrad.infer.loop import CHUNK, Chunk, Constant, Feed, compiled
+from numpyro_natgrad.infer.optimizer import NaturalGradient
+from numpyro_natgrad.step.newton_decrement import noise_left
+from numpyro_natgrad.step.state import State
+
+#: Why a fit may end.
+CONVERGED, MAX_STEPS, EXHAUSTED, INTERRUPTED = (
+    "converged",
+    "`max_steps` are taken",
+    "`batches` are used up",
+    "interrupted",
+)
+LOST = (
+    "the loss was not finite at any of the last steps: look for NaN in data and model; at the start of a fit begin "
+    "elsewhere, by `init_params`, or the guide's `init_loc_fn=init_to_median` or a smaller `init_scale`"
+)
+
+
+class FitResult(NamedTuple):
+    """What :func:`fit` returns: the three fields of ``svi.run``'s result, and how it went.
+
+    :ivar params: the optimized parameters, constrained.
+    :ivar state: the last ``SVIState``.
+    :ivar losses: the loss of every step, nats; ``(steps,)``.
+    :ivar history: every step in numbers.
+    :ivar converged: whether the remaining gain was below the tolerance beyond noise.
+    :ivar reason: why the fit ended, and if it did not converge what it would take, in a sentence.
+    """
+
+    params: dict[str, Any]
+    state: SVIState
+    losses: np.ndarray
+    history: History
+    converged: bool
+    reason: str
+
+    def __repr__(self) -> str:
+        """What one reads of it in a notebook; its arrays are not."""
+        return f"FitResult(converged={self.converged}, steps={len(self.losses)}, reason={self.reason!r})"
+
+
+def fit(
+    svi: SVI,
+    rng_key: jax.Array,
+    *args: Any,
+    max_steps: int = 10_000,
+    tolerance: float = 0.01,
+    batches: Iterable[Any] | None = None,
+    init_state: SVIState | None = None,
+    init_params: dict[str, Any] | None = None,
+    resume: FitResult | None = None,
+    progress_bar: bool = True,
+    forward_mode_differentiation: bool = False,
+    **kwargs: Any,
+) -> FitResult:
+    """Take the steps of ``svi.run`` until no more than ``tolerance`` nats are left to gain.
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from jax import random
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_natgrad import NaturalGradient, fit
+        >>> def model(y):
+        ...     z = numpyro.sample("z", dist.Normal(0, 10))
+        ...     numpyro.sample("y", dist.Normal(z, 1), obs=y)
+        >>> svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO(num_particles=4))
+        >>> result = fit(svi, random.key(0), jnp.array(2.0), progress_bar=False)
+        >>> result.converged, len(result.losses) < 50
+        (True, True)
+
+    :param svi: with :class:`.NaturalGradient` as its optimizer.
+    :param rng_key: as for ``svi.run``; not used where a state is given.
+    :param args: arguments of model and guide, the same in every step; as in ``svi.run`` their values are constants of
+        the compiled step.
+    :param max_steps: steps after which this call ends in any case.
+    :param tolerance: nats still to gain at which the fit is done; 0 takes all steps. 0.01 nats are at most 0.14
+        posterior standard deviations in any direction.
+    :param batches: arguments of one step after the other, instead of ``args``: an iterable of tuples or lists. It is
+        read as far as it is needed; the fit ends with it. Every new shape compiles once.
+    :param init_state: the state to start from, as for ``svi.run``.
+    :param init_params: initial values of parameters, as for ``svi.run``.
+    :param resume: a result of this function to go on from: its state, with its history continued.
+    :param progress_bar: show the ELBO and the KL moved per step, averaged over a chunk, and the nats still to gain.
+    :param forward_mode_differentiation: as for ``svi.run``.
+    :param kwargs: keyword arguments of model and guide, the same in every step.
+    :raises TypeError: if the optimizer is another one, or an argument is of the wrong type.
+    :raises ValueError: if an argument cannot be used.
+
+    The number of nats is an estimate, of the parameters that a Fisher matrix moves, and for the best guide of this
+    family nearby: it does not say how far the best guide is from the posterior. A keyboard interrupt ends the fit with
+    what there is.
+    """
+    optimizer = _optimizer_of(svi)
+    _check(args, max_steps, tolerance, batches)
+    feed = Feed(batches)
+    first = args if feed.fixed else feed.peek()
+    if first is None:
+        raise ValueError("`batches` is empty: expected at least one tuple of arguments for model and guide.")
+    state, past = _start(svi, rng_key, first, kwargs, init_state, init_params, resume)
+    parts = svi.model, svi.guide, svi.loss, svi.optim
+    chunk = compiled(svi, Constant(parts, args, kwargs, forward_mode_differentiation))
+    with tqdm.tqdm(total=max_steps, disable=not progress_bar, mininterval=0.2) as bar:
+        run = _Run(state, Log(past), bar)
+        end = run.until(chunk, feed, max_steps, tolerance)
+        history = run.log.history()
+        reason = _reason(end, history, tolerance, run.state.optim_state[1], optimizer.aside)
+        bar.set_postfix_str(reason)
+    return FitResult(svi.get_params(run.state), run.state, history.loss, history, end == CONVERGED, reason)
+
+
+class _Run:
+    """Where a fit stands: its state, and what has been written down."""
+
+    def __init__(self, state: SVIState, log: Log, bar: tqdm.tqdm) -> None:
+        self.state, self.log, self._bar = state, log, bar
+        self._begin = time.perf_counter()
+
+    def until(self, chunk: Chunk, feed: Feed, max_steps: int, tolerance: float) -> str:
+        """Chunk after chunk until there is a reason to stop, which is returned."""
+        try:
+            left = max_steps
+            while left:
+                steps, batches = feed.take(min(CHUNK, left))
+                if not steps:
+                    return EXHAUSTED
+                self._advance(chunk, steps, batches)
+                left -= steps
+                if is_lost(self.log.recent):
+                    return LOST
+                if converged(self.log.recent, tolerance):
+                    return CONVERGED
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        return MAX_STEPS
+
+    def _advance(self, chunk: Chunk, steps: int, batches: tuple[Any, ...]) -> None:
+        begin = time.perf_counter() - self._begin
+        state, records = chunk(self.state, steps, batches)
+        part = _history(jax.device_get(records), steps, begin, time.perf_counter() - self._begin)
+        self.state = state
+        self.log.append(part)
+        self._bar.set_postfix_str(_shown(part), refresh=False)
+        self._bar.update(steps)
+
+
+def _start(
+    svi: SVI,
+    rng_key: jax.Array,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    init_state: SVIState | None,
+    init_params: dict[str, Any] | None,
+    resume: FitResult | None,
+) -> tuple[SVIState, History]:
+    """The state and the history that the first step adds to."""
+    starts = {"init_state": init_state, "init_params": init_params, "resume": resume}
+    if len(several := [f"`{name}`" for name, x in starts.items() if x is not None]) > 1:
+        raise ValueError(f"{' and '.join(several)} were given: expected one of them to start from.")
+    given = init_state if resume is None else resume.state
+    if given is not None and svi.constrain_fn is not None:
+        return given, empty() if resume is None else resume.history
+    fresh = svi.init(
+        rng_key, *args, init_params=init_params, **kwargs
+    )  # in a new process: makes `svi.get_params` ready
+    return fresh if given is None else given, empty() if resume is None else resume.history
+
+
+def _history(records: Any, steps: int, begin: float, end: float) -> History:
+    loss, info = records
+    seconds = begin + (end - begin) * np.arange(1, CHUNK + 1) / steps
+    fields = info.kl, info.step_size, info.newton_decrement, info.newton_decrement_error, info.limited, info.skipped
+    return History(*(x[:steps] for x in (loss, *fields, seconds)))
+
+
+def _shown(part: History) -> str:
+    """What the progress bar says of a chunk."""
+    gain = interval(part.newton_decrement[-1], part.newton_decrement_error[-1])
+    text = f"ELBO {-part.loss.mean():.2f}, KL/step {part.kl.mean():.2g}, to gain {gain} nats"
+    skipped = int(part.skipped.sum())
+    return text + (f", {skipped} of {part.steps} skipped" if skipped else "")
+
+
+def _reason(end: str, history: History, tolerance: float, state: State, aside: tuple[str, ...]) -> str:
+    """Why the fit ended, how far it is, what it would take, and what that does not speak of."""
+    if end == LOST or not history.steps:
+        return end
+    gain = interval(history.newton_decrement[-1], history.newton_decrement_error[-1])
+    far = "" if end == CONVERGED or not tolerance else outlook(history, tolerance, *noise_left(state))
+    rest = f" (without {', '.join(map(repr, aside))}, moved by the ordinary optimizer)" if aside else ""
+    return f"{end}: {gain} nats to gain{rest}, `tolerance={tolerance:g}`{far}"
+
+
+def _check(args: tuple[Any, ...], max_steps: Any, tolerance: Any, batches: Any) -> None:
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int | np.integer):
+        raise TypeError(f"`max_steps={max_steps!r}`: expected a positive integer, such as 10_000.")
+    if max_steps < 1:
+        raise ValueError(f"`max_steps={max_steps!r}`: expected a positive integer, such as 10_000.")
+    if not _is_number(tolerance):
+        raise TypeError(f"`tolerance={tolerance!r}`: expected a number of nats, such as 0.01; 0 takes all steps.")
+    if not 0 <= tolerance < np.inf:
+        raise ValueError(f"`tolerance={tolerance!r}`: expected a number of nats, such as 0.01; 0 takes all steps.")
+    if batches is not None and args:
+        raise ValueError(
+            f"{len(args)} positional arguments for model and guide were given beside `batches`: expected one of "
+            "the two. Give what is the same in every step by keyword."
+        )
+    if batches is not None and not isinstance(batches, Iterable):
+        raise TypeError(
+            f"`batches={batches!r}`: expected an iterable of tuples, the arguments of one step after the other."
+        )
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float | np.number) and not isinstance(x, bool)
+
+
+def _optimizer_of(svi: SVI) -> NaturalGradient:
+    if not isinstance(svi, SVI):
+        raise TypeError(
+            f"`fit({type(svi).__name__}, ...)`: expected a `numpyro.infer.SVI`, such as "
+            "`SVI(model, guide, NaturalGradient(), Trace_ELBO(num_particles=8))`."
+        )
+    if not isinstance(svi.optim, NaturalGradient):
+        raise TypeError(
+            f"`fit` stops by what `NaturalGradient` knows of the nats still to gain, but the optimizer of this `SVI` "
+            f"is `{type(svi.optim).__name__}`. Make it `SVI(model, guide, NaturalGradient(), loss)`, or call `svi.run`."
+        )
+    return svi.optim
