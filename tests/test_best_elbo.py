@@ -113,7 +113,7 @@ FITS = {
 def test_the_defaults_find_the_guides_best_elbo(name, x64, monkeypatch):
     """Of 1000 steps, what the last half of them returns is on average as good as the rule promises."""
     fit = FITS[name]
-    monkeypatch.setattr("numpyro_natgrad.structure.JOINT_LIMIT", fit.limit)
+    monkeypatch.setattr("numpyro_natgrad.blocks.partition.JOINT_LIMIT", fit.limit)
     svi, args = SVI(model, fit.guide, NaturalGradient(**fit.options), fit.loss), (jnp.asarray(A), jnp.asarray(Y))
 
     def step(state, _):

@@ -38,7 +38,7 @@ def run(model: Any, guide: Any, steps: int, loss: Any = None, **options: Any) ->
 
 
 def test_two_wide_full_gaussians(x64, monkeypatch):
-    monkeypatch.setattr("numpyro_natgrad.structure.JOINT_LIMIT", 1)
+    monkeypatch.setattr("numpyro_natgrad.blocks.partition.JOINT_LIMIT", 1)
     guide = AutoGuideList(target)
     for name in "xy":
         one = numpyro.handlers.block(target, expose=[name])
@@ -50,7 +50,7 @@ def test_two_wide_full_gaussians(x64, monkeypatch):
 
 
 def test_two_wide_mean_fields_by_second_order(x64, monkeypatch):
-    monkeypatch.setattr("numpyro_natgrad.structure.JOINT_LIMIT", 1)
+    monkeypatch.setattr("numpyro_natgrad.blocks.partition.JOINT_LIMIT", 1)
     params, _ = run(target, AutoNormal(target), 1, estimator="second_order", **EXACT)
     # The Hessian is diagonal: one random probe sees it all.
     np.testing.assert_allclose(params["x_auto_scale"], SD, rtol=1e-8)

@@ -115,7 +115,7 @@ def sampler(name: str) -> Any:
 
 @pytest.fixture(params=ROWS)
 def name(request, monkeypatch, x64):
-    monkeypatch.setattr("numpyro_natgrad.structure.JOINT_LIMIT", ROWS[request.param].limit)
+    monkeypatch.setattr("numpyro_natgrad.blocks.partition.JOINT_LIMIT", ROWS[request.param].limit)
     return request.param
 
 

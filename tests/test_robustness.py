@@ -134,7 +134,7 @@ def test_a_bad_step_is_skipped_and_the_next_good_one_goes_on(fit, kind):
 )
 def test_curvature_that_stays_no_number_is_done_without(guide, limit, monkeypatch):
     """Skipped once; then along the slope, the covariance as it is."""
-    monkeypatch.setattr("numpyro_natgrad.structure.JOINT_LIMIT", limit)
+    monkeypatch.setattr("numpyro_natgrad.blocks.partition.JOINT_LIMIT", limit)
     svi = SVI(model, guide, NaturalGradient(), Trace_ELBO(num_particles=2))
     state, update = svi.init(random.key(0), NONE), jax.jit(svi.stable_update)
     state, _ = update(state, NONE)

@@ -145,7 +145,7 @@ def test_linear_response_sees_through_the_transforms_of_a_guide(x64, monkeypatch
     svi, params = started(log_gaussian, hand_written)
     dense = linear_response(svi, params, random.key(1), num_particles=32).covariance
     assert_close(dense, COVARIANCE[:2, :2], 1e-8)
-    monkeypatch.setattr("numpyro_natgrad.response.DENSE_LIMIT", 0)
+    monkeypatch.setattr("numpyro_natgrad.diagnostics.linear_response.DENSE_LIMIT", 0)
     assert_close(linear_response(svi, params, random.key(1), num_particles=32).covariance, dense, 1e-4)
 
 
