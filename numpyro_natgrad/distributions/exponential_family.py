@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import cho_factor, cho_solve
 
-from numpyro_natgrad.distributions.gaussian import positive
+from numpyro_natgrad.distributions.gaussian import positive, scaled_cholesky_solve
 
 Arguments = dict[str, jax.Array]
 
@@ -62,7 +61,9 @@ class ExponentialFamily(NamedTuple):
 
     def natural_gradient(self, eta: jax.Array, gradient: jax.Array) -> jax.Array:
         """F⁻¹g: the natural gradient, equal to the gradient with respect to the mean parameters."""
-        return self.solve(eta, gradient) if self.solve else solved(self.fisher(eta), gradient)
+        if self.solve:
+            return self.solve(eta, gradient)
+        return scaled_cholesky_solve(self.fisher(eta), gradient, damping=float(jnp.finfo(eta.dtype).eps))
 
     def step(self, eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
         """η + change, kept inside its bounds: a coordinate loses at most a share of its distance to them."""
@@ -172,13 +173,3 @@ def shrunk(room: jax.Array, change: jax.Array, margin: float) -> jax.Array:
 def given(family: ExponentialFamily, arguments: Arguments) -> Arguments:
     """The arguments that η is made of."""
     return {name: x for name, x in arguments.items() if name not in family.fixed}
-
-
-def solved(fisher: jax.Array, gradient: jax.Array) -> jax.Array:
-    """F⁻¹g for dense F, scaled to a unit diagonal first: arguments may differ by any order of magnitude."""
-    tiny = jnp.finfo(gradient.dtype).tiny
-    root = jnp.sqrt(jnp.maximum(jnp.diagonal(fisher, axis1=-2, axis2=-1), tiny))
-    scaled = fisher / (root[..., :, None] * root[..., None, :])
-    eye = jnp.eye(root.shape[-1], dtype=root.dtype)
-    factor = cho_factor(scaled + jnp.finfo(root.dtype).eps * eye, lower=True)
-    return cho_solve(factor, (gradient / root)[..., None])[..., 0] / root

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.scipy.linalg import cho_factor, cho_solve
 
 
 class Tangent(NamedTuple):
@@ -104,6 +105,28 @@ def inverse_lower(lower: jax.Array) -> jax.Array:
     """The inverse of a lower triangular matrix."""
     eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
     return lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+
+
+def scaled_cholesky_solve(
+    matrix: jax.Array, rhs: jax.Array, *, damping: jax.Array | float, scale: jax.Array | None = None
+) -> jax.Array:
+    """Solve (A + damping · diag(scale)) x = b by a Cholesky factor of diag(scale)^(−½) A diag(scale)^(−½) + damping · I.
+
+    Parameters may be of any order of magnitude: with ``scale`` = diag A, the default, the matrix that is factorized has
+    a unit diagonal, which minimizes its condition number up to a factor n (van der Sluis 1969).
+
+    :param matrix: A, symmetric positive semi-definite, ``(..., n, n)``. Only its lower triangle is read.
+    :param rhs: b, ``(..., n)``.
+    :param damping: relative to ``scale``: one number, or one for each parameter, ``(..., n)``.
+    :param scale: positive, ``(..., n)``. Entries of diag A that vanish are replaced by the smallest normal number.
+    """
+    if scale is None:
+        scale = jnp.maximum(jnp.diagonal(matrix, axis1=-2, axis2=-1), jnp.finfo(rhs.dtype).tiny)
+    root = jnp.sqrt(scale)
+    scaled = matrix / (root[..., :, None] * root[..., None, :])
+    eye = jnp.eye(root.shape[-1], dtype=root.dtype)
+    factor = cho_factor(scaled + jnp.asarray(damping, root.dtype)[..., None] * eye, lower=True)
+    return cho_solve(factor, (rhs / root)[..., None])[..., 0] / root
 
 
 def sketch(slope: jax.Array, probes: jax.Array, image: jax.Array) -> Tangent:
