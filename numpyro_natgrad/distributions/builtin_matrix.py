@@ -92,7 +92,7 @@ def _wishart_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array
     # The rate moves in its own frame, R₊ = L Q w Qᵀ Lᵀ with R = LLᵀ and L⁻¹ΔL⁻ᵀ = Q (w − 1) Qᵀ: always positive.
     factor = jnp.linalg.cholesky(_matrix(eta))
     inverse = inverse_lower(factor)
-    whitened = inverse @ _matrix(change) @ jnp.swapaxes(inverse, -1, -2)
+    whitened = inverse @ _matrix(change) @ _transposed(inverse)
     values, vectors = jnp.linalg.eigh(whitened)
     stretch = positive(values, margin)
     # A matrix whose condition number is beyond the precision is not one that has a Cholesky factor.
@@ -102,24 +102,24 @@ def _wishart_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array
     room = eta[..., 0] - least
     above = least * (1 + 4 * float(jnp.finfo(eta.dtype).eps))
     concentration = jnp.maximum(least + shrunk(room, change[..., 0], margin), above)
-    return _vech(concentration, root @ jnp.swapaxes(root, -1, -2))
+    return _vech(concentration, root @ _transposed(root))
 
 
 def _inverted(matrix: jax.Array) -> jax.Array:
     factor = inverse_lower(jnp.linalg.cholesky(matrix))
-    return jnp.swapaxes(factor, -1, -2) @ factor
+    return _transposed(factor) @ factor
 
 
 def _rate_of(rate_matrix: Any = None, scale_matrix: Any = None, scale_tril: Any = None) -> jax.Array:
     if rate_matrix is not None:
         return rate_matrix
-    return _inverted(scale_matrix if scale_matrix is not None else scale_tril @ jnp.swapaxes(scale_tril, -1, -2))
+    return _inverted(scale_matrix if scale_matrix is not None else scale_tril @ _transposed(scale_tril))
 
 
 def _scale_of(scale_matrix: Any = None, rate_matrix: Any = None, scale_tril: Any = None) -> jax.Array:
     if scale_matrix is not None:
         return scale_matrix
-    return _inverted(rate_matrix) if rate_matrix is not None else scale_tril @ jnp.swapaxes(scale_tril, -1, -2)
+    return _inverted(rate_matrix) if rate_matrix is not None else scale_tril @ _transposed(scale_tril)
 
 
 register_exponential_family(
@@ -144,7 +144,7 @@ def _matrix_normal(at: Arguments, d: Arguments) -> jax.Array:
     # Covariance V ⊗ U, whitened change I ⊗ X + Y ⊗ I: ½ ‖·‖² = ½ (p ‖X‖² + n ‖Y‖²) + tr X tr Y
     rows, columns = (inverse_lower(at[f"scale_tril_{side}"]) for side in ("row", "column"))
     x, y = (_symmetric(inverse @ d[f"scale_tril_{side}"]) for inverse, side in ((rows, "row"), (columns, "column")))
-    shift = rows @ d["loc"] @ jnp.swapaxes(columns, -1, -2)
+    shift = rows @ d["loc"] @ _transposed(columns)
     n, p = x.shape[-1], y.shape[-1]
     return _norm2(shift) + 0.5 * (p * _norm2(x) + n * _norm2(y)) + _trace(x) * _trace(y)
 
@@ -157,12 +157,44 @@ def _student_matrix(at: Arguments, d: Arguments) -> jax.Array:
     return share * (jnp.sum(shift**2, -1) + 0.5 * _norm2(x)) - _trace(x) ** 2 / (2 * (df + n + 2))
 
 
+def _low_rank_normal(at: Arguments, d: Arguments) -> jax.Array:
+    r"""dmᵀS dm + ½ tr(S dΣ S dΣ) with dΣ = dV Vᵀ + V dVᵀ + diag(dψ), in units of ψ^½: A = V, a = dV, e = diag(dψ).
+
+    With C = I + AᵀA = LLᵀ and B = AL⁻ᵀ it is S = I − BBᵀ, and of the trace are left
+
+        tr(S X S X) = 2 tr G² + 2 tr(J aᵀSa),   G = AᵀSa, J = AᵀSA     for X = aAᵀ + Aaᵀ
+        tr(S X S e) = 2 Σ_i e_i (Sa)_i·(SA)_i
+        tr(S e S e) = Σ_i e_i² (1 − 2‖B_i‖²) + ‖BᵀeB‖²
+    """
+    scale = jnp.sqrt(at["cov_diag"])
+    dm, e = d["loc"] / scale, d["cov_diag"] / at["cov_diag"]
+    A, a = at["cov_factor"] / scale[..., None], d["cov_factor"] / scale[..., None]
+    inner = _transposed(A) @ A
+    lower = jnp.linalg.cholesky(inner + jnp.eye(inner.shape[-1], dtype=inner.dtype))
+    B = _transposed(jax.lax.linalg.triangular_solve(lower, _transposed(A), left_side=True, lower=True))
+    S = lambda x: x - B @ (_transposed(B) @ x)
+    Sa, SA = S(a), S(A)
+    G, J, BeB = _transposed(A) @ Sa, _transposed(A) @ SA, _transposed(B) @ (e[..., None] * B)
+    along = 2 * _total(G * _transposed(G)) + 2 * _total(J * (_transposed(a) @ Sa))
+    crossed = 4 * jnp.sum(e * jnp.sum(Sa * SA, -1), -1)
+    own = jnp.sum(e**2 * (1 - 2 * jnp.sum(B**2, -1)), -1) + _total(BeB**2)
+    return jnp.sum(dm * S(dm[..., None])[..., 0], -1) + 0.5 * (along + crossed + own)
+
+
 def _symmetric(lower: jax.Array) -> jax.Array:
-    return lower + jnp.swapaxes(lower, -1, -2)
+    return lower + _transposed(lower)
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
+def _total(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=(-2, -1))
 
 
 def _norm2(x: jax.Array) -> jax.Array:
-    return jnp.sum(x**2, axis=(-2, -1))
+    return _total(x**2)
 
 
 def _trace(x: jax.Array) -> jax.Array:
@@ -171,3 +203,4 @@ def _trace(x: jax.Array) -> jax.Array:
 
 register_fisher(dist.MatrixNormal, _matrix_normal)
 register_fisher(dist.MultivariateStudentT, _student_matrix, fixed=("df",))
+register_fisher(dist.LowRankMultivariateNormal, _low_rank_normal)

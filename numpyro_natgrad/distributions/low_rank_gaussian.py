@@ -14,9 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from numpyro import distributions as dist
 
-from numpyro_natgrad.distributions.exponential_family import Arguments, register_fisher
 from numpyro_natgrad.distributions.gaussian import inverse_lower, positive
 
 #: Turns of :func:`project`, which starts at the guide as it is.
@@ -199,41 +197,3 @@ def project(dense: jax.Array, scale: jax.Array, factor: jax.Array, sweeps: int =
 def _columns(x: jax.Array, r: int) -> jax.Array:
     """The first r along the last axis, with zeros for those that there are not."""
     return jnp.pad(x[..., :r], [(0, 0)] * (x.ndim - 1) + [(0, max(0, r - x.shape[-1]))])
-
-
-# ---- the Fisher matrix in NumPyro's arguments ------------------------------------------------------------------------
-
-
-def _metric(at: Arguments, d: Arguments) -> jax.Array:
-    r"""dmᵀS dm + ½ tr(S dΣ S dΣ) with dΣ = dV Vᵀ + V dVᵀ + diag(dψ), in units of ψ^½: A = V, a = dV, e = diag(dψ).
-
-    With C = I + AᵀA = LLᵀ and B = AL⁻ᵀ it is S = I − BBᵀ, and of the trace are left
-
-        tr(S X S X) = 2 tr G² + 2 tr(J aᵀSa),   G = AᵀSa, J = AᵀSA     for X = aAᵀ + Aaᵀ
-        tr(S X S e) = 2 Σ_i e_i (Sa)_i·(SA)_i
-        tr(S e S e) = Σ_i e_i² (1 − 2‖B_i‖²) + ‖BᵀeB‖²
-    """
-    scale = jnp.sqrt(at["cov_diag"])
-    dm, e = d["loc"] / scale, d["cov_diag"] / at["cov_diag"]
-    A, a = at["cov_factor"] / scale[..., None], d["cov_factor"] / scale[..., None]
-    inner = _t(A) @ A
-    lower = jnp.linalg.cholesky(inner + jnp.eye(inner.shape[-1], dtype=inner.dtype))
-    B = _t(jax.lax.linalg.triangular_solve(lower, _t(A), left_side=True, lower=True))
-    S = lambda x: x - B @ (_t(B) @ x)
-    Sa, SA = S(a), S(A)
-    G, J, BeB = _t(A) @ Sa, _t(A) @ SA, _t(B) @ (e[..., None] * B)
-    along = 2 * _sum(G * _t(G)) + 2 * _sum(J * (_t(a) @ Sa))
-    crossed = 4 * jnp.sum(e * jnp.sum(Sa * SA, -1), -1)
-    own = jnp.sum(e**2 * (1 - 2 * jnp.sum(B**2, -1)), -1) + _sum(BeB**2)
-    return jnp.sum(dm * S(dm[..., None])[..., 0], -1) + 0.5 * (along + crossed + own)
-
-
-def _t(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, -1, -2)
-
-
-def _sum(x: jax.Array) -> jax.Array:
-    return jnp.sum(x, axis=(-2, -1))
-
-
-register_fisher(dist.LowRankMultivariateNormal, _metric)

@@ -1,10 +1,8 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Distributions seen through their wrappers: the base, its arguments, and the KL of the whole to itself.
+"""Distributions under NumPyro's wrappers: the base, its arguments, the KL of the whole, and the density of flows.
 
-    Masked(Independent(Expanded(Transformed(base))))      F is the base's, summed over what the wrappers repeat
-
-NumPyro's own KLs are asked first, then the registry (:mod:`.exponential_family`).
+Masked(Independent(Expanded(Transformed(base))))      F is the sum of the base's F over the copies that count
 """
 
 import copy
@@ -16,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
 from numpyro import distributions as dist
+from numpyro.distributions.flows import BlockNeuralAutoregressiveTransform, InverseAutoregressiveTransform
 from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.util import sum_rightmost
 
 from numpyro_natgrad.distributions import exponential_family
-from numpyro_natgrad.distributions.flow_density import FLOWS
 
+#: Transforms of vectors whose parameters are in a closure, where ``jax.tree.leaves`` does not find them.
+FLOWS = (InverseAutoregressiveTransform, BlockNeuralAutoregressiveTransform)
 _WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution, dist.TransformedDistribution)
 
 
@@ -99,8 +99,12 @@ def map_base(fn: Any, change: Callable[[Any], Any]) -> Any:
     """The same distribution with ``change`` applied to the one under its wrappers."""
     if not is_wrapper(fn):
         return change(fn)
+    return _rewrapped(fn, map_base(fn.base_dist, change))
+
+
+def _rewrapped(fn: Any, base: Any) -> Any:
     outer = copy.copy(fn)
-    outer.base_dist = map_base(fn.base_dist, change)
+    outer.base_dist = base
     return outer
 
 
@@ -133,3 +137,64 @@ def base_shape(fn: Any, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
     while is_wrapper(fn) and not isinstance(fn, dist.ExpandedDistribution):
         fn = fn.base_dist
     return tuple(sample_shape) + tuple(fn.shape())
+
+
+# ---- normalizing flows -----------------------------------------------------------------------------------------------
+#
+# A flow z = T_φ(x) has the density log q_φ(z) = ℓ(φ, x) = log n(x) − log|∂T_φ/∂x| at x = T_φ⁻¹(z). Where z is a draw of
+# the flow itself, x is known, and only its derivative with respect to φ at fixed z is missing. One Newton step from the
+# known x is exact in value and first derivative:
+#
+#     x(φ) = x − (∂T/∂x)⁻¹ (T_φ(x) − z),      so that      ∇_φ log q_φ(z) = ∂_φ ℓ − (∂_φ T)ᵀ w   with   (∂T/∂x)ᵀ w = ∂_x ℓ
+#
+# No inverse of the flow is computed. A block neural autoregressive flow has none in closed form, and that of an inverse
+# autoregressive flow calls its network d times in sequence for d latents; the d columns of ∂T/∂x are one batch.
+
+
+def without_flow_inverse(fn: Any, intermediates: Any) -> Any:
+    """Return the same distribution with a ``log_prob`` that, at the frozen draw, does not invert a flow.
+
+    :param fn: any distribution; one without a flow is returned as it is.
+    :param intermediates: the intermediate values that ``sample_with_intermediates`` returned with the draw.
+    """
+    if isinstance(fn, dist.TransformedDistribution):
+        if not intermediates or not any(isinstance(t, FLOWS) for t in fn.transforms):
+            return fn
+        return with_log_prob(fn, lambda value, *_: _flow_log_prob(fn, value, intermediates))
+    if isinstance(fn, _WRAPPERS):
+        return _rewrapped(fn, without_flow_inverse(fn.base_dist, intermediates))
+    return fn
+
+
+def _flow_log_prob(fn: Any, value: jax.Array, intermediates: Any) -> jax.Array:
+    """``TransformedDistribution.log_prob`` at its own draw; its first derivatives are exact, its second are not."""
+    total, y, event_dim = jnp.zeros(()), value, fn.event_dim
+    for transform, (x, _) in reversed(list(zip(fn.transforms, intermediates, strict=True))):
+        x, log_det = _preimage(transform, stop_gradient(x), y)
+        extra = event_dim - transform.codomain.event_dim
+        total = total - sum_rightmost(log_det, extra)
+        y, event_dim = x, transform.domain.event_dim + extra
+    return total + sum_rightmost(fn.base_dist.log_prob(y), event_dim - fn.base_dist.event_dim)
+
+
+def _preimage(transform: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x(φ) with T_φ(x(φ)) = y, and log|∂T_φ/∂x| there, both to first order in φ and y."""
+    if not isinstance(transform, FLOWS):
+        x = transform.inv(y)
+        return x, transform.log_abs_det_jacobian(x, y)
+    image, log_det = _flow_forward(transform, x)
+    jacobian, slope = _flow_jacobian(transform, x)
+    shift = jnp.linalg.solve(jacobian, (y - image)[..., None])[..., 0]
+    return x + shift, log_det + jnp.sum(slope * shift, axis=-1)
+
+
+def _flow_forward(transform: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y, intermediates = transform.call_with_intermediates(x)
+    return y, transform.log_abs_det_jacobian(x, y, intermediates)
+
+
+def _flow_jacobian(transform: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """∂T/∂x, ``(..., d, d)``, and ∂ log|∂T/∂x| / ∂x, ``(..., d)``, at frozen parameters."""
+    flat = x.reshape(-1, x.shape[-1])
+    jacobian, slope = jax.vmap(jax.jacfwd(lambda v: _flow_forward(transform, v)))(flat)
+    return stop_gradient((jacobian.reshape(*x.shape, x.shape[-1]), slope.reshape(x.shape)))

@@ -29,7 +29,6 @@ from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer.util import is_identically_one
 from numpyro.primitives import Messenger
 
-from numpyro_natgrad.distributions.flow_density import at_draw
 from numpyro_natgrad.distributions.surrogate import (
     CLOSED,
     MONTE_CARLO,
@@ -54,6 +53,7 @@ from numpyro_natgrad.distributions.wrappers import (
     owns_parameters,
     spelt_out,
     with_log_prob,
+    without_flow_inverse,
 )
 from numpyro_natgrad.errors import StructureError
 from numpyro_natgrad.guide.particles import own, partner, signs
@@ -196,7 +196,7 @@ class TraceHandler(Messenger):
             MONTE_CARLO if closed_kl(fn) is None else CLOSED,
         )
         msg["value"] = tag("draw", name, value)
-        _tag_score(name, at_draw(fn, msg["intermediates"]), stop_gradient(msg["value"]))
+        _tag_score(name, without_flow_inverse(fn, msg["intermediates"]), stop_gradient(msg["value"]))
         if name in self._known:
             return  # summed over, with weights q: no density that a draw carries
         if self.opaque:
@@ -291,7 +291,7 @@ class Frozen(Messenger):
             measure = stop_gradient(fn.log_prob(msg["value"]))
         elif is_guide_site(msg):
             msg["value"] = stop_gradient(msg["value"])
-            fn = at_draw(fn, msg["intermediates"])
+            fn = without_flow_inverse(fn, msg["intermediates"])
             density = self.densities.get(msg["name"], nothing)(fn, msg["value"])
         else:
             density = -self.model_sites.get(msg["name"], nothing)(fn, msg["value"])
