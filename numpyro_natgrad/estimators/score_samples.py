@@ -21,8 +21,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_natgrad.distributions.surrogate import Density
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.guide.handlers import Assigned, Frozen, Loss, guide_site, is_guide_site
-from numpyro_natgrad.guide.particles import own
+from numpyro_natgrad.guide.handlers import Assigned, Frozen, Loss, guide_site, is_guide_site, per_particle
 
 
 def scores(
@@ -69,7 +68,7 @@ class Redraw(Messenger):
         if msg["type"] == "param" and msg["name"] in self.copies:
             key = numpyro.prng_key()
             transform = biject_to(msg["kwargs"].get("constraint", constraints.real))
-            mine = jax.tree.map(lambda x: x[0] if key is None else own(x, key), self.copies[msg["name"]])
+            mine = jax.tree.map(lambda x: x[0] if key is None else per_particle(x, key), self.copies[msg["name"]])
             msg["value"] = jax.tree.map(transform, mine)
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.lax import stop_gradient
 from numpyro import distributions as dist
 from numpyro.distributions import biject_to, constraints
@@ -56,7 +57,6 @@ from numpyro_natgrad.distributions.wrappers import (
     without_flow_inverse,
 )
 from numpyro_natgrad.errors import StructureError
-from numpyro_natgrad.guide.particles import own, partner, signs
 from numpyro_natgrad.guide.provenance import tag
 
 Loss = Callable[[dict[str, Any]], tuple[jax.Array, Any]]
@@ -209,6 +209,47 @@ class TraceHandler(Messenger):
 APART = ("split", "mirrored")
 
 
+def per_particle(copies: jax.Array, key: jax.Array) -> jax.Array:
+    """Row s of ``copies`` in the s-th particle; row 0 where particles are not drawn in one batch.
+
+    A loss averages over particles without showing them. Only a batching rule sees that the function is called for a
+    batch, whose size it is given. What the rule returns is an integer, which has no derivative, so that the gather
+    below is all that is differentiated.
+    """
+
+    @custom_vmap
+    def index(key: jax.Array) -> jax.Array:
+        return jnp.zeros((), int)
+
+    @index.def_vmap
+    def _(size: int, batched: Any, key: jax.Array) -> tuple[jax.Array, bool]:
+        # A batch of another size is one of chains or seeds, not of particles.
+        return (jnp.arange(size) if size == len(copies) else jnp.zeros(size, int)), True
+
+    return copies[index(key)]
+
+
+@custom_vmap
+def antithetic_key(key: jax.Array) -> jax.Array:
+    """The key of a particle's partner: of 2h particles the second half has the keys of the first half.
+
+    A last particle without a partner keeps its key, and so does one outside of a batch.
+    """
+    return key
+
+
+@antithetic_key.def_vmap
+def _(size: int, batched: Any, keys: jax.Array) -> tuple[jax.Array, bool]:
+    half = size // 2
+    return jnp.concatenate([keys[:half], keys[:half], keys[2 * half :]]), True
+
+
+def antithetic_signs(particles: int) -> jax.Array:
+    """1 for the first of a pair of particles and for one without a partner, −1 for the second; ``(particles,)``."""
+    half = particles // 2
+    return jnp.concatenate([jnp.ones(half), -jnp.ones(half), jnp.ones(particles % 2)])
+
+
 class PathGradient(Messenger):
     """Remove the score term of Gaussian sites.
 
@@ -242,11 +283,11 @@ class PathGradient(Messenger):
             return
         name = msg["name"]
         if self.modes.get(name) == "mirrored":
-            sign = own(signs(self.perturbations[name].shape[1]), msg["kwargs"]["rng_key"])
-            msg["kwargs"]["rng_key"] = partner(msg["kwargs"]["rng_key"])
+            sign = per_particle(antithetic_signs(self.perturbations[name].shape[1]), msg["kwargs"]["rng_key"])
+            msg["kwargs"]["rng_key"] = antithetic_key(msg["kwargs"]["rng_key"])
             msg["fn"] = map_base(msg["fn"], lambda base: mirrored(base, self.means[name], sign))
         if self.modes.get(name) in APART:
-            shift = own(self.perturbations[name][1], msg["kwargs"]["rng_key"])
+            shift = per_particle(self.perturbations[name][1], msg["kwargs"]["rng_key"])
             msg["fn"] = map_base(msg["fn"], lambda base: shifted(base, shift))
         elif name in self.stretches:
             msg["fn"] = map_base(msg["fn"], lambda base: stretched(base, self.means[name], self.stretches[name]))
@@ -259,7 +300,7 @@ class PathGradient(Messenger):
             perturbation = self.perturbations[msg["name"]]
             msg["fn"] = map_base(msg["fn"], lambda base: silent(base, perturbation))
         elif mode in APART:
-            perturbation = own(self.perturbations[msg["name"]][0], msg["kwargs"]["rng_key"])
+            perturbation = per_particle(self.perturbations[msg["name"]][0], msg["kwargs"]["rng_key"])
             msg["fn"] = map_base(msg["fn"], lambda base: silent(base, perturbation))
         elif mode == "tilted":
             perturbation = self.perturbations[msg["name"]]
