@@ -49,7 +49,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient, register_exponential_family
-from numpyro_natgrad.distributions.exponential_family import exponential
+from numpyro_natgrad.distributions.exponential_family import find_exponential_family
 
 PACKAGES = ("matplotlib", "pandas", "scipy", "sklearn", "statsmodels")
 HELD_OUT = 500  # documents
@@ -66,7 +66,7 @@ class Expected(dist.Dirichlet):
         return jnp.broadcast_to(jnp.exp(mean), self.shape(sample_shape))
 
 
-_dirichlet = exponential(dist.Dirichlet)
+_dirichlet = find_exponential_family(dist.Dirichlet)
 assert _dirichlet is not None
 register_exponential_family(Expected, **_dirichlet._asdict())
 

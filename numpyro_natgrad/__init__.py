@@ -72,7 +72,7 @@ __all__ = [
     "kl",
     "linear_response",
     "natural_gradient",
-    "register_exponential",
+    "register_exponential_family",
     "register_fisher",
     "register_gaussian",
     "scale_by_fisher",

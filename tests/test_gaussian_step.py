@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from oracles import assert_close, kl, root_eps, spd
 
 from numpyro_natgrad.distributions import gaussian
-from numpyro_natgrad.distributions.gaussian import Tangent
+from numpyro_natgrad.distributions.gaussian import GaussianTangent
 
 D, RANK, MARGIN = 6, 4, 0.05
 # Eigenvalues of M: a variance that grows tenfold at ρ = 1, and one that shrinks to a thirtieth.
@@ -26,7 +26,7 @@ SPECTRUM = np.array([-0.9, -0.3, 0.0, 0.7, 4.0, 30.0])
 class Case(NamedTuple):
     """A tangent, with the dense M that it stands for."""
 
-    tangent: Tangent
+    tangent: GaussianTangent
     curvature: np.ndarray
 
 
@@ -36,13 +36,13 @@ def dense() -> Case:
 
 
 def diagonal() -> Case:
-    return Case(Tangent(jnp.asarray(slope()), jnp.asarray(SPECTRUM), None), np.diag(SPECTRUM))
+    return Case(GaussianTangent(jnp.asarray(slope()), jnp.asarray(SPECTRUM), None), np.diag(SPECTRUM))
 
 
 def sketched() -> Case:
     vectors, values = rotation(D, 2)[:, :RANK], SPECTRUM[[0, 1, 4, 5]]
     curvature = vectors * values @ vectors.T
-    return Case(Tangent(jnp.asarray(slope()), jnp.asarray(values), jnp.asarray(vectors)), curvature)
+    return Case(GaussianTangent(jnp.asarray(slope()), jnp.asarray(values), jnp.asarray(vectors)), curvature)
 
 
 def rotation(d: int, seed: int) -> np.ndarray:
@@ -79,8 +79,8 @@ def matrix(contraction: jax.Array) -> np.ndarray:
 @pytest.mark.parametrize("rho", LENGTHS)
 def test_the_step_lands_where_natural_parameters_say(case, dtype, rho):
     _, (mean, covariance) = natural_step(case, rho)
-    factor = K @ matrix(gaussian.contraction(case.tangent, rho, MARGIN))
-    shift = K @ np.asarray(gaussian.displacement(case.tangent, rho, MARGIN))
+    factor = K @ matrix(gaussian.relative_factor(case.tangent, rho, MARGIN))
+    shift = K @ np.asarray(gaussian.mean_shift(case.tangent, rho, MARGIN))
     assert_close(M + shift, mean, root_eps(dtype))
     assert_close(factor @ factor.T, covariance, root_eps(dtype))
 
@@ -88,34 +88,34 @@ def test_the_step_lands_where_natural_parameters_say(case, dtype, rho):
 @pytest.mark.parametrize("rho", LENGTHS)
 def test_both_kls_are_numpyros(case, dtype, rho):
     before, after = natural_step(case, rho)
-    assert_close(gaussian.kl_forward(case.tangent, rho, MARGIN), kl(before, after), root_eps(dtype))
-    assert_close(gaussian.kl_backward(case.tangent, rho, MARGIN), kl(after, before), root_eps(dtype))
+    assert_close(gaussian.forward_kl(case.tangent, rho, MARGIN), kl(before, after), root_eps(dtype))
+    assert_close(gaussian.reverse_kl(case.tangent, rho, MARGIN), kl(after, before), root_eps(dtype))
 
 
 @pytest.mark.parametrize("rho", LENGTHS)
 @pytest.mark.parametrize("make", [dense, sketched])
 def test_growth_is_what_the_whitened_precision_gains(make, dtype, rho):
     case = make()
-    assert_close(gaussian.growth(case.tangent, rho, MARGIN), rho * case.curvature, root_eps(dtype))
+    assert_close(gaussian.precision_change(case.tangent, rho, MARGIN), rho * case.curvature, root_eps(dtype))
 
 
 def test_the_new_factor_is_a_cholesky_factor(case, dtype):
-    factor = matrix(gaussian.contraction(case.tangent, 1.0, MARGIN))
+    factor = matrix(gaussian.relative_factor(case.tangent, 1.0, MARGIN))
     assert_close(np.triu(factor, 1), np.zeros((D, D)), 0.0)
     assert (np.diag(factor) > 0).all()
 
 
 def test_a_step_of_no_length_goes_nowhere(case, dtype):
-    assert_close(gaussian.displacement(case.tangent, 0.0, MARGIN), np.zeros(D), 0.0)
-    assert_close(matrix(gaussian.contraction(case.tangent, 0.0, MARGIN)), np.eye(D), root_eps(dtype))
-    assert abs(float(gaussian.kl_forward(case.tangent, 0.0, MARGIN))) <= root_eps(dtype) ** 2 * D
+    assert_close(gaussian.mean_shift(case.tangent, 0.0, MARGIN), np.zeros(D), 0.0)
+    assert_close(matrix(gaussian.relative_factor(case.tangent, 0.0, MARGIN)), np.eye(D), root_eps(dtype))
+    assert abs(float(gaussian.forward_kl(case.tangent, 0.0, MARGIN))) <= root_eps(dtype) ** 2 * D
 
 
 def test_the_norm_is_twice_the_kl_of_a_short_step(case, x64):
     """KL(ρv) = ½ρ²‖v‖² + O(ρ³): the remainder falls by 8 where ρ falls by 2."""
     rhos = np.array([4e-3, 2e-3, 1e-3])
     short = 0.5 * rhos**2 * float(gaussian.squared_norm(case.tangent))
-    for nats in (gaussian.kl_forward, gaussian.kl_backward):
+    for nats in (gaussian.forward_kl, gaussian.reverse_kl):
         remainder = np.abs(np.array([float(nats(case.tangent, r, MARGIN)) for r in rhos]) - short)
         np.testing.assert_allclose(remainder[:-1] / remainder[1:], 8.0, rtol=0.1)
 
@@ -130,10 +130,10 @@ def test_leading_axes_are_a_loop(dtype):
     slopes = np.random.default_rng(5).normal(size=(2, 3))
     together = gaussian.tangent(jnp.asarray(slopes), jnp.asarray(curvatures))
     alone = [gaussian.tangent(jnp.asarray(g), jnp.asarray(c)) for g, c in zip(slopes, curvatures, strict=True)]
-    for whole in (gaussian.displacement, gaussian.contraction, gaussian.growth):
+    for whole in (gaussian.mean_shift, gaussian.relative_factor, gaussian.precision_change):
         expected = np.stack([np.asarray(whole(t, 0.5, MARGIN)) for t in alone])
         assert_close(whole(together, 0.5, MARGIN), expected, root_eps(dtype))
-    for total in (gaussian.kl_forward, gaussian.kl_backward):
+    for total in (gaussian.forward_kl, gaussian.reverse_kl):
         expected = sum(float(total(t, 0.5, MARGIN)) for t in alone)
         assert_close(total(together, 0.5, MARGIN), expected, root_eps(dtype))
     assert_close(gaussian.squared_norm(together), sum(float(gaussian.squared_norm(t)) for t in alone), root_eps(dtype))
@@ -143,7 +143,7 @@ def test_leading_axes_are_a_loop(dtype):
 def test_a_sketch_agrees_with_the_matrix_where_it_was_probed(dtype, k):
     curvature, v = rotation(D, 1) * SPECTRUM @ rotation(D, 1).T, rotation(D, 6)[:, :k]
     image = curvature @ v
-    sketch = gaussian.sketch(jnp.asarray(slope()), jnp.asarray(v), jnp.asarray(image))
+    sketch = gaussian.sketched_tangent(jnp.asarray(slope()), jnp.asarray(v), jnp.asarray(image))
     seen = np.asarray(sketch.vectors * sketch.values @ sketch.vectors.T)
     assert_close(seen @ v, image, root_eps(dtype) * np.linalg.norm(SPECTRUM))
     rest = np.eye(D) - v @ v.T
@@ -158,7 +158,7 @@ margins = st.sampled_from([0.05, 0.25, 1e-6])
 @given(x=st.floats(-1e6, 1e6), margin=margins)
 def test_the_continuation_is_positive_increasing_and_exact_above(x, margin):
     with jax.enable_x64(True):
-        value, slope = jax.value_and_grad(gaussian.positive)(x, margin)
+        value, slope = jax.value_and_grad(gaussian.positive_ratio)(x, margin)
         assert value > 0
         assert slope > 0
         if x >= margin - 1:
@@ -170,11 +170,11 @@ def test_the_continuation_is_continuously_differentiable(margin):
     """One-sided secants at the joint: value margin and slope 1 from both sides."""
     with jax.enable_x64(True):
         joint, h = margin - 1, margin * 1e-4
-        assert_close(gaussian.positive(joint, margin), margin, 1e-9)
+        assert_close(gaussian.positive_ratio(joint, margin), margin, 1e-9)
         for side in (-h, h):
-            secant = (float(gaussian.positive(joint + side, margin)) - margin) / side
+            secant = (float(gaussian.positive_ratio(joint + side, margin)) - margin) / side
             np.testing.assert_allclose(secant, 1.0, atol=1e-3)
-            slope = jax.grad(gaussian.positive)(joint + side, margin)
+            slope = jax.grad(gaussian.positive_ratio)(joint + side, margin)
             np.testing.assert_allclose(slope, 1.0, atol=1e-3)
 
 
@@ -183,9 +183,9 @@ spectra = st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4)
 
 @jax.jit
 def everything(slope, values, rho):
-    t = Tangent(slope, values, jnp.asarray(rotation(4, 7), values.dtype))
-    factor = gaussian.contraction(t, rho, MARGIN)
-    return factor, gaussian.displacement(t, rho, MARGIN), gaussian.kl_forward(t, rho, MARGIN), gaussian.squared_norm(t)
+    t = GaussianTangent(slope, values, jnp.asarray(rotation(4, 7), values.dtype))
+    factor = gaussian.relative_factor(t, rho, MARGIN)
+    return factor, gaussian.mean_shift(t, rho, MARGIN), gaussian.forward_kl(t, rho, MARGIN), gaussian.squared_norm(t)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])

@@ -49,7 +49,7 @@ def test_the_metric_is_the_hessian_of_the_dense_kl(size, x64):
 
     expected = jax.hessian(lambda y: dist.kl_divergence(dense(x), dense(y)))(x)
     found = jax.hessian(
-        lambda y: exponential_family.divergence(dist.LowRankMultivariateNormal, unravel(x), unravel(y)).sum()
+        lambda y: exponential_family.registered_kl(dist.LowRankMultivariateNormal, unravel(x), unravel(y)).sum()
     )(x)
     assert_close(found, expected, root_eps("float64"))
 
@@ -57,7 +57,7 @@ def test_the_metric_is_the_hessian_of_the_dense_kl(size, x64):
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e3])
 def test_kl_is_numpyros(size, dtype):
     (m, s, w), (m_new, s_new, w_new) = member(1, size=size), member(2, size=1.0)
-    nats = low_rank_gaussian.kl(*(jnp.asarray(x) for x in (w, w_new, s_new / s, (m_new - m) / s)))
+    nats = low_rank_gaussian.forward_kl(*(jnp.asarray(x) for x in (w, w_new, s_new / s, (m_new - m) / s)))
     assert_close(nats, kl((m, covariance(s, w)), (m_new, covariance(s_new, w_new))), root_eps(dtype))
 
 
@@ -71,7 +71,7 @@ def test_the_products_are_those_of_the_inverse(dtype):
 def test_alignment_changes_no_covariance_and_undoes_a_rotation(dtype):
     w, angle = member(5)[2], 2.0
     turned = w @ np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    assert_close(low_rank_gaussian.aligned(jnp.asarray(turned), jnp.asarray(w)), w, root_eps(dtype))
+    assert_close(low_rank_gaussian.procrustes_align(jnp.asarray(turned), jnp.asarray(w)), w, root_eps(dtype))
 
 
 # --- projections ---
@@ -115,7 +115,7 @@ def test_whole_steps_descend_to_where_the_gradient_vanishes(x64):
         basis = jnp.linalg.qr(jnp.concatenate([w, rest], axis=1))[0]
         hessian = s[:, None] * s * precision
         residual = jnp.diag(hessian) - low_rank_gaussian.precision_diagonal(w)
-        new = low_rank_gaussian.reached(
+        new = low_rank_gaussian.step(
             low_rank_gaussian.tangent(w, jnp.zeros(D), residual, basis, hessian @ basis), 1.0, MARGIN
         )
         return (s * new.ratio, new.factor), distance(at, precision)

@@ -31,7 +31,7 @@ from scipy import stats
 from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.blocks.fisher.scores import DRAWS, ScoreFisher, solve
 from numpyro_natgrad.distributions import wrappers
-from numpyro_natgrad.distributions.surrogate import MONTE_CARLO, kl_surrogate
+from numpyro_natgrad.distributions.surrogate import FisherEstimate, kl_surrogate
 from numpyro_natgrad.estimators import score_samples
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.handlers import Frozen
@@ -106,7 +106,7 @@ def test_scores_of_fresh_draws_are_unbiased_for_the_fisher(particles, batched):
 def test_the_draws_of_the_fisher_do_not_depend_on_the_particles(particles):
     at, params = tapped(gaussian_model, gaussian_guide, Trace_ELBO(particles))
     family = ScoreFisher(
-        tuple(params), (("z", "Normal", MONTE_CARLO),), {p: x.size for p, x in params.items()}, 1, False
+        tuple(params), (("z", "Normal", FisherEstimate.MONTE_CARLO),), {p: x.size for p, x in params.items()}, 1, False
     )
     nothing: dict[str, Any] = dict.fromkeys(LossInfo._fields)
     loss_info = LossInfo(**{**nothing, "fn": at(random.key(0)), "particles": particles})

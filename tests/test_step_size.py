@@ -27,7 +27,7 @@ def test_the_kl_moved_is_the_radius(name, dtype):
 
     @jax.jit
     def moved(radius):
-        nats = lambda rho: gaussian.kl_forward(tangent, rho, MARGIN)
+        nats = lambda rho: gaussian.forward_kl(tangent, rho, MARGIN)
         return nats(step_size.longest(nats, jnp.asarray(1.0), radius))
 
     for radius in RADII:
@@ -37,7 +37,7 @@ def test_the_kl_moved_is_the_radius(name, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_a_wide_radius_leaves_the_rule_alone(name, dtype):
     tangent = CASES[name]().tangent
-    nats = lambda rho: gaussian.kl_forward(tangent, rho, MARGIN)
+    nats = lambda rho: gaussian.forward_kl(tangent, rho, MARGIN)
     for radius in (1e9, jnp.inf):
         assert step_size.longest(nats, jnp.asarray(0.25), jnp.asarray(radius)) == 0.25
 
@@ -48,7 +48,7 @@ def test_the_quadratic_rule_misses_the_radius_by_its_power_three_halves(name, x6
     tangent = CASES[name]().tangent
     radii = np.array([1e-6, 1e-7, 1e-8])
     rhos = np.sqrt(2 * radii / float(gaussian.squared_norm(tangent)))
-    error = [abs(float(gaussian.kl_forward(tangent, rho, MARGIN)) - d) for rho, d in zip(rhos, radii, strict=True)]
+    error = [abs(float(gaussian.forward_kl(tangent, rho, MARGIN)) - d) for rho, d in zip(rhos, radii, strict=True)]
     np.testing.assert_allclose(np.log10(np.array(error[:-1]) / error[1:]), 1.5, atol=0.02)
 
 

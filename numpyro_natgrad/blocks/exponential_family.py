@@ -107,10 +107,10 @@ class ExponentialFamilyBlock(NamedTuple):
         return self._square(v.v, v.image)
 
     def kl(self, v: Direction, rho: jax.Array) -> jax.Array:
-        return self.site.copies * self.site.family.kl(v.eta, self._change(v, rho))
+        return self.site.copies * self.site.family.forward_kl(v.eta, self._change(v, rho))
 
     def moved(self, v: Direction, rho: jax.Array) -> jax.Array:
-        return self.site.copies * self.site.family.kl_back(v.eta, self._change(v, rho))
+        return self.site.copies * self.site.family.reverse_kl(v.eta, self._change(v, rho))
 
     def compare(self, memory: Memory, v: Direction) -> SquaredNorms:
         old = self._running_mean(memory)

@@ -23,7 +23,7 @@ from numpyro_natgrad.blocks.gaussian.full import FullGaussian
 from numpyro_natgrad.blocks.gaussian.joint import JointGaussian
 from numpyro_natgrad.blocks.gaussian.low_rank import LowRankGaussian
 from numpyro_natgrad.blocks.gaussian.regression import RegressedGaussian
-from numpyro_natgrad.distributions.surrogate import MONTE_CARLO
+from numpyro_natgrad.distributions.surrogate import FisherEstimate
 from numpyro_natgrad.estimators.derivatives import GradientRequest
 from numpyro_natgrad.guide.exponential_sites import read_exponential_site
 from numpyro_natgrad.guide.fisher_method import resolve_fisher_method
@@ -277,7 +277,7 @@ def _curvature(names: set[str], sites: list[str], trace: LossTrace, sizes: dict[
     rows = tuple((n, trace.sites[n].base.__name__, trace.sites[n].divergence) for n in sites)
     mine, local = {p: sizes[p] for p in ordered}, _is_local(ordered, sites, trace)
     # One density of many parameters has one score a draw; many densities of a few each have many.
-    single = any(trace.sites[n].elements == 1 for n, _, how in rows if how == MONTE_CARLO)
+    single = any(trace.sites[n].elements == 1 for n, _, how in rows if how == FisherEstimate.MONTE_CARLO)
     network = NetworkCurvature if sum(mine.values()) > DENSE_LIMIT and not local else KLCurvature
     family = ScoreFisher if single else network
     return family(ordered, rows, mine, _numbers({n: trace.sites[n] for n in sites}), local)

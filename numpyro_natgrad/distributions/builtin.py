@@ -23,9 +23,9 @@ from numpyro.distributions import BernoulliLogits, BernoulliProbs, BinomialLogit
 from numpyro_natgrad.distributions.exponential_family import (
     Arguments,
     Metric,
+    positive_step,
     register_exponential_family,
     register_fisher,
-    shrunk,
 )
 
 _EULER = float(np.euler_gamma)
@@ -43,7 +43,7 @@ def _named(*names: str) -> Any:
 # ---- Gamma and what is built on it -----------------------------------------------------------------------------------
 
 
-def excess(x: jax.Array) -> jax.Array:
+def trigamma_excess(x: jax.Array) -> jax.Array:
     """x ψ₁(x) − 1 = 1/(2x) + 1/(6x²) − 1/(30x⁴) + …, without the cancellation of the difference at large x."""
     y = 1 / jnp.maximum(x, 8.0)
     series = y * (1 / 2 + y * (1 / 6 - y**2 * (1 / 30 - y**2 * (1 / 42 - y**2 / 30))))
@@ -53,7 +53,7 @@ def excess(x: jax.Array) -> jax.Array:
 def _gamma_solve(eta: jax.Array, gradient: jax.Array) -> jax.Array:
     # F⁻¹ = [[α, β], [β, β²ψ₁]] / (αψ₁ − 1), written so that nothing cancels at large α.
     (alpha, beta), (g_alpha, g_beta) = (jnp.moveaxis(x, -1, 0) for x in (eta, gradient))
-    first = (alpha * g_alpha + beta * g_beta) / excess(alpha)
+    first = (alpha * g_alpha + beta * g_beta) / trigamma_excess(alpha)
     return stack(first, beta / alpha * (first + beta * g_beta))
 
 
@@ -83,11 +83,12 @@ register_exponential_family(
 
 
 def _dirichlet_solve(eta: jax.Array, gradient: jax.Array) -> jax.Array:
-    # F = D − ψ₁(s) 11ᵀ with D = diag ψ₁(c), by Sherman & Morrison. With h(c) = c − 1/ψ₁(c) = excess(c)/ψ₁(c) and s the
-    # sum of c, the denominator 1 − ψ₁(s) Σ 1/ψ₁(c) is ((1 + excess(s)) Σh − s excess(s)) / s, of which nothing cancels.
+    # F = D − ψ₁(s) 11ᵀ with D = diag ψ₁(c) and s = Σc is inverted by the Sherman–Morrison formula. Its denominator
+    # 1 − ψ₁(s) Σ 1/ψ₁(c) would cancel at large c. With e(x) = x ψ₁(x) − 1 (`trigamma_excess`) and
+    # h(c) = c − 1/ψ₁(c) = e(c)/ψ₁(c) it equals ((1 + e(s)) Σh − s e(s)) / s, in which no digits are lost.
     total, curvature = jnp.sum(eta, axis=-1, keepdims=True), polygamma(1, eta)
-    much = excess(total)
-    h = jnp.sum(excess(eta) / curvature, axis=-1, keepdims=True)
+    much = trigamma_excess(total)
+    h = jnp.sum(trigamma_excess(eta) / curvature, axis=-1, keepdims=True)
     along = jnp.sum(gradient / curvature, axis=-1, keepdims=True)
     share = (1 + much) * along / ((1 + much) * h - total * much)
     return (gradient + share) / curvature
@@ -162,13 +163,13 @@ def _odds_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
 def _success_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
     # η = −log p
     rare, likely = _tellable(eta)
-    return jnp.clip(shrunk(eta, change, margin), math.exp(-likely), -rare)
+    return jnp.clip(positive_step(eta, change, margin), math.exp(-likely), -rare)
 
 
 def _failure_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
     # η = −log(1 − p)
     rare, likely = _tellable(eta)
-    return jnp.clip(shrunk(eta, change, margin), math.exp(rare), likely)
+    return jnp.clip(positive_step(eta, change, margin), math.exp(rare), likely)
 
 
 def _exp(x: jax.Array) -> jax.Array:

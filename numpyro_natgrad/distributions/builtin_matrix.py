@@ -11,14 +11,14 @@ import numpy as np
 from jax.scipy.special import i0e, multigammaln
 from numpyro import distributions as dist
 
-from numpyro_natgrad.distributions.builtin import excess, stack
+from numpyro_natgrad.distributions.builtin import stack, trigamma_excess
 from numpyro_natgrad.distributions.exponential_family import (
     Arguments,
+    positive_step,
     register_exponential_family,
     register_fisher,
-    shrunk,
 )
-from numpyro_natgrad.distributions.gaussian import inverse_lower, lower_factor, positive
+from numpyro_natgrad.distributions.gaussian import inverse_lower, lower_factor, positive_ratio
 
 
 def _length(eta: jax.Array) -> jax.Array:
@@ -82,7 +82,7 @@ def _wishart_solve(eta: jax.Array, gradient: jax.Array) -> jax.Array:
     n, rate, g = eta[..., 0], _matrix(eta), _matrix(gradient)
     g = (g + g * jnp.eye(g.shape[-1], dtype=g.dtype)) / 2
     half, lag = n[..., None] / 2, jnp.arange(g.shape[-1]) / 2
-    complement = 0.25 * jnp.sum((excess(half - lag) + lag / half) / (half - lag), axis=-1)
+    complement = 0.25 * jnp.sum((trigamma_excess(half - lag) + lag / half) / (half - lag), axis=-1)
     first = (gradient[..., 0] + jnp.sum(g * rate, axis=(-2, -1)) / n) / complement
     change = 2 * rate @ g @ rate + first[..., None, None] * rate
     return _vech(first, change / n[..., None, None])
@@ -94,14 +94,14 @@ def _wishart_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array
     inverse = inverse_lower(factor)
     whitened = inverse @ _matrix(change) @ _transposed(inverse)
     values, vectors = jnp.linalg.eigh(whitened)
-    stretch = positive(values, margin)
+    stretch = positive_ratio(values, margin)
     # A matrix whose condition number is beyond the precision is not one that has a Cholesky factor.
     stretch = jnp.maximum(stretch, 1e2 * jnp.finfo(eta.dtype).eps * jnp.max(stretch, axis=-1, keepdims=True))
     root = lower_factor(factor @ vectors * jnp.sqrt(stretch)[..., None, :])
     least = factor.shape[-1] - 1.0
     room = eta[..., 0] - least
     above = least * (1 + 4 * float(jnp.finfo(eta.dtype).eps))
-    concentration = jnp.maximum(least + shrunk(room, change[..., 0], margin), above)
+    concentration = jnp.maximum(least + positive_step(room, change[..., 0], margin), above)
     return _vech(concentration, root @ _transposed(root))
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_natgrad.distributions.gaussian import positive, scaled_cholesky_solve
+from numpyro_natgrad.distributions.gaussian import positive_ratio, scaled_cholesky_solve
 
 Arguments = dict[str, jax.Array]
 
@@ -72,13 +72,13 @@ class ExponentialFamily(NamedTuple):
         lower = jnp.broadcast_to(jnp.asarray(self.lower, eta.dtype), eta.shape)
         bounded = jnp.isfinite(lower)
         room = jnp.where(bounded, eta - lower, 1.0)
-        return jnp.where(bounded, jnp.where(bounded, lower, 0.0) + shrunk(room, change, margin), eta + change)
+        return jnp.where(bounded, jnp.where(bounded, lower, 0.0) + positive_step(room, change, margin), eta + change)
 
-    def kl(self, eta: jax.Array, change: jax.Array) -> jax.Array:
+    def forward_kl(self, eta: jax.Array, change: jax.Array) -> jax.Array:
         """KL(q_η ‖ q_η+change) in nats, summed over the batch: ∫₀¹ (1−t) Δᵀ F(η+tΔ) Δ dt."""
         return self._along(eta, change, 1 - _NODES)
 
-    def kl_back(self, eta: jax.Array, change: jax.Array) -> jax.Array:
+    def reverse_kl(self, eta: jax.Array, change: jax.Array) -> jax.Array:
         """KL(q_η+change ‖ q_η) in nats, summed over the batch: ∫₀¹ t Δᵀ F(η+tΔ) Δ dt."""
         return self._along(eta, change, _NODES)
 
@@ -128,7 +128,7 @@ def register_fisher(cls: type, metric: Metric, *, fixed: tuple[str, ...] = ()) -
     _METRIC[cls] = metric, fixed
 
 
-def exponential(cls: type) -> ExponentialFamily | None:
+def find_exponential_family(cls: type) -> ExponentialFamily | None:
     """The exponential family that a class is registered as."""
     return _EXPONENTIAL.get(cls)
 
@@ -138,12 +138,12 @@ def is_registered(cls: type) -> bool:
     return cls in _EXPONENTIAL or cls in _METRIC
 
 
-def fixed(cls: type) -> tuple[str, ...]:
+def fixed_arguments(cls: type) -> tuple[str, ...]:
     """The arguments whose Fisher is not known in closed form."""
     return _EXPONENTIAL[cls].fixed if cls in _EXPONENTIAL else _METRIC[cls][1] if cls in _METRIC else ()
 
 
-def divergence(cls: type, frozen: Arguments, arguments: Arguments) -> jax.Array | None:
+def registered_kl(cls: type, frozen: Arguments, arguments: Arguments) -> jax.Array | None:
     """A function of ``arguments`` whose Hessian at ``frozen`` is the Fisher: KL, or its quadratic model. Nats."""
     if cls in _EXPONENTIAL:
         return _bregman(_EXPONENTIAL[cls], frozen, arguments)
@@ -154,22 +154,22 @@ def divergence(cls: type, frozen: Arguments, arguments: Arguments) -> jax.Array 
 
 def _bregman(family: ExponentialFamily, frozen: Arguments, arguments: Arguments) -> jax.Array:
     fixed = {name: frozen[name] for name in family.fixed}
-    old, new = family.natural(**given(family, frozen)), family.natural(**given(family, arguments))
+    old, new = family.natural(**free_arguments(family, frozen)), family.natural(**free_arguments(family, arguments))
     linear = jnp.sum(family.mean(old, **fixed) * (new - old), axis=-1)
     return family.log_normalizer(new, **fixed) - family.log_normalizer(old, **fixed) - linear
 
 
-def shrunk(room: jax.Array, change: jax.Array, margin: float) -> jax.Array:
+def positive_step(room: jax.Array, change: jax.Array, margin: float) -> jax.Array:
     """A positive number and a change of it to a positive number, whatever the change, and one that has a logarithm.
 
     No less than half of ``margin`` is left of it.
     """
     info = jnp.finfo(room.dtype)
     small, large = info.tiny**0.5, info.max**0.5
-    share = jnp.maximum(positive(jnp.clip(change / room, -large, large), margin), 0.5 * margin)
+    share = jnp.maximum(positive_ratio(jnp.clip(change / room, -large, large), margin), 0.5 * margin)
     return jnp.clip(room * share, small, large)
 
 
-def given(family: ExponentialFamily, arguments: Arguments) -> Arguments:
+def free_arguments(family: ExponentialFamily, arguments: Arguments) -> Arguments:
     """The arguments that η is made of."""
     return {name: x for name, x in arguments.items() if name not in family.fixed}

@@ -20,7 +20,7 @@ from jax import lax
 from jax.scipy.linalg import cho_factor, cho_solve
 
 
-class Tangent(NamedTuple):
+class GaussianTangent(NamedTuple):
     """A natural gradient at N(m, KKᵀ), whitened.
 
     :ivar slope: g, shape ``(..., d)``.
@@ -33,18 +33,18 @@ class Tangent(NamedTuple):
     vectors: jax.Array | None
 
 
-def tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
+def tangent(slope: jax.Array, curvature: jax.Array) -> GaussianTangent:
     """Diagonalise a dense symmetric M, shape ``(..., d, d)``."""
     values, vectors = jnp.linalg.eigh(curvature)
-    return Tangent(slope, values, vectors)
+    return GaussianTangent(slope, values, vectors)
 
 
-def squared_norm(t: Tangent) -> jax.Array:
+def squared_norm(t: GaussianTangent) -> jax.Array:
     """Squared length in the Fisher metric, in nats: twice the KL of a unit step, to second order."""
     return jnp.sum(t.slope**2) + 0.5 * jnp.sum(t.values**2)
 
 
-def positive(x: jax.Array, margin: float) -> jax.Array:
+def positive_ratio(x: jax.Array, margin: float) -> jax.Array:
     """1 + x above −1 + ``margin``, continued below so that it stays positive and continuously differentiable.
 
     A negative curvature (a likelihood that is not log-concave) or a noisy one would otherwise leave the cone of
@@ -53,45 +53,45 @@ def positive(x: jax.Array, margin: float) -> jax.Array:
     return jnp.where(x >= margin - 1, 1 + x, margin**2 / jnp.maximum(2 * margin - 1 - x, margin))
 
 
-def kl_forward(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:
+def forward_kl(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
     """KL(q ‖ q₊) in nats, exactly; increasing in ρ."""
-    w, a = positive(rho * t.values, margin), _coefficients(t)
+    w, a = positive_ratio(rho * t.values, margin), _coefficients(t)
     inside = jnp.sum(w - 1 - jnp.log(w) + rho**2 * a**2 / w)
     return 0.5 * (inside + rho**2 * _outside(t, a))
 
 
-def kl_backward(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:
+def reverse_kl(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
     """KL(q₊ ‖ q) in nats, exactly: what the step moved, measured from where it arrived."""
-    w, a = positive(rho * t.values, margin), _coefficients(t)
+    w, a = positive_ratio(rho * t.values, margin), _coefficients(t)
     inside = jnp.sum(1 / w - 1 + jnp.log(w) + rho**2 * a**2 / w**2)
     return 0.5 * (inside + rho**2 * _outside(t, a))
 
 
-def displacement(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:
+def mean_shift(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
     """K⁻¹(m₊ − m), shape ``(..., d)``."""
-    w, a = positive(rho * t.values, margin), _coefficients(t)
+    w, a = positive_ratio(rho * t.values, margin), _coefficients(t)
     if t.vectors is None:
         return -rho * a / w
     return -rho * (t.slope + _expand(t.vectors, a * (1 / w - 1)))
 
 
-def contraction(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:
+def relative_factor(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
     """T with K₊ = K T: lower triangular ``(..., d, d)``, or the diagonal ``(..., d)`` where M is diagonal.
 
     T Tᵀ = B⁻¹ for B = I + Q (w − 1) Qᵀ. The QR factor of the symmetric root of B⁻¹ gives T without squaring its
     condition number, which a Cholesky factor of B would.
     """
-    root = 1 / jnp.sqrt(positive(rho * t.values, margin))
+    root = 1 / jnp.sqrt(positive_ratio(rho * t.values, margin))
     if t.vectors is None:
         return root
     eye = jnp.eye(t.slope.shape[-1], dtype=root.dtype)
     return lower_factor(eye + (t.vectors * (root - 1)[..., None, :]) @ _transpose(t.vectors))
 
 
-def growth(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:
+def precision_change(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
     """Kᵀ(S₊ − S)K = Q (w − 1) Qᵀ, ``(..., d, d)``: what the step adds to the whitened precision."""
     assert t.vectors is not None
-    return (t.vectors * (positive(rho * t.values, margin) - 1)[..., None, :]) @ _transpose(t.vectors)
+    return (t.vectors * (positive_ratio(rho * t.values, margin) - 1)[..., None, :]) @ _transpose(t.vectors)
 
 
 def lower_factor(square_root: jax.Array) -> jax.Array:
@@ -110,7 +110,7 @@ def inverse_lower(lower: jax.Array) -> jax.Array:
 def scaled_cholesky_solve(
     matrix: jax.Array, rhs: jax.Array, *, damping: jax.Array | float, scale: jax.Array | None = None
 ) -> jax.Array:
-    """Solve (A + damping · diag(scale)) x = b by a Cholesky factor of diag(scale)^(−½) A diag(scale)^(−½) + damping · I.
+    """Solve (A + damping · D) x = b with D = diag(scale), by a Cholesky factor of D^(−½) A D^(−½) + damping · I.
 
     Parameters may be of any order of magnitude: with ``scale`` = diag A, the default, the matrix that is factorized has
     a unit diagonal, which minimizes its condition number up to a factor n (van der Sluis 1969).
@@ -118,7 +118,8 @@ def scaled_cholesky_solve(
     :param matrix: A, symmetric positive semi-definite, ``(..., n, n)``. Only its lower triangle is read.
     :param rhs: b, ``(..., n)``.
     :param damping: relative to ``scale``: one number, or one for each parameter, ``(..., n)``.
-    :param scale: positive, ``(..., n)``. Entries of diag A that vanish are replaced by the smallest normal number.
+    :param scale: positive, ``(..., n)``. In its default, zeros of diag A are replaced by the smallest normal
+        number.
     """
     if scale is None:
         scale = jnp.maximum(jnp.diagonal(matrix, axis1=-2, axis2=-1), jnp.finfo(rhs.dtype).tiny)
@@ -129,7 +130,7 @@ def scaled_cholesky_solve(
     return cho_solve(factor, (rhs / root)[..., None])[..., 0] / root
 
 
-def sketch(slope: jax.Array, probes: jax.Array, image: jax.Array) -> Tangent:
+def sketched_tangent(slope: jax.Array, probes: jax.Array, image: jax.Array) -> GaussianTangent:
     """The part of M that k probes see: M̂ = YVᵀ + VYᵀ − V(VᵀY)Vᵀ for orthonormal V and Y = MV.
 
     M̂ agrees with M on the span of V, is zero where M is, and has rank 2k: its spectrum costs O(d k²).
@@ -141,14 +142,14 @@ def sketch(slope: jax.Array, probes: jax.Array, image: jax.Array) -> Tangent:
     inner = (probes.T @ image + image.T @ probes) / 2
     small = y @ v.T + v @ y.T - v @ inner @ v.T
     values, vectors = jnp.linalg.eigh(small)
-    return Tangent(slope, values, basis @ vectors)
+    return GaussianTangent(slope, values, basis @ vectors)
 
 
-def _coefficients(t: Tangent) -> jax.Array:
+def _coefficients(t: GaussianTangent) -> jax.Array:
     return t.slope if t.vectors is None else jnp.einsum("...dr,...d->...r", t.vectors, t.slope)
 
 
-def _outside(t: Tangent, coefficients: jax.Array) -> jax.Array | float:
+def _outside(t: GaussianTangent, coefficients: jax.Array) -> jax.Array | float:
     # The slope's part orthogonal to Q, where w = 1. Not formed when Q is complete: it would be a rounding error.
     if t.vectors is None or t.vectors.shape[-1] == t.slope.shape[-1]:
         return 0.0

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from numpyro_natgrad.distributions.gaussian import inverse_lower, positive
+from numpyro_natgrad.distributions.gaussian import inverse_lower, positive_ratio
 
 #: Turns of :func:`project`, which starts at the guide as it is.
-SWEEPS = 8
+PROJECTION_SWEEPS = 8
 
 
 class Spectrum(NamedTuple):
@@ -46,7 +46,7 @@ def precision_product(factor: jax.Array, x: jax.Array) -> jax.Array:
     return x - columns @ ((columns.T @ x) / (1 + values)[:, None])
 
 
-def kl(factor: jax.Array, new: jax.Array, ratio: jax.Array, shift: jax.Array) -> jax.Array:
+def forward_kl(factor: jax.Array, new: jax.Array, ratio: jax.Array, shift: jax.Array) -> jax.Array:
     """KL(N(0, I + WWᵀ) ‖ N(x, diag(t)(I + W₊W₊ᵀ)diag(t))) in nats, summed term by term so that nothing large cancels.
 
     :param factor: W, ``(d, r)``.  :param new: W₊, ``(d, r)``.  :param ratio: t, ``(d,)``.  :param shift: x, ``(d,)``.
@@ -65,7 +65,7 @@ def kl(factor: jax.Array, new: jax.Array, ratio: jax.Array, shift: jax.Array) ->
     return 0.5 * (independent + logs + squared(factor / ratio[:, None]) + squared((shift / ratio)[:, None]))
 
 
-def aligned(factor: jax.Array, like: jax.Array) -> jax.Array:
+def procrustes_align(factor: jax.Array, like: jax.Array) -> jax.Array:
     """WQ, Q the rotation for which it is closest to ``like``.
 
     W and WQ are one covariance. Averages of iterates, and losses compared at the same draws, want the same W for it.
@@ -74,7 +74,7 @@ def aligned(factor: jax.Array, like: jax.Array) -> jax.Array:
     return factor @ (left @ right)
 
 
-class Tangent(NamedTuple):
+class LowRankTangent(NamedTuple):
     """A natural gradient at W, in units of s.
 
     :ivar factor: W, ``(d, r)``.
@@ -95,21 +95,23 @@ class Tangent(NamedTuple):
     vectors: jax.Array
 
 
-class Reached(NamedTuple):
+class LowRankStep(NamedTuple):
     """Where a step leads: s₊/s ``(d,)``, W₊ ``(d, r)``, (m₊ − m)/s ``(d,)``; its columns as TY, Y ``(n, r)``."""
 
     ratio: jax.Array
     factor: jax.Array
     shift: jax.Array
-    chosen: jax.Array
+    coefficients: jax.Array
 
 
-def tangent(factor: jax.Array, slope: jax.Array, diagonal: jax.Array, basis: jax.Array, image: jax.Array) -> Tangent:
-    """:param image: HT, ``(d, n)``. The rest as in :class:`Tangent`."""
+def tangent(
+    factor: jax.Array, slope: jax.Array, diagonal: jax.Array, basis: jax.Array, image: jax.Array
+) -> LowRankTangent:
+    """:param image: HT, ``(d, n)``. The rest as in :class:`LowRankTangent`."""
     root = covariance_root(factor, basis)
     inner = root @ (basis.T @ image) @ root
     values, vectors = jnp.linalg.eigh((inner + inner.T) / 2 - jnp.eye(root.shape[0], dtype=root.dtype))
-    return Tangent(factor, slope, diagonal, basis, root, values, vectors)
+    return LowRankTangent(factor, slope, diagonal, basis, root, values, vectors)
 
 
 def covariance_root(factor: jax.Array, basis: jax.Array) -> jax.Array:
@@ -119,29 +121,30 @@ def covariance_root(factor: jax.Array, basis: jax.Array) -> jax.Array:
     return (vectors * jnp.sqrt(1 + jnp.maximum(values, 0.0))) @ vectors.T
 
 
-def squared_norm(t: Tangent) -> jax.Array:
-    """Squared length in the Fisher metric of the part that the family can follow, nats: see :func:`metric_square`.
+def squared_norm(t: LowRankTangent) -> jax.Array:
+    """Squared Fisher norm, nats, of the part of the tangent that lies in the family.
 
-    Of M it is what has a leg in W, the first r columns of T.
+    To :func:`mean_scale_squared_norm` it adds the part of M with at least one index among the first r columns of T,
+    which span W.
     """
     rest = t.vectors[t.factor.shape[1] :]
     outside = (rest * t.values) @ rest.T
-    return metric_square(t.factor, t.slope, t.diagonal) + 0.5 * (jnp.sum(t.values**2) - jnp.sum(outside**2))
+    return mean_scale_squared_norm(t.factor, t.slope, t.diagonal) + 0.5 * (jnp.sum(t.values**2) - jnp.sum(outside**2))
 
 
-def metric_square(factor: jax.Array, slope: jax.Array, diagonal: jax.Array) -> jax.Array:
+def mean_scale_squared_norm(factor: jax.Array, slope: jax.Array, diagonal: jax.Array) -> jax.Array:
     """The same of mean and diagonal: gᵀΣg + ½ Σ_i (diag(H − S)_i / S_ii)²."""
     scaled = diagonal / precision_diagonal(factor)
     return jnp.sum(slope**2) + jnp.sum((slope @ factor) ** 2) + 0.5 * jnp.sum(scaled**2)
 
 
-def growth(t: Tangent, rho: jax.Array, margin: float) -> jax.Array:
+def precision_diagonal_change(t: LowRankTangent, rho: jax.Array, margin: float) -> jax.Array:
     """What diag S gains, ``(d,)``."""
     old = precision_diagonal(t.factor)
-    return old * (positive(rho * t.diagonal / old, margin) - 1)
+    return old * (positive_ratio(rho * t.diagonal / old, margin) - 1)
 
 
-def reached(t: Tangent, rho: jax.Array, margin: float) -> Reached:
+def step(t: LowRankTangent, rho: jax.Array, margin: float) -> LowRankStep:
     r"""The member of the family at S + ρ(H − S): s for the old W first, then W and the mean for the new s.
 
     *s.*  Minimise tr(S₊Σ) − log|Σ| over ψ = s² at fixed DW. log|Σ| is the entropy of (z, w), w the r common variables,
@@ -158,25 +161,27 @@ def reached(t: Tangent, rho: jax.Array, margin: float) -> Reached:
 
     *m.*  −ρ S₊⁻¹ g with all that is known of S₊: also what lies along T beyond the r columns, or has ℓ < 1.
     """
-    ratio = 1 / jnp.sqrt(1 + growth(t, rho, margin))
+    ratio = 1 / jnp.sqrt(1 + precision_diagonal_change(t, rho, margin))
     scaled = t.basis / ratio[:, None]
-    half = (t.root @ t.vectors) / jnp.sqrt(positive(rho * t.values, margin))
+    half = (t.root @ t.vectors) / jnp.sqrt(positive_ratio(rho * t.values, margin))
     image = scaled @ half
     ell, inner = jnp.linalg.eigh(image.T @ image)
     ell, inner = jnp.maximum(ell[::-1], jnp.finfo(ell.dtype).tiny), inner[:, ::-1] / jnp.sqrt(ell[::-1])
     u = image @ inner
     weights = ratio * t.slope
     shift = -rho * ratio * (weights + u @ ((ell - 1) * (u.T @ weights)))
-    chosen = _columns(half @ inner, t.factor.shape[1])
-    lengths = jnp.sqrt(jnp.maximum(_columns(ell - 1, t.factor.shape[1]), 0.0))
-    factor = aligned(scaled @ chosen * lengths, t.factor / ratio[:, None])
-    return Reached(ratio, factor, shift, chosen)
+    coefficients = _leading_columns(half @ inner, t.factor.shape[1])
+    lengths = jnp.sqrt(jnp.maximum(_leading_columns(ell - 1, t.factor.shape[1]), 0.0))
+    factor = procrustes_align(scaled @ coefficients * lengths, t.factor / ratio[:, None])
+    return LowRankStep(ratio, factor, shift, coefficients)
 
 
-def project(dense: jax.Array, scale: jax.Array, factor: jax.Array, sweeps: int = SWEEPS) -> tuple[jax.Array, jax.Array]:
+def project(
+    dense: jax.Array, scale: jax.Array, factor: jax.Array, sweeps: int = PROJECTION_SWEEPS
+) -> tuple[jax.Array, jax.Array]:
     """The member of the family nearest to N(·, KKᵀ), for few latents: s and W from K, ``(d, d)``, and a start.
 
-    The same two turns as in :func:`reached`, W in the span of everything: its columns are the r leading eigenvectors of
+    The same two turns as in :func:`step`, W in the span of everything: its columns are the r leading eigenvectors of
     the covariance in units of s.
     """
     covariance, r = dense @ dense.T, factor.shape[1]
@@ -187,13 +192,13 @@ def project(dense: jax.Array, scale: jax.Array, factor: jax.Array, sweeps: int =
         s, w = at
         new = 1 / jnp.sqrt(precision + (1 - precision_diagonal(w)) / s**2)
         ell, u = jnp.linalg.eigh(covariance / (new[:, None] * new))
-        lengths = jnp.sqrt(jnp.maximum(_columns(ell[::-1] - 1, r), 0.0))
-        return new, _columns(u[:, ::-1], r) * lengths
+        lengths = jnp.sqrt(jnp.maximum(_leading_columns(ell[::-1] - 1, r), 0.0))
+        return new, _leading_columns(u[:, ::-1], r) * lengths
 
     new, w = jax.lax.fori_loop(0, sweeps, sweep, (scale, factor))
-    return new, aligned(w, scale[:, None] * factor / new[:, None])
+    return new, procrustes_align(w, scale[:, None] * factor / new[:, None])
 
 
-def _columns(x: jax.Array, r: int) -> jax.Array:
+def _leading_columns(x: jax.Array, r: int) -> jax.Array:
     """The first r along the last axis, with zeros for those that there are not."""
     return jnp.pad(x[..., :r], [(0, 0)] * (x.ndim - 1) + [(0, max(0, r - x.shape[-1]))])

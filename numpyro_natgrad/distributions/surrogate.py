@@ -15,6 +15,7 @@ Beside them, Gaussian and exponential-family densities whose dependence on their
 
 import copy
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Any
 
 import jax
@@ -23,16 +24,25 @@ from jax.lax import stop_gradient
 from numpyro.distributions.util import sum_rightmost
 
 from numpyro_natgrad.distributions import exponential_family
-from numpyro_natgrad.distributions.wrappers import closed_kl, distribution_arguments, with_log_prob
+from numpyro_natgrad.distributions.wrappers import closed_form_kl, distribution_arguments, with_log_prob
 from numpyro_natgrad.errors import StructureError
 
 Density = Callable[[Any, Any], jax.Array]
 
-#: How the Fisher of a site is got. The empirical one is no Fisher: its scores are those of the data as observed.
-CLOSED, MONTE_CARLO, EMPIRICAL = "closed form", "Monte Carlo", "empirical"
+
+class FisherEstimate(StrEnum):
+    """How the Fisher matrix of one site is computed; the values are the words of the report.
+
+    The empirical Fisher matrix is the second moment of the scores at the observed data. It is no Fisher matrix, whose
+    expectation is over data drawn from the model.
+    """
+
+    CLOSED_FORM = "closed form"
+    MONTE_CARLO = "Monte Carlo"
+    EMPIRICAL = "empirical"
 
 
-def nothing(fn: Any, value: Any) -> jax.Array:
+def zero_density(fn: Any, value: Any) -> jax.Array:
     return jnp.zeros(fn.batch_shape)
 
 
@@ -47,10 +57,10 @@ def squared_score_surrogate(fn: Any, value: Any) -> jax.Array:
 
 def kl_surrogate(fn: Any, value: Any = None) -> jax.Array:
     """The length by the closed-form KL of a distribution to itself, nats per batch element."""
-    if closed_kl(fn) is None:
+    if closed_form_kl(fn) is None:
         raise StructureError(f"`{type(fn).__name__}` has no closed-form Fisher; expected a registered distribution.")
     leaves, tree = jax.tree.flatten(fn)
-    nats: Any = lambda *x: closed_kl(jax.tree.unflatten(tree, x))
+    nats: Any = lambda *x: closed_form_kl(jax.tree.unflatten(tree, x))
 
     @jax.custom_jvp
     def length(*x: Any) -> jax.Array:
@@ -74,9 +84,9 @@ def _(x: Any, d: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros_like(x[0]), 0.5 * jnp.square(d[0])
 
 
-def fisher_surrogate(how: str) -> Density:
+def fisher_surrogate(estimate: FisherEstimate) -> Density:
     """What stands for log q (:class:`.Frozen`) so that the loss becomes a length."""
-    return kl_surrogate if how == CLOSED else squared_score_surrogate
+    return kl_surrogate if estimate == FisherEstimate.CLOSED_FORM else squared_score_surrogate
 
 
 def fisher_product(length: Callable[[jax.Array], jax.Array], x: jax.Array, *, forward: bool = False) -> Callable:
@@ -89,13 +99,13 @@ def fisher_product(length: Callable[[jax.Array], jax.Array], x: jax.Array, *, fo
     return jax.linearize((jax.jacfwd if forward else jax.grad)(along), jnp.zeros_like(x))[1]
 
 
-def likelihood_surrogate(how: str, key: jax.Array) -> Density:
+def likelihood_surrogate(estimate: FisherEstimate, key: jax.Array) -> Density:
     """What stands for −log p of an observed site. The Fisher does not look at the data; the empirical one does.
 
     Where there is no closed form, data is drawn from the model at its present parameters.
     """
-    if how != MONTE_CARLO:
-        return fisher_surrogate(how)
+    if estimate != FisherEstimate.MONTE_CARLO:
+        return fisher_surrogate(estimate)
 
     def density(fn: Any, value: Any) -> jax.Array:
         return squared_score_surrogate(fn, stop_gradient(fn.sample(key)))
@@ -103,7 +113,7 @@ def likelihood_surrogate(how: str, key: jax.Array) -> Density:
     return density
 
 
-def prior_surrogate(how: str, key: jax.Array) -> Density:
+def prior_surrogate(estimate: FisherEstimate, key: jax.Array) -> Density:
     """What stands for −log p of a site at a point of the guide: its Fisher, and the curvature of its value.
 
     ½ d(z − E z)² / Var z is the curvature of −log p for a normal prior and positive semi-definite for any. A prior
@@ -111,7 +121,7 @@ def prior_surrogate(how: str, key: jax.Array) -> Density:
     """
 
     def density(fn: Any, value: Any) -> jax.Array:
-        metric = likelihood_surrogate(how, key)(fn, value)
+        metric = likelihood_surrogate(estimate, key)(fn, value)
         try:
             residual, variance = value - fn.mean, stop_gradient(fn.variance)
         except NotImplementedError:
@@ -123,37 +133,37 @@ def prior_surrogate(how: str, key: jax.Array) -> Density:
     return density
 
 
-def frozen_arguments(base: Any) -> Any:
+def with_frozen_arguments(base: Any) -> Any:
     return with_log_prob(base, jax.tree.map(stop_gradient, base).log_prob)
 
 
-def shifted(base: Any, shift: jax.Array) -> Any:
+def with_shifted_draws(base: Any, shift: jax.Array) -> Any:
     """The same distribution with ``shift`` added to its draws, and the log-density it had."""
-    return _moved(base, lambda x: x + shift.reshape(x.shape))
+    return _with_transformed_draws(base, lambda x: x + shift.reshape(x.shape))
 
 
-def stretched(base: Any, mean: jax.Array, by: jax.Array) -> Any:
+def with_rescaled_draws(base: Any, mean: jax.Array, by: jax.Array) -> Any:
     """The same with each draw x moved by ``by`` (x − mean), which is taken for a constant."""
-    return _moved(base, lambda x: x + by * stop_gradient(x - mean.reshape(x.shape)))
+    return _with_transformed_draws(base, lambda x: x + by * stop_gradient(x - mean.reshape(x.shape)))
 
 
-def mirrored(base: Any, mean: jax.Array, sign: jax.Array) -> Any:
+def with_antithetic_draws(base: Any, mean: jax.Array, sign: jax.Array) -> Any:
     """The same with each draw x moved to mean + sign (x − mean): a draw of a symmetric distribution again."""
 
     def mirror(x: jax.Array) -> jax.Array:
         m = mean.reshape(x.shape)
         return m + sign.astype(x.dtype) * (x - m)
 
-    return _moved(base, mirror)
+    return _with_transformed_draws(base, mirror)
 
 
-def _moved(base: Any, move: Callable[[jax.Array], jax.Array]) -> Any:
+def _with_transformed_draws(base: Any, move: Callable[[jax.Array], jax.Array]) -> Any:
     changed = copy.copy(base)
     changed.sample = lambda key, sample_shape=(): move(base.sample(key, sample_shape))
     return changed
 
 
-def silent(base: Any, perturbation: jax.Array) -> Any:
+def with_detached_log_prob(base: Any, perturbation: jax.Array) -> Any:
     def log_prob(value: jax.Array) -> jax.Array:
         x = stop_gradient(value)
         statistic = sum_rightmost(perturbation.reshape(jnp.shape(x)) * x, base.event_dim)
@@ -162,11 +172,11 @@ def silent(base: Any, perturbation: jax.Array) -> Any:
     return with_log_prob(base, log_prob)
 
 
-def tilted(base: Any, perturbation: jax.Array) -> Any:
+def with_tilted_log_prob(base: Any, perturbation: jax.Array) -> Any:
     frozen = jax.tree.map(stop_gradient, base)
-    family, arguments = exponential_family.exponential(type(base)), distribution_arguments(frozen)
+    family, arguments = exponential_family.find_exponential_family(type(base)), distribution_arguments(frozen)
     assert family is not None
-    eta = family.natural(**exponential_family.given(family, arguments))
+    eta = family.natural(**exponential_family.free_arguments(family, arguments))
 
     def log_prob(value: jax.Array, intermediates: Any = None) -> jax.Array:
         # ⟨t, T(x)⟩ up to a constant: log q is affine in η.

@@ -25,7 +25,7 @@ FLOWS = (InverseAutoregressiveTransform, BlockNeuralAutoregressiveTransform)
 _WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution, dist.TransformedDistribution)
 
 
-def closed_kl(fn: Any) -> jax.Array | None:
+def closed_form_kl(fn: Any) -> jax.Array | None:
     """KL(q_frozen ‖ q_φ), or its quadratic model, seen through transforms without parameters; ``None`` if unknown.
 
     NumPyro's registry is asked first, then :mod:`.exponential_family`.
@@ -35,18 +35,18 @@ def closed_kl(fn: Any) -> jax.Array | None:
     if exponential_family.is_registered(type(fn)):
         return _registered(fn)
     if isinstance(fn, dist.TransformedDistribution) and not owns_parameters(fn.transforms):
-        inner = closed_kl(fn.base_dist)
+        inner = closed_form_kl(fn.base_dist)
         return None if inner is None else sum_rightmost(inner, jnp.ndim(inner) - len(fn.batch_shape))
     if isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         return _unwrapped(fn)
-    fn = spelt_out(fn)
+    fn = with_broadcast_loc(fn)
     try:
         return jnp.asarray(kl_divergence(jax.tree.map(stop_gradient, fn), fn))
     except NotImplementedError:
         return None
 
 
-def spelt_out(fn: Any) -> Any:
+def with_broadcast_loc(fn: Any) -> Any:
     """One number as the mean of a multivariate Gaussian stands for all of its entries, which NumPyro's KL forgets."""
     if not isinstance(fn, dist.MultivariateNormal):
         return fn
@@ -57,11 +57,11 @@ def spelt_out(fn: Any) -> Any:
 
 def _registered(fn: Any) -> jax.Array | None:
     arguments = distribution_arguments(fn)
-    return exponential_family.divergence(type(fn), jax.tree.map(stop_gradient, arguments), arguments)
+    return exponential_family.registered_kl(type(fn), jax.tree.map(stop_gradient, arguments), arguments)
 
 
 def _unwrapped(fn: Any) -> jax.Array | None:
-    inner = closed_kl(fn.base_dist)
+    inner = closed_form_kl(fn.base_dist)
     if inner is None:
         return None
     if isinstance(fn, dist.Independent):
@@ -82,7 +82,7 @@ def is_wrapper(fn: Any) -> bool:
     return isinstance(fn, _WRAPPERS) and not exponential_family.is_registered(type(fn))
 
 
-def has_path(fn: Any) -> bool:
+def is_reparameterized(fn: Any) -> bool:
     """Whether gradients flow through draws.
 
     NumPyro says no of Wishart distributions because of their concentration. But they are drawn by Bartlett's
@@ -145,7 +145,8 @@ def base_shape(fn: Any, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
 # the flow itself, x is known, and only its derivative with respect to φ at fixed z is missing. One Newton step from the
 # known x is exact in value and first derivative:
 #
-#     x(φ) = x − (∂T/∂x)⁻¹ (T_φ(x) − z),      so that      ∇_φ log q_φ(z) = ∂_φ ℓ − (∂_φ T)ᵀ w   with   (∂T/∂x)ᵀ w = ∂_x ℓ
+#     x(φ) = x − (∂T/∂x)⁻¹ (T_φ(x) − z)
+#     ∇_φ log q_φ(z) = ∂_φ ℓ − (∂_φ T)ᵀ w       where (∂T/∂x)ᵀ w = ∂_x ℓ
 #
 # No inverse of the flow is computed. A block neural autoregressive flow has none in closed form, and that of an inverse
 # autoregressive flow calls its network d times in sequence for d latents; the d columns of ∂T/∂x are one batch.

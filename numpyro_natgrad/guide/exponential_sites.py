@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from numpyro.distributions import biject_to, constraints, transforms
 
-from numpyro_natgrad.distributions.exponential_family import ExponentialFamily, exponential
+from numpyro_natgrad.distributions.exponential_family import ExponentialFamily, find_exponential_family
 from numpyro_natgrad.guide.gaussian_sites import CHOLESKY, Params, argument_parameter
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace
 
@@ -66,7 +66,7 @@ class ExponentialFamilySite(NamedTuple):
 def read_exponential_site(name: str, trace: LossTrace) -> ExponentialFamilySite | None:
     """The site in natural parameters, or ``None`` if it has none, or if they are not parameters of the guide."""
     site = trace.sites[name]
-    family = exponential(site.base)
+    family = find_exponential_family(site.base)
     if family is None or family.fixed or not site.plain:
         return None
     direct = {a: argument_parameter(a, site) for a in site.arguments}

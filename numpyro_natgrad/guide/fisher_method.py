@@ -4,7 +4,7 @@
 
 from typing import NoReturn
 
-from numpyro_natgrad.distributions.surrogate import CLOSED, EMPIRICAL, MONTE_CARLO
+from numpyro_natgrad.distributions.surrogate import FisherEstimate
 from numpyro_natgrad.errors import StructureError
 from numpyro_natgrad.guide.handlers import ModelSite
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace
@@ -28,12 +28,12 @@ def resolve_fisher_method(trace: LossTrace, fisher: str | None) -> LossTrace:
     if fisher in ("closed_form", "kl_hessian"):
         model_sites = {n: site for n, site in trace.model_sites.items() if site.params}
         sites: list[tuple[str, GuideSite | ModelSite]] = [*trace.sites.items(), *model_sites.items()]
-        unknown = [f"`{n}` ({s.base.__name__})" for n, s in sites if s.divergence != CLOSED]
+        unknown = [f"`{n}` ({s.base.__name__})" for n, s in sites if s.divergence != FisherEstimate.CLOSED_FORM]
         if unknown:
             _refuse(
                 fisher,
                 f"the sites {', '.join(unknown)} have no Fisher in closed form",
-                "Make it known with `register_exponential` or `register_fisher`, or use `fisher='monte_carlo'`",
+                "Make it known with `register_exponential_family` or `register_fisher`, or use `fisher='monte_carlo'`",
             )
     if fisher == "monte_carlo":
         return _monte_carlo(trace)
@@ -51,8 +51,8 @@ def _monte_carlo(trace: LossTrace) -> LossTrace:
             "Use `fisher=None`, which takes closed forms where there are any, and else the ordinary optimizer",
         )
     return trace._replace(
-        sites={n: s._replace(divergence=MONTE_CARLO) for n, s in trace.sites.items()},
-        model_sites={n: s._replace(divergence=MONTE_CARLO) for n, s in trace.model_sites.items()},
+        sites={n: s._replace(divergence=FisherEstimate.MONTE_CARLO) for n, s in trace.sites.items()},
+        model_sites={n: s._replace(divergence=FisherEstimate.MONTE_CARLO) for n, s in trace.model_sites.items()},
     )
 
 
@@ -65,7 +65,9 @@ def _empirical(trace: LossTrace) -> LossTrace:
         )
     if not any(site.observed and site.params for site in trace.model_sites.values()):
         _refuse("empirical", "the model has no observed site with a parameter", "Give the data as `obs=`")
-    return trace._replace(model_sites={n: s._replace(divergence=EMPIRICAL) for n, s in trace.model_sites.items()})
+    return trace._replace(
+        model_sites={n: s._replace(divergence=FisherEstimate.EMPIRICAL) for n, s in trace.model_sites.items()}
+    )
 
 
 def _refuse(fisher: str, why: str, remedy: str) -> NoReturn:

@@ -31,28 +31,27 @@ from numpyro.infer.util import is_identically_one
 from numpyro.primitives import Messenger
 
 from numpyro_natgrad.distributions.surrogate import (
-    CLOSED,
-    MONTE_CARLO,
     Density,
-    frozen_arguments,
-    mirrored,
-    nothing,
-    shifted,
-    silent,
-    stretched,
-    tilted,
+    FisherEstimate,
+    with_antithetic_draws,
+    with_detached_log_prob,
+    with_frozen_arguments,
+    with_rescaled_draws,
+    with_shifted_draws,
+    with_tilted_log_prob,
+    zero_density,
 )
 from numpyro_natgrad.distributions.wrappers import (
     base_distribution,
     base_shape,
-    closed_kl,
+    closed_form_kl,
     distribution_arguments,
-    has_path,
     is_masked,
+    is_reparameterized,
     is_wrapper,
     map_base,
     owns_parameters,
-    spelt_out,
+    with_broadcast_loc,
     with_log_prob,
     without_flow_inverse,
 )
@@ -88,7 +87,7 @@ class ModelSite(NamedTuple):
     point: bool
     drawn: bool
     weight: float | None
-    divergence: str
+    divergence: FisherEstimate
 
 
 class DrawnSite(NamedTuple):
@@ -105,7 +104,7 @@ class DrawnSite(NamedTuple):
     weight: float | None
     plain: bool
     masked: bool
-    divergence: str
+    divergence: FisherEstimate
 
 
 class TraceHandler(Messenger):
@@ -154,7 +153,7 @@ class TraceHandler(Messenger):
 
     def _model_site(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
-        how = MONTE_CARLO if closed_kl(fn) is None else CLOSED
+        how = FisherEstimate.MONTE_CARLO if closed_form_kl(fn) is None else FisherEstimate.CLOSED_FORM
         size, observed, weight = jnp.size(msg["value"]), bool(msg["is_observed"]), _weight(msg["scale"])
         self.model_sites[name] = ModelSite(
             type(base_distribution(fn)), size, frozenset(), observed, False, False, weight, how
@@ -189,11 +188,11 @@ class TraceHandler(Messenger):
             math.prod(fn.batch_shape),
             jnp.size(value),
             tuple(arguments),
-            has_path(fn),
+            is_reparameterized(fn),
             _weight(msg["scale"]),
             _is_plain(fn, msg),
             is_masked(fn),
-            MONTE_CARLO if closed_kl(fn) is None else CLOSED,
+            FisherEstimate.MONTE_CARLO if closed_form_kl(fn) is None else FisherEstimate.CLOSED_FORM,
         )
         msg["value"] = tag("draw", name, value)
         _tag_score(name, without_flow_inverse(fn, msg["intermediates"]), stop_gradient(msg["value"]))
@@ -285,26 +284,28 @@ class PathGradient(Messenger):
         if self.modes.get(name) == "mirrored":
             sign = per_particle(antithetic_signs(self.perturbations[name].shape[1]), msg["kwargs"]["rng_key"])
             msg["kwargs"]["rng_key"] = antithetic_key(msg["kwargs"]["rng_key"])
-            msg["fn"] = map_base(msg["fn"], lambda base: mirrored(base, self.means[name], sign))
+            msg["fn"] = map_base(msg["fn"], lambda base: with_antithetic_draws(base, self.means[name], sign))
         if self.modes.get(name) in APART:
             shift = per_particle(self.perturbations[name][1], msg["kwargs"]["rng_key"])
-            msg["fn"] = map_base(msg["fn"], lambda base: shifted(base, shift))
+            msg["fn"] = map_base(msg["fn"], lambda base: with_shifted_draws(base, shift))
         elif name in self.stretches:
-            msg["fn"] = map_base(msg["fn"], lambda base: stretched(base, self.means[name], self.stretches[name]))
+            msg["fn"] = map_base(
+                msg["fn"], lambda base: with_rescaled_draws(base, self.means[name], self.stretches[name])
+            )
 
     def postprocess_message(self, msg: Any) -> None:
         mode = self.modes.get(msg["name"]) if is_guide_site(msg) else None
         if mode == "path":
-            msg["fn"] = map_base(msg["fn"], frozen_arguments)
+            msg["fn"] = map_base(msg["fn"], with_frozen_arguments)
         elif mode == "silent":
             perturbation = self.perturbations[msg["name"]]
-            msg["fn"] = map_base(msg["fn"], lambda base: silent(base, perturbation))
+            msg["fn"] = map_base(msg["fn"], lambda base: with_detached_log_prob(base, perturbation))
         elif mode in APART:
             perturbation = per_particle(self.perturbations[msg["name"]][0], msg["kwargs"]["rng_key"])
-            msg["fn"] = map_base(msg["fn"], lambda base: silent(base, perturbation))
+            msg["fn"] = map_base(msg["fn"], lambda base: with_detached_log_prob(base, perturbation))
         elif mode == "tilted":
             perturbation = self.perturbations[msg["name"]]
-            msg["fn"] = map_base(msg["fn"], lambda base: tilted(base, perturbation))
+            msg["fn"] = map_base(msg["fn"], lambda base: with_tilted_log_prob(base, perturbation))
 
 
 class Frozen(Messenger):
@@ -328,14 +329,14 @@ class Frozen(Messenger):
             return
         fn, measure = msg["fn"], None
         if msg["is_summed"]:
-            density = self.densities.get(msg["name"], nothing)(fn, msg["value"])
+            density = self.densities.get(msg["name"], zero_density)(fn, msg["value"])
             measure = stop_gradient(fn.log_prob(msg["value"]))
         elif is_guide_site(msg):
             msg["value"] = stop_gradient(msg["value"])
             fn = without_flow_inverse(fn, msg["intermediates"])
-            density = self.densities.get(msg["name"], nothing)(fn, msg["value"])
+            density = self.densities.get(msg["name"], zero_density)(fn, msg["value"])
         else:
-            density = -self.model_sites.get(msg["name"], nothing)(fn, msg["value"])
+            density = -self.model_sites.get(msg["name"], zero_density)(fn, msg["value"])
         msg["fn"] = Assigned(fn, density, measure, drawn=True)
 
 
@@ -385,7 +386,7 @@ def _is_random(site: Any) -> bool:
 
 def _log_ratio(old: Any, new: Any) -> jax.Array:
     try:
-        nats = kl_divergence(spelt_out(old["fn"]), spelt_out(new["fn"]))
+        nats = kl_divergence(with_broadcast_loc(old["fn"]), with_broadcast_loc(new["fn"]))
     except NotImplementedError:
         nats = _log_density(old, old["value"]) - _log_density(new, old["value"])
     return jnp.sum(nats if old["scale"] is None else old["scale"] * nats)

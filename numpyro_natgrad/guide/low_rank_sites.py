@@ -114,7 +114,7 @@ class LowRankSite(NamedTuple):
     def kl(self, before: Spread, after: Spread, shift: jax.Array) -> jax.Array:
         """KL(N(m, Σ) ‖ N(m + shift, Σ₊)) in nats."""
         (s, w), (s_new, w_new) = before, after
-        return jnp.sum(jax.vmap(low_rank_gaussian.kl)(w, w_new, s_new / s, shift.reshape(s.shape) / s))
+        return jnp.sum(jax.vmap(low_rank_gaussian.forward_kl)(w, w_new, s_new / s, shift.reshape(s.shape) / s))
 
 
 def read_low_rank_site(name: str, trace: LossTrace) -> LowRankSite | None:

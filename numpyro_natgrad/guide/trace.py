@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from numpyro_natgrad.distributions import exponential_family
-from numpyro_natgrad.distributions.surrogate import MONTE_CARLO
+from numpyro_natgrad.distributions.surrogate import FisherEstimate
 from numpyro_natgrad.guide.handlers import DrawnSite, Loss, ModelSite, ParamSite, TraceHandler
 from numpyro_natgrad.guide.provenance import Origin, Sighting, origins
 
@@ -50,7 +50,7 @@ class GuideSite(NamedTuple):
     masked: bool
     analytic: bool
     leaks: frozenset[str]
-    divergence: str
+    divergence: FisherEstimate
 
     @property
     def size(self) -> int:
@@ -123,7 +123,7 @@ def _heard(name: str, site: DrawnSite, seen: Mapping[str, Sighting], analytic: b
     arguments = {a: seen[f"argument:{name}/{a}"].origin for a in site.arguments}
     mine = frozenset().union(*(o.sources for o in arguments.values()))
     density = seen.get(f"score:{name}")
-    bounded = any(arguments[a].sources for a in exponential_family.fixed(site.base) if a in arguments)
+    bounded = any(arguments[a].sources for a in exponential_family.fixed_arguments(site.base) if a in arguments)
     return GuideSite(
         site.base,
         site.shape,
@@ -138,7 +138,7 @@ def _heard(name: str, site: DrawnSite, seen: Mapping[str, Sighting], analytic: b
         site.masked,
         analytic,
         mine & total.sources,
-        MONTE_CARLO if bounded else site.divergence,
+        FisherEstimate.MONTE_CARLO if bounded else site.divergence,
     )
 
 

@@ -25,7 +25,7 @@ from numpyro.infer.svi import SVIState
 from numpyro.optim import _NumPyroOptim
 
 from numpyro_natgrad.distributions.surrogate import (
-    CLOSED,
+    FisherEstimate,
     fisher_product,
     fisher_surrogate,
     likelihood_surrogate,
@@ -243,7 +243,7 @@ def _is_exact(trace: LossTrace) -> bool:
     sites: list[GuideSite | ModelSite] = [*trace.sites.values(), *model_sites]
     labels = [label for s in trace.sites.values() for o in s.arguments.values() for label in o.sources]
     drawn = any(label.startswith("draw:") for label in labels) or any(site.drawn for site in model_sites)
-    return not drawn and all(s.divergence == CLOSED and s.weight == 1 for s in sites)
+    return not drawn and all(s.divergence == FisherEstimate.CLOSED_FORM and s.weight == 1 for s in sites)
 
 
 def _owners(trace: LossTrace) -> set[str]:

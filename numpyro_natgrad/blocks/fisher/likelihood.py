@@ -21,7 +21,7 @@ from jax import random
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from numpyro_natgrad.blocks.fisher.kl_hessian import Direction, KLCurvature
-from numpyro_natgrad.distributions.surrogate import CLOSED, likelihood_surrogate, prior_surrogate
+from numpyro_natgrad.distributions.surrogate import FisherEstimate, likelihood_surrogate, prior_surrogate
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Frozen
@@ -57,7 +57,7 @@ class LikelihoodFisher(KLCurvature):
 
     def _solved(self, product: Any, slope: jax.Array, unravel: Any) -> jax.Array:
         # Known in closed form, F has the rank that the data gives it, and steps converge like Newton's: no damping.
-        closed = all(how == CLOSED for _, _, how in self.sites)
+        closed = all(how == FisherEstimate.CLOSED_FORM for _, _, how in self.sites)
         return (
             scaled_solve(product, slope)
             if closed and not self.drawn and not self.iterative

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_natgrad.distributions import gaussian
-from numpyro_natgrad.distributions.gaussian import Tangent
+from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
 from numpyro_natgrad.step.state import Memory
@@ -51,51 +51,51 @@ class DiagonalGaussian(NamedTuple):
         how = f"{PROBES} products with the Hessian of the loss" if self.second_order else "draws ⊗ gradients"
         return self.site.report_rows(f"closed form, {how}")
 
-    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, step: jax.Array) -> Tangent:
+    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, step: jax.Array) -> GaussianTangent:
         scale = self.site.spread(params)
         slope = scale * loss_info.gradient[self.site.loc].reshape(self.site.shape)
         if not self.second_order:
             gradient = loss_info.gradient[self.site.scale]
             # dx/dσ along each coordinate: the parameter's bijection is elementwise.
             rate = jax.jvp(self.site.unconstrain, (scale,), (jnp.ones_like(scale),))[1].reshape(gradient.shape)
-            return Tangent(slope, scale * (gradient * rate).reshape(self.site.shape), None)
-        return Tangent(slope, self._probed(loss_info, params, scale, step), None)
+            return GaussianTangent(slope, scale * (gradient * rate).reshape(self.site.shape), None)
+        return GaussianTangent(slope, self._probed(loss_info, params, scale, step), None)
 
-    def squared_norm(self, v: Tangent) -> jax.Array:
+    def squared_norm(self, v: GaussianTangent) -> jax.Array:
         return gaussian.squared_norm(v)
 
-    def kl(self, v: Tangent, rho: jax.Array) -> jax.Array:
-        return gaussian.kl_forward(v, rho, self.margin)
+    def kl(self, v: GaussianTangent, rho: jax.Array) -> jax.Array:
+        return gaussian.forward_kl(v, rho, self.margin)
 
-    def moved(self, v: Tangent, rho: jax.Array) -> jax.Array:
-        return gaussian.kl_backward(v, rho, self.margin)
+    def moved(self, v: GaussianTangent, rho: jax.Array) -> jax.Array:
+        return gaussian.reverse_kl(v, rho, self.margin)
 
-    def compare(self, memory: Memory, v: Tangent) -> SquaredNorms:
+    def compare(self, memory: Memory, v: GaussianTangent) -> SquaredNorms:
         old = self._running_mean(memory)
-        news = Tangent(v.slope - old.slope, v.values - old.values, None)
+        news = GaussianTangent(v.slope - old.slope, v.values - old.values, None)
         return SquaredNorms(gaussian.squared_norm(old), gaussian.squared_norm(news), gaussian.squared_norm(v))
 
-    def update_memory(self, memory: Memory, v: Tangent, weight: jax.Array) -> Memory:
+    def update_memory(self, memory: Memory, v: GaussianTangent, weight: jax.Array) -> Memory:
         old = self._running_mean(memory)
         slope, values = old.slope + weight * (v.slope - old.slope), old.values + weight * (v.values - old.values)
-        return self._with_running_mean(memory, Tangent(slope, values, None))
+        return self._with_running_mean(memory, GaussianTangent(slope, values, None))
 
-    def retract(self, params: Params, memory: Memory, v: Tangent, rho: jax.Array) -> tuple[Params, Memory]:
+    def retract(self, params: Params, memory: Memory, v: GaussianTangent, rho: jax.Array) -> tuple[Params, Memory]:
         loc, scale = self.site.read(params)
-        shift = gaussian.displacement(v, rho, self.margin)
-        root = gaussian.contraction(v, rho, self.margin)
+        shift = gaussian.mean_shift(v, rho, self.margin)
+        root = gaussian.relative_factor(v, rho, self.margin)
         # The remembered part, seen from the new point: as in JointGaussian._carry, elementwise.
         old = self._running_mean(memory)
         values = old.values - (root**-2 - 1)
         slope = root * (old.slope - rho * v.slope + values * shift)
-        memory = self._with_running_mean(memory, Tangent(slope, root**2 * values, None))
+        memory = self._with_running_mean(memory, GaussianTangent(slope, root**2 * values, None))
         return self.site.write(params, loc + scale * shift, scale * root), memory
 
-    def _running_mean(self, memory: Memory) -> Tangent:
+    def _running_mean(self, memory: Memory) -> GaussianTangent:
         slope, values = memory.running_mean[self.site.loc], memory.running_mean[self.site.scale]
-        return Tangent(slope.reshape(self.site.shape), values.reshape(self.site.shape), None)
+        return GaussianTangent(slope.reshape(self.site.shape), values.reshape(self.site.shape), None)
 
-    def _with_running_mean(self, memory: Memory, mean: Tangent) -> Memory:
+    def _with_running_mean(self, memory: Memory, mean: GaussianTangent) -> Memory:
         shapes = {name: memory.running_mean[name].shape for name in self.params}
         new = {self.site.loc: mean.slope, self.site.scale: mean.values}
         return memory._replace(

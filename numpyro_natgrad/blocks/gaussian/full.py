@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_natgrad.distributions import gaussian
-from numpyro_natgrad.distributions.gaussian import Tangent
+from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.hessian_products import usable, whitened_products
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
@@ -30,7 +30,7 @@ PROBES = 16
 class Frame(NamedTuple):
     """A natural gradient with the frame (m, K) that it is whitened in."""
 
-    tangent: Tangent
+    tangent: GaussianTangent
     loc: jax.Array
     factor: jax.Array
 
@@ -75,10 +75,10 @@ class FullGaussian(NamedTuple):
         return gaussian.squared_norm(v.tangent)
 
     def kl(self, v: Frame, rho: jax.Array) -> jax.Array:
-        return gaussian.kl_forward(v.tangent, rho, self.margin)
+        return gaussian.forward_kl(v.tangent, rho, self.margin)
 
     def moved(self, v: Frame, rho: jax.Array) -> jax.Array:
-        return gaussian.kl_backward(v.tangent, rho, self.margin)
+        return gaussian.reverse_kl(v.tangent, rho, self.margin)
 
     def compare(self, memory: Memory, v: Frame) -> SquaredNorms:
         """The mean part only: successive sketches see different parts of M and would pass for noise."""
@@ -91,8 +91,8 @@ class FullGaussian(NamedTuple):
         return self._with_running_mean(memory, running_mean + weight * (v.tangent.slope - running_mean))
 
     def retract(self, params: Params, memory: Memory, v: Frame, rho: jax.Array) -> tuple[Params, Memory]:
-        shift = gaussian.displacement(v.tangent, rho, self.margin)
-        contraction = gaussian.contraction(v.tangent, rho, self.margin)
+        shift = gaussian.mean_shift(v.tangent, rho, self.margin)
+        contraction = gaussian.relative_factor(v.tangent, rho, self.margin)
         loc = v.loc + jnp.einsum("...ij,...j->...i", v.factor, shift)
         left = _whiten(contraction, self._running_mean(memory) - rho * v.tangent.slope)
         return self.site.write(params, loc, v.factor @ contraction), self._with_running_mean(memory, left)
@@ -111,13 +111,13 @@ class FullGaussian(NamedTuple):
 
     def _sketch(
         self, loss_info: LossInfo, params: Params, slope: jax.Array, factor: jax.Array, step: jax.Array
-    ) -> Tangent:
+    ) -> GaussianTangent:
         probes = sweep(self.site.size, min(PROBES, self.site.size), step).astype(factor.dtype)
         hessian_product, offset = partial(self._hessian_product, loss_info, params), self._offset(loss_info, params)
         image, correction = whitened_products(hessian_product, factor, factor @ probes, offset, loss_info.particles)
         slope, image = usable(loss_info.stuck, slope, slope + correction, image - probes)
         ok = jnp.all(jnp.isfinite(image))
-        sketched = gaussian.sketch(slope, probes, jnp.where(ok, image, 0.0))
+        sketched = gaussian.sketched_tangent(slope, probes, jnp.where(ok, image, 0.0))
         return sketched._replace(values=jnp.where(ok, sketched.values, jnp.nan))
 
     def _offset(self, loss_info: LossInfo, params: Params) -> jax.Array | None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import block_diag
 
 from numpyro_natgrad.distributions import gaussian
-from numpyro_natgrad.distributions.gaussian import Tangent
+from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.hessian_products import usable, whitened_products
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, project, visible_square
@@ -32,7 +32,7 @@ from numpyro_natgrad.step.step_size import SquaredNorms
 class Frame(NamedTuple):
     """A natural gradient with the frame (m, K) that it is whitened in, and what the guide's sites spread by."""
 
-    tangent: Tangent
+    tangent: GaussianTangent
     curvature: jax.Array
     loc: jax.Array
     factor: jax.Array
@@ -111,15 +111,15 @@ class JointGaussian(NamedTuple):
 
     def kl(self, v: Frame, rho: jax.Array) -> jax.Array:
         if not (self.strict and self.lifted):
-            return gaussian.kl_forward(v.tangent, rho, self.margin)
-        shift = v.factor @ gaussian.displacement(v.tangent, rho, self.margin)
-        roots = v.factor, v.factor @ gaussian.contraction(v.tangent, rho, self.margin)
+            return gaussian.forward_kl(v.tangent, rho, self.margin)
+        shift = v.factor @ gaussian.mean_shift(v.tangent, rho, self.margin)
+        roots = v.factor, v.factor @ gaussian.relative_factor(v.tangent, rho, self.margin)
         before, after = (project(gaussian.inverse_lower(k), self.sites, v.spreads) for k in roots)
         parts = zip(self.sites, before, after, self._split(shift), strict=True)
         return sum((s.kl(a, b, x.reshape(s.shape)) for s, a, b, x in parts), jnp.zeros(()))
 
     def moved(self, v: Frame, rho: jax.Array) -> jax.Array:
-        return gaussian.kl_backward(v.tangent, rho, self.margin)
+        return gaussian.reverse_kl(v.tangent, rho, self.margin)
 
     def compare(self, memory: Memory, v: Frame) -> SquaredNorms:
         slopes, curvatures = self._compared(memory, v)
@@ -146,8 +146,8 @@ class JointGaussian(NamedTuple):
         return memory._replace(joint=self._with_running_mean(memory.joint, slope, curvature))
 
     def retract(self, params: Params, memory: Memory, v: Frame, rho: jax.Array) -> tuple[Params, Memory]:
-        shift = gaussian.displacement(v.tangent, rho, self.margin)
-        contraction = gaussian.contraction(v.tangent, rho, self.margin)
+        shift = gaussian.mean_shift(v.tangent, rho, self.margin)
+        contraction = gaussian.relative_factor(v.tangent, rho, self.margin)
         loc, factor = v.loc + v.factor @ shift, v.factor @ contraction
         joint = self._carry(memory.joint, v.tangent, rho, shift, contraction)
         joint = joint._replace(factor=padded(factor, joint.slope.size)) if self.lifted else joint
@@ -164,7 +164,9 @@ class JointGaussian(NamedTuple):
         lifted = joint.factor[: self.size, : self.size]
         return jnp.where(lifted[0, 0] > 0, lifted, block_diag(*blocks))  # zero until the first step is taken
 
-    def _carry(self, joint: Joint, taken: Tangent, rho: jax.Array, shift: jax.Array, contraction: jax.Array) -> Joint:
+    def _carry(
+        self, joint: Joint, taken: GaussianTangent, rho: jax.Array, shift: jax.Array, contraction: jax.Array
+    ) -> Joint:
         """What the remembered natural gradients say at the new point, in its frame.
 
         Each estimated where the optimum lies in natural parameters, η − v; that estimate stays while η moves by −ρv,
@@ -172,7 +174,7 @@ class JointGaussian(NamedTuple):
         M' = TᵀMT and g' = Tᵀ(g + M K⁻¹(m₊ − m)).
         """
         slope, curvature = self._running_mean(joint)
-        slope, curvature = slope - rho * taken.slope, curvature - gaussian.growth(taken, rho, self.margin)
+        slope, curvature = slope - rho * taken.slope, curvature - gaussian.precision_change(taken, rho, self.margin)
         moved = contraction.T @ (slope + curvature @ shift), contraction.T @ curvature @ contraction
         return self._with_running_mean(joint, *moved)
 
@@ -213,7 +215,7 @@ class JointGaussian(NamedTuple):
         return list(accumulate(s.size for s in self.sites))[:-1]
 
 
-def tangent(slope: jax.Array, curvature: jax.Array) -> Tangent:
+def tangent(slope: jax.Array, curvature: jax.Array) -> GaussianTangent:
     # A NaN would keep the eigensolver busy; the step that follows it is skipped because the slope shows it.
     ok = jnp.all(jnp.isfinite(curvature))
     spectrum = gaussian.tangent(slope, jnp.where(ok, curvature, 0.0))

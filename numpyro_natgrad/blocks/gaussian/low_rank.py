@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import random
 
 from numpyro_natgrad.distributions import low_rank_gaussian
-from numpyro_natgrad.distributions.low_rank_gaussian import Tangent
+from numpyro_natgrad.distributions.low_rank_gaussian import LowRankTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo, finite
 from numpyro_natgrad.estimators.hessian_products import left_out, usable
 from numpyro_natgrad.guide.gaussian_sites import Params
@@ -46,7 +46,7 @@ class Frame(NamedTuple):
     :ivar turned: (H − S − diag(H − S))T outside of T, ``(batch, d, n)``.
     """
 
-    tangent: Tangent
+    tangent: LowRankTangent
     loc: jax.Array
     scale: jax.Array
     turned: jax.Array
@@ -112,11 +112,11 @@ class LowRankGaussian(NamedTuple):
 
     def kl(self, v: Frame, rho: jax.Array) -> jax.Array:
         new, old = self._reached(v, rho), v.tangent.factor
-        return jnp.sum(jax.vmap(low_rank_gaussian.kl)(old, new.factor, new.ratio, new.shift))
+        return jnp.sum(jax.vmap(low_rank_gaussian.forward_kl)(old, new.factor, new.ratio, new.shift))
 
     def moved(self, v: Frame, rho: jax.Array) -> jax.Array:
         new, old = self._reached(v, rho), v.tangent.factor
-        return jnp.sum(jax.vmap(low_rank_gaussian.kl)(new.factor, old, 1 / new.ratio, new.shift / new.ratio))
+        return jnp.sum(jax.vmap(low_rank_gaussian.forward_kl)(new.factor, old, 1 / new.ratio, new.shift / new.ratio))
 
     def compare(self, memory: Memory, v: Frame) -> SquaredNorms:
         """Mean and diagonal: what is seen along T changes with T, and would pass for noise."""
@@ -124,7 +124,10 @@ class LowRankGaussian(NamedTuple):
         old, new = (slope, diagonal), (v.tangent.slope, v.tangent.diagonal)
         news = jax.tree.map(jnp.subtract, new, old)
         return SquaredNorms(
-            *(jnp.sum(jax.vmap(low_rank_gaussian.metric_square)(v.tangent.factor, *x)) for x in (old, news, new))
+            *(
+                jnp.sum(jax.vmap(low_rank_gaussian.mean_scale_squared_norm)(v.tangent.factor, *x))
+                for x in (old, news, new)
+            )
         )
 
     def update_memory(self, memory: Memory, v: Frame, weight: jax.Array) -> Memory:
@@ -135,14 +138,16 @@ class LowRankGaussian(NamedTuple):
         new = self._reached(v, rho)
         slope, diagonal = self._running_mean(memory, v.scale)
         # As in DiagonalGaussian: the step is subtracted, and the slope is that at the new mean.
-        diagonal = diagonal - jax.vmap(low_rank_gaussian.growth, (0, None, None))(v.tangent, rho, self.margin)
+        diagonal = diagonal - jax.vmap(low_rank_gaussian.precision_diagonal_change, (0, None, None))(
+            v.tangent, rho, self.margin
+        )
         memory = self._with_running_mean(memory, v, slope - rho * v.tangent.slope + diagonal * new.shift, diagonal)
-        memory = self._with(memory, {self.site.factor: v.scale[..., None] * (v.turned @ new.chosen)})
+        memory = self._with(memory, {self.site.factor: v.scale[..., None] * (v.turned @ new.coefficients)})
         loc, scale = v.loc + v.scale * new.shift, v.scale * new.ratio
         return self.site.write(params, loc, (scale, new.factor)), memory
 
-    def _reached(self, v: Frame, rho: jax.Array) -> low_rank_gaussian.Reached:
-        return jax.vmap(low_rank_gaussian.reached, (0, None, None))(v.tangent, rho, self.margin)
+    def _reached(self, v: Frame, rho: jax.Array) -> low_rank_gaussian.LowRankStep:
+        return jax.vmap(low_rank_gaussian.step, (0, None, None))(v.tangent, rho, self.margin)
 
     def _running_mean(self, memory: Memory, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
         slope, diagonal = (memory.running_mean[p].reshape(scale.shape) for p in (self.site.loc, self.site.scale))
@@ -210,7 +215,7 @@ def _differences(
     basis: jax.Array,
     asked: jax.Array,
     residual: jax.Array,
-) -> tuple[Tangent, jax.Array]:
+) -> tuple[LowRankTangent, jax.Array]:
     """The natural gradient, and (H − S − diag(H − S))T outside of T.
 
     :param trend: what earlier steps say diag(H − S) is.
@@ -234,6 +239,6 @@ def _news(factor: jax.Array, news: jax.Array) -> jax.Array:
     """The mean of k estimates, ``(d, k)``, times its share of signal: 1 − (variance of the mean) / (mean)²."""
     mean = jnp.mean(news, axis=1)
     spread = jnp.sqrt(jnp.mean((news - mean[:, None]) ** 2, axis=1) / (news.shape[1] - 1))
-    square = lambda x: low_rank_gaussian.metric_square(factor, jnp.zeros_like(x), x)
+    square = lambda x: low_rank_gaussian.mean_scale_squared_norm(factor, jnp.zeros_like(x), x)
     tiny = jnp.finfo(mean.dtype).tiny
     return jnp.maximum(1 - square(spread) / jnp.maximum(square(mean), tiny), GAIN) * mean

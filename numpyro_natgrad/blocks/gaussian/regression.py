@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import block_diag, solve_triangular
 
 from numpyro_natgrad.blocks.gaussian.joint import JointGaussian, particles, tangent
-from numpyro_natgrad.distributions.gaussian import Tangent
+from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators import stein_regression
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.stein_regression import Sums
@@ -26,7 +26,7 @@ from numpyro_natgrad.step.step_size import SquaredNorms
 class Fit(NamedTuple):
     """As :class:`.joint.Frame`, with the sums that the fit was made of."""
 
-    tangent: Tangent
+    tangent: GaussianTangent
     curvature: jax.Array
     loc: jax.Array
     factor: jax.Array
