@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_factor, cho_solve
 from jax.scipy.sparse.linalg import cg
 
-from numpyro_natgrad.distributions.surrogate import fisher_product, fisher_surrogate
+from numpyro_natgrad.distributions.surrogate import FisherEstimate, fisher_product, fisher_surrogate
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Frozen
@@ -61,7 +61,7 @@ class KLCurvature:
     """
 
     params: tuple[str, ...]
-    sites: tuple[tuple[str, str, str], ...]
+    sites: tuple[tuple[str, str, FisherEstimate], ...]
     sizes: Mapping[str, int]
     numbers: int
     local: bool
