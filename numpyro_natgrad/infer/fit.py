@@ -3,8 +3,8 @@
 """``fit(svi, rng_key, *args)``: as many steps as it takes.
 
 The steps are those of ``svi.run``. Between two chunks of them the certificate is looked at (:mod:`.newton_decrement`:
-the nats still to gain, and how well that is known), and the fit is over when it has been below the tolerance beyond noise
-for a while (:mod:`.convergence`).
+the nats still to gain, and how well that is known), and the fit is over when it has been below the tolerance beyond
+noise for a while (:mod:`.convergence`).
 """
 
 import time
