@@ -32,6 +32,7 @@ from numpyro.infer.svi import SVIState
 from numpyro.optim import Adam, _NumPyroOptim
 from tqdm import tqdm
 
+from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.diagnostics.arviz_compat import psis
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
@@ -174,6 +175,16 @@ def follow(label: str, problem: Problem, optimizer: _NumPyroOptim, steps: int, j
         elbo.append(float(weights(state).mean()))
     params = svi.get_params(state)
     return Curve(label, marks, seconds_a_step * marks, np.array(elbo), params, weights(state))
+
+
+def report(problem: Problem, optimizer: NaturalGradient) -> str:
+    """How the Fisher matrix of every parameter is computed, as a table.
+
+    :param problem: what is fitted.
+    :param optimizer: what fits it.
+    """
+    svi = problem.svi(optimizer)
+    return optimizer.report(svi, svi.init(random.key(FIT), *problem.args), *problem.args)
 
 
 def fastest(call: Callable[[], Any], times: int = 3) -> float:

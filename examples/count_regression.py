@@ -272,7 +272,10 @@ def main() -> None:
     curves = [follow("NaturalGradient()", natural, data, chosen.steps)]
     curves += [follow(label, make(), data, chosen.adam_steps) for label, make in others.items()]
     mine, likelihood = estimates(curves[0].params), maximum_likelihood(data)
-    print(f"\n{natural.report()}\n\n{table(data.names, mine, likelihood)}")
+    args = jnp.asarray(data.design), jnp.asarray(data.visits)
+    svi = SVI(model, guide, natural, Trace_ELBO(num_particles=PARTICLES))
+    report = natural.report(svi, svi.init(random.key(0), *args), *args)
+    print(f"\n{report}\n\n{table(data.names, mine, likelihood)}")
     apart = np.abs(mine.value - likelihood.value) / likelihood.error
     ratio = mine.error[:-1] / likelihood.error[:-1]
     print(f"\nCoefficients agree with the negative-binomial regression to {apart[:-1].max():.2f} standard errors,")

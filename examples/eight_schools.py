@@ -17,6 +17,7 @@ from _common import (
     options,
     picture,
     posterior,
+    report,
     save,
     scoreboard,
     summary,
@@ -50,7 +51,7 @@ def main() -> None:
     problem = Problem(model, AutoMultivariateNormal(model), (ERROR, EFFECT))
     natural = NaturalGradient()
     curve = follow("NaturalGradient()", problem, natural, chosen.steps)
-    print(f"\n{natural.report()}\n")
+    print(f"\n{report(problem, natural)}\n")
     dims = {"theta": ["school"], "theta_trans": ["school"]}
     print(summary(posterior(problem, curve), dims=dims, coords={"school": list("ABCDEFGH")}))
     curves = [curve, *follow_adam(problem, chosen.adam_steps)]

@@ -30,7 +30,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from _common import DRAWS, Curve, Problem, draw_curves, follow, options, save
+from _common import DRAWS, Curve, Problem, draw_curves, follow, options, report, save
 from jax import Array, nn, random
 from jax.scipy.linalg import solve_triangular
 from matplotlib.axes import Axes
@@ -248,7 +248,7 @@ def main() -> None:
     curves = [follow("NaturalGradient + adam(0.1)", whole, both, chosen.steps)]
     curves += [follow(f"... in batches of {chosen.batch}", parts, both, chosen.steps, whole)]
     curves += [follow(f"Adam({r:g}) alone", whole, Adam(r), chosen.adam_steps) for r in (0.03, 0.01)]
-    print(f"\n{both.report()}\n")
+    print(f"\n{report(whole, both)}\n")
     print(line("", " steps  seconds", "ELBO (nats)", "variance; scales", "test error, log density"))
     for curve in curves:
         print(fitted(curve, inducing, test))

@@ -17,6 +17,7 @@ from _common import (
     options,
     picture,
     posterior,
+    report,
     save,
     scoreboard,
     summary,
@@ -55,7 +56,7 @@ def main() -> None:
     problem = Problem(model, AutoMultivariateNormal(model), (design, benign))
     natural = NaturalGradient()
     curve = follow("NaturalGradient()", problem, natural, chosen.steps)
-    print(f"\n{natural.report()}\n")
+    print(f"\n{report(problem, natural)}\n")
     print(summary(posterior(problem, curve), dims={"beta": ["column"]}, coords={"column": names}))
     curves = [curve, *follow_adam(problem, chosen.adam_steps)]
     print(f"\n{scoreboard(curves)}")

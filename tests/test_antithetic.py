@@ -113,5 +113,5 @@ def test_a_step_of_length_1_is_exact_where_the_posterior_is_gaussian(x64, guide)
 )
 def test_products_are_shared_where_particles_can_be_told_apart(loss, products):
     svi = SVI(_model, AutoNormal(_model), NaturalGradient(), loss)
-    svi.run(random.key(0), 1, 1.0, progress_bar=False)
-    assert f" {products} products with the Hessian" in svi.optim.report()
+    state = svi.init(random.key(0), 1.0)
+    assert f" {products} products with the Hessian" in svi.optim.report(svi, state, 1.0)

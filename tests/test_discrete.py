@@ -136,7 +136,7 @@ def test_assignments_of_a_mixture_are_those_of_variational_em():
     np.testing.assert_allclose(params["loc"], m, atol=0.1 * s.min())
     np.testing.assert_allclose(params["s"], s, rtol=0.1)
     np.testing.assert_allclose(jax.nn.softmax(params["logits"])[:, 0], first, atol=0.02)
-    assert "Categorical" in svi.optim.report()
+    assert "Categorical" in svi.optim.report(svi, state, y)
 
 
 def hidden_markov(y: Any) -> None:

@@ -9,10 +9,10 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from jax import random
-from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_natgrad import History, NaturalGradient, fit
+from numpyro_natgrad import History, NaturalGradient, StructureError, fit
 from numpyro_natgrad.infer import compilation, convergence
 from numpyro_natgrad.step import newton_decrement
 from numpyro_natgrad.step.newton_decrement import Weights
@@ -163,6 +163,76 @@ def test_nothing_is_foretold_where_nothing_has_a_fisher():
     assert repr(result) == f"FitResult(converged=False, steps=3, reason={result.reason!r})"
 
 
+def test_one_optimizer_in_two_svis_reports_on_the_one_that_is_fitted():
+    """A, B, A: the third fit is compiled already, so that the last loss that was traced is that of B."""
+    optimizer = NaturalGradient()
+
+    def bent():
+        y = numpyro.sample("y", dist.Normal(0, 1))
+        numpyro.factor("f", jnp.sin(numpyro.param("p", 0.5) * jax.lax.stop_gradient(y)))
+
+    bend = SVI(bent, AutoNormal(bent), optimizer, Trace_ELBO())
+    first, second = make(optimizer), bend
+    fits = [fit(first, random.key(0), Y, max_steps=1, progress_bar=False)]
+    fits += [fit(second, random.key(0), max_steps=1, progress_bar=False)]
+    fits += [fit(first, random.key(0), Y, max_steps=1, progress_bar=False)]
+    a, b, again = fits
+    assert "'p', moved by the ordinary optimizer" in b.reason
+    assert again.reason == a.reason
+    assert again.report == a.report == optimizer.report(first, again.state, Y)
+    assert b.report == optimizer.report(second, b.state)
+    assert "z_auto_loc" in a.report
+    assert "z_auto_loc" not in b.report
+
+
+def test_the_report_is_of_the_last_batches():
+    """All rows are regressed, a part of them is not; the second fit of all rows is compiled already."""
+    svi = make()
+    reports = [fit(svi, random.key(0), batches=[(y,)] * 2, progress_bar=False).report for y in (Y, Y[:2], Y)]
+    assert reports[0] == reports[2] != reports[1]
+    assert "regression" in reports[0]
+
+
+def test_a_report_needs_no_step():
+    svi = make()
+    state = svi.init(random.key(0), Y)
+    report = svi.optim.report(svi, state, Y)
+    result = svi.run(random.key(0), 1, Y, progress_bar=False)
+    assert report == svi.optim.report(svi, result.state, Y)
+    assert {line.split()[0] for line in report.splitlines()[2:]} == set(result.params)
+
+
+def counting(y):
+    count = numpyro.primitives.mutable("count", {"n": jnp.array(0.0)})
+    z = numpyro.sample("z", dist.Normal(0, 1))
+    numpyro.sample("y", dist.Normal(z, 1).expand(y.shape).to_event(1), obs=y)
+    count["n"] = count["n"] + 1
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
+def test_mutable_state_is_updated_with_one_particle(loss):
+    """Once in `svi.init`, and once a step."""
+    svi = SVI(counting, AutoNormal(counting), NaturalGradient(), loss())
+    result = fit(svi, random.key(0), Y, max_steps=2, progress_bar=False)
+    assert result.state.mutable_state["count"]["n"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (Trace_ELBO(2), r"\['count'\].*`Trace_ELBO\(num_particles=2\)` drops.*Use `Trace_ELBO\(num_particles=1\)`"),
+        (TraceMeanField_ELBO(2), r"\['count'\].*`TraceMeanField_ELBO\(num_particles=2\)` drops"),
+        (TraceGraph_ELBO(), r"\['count'\].*`TraceGraph_ELBO` does not support.*`Trace_ELBO\(num_particles=1\)`"),
+        (TraceEnum_ELBO(), r"\['count'\].*`TraceEnum_ELBO` does not support"),
+        (RenyiELBO(), r"\['count'\].*`RenyiELBO` does not support"),
+    ],
+)
+def test_a_loss_that_drops_mutable_state_is_refused(loss, message):
+    svi = SVI(counting, AutoNormal(counting), NaturalGradient(), loss)
+    with pytest.raises(StructureError, match=message):
+        fit(svi, random.key(0), Y)
+
+
 def test_another_optimizer_is_refused():
     with pytest.raises(TypeError, match="`Adam`.*NaturalGradient"):
         fit(make(numpyro.optim.Adam(0.1)), random.key(0), Y)
@@ -223,7 +293,7 @@ def test_nothing_is_certified_where_nothing_has_a_fisher():
 def flat(**changes):
     """A history of forty steps that are done, but for the changes."""
     loss = 5 + np.random.default_rng(0).normal(size=40)
-    done = dict.fromkeys(History._fields, np.zeros(40)) | {"loss": loss, "decrement": np.full(40, 0.004)}
+    done = dict.fromkeys(History._fields, np.zeros(40)) | {"loss": loss, "newton_decrement": np.full(40, 0.004)}
     return History(**done | {"limited": np.zeros(40, bool), "skipped": np.zeros(40, bool)} | changes)
 
 
@@ -235,15 +305,15 @@ def last(value, count, dtype=float):
     ("changes", "done"),
     [
         ({}, True),
-        ({"decrement": last(0.02, 1)}, False),  # now
-        ({"decrement": np.r_[np.zeros(35), 0.02, np.zeros(4)]}, True),  # one draw from a heavy tail
-        ({"decrement": last(0.0, 0) + np.r_[np.zeros(34), 0.02, 0.02, np.zeros(4)]}, False),
-        ({"decrement_error": last(0.007, 40)}, False),
-        ({"limited": last(1, 2, bool), "kl_moved": np.full(40, 0.01)}, False),
-        ({"limited": last(1, 2, bool), "kl_moved": np.full(40, 0.009)}, True),
+        ({"newton_decrement": last(0.02, 1)}, False),  # now
+        ({"newton_decrement": np.r_[np.zeros(35), 0.02, np.zeros(4)]}, True),  # one draw from a heavy tail
+        ({"newton_decrement": last(0.0, 0) + np.r_[np.zeros(34), 0.02, 0.02, np.zeros(4)]}, False),
+        ({"newton_decrement_error": last(0.007, 40)}, False),
+        ({"limited": last(1, 2, bool), "kl": np.full(40, 0.01)}, False),
+        ({"limited": last(1, 2, bool), "kl": np.full(40, 0.009)}, True),
         ({"skipped": last(1, 2, bool)}, False),
         ({"loss": np.linspace(30, 5, 40)}, False),
-        ({"decrement": last(np.nan, 40)}, False),
+        ({"newton_decrement": last(np.nan, 40)}, False),
     ],
 )
 def test_done_is_below_the_tolerance_beyond_noise_for_a_while(changes, done):

@@ -262,6 +262,6 @@ def test_a_gamma_guide_finds_its_poisson_posterior(limit, x64, monkeypatch):
     y = jnp.array([3.0, 5.0, 4.0, 7.0, 2.0, 6.0])
     svi = SVI(poisson, gamma_guide, NaturalGradient(fisher="kl_hessian"), Trace_ELBO(num_particles=8))
     result = svi.run(random.key(0), 200, y, progress_bar=False)
-    assert "Hessian of KL" in svi.optim.report()
+    assert "Hessian of KL" in svi.optim.report(svi, result.state, y)
     fitted = dist.Gamma(result.params["a"], result.params["b"])
     assert dist.kl_divergence(fitted, dist.Gamma(2.0 + y.sum(), 0.5 + len(y))) < 1e-6

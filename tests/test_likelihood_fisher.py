@@ -81,7 +81,7 @@ def fit(model: Any, guide: Any, steps: int, *data: Any, start: Any = None, loss:
         params.append(svi.get_params(state))
         losses.append(value)
         info.append(svi.optim.info(state))
-    return Fit(jax.tree.map(np.asarray, params), np.asarray(losses), info, svi.optim.report())
+    return Fit(jax.tree.map(np.asarray, params), np.asarray(losses), info, svi.optim.report(svi, state, *data))
 
 
 @pytest.mark.parametrize("name", DEVIANCE)

@@ -152,7 +152,7 @@ def fitted(model: Any, guide: Any, steps: int, **options: Any) -> tuple[dict[str
     state, update = svi.init(random.key(0)), jax.jit(svi.update)
     for _ in range(steps):
         state, loss = update(state)
-    return svi.get_params(state), float(loss), svi.optim.report()
+    return svi.get_params(state), float(loss), svi.optim.report(svi, state)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -181,7 +181,7 @@ def test_a_member_of_the_family_is_found(d, make, rank, dtype):
     model = target(m, s, w)
     guide = AutoLowRankMultivariateNormal(model, rank=rank) if make == "auto" else by_hand(d, rank)
     svi, states = fit(model, guide, 40)
-    assert "closed form, " in svi.optim.report()
+    assert "closed form, " in svi.optim.report(svi, states[-1])
     assert np.abs(states[0].optim_state[1].params["auto_cov_factor" if make == "auto" else "factor"]).max() > 0
     assert kl(gaussian(guide, svi.get_params(states[-1])), (m, covariance(s, w))) < 0.01
 

@@ -76,7 +76,9 @@ ENCODERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def fitted(encode: Callable[[Any], Any], optimizer: Any, steps: int, size: int = BATCH) -> tuple[float, float, SVI]:
+def fitted(
+    encode: Callable[[Any], Any], optimizer: Any, steps: int, size: int = BATCH
+) -> tuple[float, float, SVI, Any]:
     """Errors of the means in posterior sd, and of the log scales, both root mean squares over rows; after some steps."""
 
     def guide(x: Any) -> None:
@@ -86,25 +88,28 @@ def fitted(encode: Callable[[Any], Any], optimizer: Any, steps: int, size: int =
     svi, data = SVI(factors, guide, optimizer, Trace_ELBO()), jnp.asarray(DATA, jnp.float32)
     batches = data[random.randint(random.key(1), (steps, size), 0, ROWS)]
     run = jax.jit(lambda state: jax.lax.scan(lambda s, x: svi.update(s, x), state, batches)[0])
-    params = svi.get_params(run(svi.init(random.key(0), batches[0])))
+    state = run(svi.init(random.key(0), batches[0]))
+    params = svi.get_params(state)
     found = numpyro.handlers.trace(numpyro.handlers.substitute(numpyro.handlers.seed(guide, 0), params))
     q = found.get_trace(data)["z"]["fn"].base_dist
     mean, scale = posterior()
     rms = lambda x: float(np.sqrt(np.mean(np.square(x))))
-    return rms((q.loc - mean) / scale), rms(np.log(q.scale / scale)), svi
+    return rms((q.loc - mean) / scale), rms(np.log(q.scale / scale)), svi, state
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_amortised_guide_is_moved_by_the_fisher_pulled_back_through_its_network(name):
     """A batch of an eighth of the rows a step. Means to less than a posterior sd in 100 steps, however it is written."""
-    loc, scale, svi = fitted(ENCODERS[name], NaturalGradient(), 100)
+    loc, scale, svi, state = fitted(ENCODERS[name], NaturalGradient(), 100)
     assert loc < 1
     assert scale < 0.5
-    assert "Hessian of KL (closed form), conjugate gradients" in svi.optim.report()
+    assert "Hessian of KL (closed form), conjugate gradients" in svi.optim.report(
+        svi, state, jnp.asarray(DATA[:BATCH], jnp.float32)
+    )
 
 
 def test_it_comes_nearer_to_every_rows_posterior_than_adam_at_its_best_rate():
-    loc, scale, _ = fitted(plain, NaturalGradient(), 200)
+    loc, scale, *_ = fitted(plain, NaturalGradient(), 200)
     adams = [fitted(plain, Adam(rate), 200)[:2] for rate in (0.03, 0.01, 0.003)]
     assert loc < min(theirs for theirs, _ in adams)
     assert scale < min(theirs for _, theirs in adams)
@@ -138,7 +143,7 @@ def test_parameters_of_the_model_go_to_the_maximum_of_the_marginal_likelihood(dt
     result = svi.run(random.key(0), 150, jnp.asarray(SEEN, dtype), progress_bar=False)
     assert shortfall(0.0, 2.0) > 50
     assert shortfall(float(result.params["center"]), float(result.params["noise"])) < 0.1
-    assert "Fisher of the likelihood" in svi.optim.report()
+    assert "Fisher of the likelihood" in svi.optim.report(svi, result.state, jnp.asarray(SEEN, dtype))
 
 
 def test_what_moves_draws_on_their_way_is_no_parameter_of_the_model():
@@ -149,8 +154,7 @@ def test_what_moves_draws_on_their_way_is_no_parameter_of_the_model():
         numpyro.sample("x", dist.Normal(z, positive("noise", 1.0)).to_event(1), obs=jnp.ones(2))
 
     svi = SVI(model, AutoDAIS(model, K=2), NaturalGradient(), Trace_ELBO())
-    svi.update(svi.init(random.key(0)))
-    way = {line.split()[0]: line for line in svi.optim.report().splitlines()[2:]}
+    way = {line.split()[0]: line for line in svi.optim.report(svi, svi.init(random.key(0))).splitlines()[2:]}
     assert "Fisher of the likelihood" in way["noise"]
     assert all("ordinary optimizer" in way[p] for p in way if p.split("auto_")[-1] in ("eta0", "eta_coeff", "gamma"))
     assert sum("ordinary optimizer" in line for line in way.values()) >= 3

@@ -15,11 +15,12 @@ from jax import lax, random
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
+from numpyro.infer.svi import SVIState
 from numpyro.optim import Minimize
 from oracles import assert_close, root_eps, spd
 from tables import positive
 
-from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad import NaturalGradient, fit
 
 D, STEPS = 3, 25
 PRECISION, CENTRE = spd(0, D, low=1.0, high=100.0), np.arange(1.0, D + 1)
@@ -194,10 +195,10 @@ BAD = {
     "nats in words": (ValueError, {"max_kl": "adaptiv"}, "'adaptiv'"),
     "estimator": (ValueError, {"estimator": "third_order"}, "'third_order'"),
     "path gradient": (TypeError, {"path_gradient": "yes"}, "'yes'"),
-    "point optimizer": (TypeError, {"point_optimizer": "adam"}, "'adam'"),
-    "point optimizer of losses": (TypeError, {"point_optimizer": Minimize()}, "Minimize"),
-    "natural point optimizer": (TypeError, {"point_optimizer": NaturalGradient()}, "NaturalGradient"),
-    "point optimizer's rate": (TypeError, {"point_optimizer": 0.01}, "0.01"),
+    "fallback optimizer": (TypeError, {"fallback_optimizer": "adam"}, "'adam'"),
+    "fallback optimizer of losses": (TypeError, {"fallback_optimizer": Minimize()}, "Minimize"),
+    "natural fallback optimizer": (TypeError, {"fallback_optimizer": NaturalGradient()}, "NaturalGradient"),
+    "fallback optimizer's rate": (TypeError, {"fallback_optimizer": 0.01}, "0.01"),
     "unknown": (TypeError, {"learning_rate": 0.1}, "learning_rate"),
 }
 
@@ -236,6 +237,23 @@ def test_a_gradient_alone_is_refused():
         optimizer.update({"x": jnp.ones(2)}, state)
 
 
-def test_a_report_needs_a_fit():
-    with pytest.raises(RuntimeError, match="svi.run"):
-        NaturalGradient().report()
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "start",
+    [lambda svi: svi.init(random.key(0)), lambda svi: svi.run(random.key(0), 1), lambda svi: fit(svi, random.key(0))],
+)
+def test_half_precision_is_refused_by_name(dtype, start):
+    """By `svi.init` (and `svi.update` needs its state), `svi.run` and `fit`."""
+
+    def guide() -> None:
+        loc, scale = numpyro.param("loc", jnp.zeros(D, dtype)), positive("scale", jnp.full(D, 0.1))
+        numpyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    with pytest.raises(ValueError, match=rf"'loc': '{dtype}'}}.*expected float32 or float64.*jnp.float32"):
+        start(SVI(gaussian, guide, NaturalGradient(), Trace_ELBO()))
+
+
+def test_a_report_needs_an_initialised_svi():
+    svi = SVI(gaussian, full, NaturalGradient(), Trace_ELBO())
+    with pytest.raises(ValueError, match="svi.init"):
+        svi.optim.report(svi, SVIState(None, None, random.key(0)))

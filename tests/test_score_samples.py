@@ -229,7 +229,7 @@ def fitted(model: Any, guide: Any, steps: int, loss: Any) -> tuple[Any, np.ndarr
     start = svi.init(random.key(1))
     run = jax.jit(lambda state: jax.lax.scan(lambda s, _: svi.update(s), state, length=steps))
     state, losses = run(start)
-    return state, np.asarray(losses), svi.optim.report()
+    return state, np.asarray(losses), svi.optim.report(svi, state)
 
 
 GUIDES = {

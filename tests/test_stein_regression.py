@@ -114,8 +114,8 @@ def _model(y):
 
 def _fitted(loss, model=_model, guide=AutoNormal, **options):
     svi = SVI(model, guide(model), NaturalGradient(**options), loss)
-    svi.run(random.key(0), 1, jnp.array([0.5, -1.0, 2.0]), progress_bar=False)
-    return svi.optim.report()
+    y = jnp.array([0.5, -1.0, 2.0])
+    return svi.optim.report(svi, svi.init(random.key(0), y), y)
 
 
 def test_every_particle_shows_its_draw_and_its_gradient(x64):
@@ -168,7 +168,7 @@ def test_fits_in_a_batch_are_those_by_themselves(x64):
     """Particles are told apart inside of a batch of fits too."""
     y = jnp.array([0.5, -1.0, 2.0])
     svi = SVI(_model, AutoMultivariateNormal(_model), NaturalGradient(), Trace_ELBO(4))
-    svi.init(random.key(0), y)
+    start = svi.init(random.key(0), y)
 
     def after_five(key):
         state = jax.lax.fori_loop(0, 5, lambda _, state: svi.update(state, y)[0], svi.init(key, y))
@@ -176,7 +176,7 @@ def test_fits_in_a_batch_are_those_by_themselves(x64):
 
     keys = random.split(random.key(0), 2)
     together, alone = jax.jit(jax.vmap(after_five))(keys), jax.jit(after_five)(keys[1])
-    assert "regression of gradients" in svi.optim.report()
+    assert "regression of gradients" in svi.optim.report(svi, start, y)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-8), together, alone)
 
 

@@ -121,6 +121,7 @@ def test_a_long_run_traces_no_more_than_a_short_one():
 def test_optimizer_and_state_survive_pickling():
     svi, start, update, states, _ = fitted()
     optimizer = pickle.loads(pickle.dumps(svi.optim))
+    assert vars(optimizer).keys() == vars(svi.optim).keys() == vars(NaturalGradient()).keys()
     assert isinstance(optimizer, NaturalGradient)
     arrays = pickle.loads(pickle.dumps(jax.tree.map(np.asarray, numbers(states[1]))))
     assert isinstance(arrays[1], State)

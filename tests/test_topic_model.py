@@ -73,7 +73,7 @@ def test_natural_steps_are_the_published_update_of_lambda(example, dtype):
         lam = hoffman(example, before, batch, (step + 10.0) ** -0.7)
         np.testing.assert_allclose(svi.get_params(state)["lambda"], lam, rtol=root_eps(dtype))
         assert np.max(np.abs(lam / before - 1)) > 0.1
-    assert "natural parameters" in svi.optim.report()
+    assert "natural parameters" in svi.optim.report(svi, state, jnp.asarray(batches[0], dtype))
 
 
 def test_the_check_that_is_printed_finds_a_difference_and_none(example, monkeypatch):

@@ -333,9 +333,9 @@ CASES = [
     ({"guide": ("AutoLowRankMultivariateNormal",), "latents": 5000}, "a flow (`AutoBNAFNormal`"),
     ({"guide": ("AutoBNAFNormal",)}, "NUTS"),
     ({"guide": ("function",)}, "latents depend on each other"),
-    ({"decrement": 1.5}, "The fit is not done: its ELBO can rise by about 1.5 nats within this family"),
-    ({"decrement": 1.5, "gap": 1000.0}, "The family is too small"),
-    ({"decrement": 0.1}, "The family is too small"),
+    ({"newton_decrement": 1.5}, "The fit is not done: its ELBO can rise by about 1.5 nats within this family"),
+    ({"newton_decrement": 1.5, "gap": 1000.0}, "The family is too small"),
+    ({"newton_decrement": 0.1}, "The family is too small"),
     ({"points": ("s",)}, "`s` is a point of the guide"),
     ({"rounding": 0.5}, "numpyro.enable_x64()"),
 ]

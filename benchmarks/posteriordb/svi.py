@@ -81,7 +81,7 @@ def reference(problem: Problem) -> Iterator[Attempt]:
 def _natural(problem: Problem, marks: np.ndarray, particles: int, seeds: range) -> Iterator[Attempt]:
     walk, optimizer = walker(problem, marks, particles), NaturalGradient()
     compiled, compiling = compile_timed(lambda z, key: walk(optimizer, z, key), start(problem, 0), quickly)
-    gradients = particles * (1 + 2 * products(optimizer) + TRIALS / 3)
+    gradients = particles * (1 + 2 * products(problem, particles) + TRIALS / 3)
     for seed in seeds:
         begin = time.perf_counter()
         params = jax.block_until_ready(compiled(*start(problem, seed)))
@@ -89,9 +89,12 @@ def _natural(problem: Problem, marks: np.ndarray, particles: int, seeds: range) 
         yield Attempt("", seed, _path(problem, params, marks, gradients, seconds, compiling))
 
 
-def products(optimizer: NaturalGradient) -> int:
+def products(problem: Problem, particles: int) -> int:
     """With the Hessian, a step and particle, by the report."""
-    named = re.search(r"(\d+) products", optimizer.report())
+    guide, optimizer = problem.guide.make(problem.function), NaturalGradient()
+    svi = SVI(problem.function, guide, optimizer, Trace_ELBO(particles))
+    state = svi.init(jax.random.key(0), **problem.arguments)
+    named = re.search(r"(\d+) products", optimizer.report(svi, state, **problem.arguments))
     return int(named[1]) if named else 0
 
 

@@ -94,9 +94,9 @@ def partition_parameters(fn: Any, params: Params, options: Options, forward: boo
     """Listen to the loss and give every parameter to a family."""
     trace = resolve_fisher_method(trace_loss(fn, params), options.fisher)
     if not trace.is_elbo:
-        warnings.warn(_NO_ELBO, stacklevel=4)
+        warnings.warn(_NO_ELBO, stacklevel=5)
     if trace.scanned:
-        warnings.warn(_SCANNED.format(sorted(trace.scanned)), stacklevel=4)
+        warnings.warn(_SCANNED.format(sorted(trace.scanned)), stacklevel=5)
     sizes = {name: sum(jnp.size(x) for x in jax.tree.leaves(tree)) for name, tree in params.items()}
     gaussians, naturals = _charted(trace, options)
     closed = {g.name for g in gaussians} | {n.site.name for n in naturals}
@@ -112,7 +112,7 @@ def partition_parameters(fn: Any, params: Params, options: Options, forward: boo
     second = [family.hessian_params or _is_mirrored(family) for family in families]
     first_order = [p for family, asks in zip(families, second, strict=True) if not asks for p in family.params]
     if options.estimator == "second_order" and first_order:
-        warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=4)
+        warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=5)
     request = _views(families, gaussians, naturals, scored, trace, options, forward)
     exact = trace.is_elbo and all(family.exact for family in families)
     paired = all(site.reparameterized or site.analytic for site in trace.sites.values())

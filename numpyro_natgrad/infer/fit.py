@@ -2,9 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fit(svi, rng_key, *args)``: as many steps as it takes.
 
-The steps are those of ``svi.run``. Between two chunks of them the certificate is looked at (:mod:`.newton_decrement`:
-the nats still to gain, and how well that is known), and the fit is over when it has been below the tolerance beyond
-noise for a while (:mod:`.convergence`).
+The steps are those of ``svi.run``. Every few steps the Newton decrement (:mod:`.newton_decrement`) estimates how many
+nats are still to gain, and :mod:`.convergence` decides from its recent values whether the fit has converged.
 """
 
 import time
@@ -14,11 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tqdm
+from numpyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.svi import SVI, SVIState
 
+from numpyro_natgrad.blocks.partition import Partition
+from numpyro_natgrad.errors import StructureError
 from numpyro_natgrad.infer.convergence import History, Log, converged, empty, interval, is_lost, outlook
-from numpyro_natgrad.infer.loop import CHUNK, Chunk, Constant, Feed, compiled
+from numpyro_natgrad.infer.loop import CHUNK, Constant, Feed, Program, compiled, shapes
 from numpyro_natgrad.infer.optimizer import NaturalGradient
+from numpyro_natgrad.infer.report import table
 from numpyro_natgrad.step.newton_decrement import noise_left
 from numpyro_natgrad.step.state import State
 
@@ -44,6 +47,8 @@ class FitResult(NamedTuple):
     :ivar history: every step in numbers.
     :ivar converged: whether the remaining gain was below the tolerance beyond noise.
     :ivar reason: why the fit ended, and if it did not converge what it would take, in a sentence.
+    :ivar report: the table of :meth:`.NaturalGradient.report`, for the arguments of the last steps; empty without
+        steps.
     """
 
     params: dict[str, Any]
@@ -52,6 +57,7 @@ class FitResult(NamedTuple):
     history: History
     converged: bool
     reason: str
+    report: str
 
     def __repr__(self) -> str:
         """What one reads of it in a notebook; its arrays are not."""
@@ -106,37 +112,49 @@ def fit(
     :param kwargs: keyword arguments of model and guide, the same in every step.
     :raises TypeError: if the optimizer is another one, or an argument is of the wrong type.
     :raises ValueError: if an argument cannot be used.
+    :raises StructureError: if model or guide have mutable state and the loss would drop it.
 
     The number of nats is an estimate, of the parameters that a Fisher matrix moves, and for the best guide of this
     family nearby: it does not say how far the best guide is from the posterior. A keyboard interrupt ends the fit with
     what there is.
     """
-    optimizer = _optimizer_of(svi)
+    _check_optimizer(svi)
     _check(args, max_steps, tolerance, batches)
     feed = Feed(batches)
     first = args if feed.fixed else feed.peek()
     if first is None:
         raise ValueError("`batches` is empty: expected at least one tuple of arguments for model and guide.")
     state, past = _start(svi, rng_key, first, kwargs, init_state, init_params, resume)
+    _check_mutable_state(svi, state)
     parts = svi.model, svi.guide, svi.loss, svi.optim
-    chunk = compiled(svi, Constant(parts, args, kwargs, forward_mode_differentiation))
+    program = compiled(svi, Constant(parts=parts, args=args, kwargs=kwargs, forward=forward_mode_differentiation))
     with tqdm.tqdm(total=max_steps, disable=not progress_bar, mininterval=0.2) as bar:
-        run = _Run(state, Log(past), bar)
-        end = run.until(chunk, feed, max_steps, tolerance)
+        run = _Run(program, state, Log(past), bar)
+        end = run.until(feed, max_steps, tolerance)
         history = run.log.history()
-        reason = _reason(end, history, tolerance, run.state.optim_state[1], optimizer.aside)
+        unowned = tuple(run.partition.point) if run.partition else ()
+        reason = _reason(end, history, tolerance, run.state.optim_state[1], unowned)
         bar.set_postfix_str(reason)
-    return FitResult(svi.get_params(run.state), run.state, history.loss, history, end == CONVERGED, reason)
+    return FitResult(
+        params=svi.get_params(run.state),
+        state=run.state,
+        losses=history.loss,
+        history=history,
+        converged=end == CONVERGED,
+        reason=reason,
+        report=table(run.partition.rows()) if run.partition else "",
+    )
 
 
 class _Run:
     """Where a fit stands: its state, and what has been written down."""
 
-    def __init__(self, state: SVIState, log: Log, bar: tqdm.tqdm) -> None:
-        self.state, self.log, self._bar = state, log, bar
+    def __init__(self, program: Program, state: SVIState, log: Log, bar: tqdm.tqdm) -> None:
+        self.state, self.log, self._program, self._bar = state, log, program, bar
+        self.partition: Partition | None = None
         self._begin = time.perf_counter()
 
-    def until(self, chunk: Chunk, feed: Feed, max_steps: int, tolerance: float) -> str:
+    def until(self, feed: Feed, max_steps: int, tolerance: float) -> str:
         """Chunk after chunk until there is a reason to stop, which is returned."""
         try:
             left = max_steps
@@ -144,7 +162,7 @@ class _Run:
                 steps, batches = feed.take(min(CHUNK, left))
                 if not steps:
                     return EXHAUSTED
-                self._advance(chunk, steps, batches)
+                self._advance(steps, batches)
                 left -= steps
                 if is_lost(self.log.recent):
                     return LOST
@@ -154,11 +172,11 @@ class _Run:
             return INTERRUPTED
         return MAX_STEPS
 
-    def _advance(self, chunk: Chunk, steps: int, batches: tuple[Any, ...]) -> None:
+    def _advance(self, steps: int, batches: tuple[Any, ...]) -> None:
         begin = time.perf_counter() - self._begin
-        state, records = chunk(self.state, steps, batches)
+        state, records = self._program.chunk(self.state, steps, batches)
         part = _history(jax.device_get(records), steps, begin, time.perf_counter() - self._begin)
-        self.state = state
+        self.state, self.partition = state, self._program.partitions[shapes(batches)]
         self.log.append(part)
         self._bar.set_postfix_str(_shown(part), refresh=False)
         self._bar.update(steps)
@@ -201,13 +219,13 @@ def _shown(part: History) -> str:
     return text + (f", {skipped} of {part.steps} skipped" if skipped else "")
 
 
-def _reason(end: str, history: History, tolerance: float, state: State, aside: tuple[str, ...]) -> str:
+def _reason(end: str, history: History, tolerance: float, state: State, unowned: tuple[str, ...]) -> str:
     """Why the fit ended, how far it is, what it would take, and what that does not speak of."""
     if end == LOST or not history.steps:
         return end
     gain = interval(history.newton_decrement[-1], history.newton_decrement_error[-1])
     far = "" if end == CONVERGED or not tolerance else outlook(history, tolerance, *noise_left(state))
-    rest = f" (without {', '.join(map(repr, aside))}, moved by the ordinary optimizer)" if aside else ""
+    rest = f" (without {', '.join(map(repr, unowned))}, moved by the ordinary optimizer)" if unowned else ""
     return f"{end}: {gain} nats to gain{rest}, `tolerance={tolerance:g}`{far}"
 
 
@@ -235,7 +253,7 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, int | float | np.number) and not isinstance(x, bool)
 
 
-def _optimizer_of(svi: SVI) -> NaturalGradient:
+def _check_optimizer(svi: SVI) -> None:
     if not isinstance(svi, SVI):
         raise TypeError(
             f"`fit({type(svi).__name__}, ...)`: expected a `numpyro.infer.SVI`, such as "
@@ -246,4 +264,26 @@ def _optimizer_of(svi: SVI) -> NaturalGradient:
             f"`fit` stops by what `NaturalGradient` knows of the nats still to gain, but the optimizer of this `SVI` "
             f"is `{type(svi.optim).__name__}`. Make it `SVI(model, guide, NaturalGradient(), loss)`, or call `svi.run`."
         )
-    return svi.optim
+
+
+def _check_mutable_state(svi: SVI, state: SVIState) -> None:
+    """Refuse a loss that drops the values of ``numpyro.primitives.mutable`` sites.
+
+    NumPyro's ELBOs of several particles return ``None`` in their place, so that the state would change its structure
+    from one step of a compiled loop to the next; the others have no ``loss_with_mutable_state``.
+    """
+    if state.mutable_state is None:
+        return
+    name, sites = type(svi.loss).__name__, sorted(state.mutable_state)
+    update = getattr(type(svi.loss), "loss_with_mutable_state", ELBO.loss_with_mutable_state)
+    if update is ELBO.loss_with_mutable_state:
+        raise StructureError(
+            f"the mutable sites {sites} cannot be updated: `{name}` does not support mutable state; expected "
+            "`Trace_ELBO(num_particles=1)` or `TraceMeanField_ELBO(num_particles=1)`. Choose one of these losses."
+        )
+    drops = update in (Trace_ELBO.loss_with_mutable_state, TraceMeanField_ELBO.loss_with_mutable_state)
+    if drops and svi.loss.num_particles > 1:
+        raise StructureError(
+            f"the mutable sites {sites} cannot be updated: `{name}(num_particles={svi.loss.num_particles})` drops "
+            f"mutable state; expected one particle. Use `{name}(num_particles=1)`."
+        )

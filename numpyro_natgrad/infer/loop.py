@@ -7,6 +7,7 @@ the same ``SVI`` is given the same arguments. Fixed data are constants of the pr
 model may look at its values; minibatches are its inputs, as under ``jit(svi.update)``.
 """
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ import numpy as np
 from jax import lax
 from numpyro.infer.svi import SVI, SVIState
 
+from numpyro_natgrad.blocks.partition import Partition
+from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.guide.handlers import Loss
 from numpyro_natgrad.infer.compilation import quickly
 from numpyro_natgrad.step.state import StepInfo
 
@@ -31,6 +35,10 @@ class Records(NamedTuple):
     info: StepInfo
 
 
+Arguments = tuple[Any, ...]
+Shapes = tuple[tuple[int, ...], ...]
+
+
 class Constant(NamedTuple):
     """What a compiled chunk holds on to.
 
@@ -39,44 +47,77 @@ class Constant(NamedTuple):
     """
 
     parts: tuple[Any, ...]
-    args: tuple[Any, ...]
+    args: Arguments
     kwargs: dict[str, Any]
     forward: bool
 
 
-Chunk = Callable[[SVIState, int, tuple[Any, ...]], tuple[SVIState, Records]]
-
-#: The last compiled chunk of every ``SVI``, and what it was compiled for.
-_COMPILED: "weakref.WeakKeyDictionary[SVI, tuple[Constant, Chunk]]" = weakref.WeakKeyDictionary()
+Chunk = Callable[[SVIState, int, Arguments], tuple[SVIState, Records]]
 
 
-def compiled(svi: SVI, constant: Constant) -> Chunk:
-    """The chunk ``(state, steps, batches) -> (state, records)``; ``batches``: stacked arguments, or none."""
+class Program(NamedTuple):
+    """A compiled chunk, and the partition of the loss that it was traced for.
+
+    :ivar chunk: ``(state, steps, batches) -> (state, records)``, of :data:`CHUNK` steps at most; ``batches`` are the
+        stacked arguments of the steps, or ``()``.
+    :ivar partitions: the blocks of parameters, by the shapes of ``batches`` (:func:`shapes`).
+    """
+
+    chunk: Chunk
+    partitions: dict[Shapes, Partition]
+
+
+#: The last program of every ``SVI``, with what it was compiled for.
+_COMPILED: "weakref.WeakKeyDictionary[SVI, tuple[Constant, Program]]" = weakref.WeakKeyDictionary()
+
+
+def compiled(svi: SVI, constant: Constant) -> Program:
+    """The program for these constants: the last one of this ``SVI`` if they are the same."""
     known = _COMPILED.get(svi)
     if known is None or not _same(known[0], constant):
-        known = _snapshot(constant), quickly(_chunk(weakref.ref(svi), constant))
+        known = _snapshot(constant), _program(weakref.ref(svi), constant)
         _COMPILED[svi] = known
     return known[1]
 
 
-def _chunk(svi: "weakref.ref[SVI]", constant: Constant) -> Chunk:
-    def chunk(state: SVIState, steps: int, batches: tuple[Any, ...]) -> tuple[SVIState, Records]:
+def _program(svi: "weakref.ref[SVI]", constant: Constant) -> Program:
+    partitions: dict[Shapes, Partition] = {}
+
+    def chunk(state: SVIState, steps: int, batches: Arguments) -> tuple[SVIState, Records]:
         owner = svi()
         assert owner is not None
+        recording = _recording(owner, partitions, shapes(batches))
 
         def body(i: jax.Array, carry: tuple[SVIState, Records]) -> tuple[SVIState, Records]:
             args = constant.args + jax.tree.map(lambda x: x[i], batches)
-            state, loss = owner.update(
+            state, loss = recording.update(
                 carry[0], *args, forward_mode_differentiation=constant.forward, **constant.kwargs
             )
-            new = Records(loss, owner.optim.info(state))
+            new = Records(loss=loss, info=owner.optim.info(state))
             return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), carry[1], new)
 
         info = state.optim_state[1].info
-        records = jax.tree.map(lambda x: jnp.zeros(CHUNK, jnp.result_type(x)), Records(jnp.zeros(()), info))
+        records = jax.tree.map(lambda x: jnp.zeros(CHUNK, jnp.result_type(x)), Records(loss=jnp.zeros(()), info=info))
         return lax.fori_loop(0, steps, body, (state, records))
 
-    return chunk
+    return Program(chunk=quickly(chunk), partitions=partitions)
+
+
+def _recording(svi: SVI, partitions: dict[Shapes, Partition], key: Shapes) -> SVI:
+    """A copy of ``svi`` whose optimizer, a copy too, writes the partition that it finds in a loss to ``partitions``."""
+    recording, optimizer = copy.copy(svi), copy.copy(svi.optim)
+
+    def partition(fn: Loss, params: Params, forward: bool) -> Partition:
+        partitions[key] = svi.optim._partition(fn, params, forward)
+        return partitions[key]
+
+    recording.optim, optimizer._partition = optimizer, partition
+    return recording
+
+
+def shapes(batches: Arguments) -> Shapes:
+    """The shapes of all arrays."""
+    return tuple(x.shape for x in jax.tree.leaves(batches))
 
 
 def _same(old: Constant, new: Constant) -> bool:
@@ -145,6 +186,6 @@ def _arguments(batch: Any) -> tuple[Any, ...]:
     return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), batch)
 
 
-def _signature(batch: tuple[Any, ...]) -> Any:
+def _signature(batch: Arguments) -> Any:
     leaves, tree = jax.tree.flatten(batch)
     return tree, [(x.shape, x.dtype) for x in leaves]

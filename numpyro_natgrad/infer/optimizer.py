@@ -7,11 +7,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from numpyro.infer.svi import SVIState
+from numpyro.infer.svi import SVI, SVIState
 from numpyro.optim import _NumPyroOptim
 
 from numpyro_natgrad import options
 from numpyro_natgrad.blocks.partition import Partition, partition_parameters
+from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.guide.handlers import Loss
+from numpyro_natgrad.infer.fisher import _initialised, _loss
 from numpyro_natgrad.infer.report import table
 from numpyro_natgrad.step import fallback
 from numpyro_natgrad.step.natural_step import Context, natural_step
@@ -48,7 +51,7 @@ class NaturalGradient(_NumPyroOptim):
         second-order estimator takes the entropy in closed form and has none.)
     :param fisher: by which route the Fisher is got: ``"closed_form"``, ``"kl_hessian"``, ``"monte_carlo"``,
         ``"empirical"`` (:func:`.resolve_fisher_method`), or ``None`` for the best one of every site.
-    :param point_optimizer: an optax transformation or a NumPyro optimizer for parameters that no distribution of the
+    :param fallback_optimizer: an optax transformation or a NumPyro optimizer for parameters that no distribution of the
         guide owns: ``param`` statements of the model, points of ``AutoDelta``. By default they take the natural
         gradient of the likelihood, and ``optax.adam(1e-2)`` moves what has no Fisher there either.
     :raises ValueError: if an option cannot be used.
@@ -74,12 +77,11 @@ class NaturalGradient(_NumPyroOptim):
         self._options = options.checked(step_size, max_kl, estimator, path_gradient, fisher, ordinary=ordinary)
         fallback.checked(fallback_optimizer)
         self._fallback_optimizer = fallback_optimizer
-        self._structure: Partition | None = None
 
     def init(self, params: dict[str, Any]) -> tuple[jax.Array, State]:
         """The state before the first step.
 
-        :raises ValueError: if there is no parameter, or one that has no derivatives.
+        :raises ValueError: if there is no parameter, or one that is neither float32 nor float64.
         """
         if not jax.tree.leaves(params):
             raise ValueError(
@@ -92,6 +94,13 @@ class NaturalGradient(_NumPyroOptim):
                 f"the parameters {discrete} are not floating point numbers, so the loss has no derivative with respect "
                 "to them; expected floats. Write `numpyro.param(name, 1.0)` instead of `1`, or make them constants."
             )
+        types = {name: jnp.result_type(x).name for name, tree in params.items() for x in jax.tree.leaves(tree)}
+        if other := {name: dtype for name, dtype in types.items() if dtype not in ("float32", "float64")}:
+            raise ValueError(
+                f"the parameters {other} have a precision in which matrices cannot be factorised; expected float32 or "
+                "float64. Make them float32, as by `numpyro.param(name, jnp.zeros(3, jnp.float32))`, and convert them "
+                "where the model or guide uses them."
+            )
         return jnp.array(0), initial(params, self._point.init(params))
 
     def eval_and_update(
@@ -103,8 +112,8 @@ class NaturalGradient(_NumPyroOptim):
         :return: ``((loss, mutable_state), state)``, the loss at the iterate before the step, in nats.
         """
         step, carried = state
-        self._structure = partition_parameters(fn, carried.params, self._options, forward_mode_differentiation)
-        context = Context(self._structure, self._options, self._point, forward_mode_differentiation)
+        partition = self._partition(fn, carried.params, forward_mode_differentiation)
+        context = Context(partition, self._options, self._point, forward_mode_differentiation)
         loss_info, new = natural_step(fn, context, step, carried)
         return (loss_info.loss, loss_info.aux), (step + 1, new)
 
@@ -137,27 +146,48 @@ class NaturalGradient(_NumPyroOptim):
         optim_state = state.optim_state if isinstance(state, SVIState) else state
         return optim_state[1].info
 
-    def report(self) -> str:
-        """Which way every parameter takes: parameter → site → family → how the Fisher is got → size.
+    def report(
+        self, svi: SVI, state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
+    ) -> str:
+        """A table with one row for each parameter: its site, its distribution, how its Fisher matrix is computed, size.
 
-        :raises RuntimeError: if no loss has been heard yet.
+        The loss is traced, not run. (:func:`.fit` returns the same table as ``FitResult.report``.)
+
+        .. doctest::
+
+            >>> import numpyro, numpyro.distributions as dist
+            >>> from jax import random
+            >>> from numpyro.infer import SVI, Trace_ELBO
+            >>> from numpyro.infer.autoguide import AutoNormal
+            >>> from numpyro_natgrad import NaturalGradient
+            >>> model = lambda: numpyro.sample("z", dist.Gamma(2.0, 1.0))
+            >>> svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO())
+            >>> print(svi.optim.report(svi, svi.init(random.key(0))))
+            parameter     site  family          Fisher                                              size
+            ────────────────────────────────────────────────────────────────────────────────────────────
+            z_auto_loc    z     Normal          closed form, 3 products with the Hessian of the loss  1
+            z_auto_scale  z     Normal (scale)  closed form, 3 products with the Hessian of the loss  1
+
+        :param SVI svi: the ``SVI`` whose loss this optimizer minimises, after ``svi.init`` or ``svi.run``.
+        :param SVIState state: a state of ``svi``.
+        :param args: positional arguments of model and guide, as for ``svi.update``.
+        :param bool forward_mode_differentiation: as for ``svi.update``.
+        :param kwargs: keyword arguments of model and guide, as for ``svi.update``.
+        :return: the table, with a line for each parameter.
+        :rtype: str
+        :raises ValueError: if ``svi.init`` has not been called.
         """
-        if self._structure is None:
-            raise RuntimeError("nothing has been fitted yet: call `svi.run` or `svi.update` first, then `report()`.")
-        return table(self._structure.rows())
+        params = _initialised(svi).optim.get_params(state.optim_state)
+        fn = _loss(svi, params, state, args, kwargs)
+        return table(self._partition(fn, params, forward_mode_differentiation).rows())
 
-    @property
-    def aside(self) -> tuple[str, ...]:
-        """The parameters that the ordinary optimizer moves, as far as has been heard."""
-        return tuple(self._structure.point) if self._structure else ()
+    def _partition(self, fn: Loss, params: Params, forward: bool) -> Partition:
+        """Find the block of every parameter of the loss ``fn``; traced, not run."""
+        return partition_parameters(fn, params, self._options, forward)
 
     @property
     def _point(self) -> fallback.FallbackOptimizer:
         return fallback.checked(self._fallback_optimizer)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What was heard belongs to a loss function of this process.
-        return {**self.__dict__, "_structure": None}
 
 
 def _is_floating(x: Any) -> bool:
