@@ -46,6 +46,6 @@ def checked(optimizer: Any) -> FallbackOptimizer:
     if isinstance(optimizer, optax.GradientTransformation) or takes_gradients:
         return FallbackOptimizer(optimizer)
     raise TypeError(
-        f"`fallback_optimizer={optimizer!r}`: expected an optax transformation such as `optax.adam(1e-2)`, an optimizer "
-        "of `numpyro.optim` that steps by gradients, or None for `optax.adam(1e-2)`."
+        f"`fallback_optimizer={optimizer!r}`: expected an optax transformation such as `optax.adam(1e-2)`, an "
+        "optimizer of `numpyro.optim` that steps by gradients, or None for `optax.adam(1e-2)`."
     )
