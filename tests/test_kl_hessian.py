@@ -206,7 +206,7 @@ def test_the_first_site_does_not_pay_for_the_second(x64):
 def test_the_fisher_is_symmetric_and_leaves_the_cone_nowhere(guide, x64):
     at, params = started(guide, "float64")
     fn = at(random.key(0), Trace_ELBO(num_particles=2))
-    densities = {name: fisher_surrogate(site.divergence) for name, site in trace_loss(fn, params).sites.items()}
+    densities = {name: fisher_surrogate(site.fisher_estimate) for name, site in trace_loss(fn, params).sites.items()}
     found = np.asarray(jax.jit(lambda: fisher(fn, params, sorted(GUIDES[guide].hessian_params), densities))())
     assert np.abs(found).max() > 0
     assert_close(found, found.T, root_eps("float64"))

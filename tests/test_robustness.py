@@ -21,6 +21,7 @@ from tables import positive
 
 from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.estimators.derivatives import MAX_LOSS, LossInfo, rescale_loss
+from numpyro_natgrad.guide.handlers import DensityMode
 
 KINDS = ["nan in the loss", "impossible data", "infinite density", "nan in the gradient", "nan in the Hessian"]
 NONE = jnp.zeros(len(KINDS), bool)
@@ -313,10 +314,10 @@ def test_a_loss_beyond_all_squares_is_left_behind(guide):
 def test_a_loss_is_scaled_as_a_whole_and_only_beyond_all_bounds():
     def loss_info(loss: float) -> LossInfo:
         gradient = {"a": jnp.array([1.0, 2.0])}
-        means = {"silent": jnp.array([5.0]), "split": jnp.array([[[3.0]], [[4.0]]])}
+        means = {"detached": jnp.array([5.0]), "per particle": jnp.array([[[3.0]], [[4.0]]])}
         return LossInfo(jnp.array(loss), None, gradient, means, *[lambda t: t] * 5, False, 1)
 
-    modes = {"silent": "silent", "split": "split"}
+    modes = {"detached": DensityMode.DETACHED, "per particle": DensityMode.PER_PARTICLE}
     same, share = rescale_loss(loss_info(-MAX_LOSS), modes)
     assert share == 1
     jax.tree.map(
@@ -327,6 +328,6 @@ def test_a_loss_is_scaled_as_a_whole_and_only_beyond_all_bounds():
     np.testing.assert_allclose(scaled.gradient["a"], [0.25, 0.5])
     np.testing.assert_allclose(scaled.hessian_product({"a": jnp.ones(2)})["a"], [0.25, 0.25])
     # Draws are not the loss's.
-    np.testing.assert_allclose(scaled.means["silent"], [5.0])
-    np.testing.assert_allclose(scaled.means["split"], [[[3.0]], [[1.0]]])
+    np.testing.assert_allclose(scaled.means["detached"], [5.0])
+    np.testing.assert_allclose(scaled.means["per particle"], [[[3.0]], [[1.0]]])
     assert scaled.loss == 4 * MAX_LOSS

@@ -14,7 +14,7 @@ from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.estimators import stein_regression
-from numpyro_natgrad.guide.handlers import PathGradient
+from numpyro_natgrad.guide.handlers import DensityMode, PathGradient
 
 D, DRAWS = 5, 12
 
@@ -128,7 +128,7 @@ def test_every_particle_shows_its_draw_and_its_gradient(x64):
     perturbations = {name: jnp.zeros((2, n, *shape)) for name, shape in shapes.items()}
 
     def loss(perturbations):
-        with PathGradient(dict.fromkeys(shapes, "split"), perturbations):
+        with PathGradient(dict.fromkeys(shapes, DensityMode.PER_PARTICLE), perturbations):
             return Trace_ELBO(n).loss(random.key(5), svi.constrain_fn(params), _model, guide, y)
 
     split = {name: n * x for name, x in jax.grad(loss)(perturbations).items()}

@@ -15,7 +15,7 @@ from tables import GUIDES, started
 from numpyro_natgrad import NaturalGradient, StructureError
 from numpyro_natgrad.guide import gaussian_sites
 from numpyro_natgrad.guide.low_rank_sites import read_low_rank_site
-from numpyro_natgrad.guide.provenance import origins, tag
+from numpyro_natgrad.guide.provenance import Label, LabelKind, origins, tag
 from numpyro_natgrad.guide.trace import trace_loss
 from numpyro_natgrad.infer.report import table
 
@@ -137,11 +137,13 @@ def follow(function, *args):
     """The origin of ``function``'s value when its arguments are tagged as parameters a, b, …"""
 
     def tagged(*xs):
-        return function(*[tag("param", name, x) for name, x in zip("abc", xs, strict=False)])
+        return function(*[tag(Label(LabelKind.PARAM, name), x) for name, x in zip("abc", xs, strict=False)])
 
     return origins(tagged, *args)[0]
 
 
+A, B, C = (Label(LabelKind.PARAM, name) for name in "abc")
+DENSITY, DRAW = Label(LabelKind.DENSITY, "p"), Label(LabelKind.DRAW, "z")
 X = jnp.arange(6.0).reshape(2, 3)
 COPIES = {
     "itself": lambda a: a,
@@ -169,28 +171,28 @@ COMPUTED = {
 
 @pytest.mark.parametrize("how", COPIES)
 def test_a_change_of_shape_is_still_the_parameter(how):
-    assert follow(COPIES[how], X).copy_of == "param:a"
+    assert follow(COPIES[how], X).copy_of == A
 
 
 @pytest.mark.parametrize("how", COMPUTED)
 def test_a_computed_value_depends_and_is_no_copy(how):
     origin = follow(COMPUTED[how], X)
     assert origin.copy_of is None
-    assert origin.sources == {"param:a"}
+    assert origin.sources == {A}
 
 
 def test_a_product_is_known_by_its_exponents():
     product = follow(lambda a, b: (a * b[..., None]) * b[:, None] * jnp.square(b[:, None]), X, jnp.ones(2))
-    assert product.powers == {"param:a": 1, "param:b": 4}
-    assert follow(lambda a: a**3, X).powers == {"param:a": 3}
+    assert product.powers == {A: 1, B: 4}
+    assert follow(lambda a: a**3, X).powers == {A: 3}
     assert follow(lambda a, b: a * b + 1, X, X).powers is None
     assert follow(lambda a, b: 2 * a * b, X, X).powers is None
 
 
 def test_sources_are_all_parameters_that_enter():
-    assert follow(lambda a, b, c: a * jnp.sin(c), X, X, X).sources == {"param:a", "param:c"}
+    assert follow(lambda a, b, c: a * jnp.sin(c), X, X, X).sources == {A, C}
     gathered = follow(lambda a, b: a[b.astype(int)], X, jnp.zeros(2))
-    assert gathered.sources == {"param:a", "param:b"}
+    assert gathered.sources == {A, B}
     assert gathered.copy_of is None
 
 
@@ -212,16 +214,16 @@ DEGREES = {
 def test_affine_in_log_densities_or_not(how):
     function, degree = DEGREES[how]
     p = jnp.arange(1.0, 4.0)
-    origin, _ = origins(lambda p, q: function(tag("density", "p", p), tag("density", "q", q)), p, p)
+    origin, _ = origins(lambda p, q: function(tag(DENSITY, p), tag(DENSITY._replace(name="q"), q)), p, p)
     assert origin.degree == degree
 
 
 @pytest.mark.parametrize("vectorised", [True, False])
 def test_what_is_repeated_is_counted(vectorised):
     def loss(x):
-        one = lambda k: tag("draw", "z", x * k).sum()
+        one = lambda k: tag(DRAW, x * k).sum()
         ks = jnp.arange(5.0)
         return (jax.vmap(one)(ks) if vectorised else jax.lax.map(one, ks)).sum()
 
     _, seen = origins(loss, jnp.ones(3))
-    assert seen["draw:z"].size == 15
+    assert seen[DRAW].size == 15

@@ -30,6 +30,7 @@ import jax
 
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.step.state import Memory
 from numpyro_natgrad.step.step_size import SquaredNorms
 
@@ -48,7 +49,7 @@ class Block(Protocol):
         ...
 
     @property
-    def modes(self) -> dict[str, str]:
+    def modes(self) -> dict[str, DensityMode]:
         """How the loss is to be seen at its Gaussian sites (:class:`.PathGradient`)."""
         ...
 

@@ -25,6 +25,7 @@ from jax import lax
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.exponential_sites import ExponentialFamilySite
 from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.step.state import Memory
 from numpyro_natgrad.step.step_size import SquaredNorms
 
@@ -67,8 +68,8 @@ class ExponentialFamilyBlock(NamedTuple):
         return True
 
     @property
-    def modes(self) -> dict[str, str]:
-        return {self.site.name: "tilted"} if self.tilted else {}
+    def modes(self) -> dict[str, DensityMode]:
+        return {self.site.name: DensityMode.TILTED} if self.tilted else {}
 
     @property
     def hessian_params(self) -> tuple[str, ...]:

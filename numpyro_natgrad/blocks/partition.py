@@ -28,9 +28,9 @@ from numpyro_natgrad.estimators.derivatives import GradientRequest
 from numpyro_natgrad.guide.exponential_sites import read_exponential_site
 from numpyro_natgrad.guide.fisher_method import resolve_fisher_method
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaussian_site
-from numpyro_natgrad.guide.handlers import APART, ModelSite
+from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
-from numpyro_natgrad.guide.trace import GuideSite, LossTrace, trace_loss
+from numpyro_natgrad.guide.trace import GuideSite, LossTrace, ModelSite, trace_loss
 from numpyro_natgrad.options import NATURAL_MARGIN, Options
 from numpyro_natgrad.step import step_size
 from numpyro_natgrad.step.state import JOINT_LIMIT
@@ -117,12 +117,12 @@ def partition_parameters(fn: Any, params: Params, options: Options, forward: boo
     exact = trace.is_elbo and all(family.exact for family in families)
     paired = all(site.reparameterized or site.analytic for site in trace.sites.values())
     most = tuple(step_size.most(trace.particles, _is_mirrored(f)) for f in families)
-    tolerance = step_size.Tolerance(most, _quiet(families, exact, latents), _bearable(families, trace.whole))
+    tolerance = step_size.Tolerance(most, _quiet(families, exact, latents), _bearable(families, trace.full_data))
     return Partition(families, point, request, trace.particles, latents, exact, tolerance, paired)
 
 
 def _is_mirrored(family: Block) -> bool:
-    return "mirrored" in family.modes.values()
+    return DensityMode.ANTITHETIC in family.modes.values()
 
 
 def _quiet(families: tuple[Block, ...], exact: bool, latents: int) -> tuple[float, ...]:
@@ -158,14 +158,8 @@ def _charted(
 
 def _shared(trace: LossTrace) -> set[str]:
     """Parameters that more than one site's density depends on."""
-    owners = Counter(p for site in trace.sites.values() for p in _parameters(site))
+    owners = Counter(p for site in trace.sites.values() for p in site.params)
     return {p for p, sites in owners.items() if sites > 1}
-
-
-def _parameters(site: GuideSite) -> set[str]:
-    """The parameters that a site's density depends on; none if it has no density at given draws."""
-    labels = site.density.sources if site.density else frozenset()
-    return {label.removeprefix("param:") for label in labels if label.startswith("param:")}
 
 
 def _gaussian_families(
@@ -190,13 +184,13 @@ def _is_regressed(sites: list[GaussianSite | LowRankSite], trace: LossTrace, opt
     """
     chosen = options.estimator is None and options.step_size is None and options.adaptive
     few = sum(s.size for s in sites) + 1 <= REGRESSED_STEPS * trace.particles < math.inf
-    return chosen and few and trace.whole and trace.batched and not any(s.analytic for s in sites)
+    return chosen and few and trace.full_data and trace.batched and not any(s.analytic for s in sites)
 
 
 def _is_divided(sites: list[GaussianSite | LowRankSite], trace: LossTrace) -> bool:
     """Whether there are pairs of particles, and they can be told apart.
 
-    (Draws are mirrored there. Other parameters beside a Gaussian move by the very draws that NumPyro made.)
+    (Draws are antithetic there. Other parameters beside a Gaussian move by the very draws that NumPyro made.)
     """
     return 2 <= trace.particles < math.inf and trace.batched and not any(s.analytic for s in sites)
 
@@ -206,11 +200,11 @@ def _wide(site: GaussianSite | LowRankSite, trace: LossTrace, options: Options) 
         return LowRankGaussian(site, options.margin)
     # Beside the draws of a full Gaussian a few Hessian products cost little; a mean-field site does without, unless
     # they are asked for.
-    mode = "path" if options.path_gradient and trace.is_elbo else None
+    mode = DensityMode.PATH if options.path_gradient and trace.is_elbo else None
     if site.form.diagonal:
         return DiagonalGaussian(site, options.estimator == "second_order" and trace.is_elbo, mode, options.margin)
     second = options.estimator != "first_order" and trace.is_elbo and len(site.shape) == 1
-    return FullGaussian(site, second, "silent" if second else mode, options.margin)
+    return FullGaussian(site, second, DensityMode.DETACHED if second else mode, options.margin)
 
 
 def _natural_families(
@@ -233,7 +227,7 @@ def _is_tilted(trace: LossTrace, name: str, options: Options) -> bool:
 
 def _curvature_families(trace: LossTrace, taken: set[str], sizes: dict[str, int]) -> list[KLCurvature]:
     """Connected components of the remaining parameters and the sites that depend on them."""
-    owners = {name: _parameters(site) & set(sizes) for name, site in trace.sites.items() if name not in taken}
+    owners = {name: site.params & set(sizes) for name, site in trace.sites.items() if name not in taken}
     return [_curvature(names, sites, trace, sizes) for names, sites in _components(owners)]
 
 
@@ -260,7 +254,7 @@ def _likelihood_families(trace: LossTrace, free: dict[str, int], options: Option
 def _likelihood(names: set[str], sites: list[str], trace: LossTrace, sizes: dict[str, int]) -> LikelihoodFisher:
     ordered = {p: size for p, size in sizes.items() if p in names}
     mine = {n: trace.model_sites[n] for n in sites}
-    rows = tuple((n, site.base.__name__, site.divergence) for n, site in mine.items())
+    rows = tuple((n, site.base.__name__, site.fisher_estimate) for n, site in mine.items())
     points = frozenset(n for n, site in mine.items() if site.point)
     whole = all(site.weight == 1 for site in mine.values())
     family = NetworkLikelihood if sum(ordered.values()) > DENSE_LIMIT else LikelihoodFisher
@@ -274,7 +268,7 @@ def _numbers(sites: Mapping[str, GuideSite | ModelSite]) -> int:
 
 def _curvature(names: set[str], sites: list[str], trace: LossTrace, sizes: dict[str, int]) -> KLCurvature:
     ordered = tuple(p for p in sizes if p in names)
-    rows = tuple((n, trace.sites[n].base.__name__, trace.sites[n].divergence) for n in sites)
+    rows = tuple((n, trace.sites[n].base.__name__, trace.sites[n].fisher_estimate) for n in sites)
     mine, local = {p: sizes[p] for p in ordered}, _is_local(ordered, sites, trace)
     # One density of many parameters has one score a draw; many densities of a few each have many.
     single = any(trace.sites[n].elements == 1 for n, _, how in rows if how == FisherEstimate.MONTE_CARLO)
@@ -286,7 +280,7 @@ def _curvature(names: set[str], sites: list[str], trace: LossTrace, sizes: dict[
 def _is_local(names: tuple[str, ...], sites: list[str], trace: LossTrace) -> bool:
     """Whether all parameters have an entry for every row of a subsampled plate, and sites are drawn for some rows."""
     heard = [trace.sites[name] for name in sites]
-    return all(_has_rows(p, s, trace) for p in names for s in heard if p in _parameters(s))
+    return all(_has_rows(p, s, trace) for p in names for s in heard if p in s.params)
 
 
 def _has_rows(parameter: str, site: GuideSite, trace: LossTrace) -> bool:
@@ -304,12 +298,12 @@ def _views(
     forward: bool,
 ) -> GradientRequest:
     modes = {name: mode for family in families for name, mode in family.modes.items()}
-    perturbations = {name: trace.sites[name].shape for name, mode in modes.items() if mode == "silent"}
-    particles = {n: (2, int(trace.particles), *trace.sites[n].shape) for n, mode in modes.items() if mode in APART}
+    perturbations = {name: trace.sites[name].shape for name, mode in modes.items() if mode == DensityMode.DETACHED}
+    particles = {n: (2, int(trace.particles), *trace.sites[n].shape) for n, mode in modes.items() if mode.per_particle}
     perturbations.update(particles)
     perturbations.update({n.site.name: n.site.eta_shape for n in naturals if n.tilted})
     hessian_params = tuple(p for family in families for p in family.hessian_params)
-    centers = {g.name: g.loc for g in gaussians if modes.get(g.name) in ("silent", "mirrored")}
+    centers = {g.name: g.loc for g in gaussians if modes.get(g.name) in (DensityMode.DETACHED, DensityMode.ANTITHETIC)}
     sites = {n for n in scored if trace.sites[n].reparameterized and not trace.sites[n].analytic}
     seen = frozenset(sites if options.path_gradient and trace.is_elbo else ())
     draws = sum(trace.particles * s.size for s in trace.sites.values())

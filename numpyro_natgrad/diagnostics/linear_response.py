@@ -32,7 +32,7 @@ from numpyro_natgrad.diagnostics.importance import Fit, fitted
 from numpyro_natgrad.distributions.wrappers import map_base
 from numpyro_natgrad.errors import StructureError
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaussian_site
-from numpyro_natgrad.guide.handlers import guide_site
+from numpyro_natgrad.guide.handlers import mark_guide_site
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
 from numpyro_natgrad.guide.trace import LossTrace, trace_loss
 from numpyro_natgrad.infer.fisher import _initialised
@@ -185,7 +185,7 @@ class Placed(Messenger):
         self.draws = draws
 
     def process_message(self, msg: Any) -> None:
-        if guide_site(msg) and msg["name"] in self.draws:
+        if mark_guide_site(msg) and msg["name"] in self.draws:
             msg["fn"] = map_base(msg["fn"], lambda base: _Given(base, self.draws[msg["name"]]))
 
 

@@ -16,7 +16,7 @@ from jax import lax
 
 from numpyro_natgrad.estimators.partial_evaluation import partially_evaluated
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.guide.handlers import APART, Frozen, Loss, PathGradient
+from numpyro_natgrad.guide.handlers import DensityMode, Frozen, Loss, PathGradient
 
 #: Nats beyond which a loss says nothing but where to flee: double precision can hardly tell its nats apart.
 MAX_LOSS = 1e14
@@ -71,7 +71,7 @@ class GradientRequest(NamedTuple):
     :ivar keep: hold on to what does not depend on the parameters (:mod:`.partial_evaluation`), the draws above all.
     """
 
-    modes: Mapping[str, str]
+    modes: Mapping[str, DensityMode]
     perturbations: Mapping[str, tuple[int, ...]]
     hessian_params: tuple[str, ...]
     centers: Mapping[str, str]
@@ -84,7 +84,7 @@ def evaluate_loss(fn: Loss, params: Params, request: GradientRequest, particles:
     """Evaluate the loss once, with its gradient, and linearise the gradient along the parameters that ask for it."""
     dtype = jnp.result_type(*jax.tree.leaves(params))
     perturbations = {name: jnp.zeros(shape, dtype) for name, shape in request.perturbations.items()}
-    still = {site: jnp.zeros((), dtype) for site, mode in request.modes.items() if mode == "silent"}
+    still = {site: jnp.zeros((), dtype) for site, mode in request.modes.items() if mode == DensityMode.DETACHED}
 
     def view(inputs: tuple[Params, Params, Params]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         values, probes, by = inputs
@@ -102,7 +102,7 @@ def evaluate_loss(fn: Loss, params: Params, request: GradientRequest, particles:
         return slopes, (gradient, means, out)
 
     hessian_params = {name: params[name] for name in request.hessian_params}
-    moved = {site: perturbations[site][1] for site, mode in request.modes.items() if mode == "mirrored"}
+    moved = {site: perturbations[site][1] for site, mode in request.modes.items() if mode == DensityMode.ANTITHETIC}
     if hessian_params or moved:
         _, linear, (gradient, means, (loss, aux)) = jax.linearize(slope, hessian_params, still, moved, has_aux=True)
     else:
@@ -114,11 +114,11 @@ def evaluate_loss(fn: Loss, params: Params, request: GradientRequest, particles:
     )
     if request.scored:
         gradient = jax.tree.map(jnp.subtract, gradient, score(fn, params, request))
-    tilted = {name: perturbations[name] for name, mode in request.modes.items() if mode == "tilted"}
+    tilted = {name: perturbations[name] for name, mode in request.modes.items() if mode == DensityMode.TILTED}
     seen = lambda inputs: viewed((*inputs, still))
     tilt = _tilt(seen, params, perturbations, tilted, request.forward) if tilted else lambda tangents: tangents
     # But for mirrors a view changes gradients only. Where draws are not kept the bare loss holds fewer arrays.
-    same = request.keep or "mirrored" in request.modes.values()
+    same = request.keep or DensityMode.ANTITHETIC in request.modes.values()
     value = (lambda values: seen((values, perturbations))[0]) if same else (lambda values: fn(values)[0])
     return LossInfo(
         loss,
@@ -135,7 +135,7 @@ def evaluate_loss(fn: Loss, params: Params, request: GradientRequest, particles:
     )
 
 
-def rescale_loss(loss_info: LossInfo, modes: Mapping[str, str]) -> tuple[LossInfo, jax.Array]:
+def rescale_loss(loss_info: LossInfo, modes: Mapping[str, DensityMode]) -> tuple[LossInfo, jax.Array]:
     """The evidence of ``share`` times the loss, so that squares of natural gradients are numbers in single precision.
 
     Rates of a log-linear model are e^50 where it starts, and a fit has to get away from there. The share is 1 up to
@@ -146,7 +146,8 @@ def rescale_loss(loss_info: LossInfo, modes: Mapping[str, str]) -> tuple[LossInf
     share = jnp.minimum(1.0, MAX_LOSS / jnp.abs(loss_info.loss))
     scaled = lambda tree: jax.tree.map(lambda x: (share * x).astype(x.dtype), tree)
     means = {
-        name: jnp.stack([x[0], scaled(x[1])]) if modes.get(name) in APART else x for name, x in loss_info.means.items()
+        name: jnp.stack([x[0], scaled(x[1])]) if name in modes and modes[name].per_particle else x
+        for name, x in loss_info.means.items()
     }
     hessian_product = lambda *tangents: scaled(loss_info.hessian_product(*tangents))
     hessian_product_per_draw = lambda shifts: scaled(loss_info.hessian_product_per_draw(shifts))

@@ -21,7 +21,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_natgrad.distributions.surrogate import Density
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.guide.handlers import Assigned, Frozen, Loss, guide_site, is_guide_site, per_particle
+from numpyro_natgrad.guide.handlers import Assigned, Frozen, Loss, Message, is_guide_site, mark_guide_site, per_particle
 
 
 def scores(
@@ -59,12 +59,12 @@ class Redraw(Messenger):
         super().__init__()
         self.copies, self.number = copies, number
 
-    def process_message(self, msg: Any) -> None:
+    def process_message(self, msg: Message) -> None:
         # This handler is the outermost one, so that the host has put its key there by now.
-        if guide_site(msg) and msg["kwargs"].get("rng_key") is not None:
+        if mark_guide_site(msg) and msg["kwargs"].get("rng_key") is not None:
             msg["kwargs"]["rng_key"] = jax.random.fold_in(msg["kwargs"]["rng_key"], self.number)
 
-    def postprocess_message(self, msg: Any) -> None:
+    def postprocess_message(self, msg: Message) -> None:
         if msg["type"] == "param" and msg["name"] in self.copies:
             key = numpyro.prng_key()
             transform = biject_to(msg["kwargs"].get("constraint", constraints.real))
@@ -82,7 +82,7 @@ class Scored(Frozen):
         density: Density = lambda fn, value: fn.log_prob(value)
         super().__init__(dict.fromkeys(sites, density))
 
-    def postprocess_message(self, msg: Any) -> None:
+    def postprocess_message(self, msg: Message) -> None:
         super().postprocess_message(msg)
         if is_guide_site(msg) and msg["scale"] is not None:
             fn, scale = msg["fn"], stop_gradient(jnp.asarray(msg["scale"]))

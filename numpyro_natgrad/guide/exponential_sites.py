@@ -81,9 +81,8 @@ def read_exponential_site(name: str, trace: LossTrace) -> ExponentialFamilySite 
 
 def _determined(site: GuideSite, owned: set[str]) -> bool:
     """Whether the other arguments, such as a Cholesky factor made of a covariance, depend on nothing else."""
-    return all(o.sources <= {f"param:{p}" for p in owned} for o in site.arguments.values()) and all(
-        o.sources for o in site.arguments.values()
-    )
+    origins = site.arguments.values()
+    return all(o.sources and o.params <= owned and len(o.params) == len(o.sources) for o in origins)
 
 
 def _site(

@@ -18,6 +18,7 @@ from numpyro import distributions as dist
 from numpyro.distributions import transforms
 
 from numpyro_natgrad.distributions.gaussian import inverse_lower, lower_factor
+from numpyro_natgrad.guide.provenance import Origin
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace
 
 Params = dict[str, Any]
@@ -185,9 +186,7 @@ def read_gaussian_site(name: str, trace: LossTrace) -> GaussianSite | None:
 
 def argument_parameter(argument: str, site: GuideSite) -> str | None:
     """The parameter that an argument is, up to its shape."""
-    origin = site.arguments.get(argument)
-    kind, _, name = (origin.copy_of or "" if origin else "").partition(":")
-    return name if kind == "param" else None
+    return site.arguments.get(argument, Origin()).param
 
 
 def _fits(loc: str, scale: str, form: CovarianceForm, site: GuideSite, trace: LossTrace) -> bool:

@@ -27,6 +27,7 @@ from numpyro_natgrad.guide.gaussian_sites import (
     is_identity,
     keeps,
 )
+from numpyro_natgrad.guide.provenance import Origin
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace
 
 Spread = tuple[jax.Array, jax.Array]
@@ -139,10 +140,7 @@ def read_low_rank_site(name: str, trace: LossTrace) -> LowRankSite | None:
 
 def _powers(argument: str, site: GuideSite) -> Mapping[str, int] | None:
     """The parameters whose product an argument is, with their exponents."""
-    powers = site.arguments[argument].powers if argument in site.arguments else None
-    if powers is None or not all(label.startswith("param:") for label in powers):
-        return None
-    return {label.removeprefix("param:"): n for label, n in powers.items()}
+    return site.arguments.get(argument, Origin()).param_powers
 
 
 def _fits(loc: str, factor: str, scale: str, site: GuideSite, trace: LossTrace) -> bool:

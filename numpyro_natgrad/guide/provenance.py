@@ -1,25 +1,28 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Where a value of the loss comes from: one forward walk through its jaxpr.
+"""Which parameters, draws and log-densities a value of the loss depends on: one forward walk through its jaxpr.
 
-Values are tagged with :func:`tag` while the loss is traced; :func:`origins` then carries, from every tag through every
-equation, an :class:`Origin` = (tags it depends on, the product of tags that it *is* up to its shape, how log-densities
-enter it). Three questions are answered without running anything:
+Values are tagged (:func:`tag`) while the loss is traced. :func:`origins` then carries an :class:`Origin` from every tag
+through every equation, and answers three questions without running anything:
 
-* is a distribution's argument a parameter itself, a product of parameters, or computed in another way?
-* does a parameter reach the loss by another way than the draws and the density of its site?
-* is the loss affine in the log-densities of the guide (an ELBO is; a Rényi bound is not)?
+* Is a distribution's argument a parameter itself, a product of parameters, or computed in another way?
+* Does a parameter reach the loss by another path than the draws and the density of its site?
+* Is the loss affine in the guide's log-densities? An ELBO is; a Rényi bound is not.
+
+``numpyro.ops.provenance.eval_provenance`` finds the sources of a value only. The first question needs exponents, the
+third one the degree, and the number of particles needs the sizes of the tagged values.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-_PREFIX = "numpyro_natgrad:"
+_PREFIX = "numpyro_natgrad"
 
 # Equations that only change the shape, the type or the place in memory of their operand.
 _SHAPE_ONLY = {
@@ -28,46 +31,101 @@ _SHAPE_ONLY = {
 }
 # Equations through which an affine dependence stays affine whatever the operands are.
 _AFFINE = _SHAPE_ONLY | {
-    "gather",
-    "add",
-    "sub",
-    "neg",
-    "reduce_sum",
-    "concatenate",
-    "transpose",
-    "add_any",
-    "cumsum",
-    "pad",
-    "rev",
+    *("gather", "add", "sub", "neg", "reduce_sum", "concatenate", "transpose", "add_any", "cumsum", "pad", "rev"),
 }
-# ... and those that are affine in one operand while the others do not depend on it.
+# Equations that are affine in one operand while the others do not depend on it.
 _BILINEAR = {"mul", "dot_general", "div", "select_n"}
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
-class Origin(NamedTuple):
-    """The past of one value.
+class LabelKind(StrEnum):
+    """What a tagged value is."""
 
-    :ivar sources: the tags it depends on; a value that is itself *cut* (see :func:`tag`) depends on its tag alone.
+    PARAM = "param"  #: a parameter's unconstrained value
+    DRAW = "draw"  #: the value of a guide site
+    DENSITY = "density"  #: the log-density of a guide site in the loss
+    FROZEN_DENSITY = "frozen_density"  #: the same with a frozen draw
+    ARGUMENT = "argument"  #: an argument of a guide site's distribution
+    MODEL_VALUE = "model_value"  #: the value of a site of the model
+    MODEL_DENSITY = "model_density"  #: its log-density
+
+    @property
+    def is_source(self) -> bool:
+        """Whether what follows the tag depends on the tag alone, and not on what came before it."""
+        return self in (LabelKind.PARAM, LabelKind.DRAW, LabelKind.DENSITY)
+
+
+class Label(NamedTuple):
+    """The name of a tagged value.
+
+    :ivar name: of the parameter or site.
+    :ivar argument: of the distribution, where the label is one of an argument.
+    """
+
+    kind: LabelKind
+    name: str
+    argument: str = ""
+
+    def encode(self) -> str:
+        """The label as the one string that a jaxpr can carry."""
+        return ":".join((_PREFIX, self.kind, self.argument, self.name))
+
+    @staticmethod
+    def decode(text: str) -> "Label | None":
+        """The label from that string; ``None`` if the string is somebody else's."""
+        if not text.startswith(f"{_PREFIX}:"):
+            return None
+        _, kind, argument, name = text.split(":", 3)  # a site's name may hold colons
+        return Label(LabelKind(kind), name, argument)
+
+
+class Origin(NamedTuple):
+    """What one value depends on.
+
+    :ivar sources: the tags it depends on.
     :ivar powers: the tags, with their exponents, whose product it equals up to shape and dtype, or ``None``.
     :ivar degree: 0 if no log-density enters it, 1 if they enter affinely, 2 otherwise.
     """
 
-    sources: frozenset[str] = frozenset()
-    powers: Mapping[str, int] | None = None
+    sources: frozenset[Label] = frozenset()
+    powers: Mapping[Label, int] | None = None
     degree: int = 0
 
     @property
-    def copy_of(self) -> str | None:
+    def copy_of(self) -> Label | None:
         """The tag that it equals up to shape and dtype, or ``None``."""
         return next(iter(self.powers)) if self.powers and list(self.powers.values()) == [1] else None
 
+    @property
+    def params(self) -> frozenset[str]:
+        """The parameters it depends on."""
+        return frozenset(label.name for label in self.sources if label.kind == LabelKind.PARAM)
 
-class Sighting(NamedTuple):
-    """What was seen at a tag: the origin of the tagged value, and how often it was computed (the particles).
+    @property
+    def is_drawn(self) -> bool:
+        """Whether it depends on draws of the guide."""
+        return any(label.kind == LabelKind.DRAW for label in self.sources)
 
-    ``sizes`` is by equation: particles may come in batches, each with a program of its own, and the body of a loop is
-    walked more than once.  ``looped``: it was computed inside of a loop.
+    @property
+    def param(self) -> str | None:
+        """The parameter that it equals up to shape and dtype, or ``None``."""
+        label = self.copy_of
+        return label.name if label and label.kind == LabelKind.PARAM else None
+
+    @property
+    def param_powers(self) -> dict[str, int] | None:
+        """The parameters, with their exponents, whose product it equals up to shape and dtype, or ``None``."""
+        if self.powers is None or any(label.kind != LabelKind.PARAM for label in self.powers):
+            return None
+        return {label.name: n for label, n in self.powers.items()}
+
+
+class TaggedValue(NamedTuple):
+    """The origin of a tagged value, and how many numbers it has in all particles together.
+
+    :ivar sizes: by equation, because particles may come in batches with a program each, and the body of a loop is
+        walked more than once.
+    :ivar looped: whether it is computed inside of a loop.
     """
 
     origin: Origin
@@ -84,71 +142,70 @@ class Sighting(NamedTuple):
         return len(self.sizes) == 1 and not self.looped
 
 
-def tag(kind: str, name: str, value: Any) -> Any:
-    """Mark ``value`` (an array) with a name that survives tracing, batching and scanning.
-
-    :param kind: ``"param"``, ``"draw"``, ``"density"`` (these three cut the past: what follows depends on the tag), or
-        any other word, which only observes.
-    """
-    return checkpoint_name(value, f"{_PREFIX}{kind}:{name}")
+Tags = dict[Label, TaggedValue]
 
 
-def origins(fn: Callable, *args: Any) -> tuple[Origin, dict[str, Sighting]]:
+def tag(label: Label, value: Any) -> Any:
+    """Mark ``value`` (an array) with a label that survives tracing, batching and scanning."""
+    return checkpoint_name(value, label.encode())
+
+
+def origins(fn: Callable, *args: Any) -> tuple[Origin, Tags]:
     """Trace ``fn(*args)`` and follow its tags.
 
     :param fn: a function whose first output leaf is the loss.
-    :return: the origin of the loss, and what was seen at each tag (``"kind:name"``).
+    :return: the origin of the loss, and what was found at each tag.
     """
     closed = jax.make_jaxpr(fn)(*args)
-    seen: dict[str, Sighting] = {}
-    outputs = _walk(closed.jaxpr, [Origin()] * len(closed.jaxpr.invars), seen, repeats=1)
-    return outputs[0], seen
+    tags: Tags = {}
+    outputs = _walk(closed.jaxpr, [Origin()] * len(closed.jaxpr.invars), tags, repeats=1)
+    return outputs[0], tags
 
 
-def _walk(jaxpr: Any, inputs: Sequence[Origin], seen: dict[str, Sighting], repeats: int) -> list[Origin]:
+def _walk(jaxpr: Any, inputs: Sequence[Origin], tags: Tags, repeats: int) -> list[Origin]:
     known = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def past(atom: Any) -> Origin:
         return Origin() if isinstance(atom, core.Literal) else known.get(atom, Origin())
 
     for eqn in jaxpr.eqns:
-        outs = _equation(eqn, [past(v) for v in eqn.invars], seen, repeats)
+        outs = _equation(eqn, [past(v) for v in eqn.invars], tags, repeats)
         known.update(zip(eqn.outvars, outs, strict=True))
     return [past(v) for v in jaxpr.outvars]
 
 
-def _equation(eqn: Any, inputs: list[Origin], seen: dict[str, Sighting], repeats: int) -> list[Origin]:
+def _equation(eqn: Any, inputs: list[Origin], tags: Tags, repeats: int) -> list[Origin]:
     kind = eqn.primitive.name
-    if kind == "name" and eqn.params["name"].startswith(_PREFIX):
-        return [_tagged(eqn.params["name"][len(_PREFIX) :], inputs[0], eqn.outvars[0], seen, repeats)]
+    label = Label.decode(eqn.params["name"]) if kind == "name" else None
+    if label:
+        return [_tagged(label, inputs[0], eqn.outvars[0], tags, repeats)]
     if kind == "scan":
-        return _scan(eqn, inputs, seen, repeats)
+        return _scan(eqn, inputs, tags, repeats)
     if kind not in ("while", "cond"):
         for inner in (eqn.params.get(key) for key in _CALLS):
             if inner is not None:
                 body = getattr(inner, "jaxpr", inner)
                 if len(body.invars) == len(inputs) and len(body.outvars) == len(eqn.outvars):
-                    return _walk(body, inputs, seen, repeats)
+                    return _walk(body, inputs, tags, repeats)
     merged = Origin(_union(inputs), _powers(eqn, inputs), _degree(kind, inputs))
     return [merged] * len(eqn.outvars)
 
 
-def _tagged(label: str, past: Origin, out: Any, seen: dict[str, Sighting], repeats: int) -> Origin:
-    before = seen[label].sizes if label in seen else {}
-    seen[label] = Sighting(past, {**before, id(out): math.prod(out.aval.shape) * repeats}, repeats > 1)
-    kind = label.partition(":")[0]
-    if kind not in ("param", "draw", "density"):
+def _tagged(label: Label, past: Origin, out: Any, tags: Tags, repeats: int) -> Origin:
+    before = tags[label].sizes if label in tags else {}
+    tags[label] = TaggedValue(past, {**before, id(out): math.prod(out.aval.shape) * repeats}, repeats > 1)
+    if not label.kind.is_source:
         return past
-    return Origin(frozenset([label]), {label: 1}, int(kind == "density"))
+    return Origin(frozenset([label]), {label: 1}, int(label.kind == LabelKind.DENSITY))
 
 
-def _scan(eqn: Any, inputs: list[Origin], seen: dict[str, Sighting], repeats: int) -> list[Origin]:
+def _scan(eqn: Any, inputs: list[Origin], tags: Tags, repeats: int) -> list[Origin]:
     body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
     carry = _unstacked(eqn.outvars, body.outvars)
     consts = _unstacked(eqn.invars, body.invars) - carry
     outputs: list[Origin] = []
-    for _ in range(carry + 1):  # a carried value hears of one more carried value a round
-        outputs = _walk(body, inputs, seen, repeats * eqn.params["length"])
+    for _ in range(carry + 1):  # each round a carried value learns of one more
+        outputs = _walk(body, inputs, tags, repeats * eqn.params["length"])
         carried = [_join(a, b) for a, b in zip(inputs[consts : consts + carry], outputs[:carry], strict=True)]
         if carried == inputs[consts : consts + carry]:
             break
@@ -161,7 +218,7 @@ def _unstacked(outer: Sequence[Any], inner: Sequence[Any]) -> int:
     return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))
 
 
-def _union(inputs: list[Origin]) -> frozenset[str]:
+def _union(inputs: list[Origin]) -> frozenset[Label]:
     return frozenset().union(*(i.sources for i in inputs))
 
 
@@ -169,7 +226,7 @@ def _join(a: Origin, b: Origin) -> Origin:
     return Origin(a.sources | b.sources, a.powers if a.powers == b.powers else None, max(a.degree, b.degree))
 
 
-def _powers(eqn: Any, inputs: list[Origin]) -> Mapping[str, int] | None:
+def _powers(eqn: Any, inputs: list[Origin]) -> Mapping[Label, int] | None:
     kind, first = eqn.primitive.name, inputs[0].powers if inputs else None
     if first is None:
         return None
@@ -181,7 +238,7 @@ def _powers(eqn: Any, inputs: list[Origin]) -> Mapping[str, int] | None:
     return {label: n * exponent for label, n in first.items()} if exponent else None
 
 
-def _product(a: Mapping[str, int], b: Mapping[str, int] | None) -> Mapping[str, int] | None:
+def _product(a: Mapping[Label, int], b: Mapping[Label, int] | None) -> Mapping[Label, int] | None:
     return None if b is None else {label: a.get(label, 0) + b.get(label, 0) for label in {**a, **b}}
 
 

@@ -1,9 +1,9 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in one loss function: its parameters, the guide's sites, the model's, and how each depends on the others.
+"""What stands in one loss function: its parameters, the sites of guide and model, and how each depends on the others.
 
-The sites are met by :class:`.TraceHandler` while the loss is traced; where their values come from is read off the
-jaxpr (:mod:`.provenance`). Nothing is run, and nothing is asked of the guide's author.
+:class:`TraceHandler` finds the sites while the loss is traced; :mod:`.provenance` reads off the jaxpr what their values
+are computed from. Nothing is run, and the guide's author declares nothing.
 """
 
 import math
@@ -11,68 +11,134 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from numpyro import distributions as dist
+from numpyro.distributions import biject_to, constraints, transforms
+from numpyro.infer.util import is_identically_one
+from numpyro.primitives import Messenger
 
 from numpyro_natgrad.distributions import exponential_family
 from numpyro_natgrad.distributions.surrogate import FisherEstimate
-from numpyro_natgrad.guide.handlers import DrawnSite, Loss, ModelSite, ParamSite, TraceHandler
-from numpyro_natgrad.guide.provenance import Origin, Sighting, origins
+from numpyro_natgrad.distributions.wrappers import (
+    base_distribution,
+    base_shape,
+    closed_form_kl,
+    distribution_arguments,
+    is_masked,
+    is_reparameterized,
+    is_wrapper,
+    owns_parameters,
+    with_log_prob,
+    without_flow_inverse,
+)
+from numpyro_natgrad.errors import StructureError
+from numpyro_natgrad.guide.handlers import (
+    Assigned,
+    Loss,
+    Message,
+    is_enumerated,
+    is_guide_site,
+    is_summed,
+    mark_guide_site,
+)
+from numpyro_natgrad.guide.provenance import Label, LabelKind, Origin, Tags, origins, tag
+
+
+class ParamSite(NamedTuple):
+    """A ``numpyro.param`` site: the bijection to its constrained value, and that value's shape (``None``: a tree)."""
+
+    transform: transforms.Transform
+    shape: tuple[int, ...] | None
+
+
+class ModelSite(NamedTuple):
+    """A sample site of the model, at its value: observed, drawn by the guide, or a point of it (``AutoDelta``).
+
+    :ivar base: the class of the distribution under its wrappers.
+    :ivar size: numbers in its value.
+    :ivar observed: its value is data.
+    :ivar weight: how many rows of the whole data set one row stands for; ``None`` where that is not known.
+    :ivar fisher_estimate: how its Fisher matrix is computed.
+    :ivar params: the parameters that its density, or its value, is computed from.
+    :ivar point: its value is computed from parameters.
+    :ivar drawn: its density depends on draws of the guide.
+    """
+
+    base: type[dist.Distribution]
+    size: int
+    observed: bool
+    weight: float | None
+    fisher_estimate: FisherEstimate
+    params: frozenset[str] = frozenset()
+    point: bool = False
+    drawn: bool = False
 
 
 class GuideSite(NamedTuple):
-    """A latent sample site of the guide.
+    """A latent sample site of the guide. The fields with defaults are known when the whole loss has been traced.
 
     :ivar base: the class of the distribution under its wrappers.
     :ivar shape: shape of the innermost draw, of one particle.
-    :ivar batch: batch shape of the base distribution, before it is expanded.  :ivar event_size: numbers in its event.
+    :ivar batch: batch shape of the base distribution, before it is expanded.
+    :ivar event_size: numbers in the base distribution's event.
     :ivar elements: how many densities its batch has.
-    :ivar arguments: for each argument of the base distribution, where it comes from.
-    :ivar density: where the density at frozen draws comes from (``None``: it cannot be computed at given draws).
+    :ivar draw_size: numbers in its value, of one particle.
     :ivar reparameterized: whether gradients flow through its draws.
     :ivar weight: how many draws of the whole data set one draw stands for (the ``scale`` of a subsampled plate);
         ``None`` where that is not known.
-    :ivar plain: no ``scale`` and no parameter in a transform: but for a mask, the base's Fisher is the site's.
+    :ivar plain: no ``scale`` and no parameter in a transform: but for a mask, the base's Fisher matrix is the site's.
     :ivar masked: some of its densities may not count.
+    :ivar fisher_estimate: how its Fisher matrix is computed, ``"closed form"`` or ``"Monte Carlo"``.
+    :ivar arguments: for each argument of the base distribution, its origin.
+    :ivar density: origin of the density at frozen draws; ``None`` where it cannot be computed at given draws.
     :ivar analytic: the loss integrates this site itself (``TraceMeanField_ELBO``, or ``TraceEnum_ELBO`` by summing).
-    :ivar leaks: the base's parameters reach the loss by another way than the site.
-    :ivar divergence: how its KL to itself is got, ``"closed form"`` or ``"Monte Carlo"``.
+    :ivar leaks: sources of the arguments that the loss depends on by another path than draw and density.
     """
 
-    base: Any
+    base: type[dist.Distribution]
     shape: tuple[int, ...]
     batch: tuple[int, ...]
     event_size: int
     elements: int
-    arguments: dict[str, Origin]
-    density: Origin | None
+    draw_size: int
     reparameterized: bool
     weight: float | None
     plain: bool
     masked: bool
-    analytic: bool
-    leaks: frozenset[str]
-    divergence: FisherEstimate
+    fisher_estimate: FisherEstimate
+    arguments: Mapping[str, Origin]
+    density: Origin | None = None
+    analytic: bool = False
+    leaks: frozenset[Label] = frozenset()
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def params(self) -> frozenset[str]:
+        """The parameters that its density depends on; none if it has no density at given draws."""
+        return self.density.params if self.density else frozenset()
+
 
 class LossTrace(NamedTuple):
-    """All that was heard in one loss function.
+    """All that stands in one loss function.
 
+    :ivar params: its parameters.
     :ivar sites: the latent sites of the guide.
-    :ivar modelled: the sites of the model, unless the loss sums over values of any.
-    :ivar whole: whether every step sees all of the data: no site stands for more rows than it has.
+    :ivar model_sites: the sites of the model; none if the loss sums over values of any.
+    :ivar full_data: whether every step uses all of the data: no site stands for more rows than it has.
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar batched: whether all particles are drawn in one batch.
-    :ivar is_elbo: affine in log q.
-    :ivar scanned: sites that the guide draws inside of NumPyro's ``scan``, of which nothing is known but that.
+    :ivar is_elbo: whether it is affine in log q.
+    :ivar scanned: sites that the guide draws inside of NumPyro's ``scan``, which shows their names only.
     """
 
     params: dict[str, ParamSite]
     sites: dict[str, GuideSite]
     model_sites: dict[str, ModelSite]
-    whole: bool
+    full_data: bool
     particles: float
     batched: bool
     is_elbo: bool
@@ -82,83 +148,206 @@ class LossTrace(NamedTuple):
 def trace_loss(fn: Loss, params: dict[str, Any]) -> LossTrace:
     """Trace the loss, without running it, and say what stands in it.
 
-    A loss that integrates a site's KL itself is traced once more with that KL unknown to it: otherwise what the KL
-    takes from the parameters would hide what else does. One that enumerates sites is traced again when it is known
-    which of them are the guide's.
+    A loss that integrates a site's KL itself is traced once more with that KL hidden from it: the parameters' effect
+    through the KL would hide their other effects. A loss that enumerates sites is traced again when it is known which
+    of them are the guide's.
 
     :raises StructureError: if a parameter's name is taken twice.
     """
-    listener, total, seen = _listened(fn, params, opaque=False)
-    if summed := listener.summed:
-        listener, total, seen = _listened(fn, params, opaque=False, summed=frozenset(summed))
-    found = {name: site for name, site in listener.sites.items() if f"draw:{name}" in seen}
-    analytic = {name for name in found if f"density:{name}" not in total.sources}
-    drawn = _listened(fn, params, opaque=True)[1] if analytic else total
-    sites = {name: _heard(name, site, seen, name in analytic, drawn) for name, site in found.items()}
-    random = {name: site for name, site in found.items() if name not in listener.summed}
-    counts = [seen[f"draw:{name}"].size // max(site.draw_size, 1) for name, site in random.items()]
-    # A sum over values stands between the densities and the loss; draws inside of a scan are not heard.
-    hidden = summed or listener.enumerated or listener.scanned
-    model_sites = {} if hidden else _all_modelled(listener.model_sites, seen)
-    particles, scanned = max(counts, default=math.inf), frozenset(listener.scanned)
-    batched = all(seen[f"draw:{name}"].batched for name in random)
-    weights = {s.weight for s in listener.model_sites.values()} | {s.weight for s in sites.values()}
-    whole = all(weight is not None and weight <= 1 for weight in weights)
-    return LossTrace(listener.params, sites, model_sites, whole, particles, batched, total.degree <= 1, scanned)
-
-
-def _listened(
-    fn: Loss, params: dict[str, Any], *, opaque: bool, summed: frozenset[str] = frozenset()
-) -> tuple[TraceHandler, Origin, dict[str, Sighting]]:
-    listener = TraceHandler(frozenset(params), opaque=opaque, summed=summed)
-
-    def loss(values: dict[str, Any]) -> jax.Array:
-        with listener:
-            return fn(values)[0]
-
-    return listener, *origins(loss, params)
-
-
-def _heard(name: str, site: DrawnSite, seen: Mapping[str, Sighting], analytic: bool, total: Origin) -> GuideSite:
-    arguments = {a: seen[f"argument:{name}/{a}"].origin for a in site.arguments}
-    mine = frozenset().union(*(o.sources for o in arguments.values()))
-    density = seen.get(f"score:{name}")
-    bounded = any(arguments[a].sources for a in exponential_family.fixed_arguments(site.base) if a in arguments)
-    return GuideSite(
-        site.base,
-        site.shape,
-        site.batch,
-        site.event_size,
-        site.elements,
-        arguments,
-        density and density.origin,
-        site.reparameterized,
-        site.weight,
-        site.plain,
-        site.masked,
-        analytic,
-        mine & total.sources,
-        FisherEstimate.MONTE_CARLO if bounded else site.divergence,
+    handler, total, tags = _traced(fn, params, opaque=False)
+    if handler.enumerated:
+        handler, total, tags = _traced(fn, params, opaque=False, enumerated=frozenset(handler.enumerated))
+    found = {name: site for name, site in handler.guide_sites.items() if Label(LabelKind.DRAW, name) in tags}
+    analytic = {name for name in found if Label(LabelKind.DENSITY, name) not in total.sources}
+    without_kl = _traced(fn, params, opaque=True)[1] if analytic else total
+    sites = {
+        name: _with_origins(name, site, tags, without_kl)._replace(analytic=name in analytic)
+        for name, site in found.items()
+    }
+    draws = {name: tags[Label(LabelKind.DRAW, name)] for name in found if name not in handler.enumerated}
+    counts = [draw.size // max(found[name].draw_size, 1) for name, draw in draws.items()]
+    # Sums over values stand between densities and loss, and draws inside of a scan have no tags.
+    hidden = handler.enumerated or handler.enumerates or handler.scanned
+    weights = [s.weight for s in handler.model_sites.values()] + [s.weight for s in sites.values()]
+    return LossTrace(
+        params=handler.params,
+        sites=sites,
+        model_sites={} if hidden else _model_sites_with_origins(handler.model_sites, tags),
+        full_data=all(weight is not None and weight <= 1 for weight in weights),
+        particles=max(counts, default=math.inf),
+        batched=all(draw.batched for draw in draws.values()),
+        is_elbo=total.degree <= 1,
+        scanned=frozenset(handler.scanned),
     )
 
 
-def _all_modelled(sites: Mapping[str, ModelSite], seen: Mapping[str, Sighting]) -> dict[str, ModelSite]:
-    density, value = ({name: seen[f"{kind}:{name}"].origin for name in sites} for kind in ("modelled", "value"))
-    # What moves draws on their way to the model (the steps of an annealed guide) belongs to no density of the model.
-    carriers = frozenset().union(*(_params(origin) for origin in value.values() if _is_drawn(origin)))
+def _traced(
+    fn: Loss, params: dict[str, Any], *, opaque: bool, enumerated: frozenset[str] = frozenset()
+) -> tuple["TraceHandler", Origin, Tags]:
+    handler = TraceHandler(frozenset(params), opaque=opaque, enumerated=enumerated)
+
+    def loss(values: dict[str, Any]) -> jax.Array:
+        with handler:
+            return fn(values)[0]
+
+    return handler, *origins(loss, params)
+
+
+def _with_origins(name: str, site: GuideSite, tags: Tags, total: Origin) -> GuideSite:
+    arguments = {a: tags[Label(LabelKind.ARGUMENT, name, a)].origin for a in site.arguments}
+    density = tags.get(Label(LabelKind.FROZEN_DENSITY, name))
+    bounded = any(arguments[a].sources for a in exponential_family.fixed_arguments(site.base) if a in arguments)
+    return site._replace(
+        arguments=arguments,
+        density=density and density.origin,
+        leaks=frozenset().union(*(o.sources for o in arguments.values())) & total.sources,
+        fisher_estimate=FisherEstimate.MONTE_CARLO if bounded else site.fisher_estimate,
+    )
+
+
+def _model_sites_with_origins(sites: Mapping[str, ModelSite], tags: Tags) -> dict[str, ModelSite]:
+    density, value = (
+        {name: tags[Label(kind, name)].origin for name in sites}
+        for kind in (LabelKind.MODEL_DENSITY, LabelKind.MODEL_VALUE)
+    )
+    # Parameters that act on draws on their way to the model (the steps of an annealed guide) are not the model's.
+    carriers = frozenset().union(*(origin.params for origin in value.values() if origin.is_drawn))
     return {
         name: site._replace(
-            params=_params(density[name]) - carriers,
-            point=bool(_params(value[name]) - carriers),
-            drawn=_is_drawn(density[name]),
+            params=density[name].params - carriers,
+            point=bool(value[name].params - carriers),
+            drawn=density[name].is_drawn,
         )
         for name, site in sites.items()
     }
 
 
-def _params(origin: Origin) -> frozenset[str]:
-    return frozenset(x.removeprefix("param:") for x in origin.sources if x.startswith("param:"))
+class TraceHandler(Messenger):
+    """Tag every parameter, every draw, argument and density of the guide's sites, and the model's values and densities.
+
+    :param names: the names of all parameters.
+    :param opaque: hide the sites' classes, so that no KL is known in closed form.
+    :param enumerated: guide sites that the loss sums over instead of drawing them (``TraceEnum_ELBO``).
+    """
+
+    def __init__(self, names: frozenset[str], *, opaque: bool, enumerated: frozenset[str]) -> None:
+        super().__init__()
+        self.names, self.opaque, self._known = names, opaque, enumerated
+        self.params: dict[str, ParamSite] = {}
+        self.guide_sites: dict[str, GuideSite] = {}
+        self.model_sites: dict[str, ModelSite] = {}
+        self.enumerated: set[str] = set()  # the guide's
+        self.enumerates = False
+        self.scanned: set[str] = set()
+        self._visited: set[str] = set()
+
+    def process_message(self, msg: Message) -> None:
+        mark_guide_site(msg)
+        if is_enumerated(msg):
+            self.enumerates = True
+            self.enumerated |= set() if is_summed(msg) else {msg["name"]}
+            msg["is_guide_site"] = is_summed(msg) and msg["name"] in self._known
+        if msg["type"] == "sample":
+            # A scan draws first and sends its messages afterwards. The guide comes before the model, which replays it.
+            drawn = msg.get("_control_flow_done", False) and not msg["is_observed"] and not is_enumerated(msg)
+            self.scanned |= {msg["name"]} - self._visited if drawn else set()
+            self._visited.add(msg["name"])
+
+    def postprocess_message(self, msg: Message) -> None:
+        if msg["type"] == "param":
+            self._param(msg)
+        elif msg["type"] == "sample" and msg["name"] in self.names:
+            raise StructureError(
+                f"the name `{msg['name']}` stands for a parameter and for a sample site, whose draw it would replace; "
+                "expected one site for one name; rename one of them."
+            )
+        elif is_guide_site(msg):
+            self._guide_site(msg)
+        elif _is_model_site(msg):
+            self._model_site(msg)
+
+    def _param(self, msg: Message) -> None:
+        name = msg["name"]
+        transform = biject_to(msg["kwargs"].get("constraint", constraints.real))
+        shape = jnp.shape(msg["value"]) if isinstance(msg["value"], jax.Array | float | int) else None
+        site = ParamSite(transform, shape)
+        if self.params.get(name, site).shape != shape:
+            raise StructureError(
+                f"the name `{name}` stands for parameters of the shapes {self.params[name].shape} and {shape} in guide "
+                "and model; expected one site for one name; rename one of them."
+            )
+        self.params[name] = site
+        msg["value"] = jax.tree.map(lambda x: tag(Label(LabelKind.PARAM, name), x), msg["value"])
+
+    def _model_site(self, msg: Message) -> None:
+        name, fn = msg["name"], msg["fn"]
+        self.model_sites[name] = ModelSite(
+            base=type(base_distribution(fn)),
+            size=jnp.size(msg["value"]),
+            observed=bool(msg["is_observed"]),
+            weight=_weight(msg["scale"]),
+            fisher_estimate=FisherEstimate.MONTE_CARLO if closed_form_kl(fn) is None else FisherEstimate.CLOSED_FORM,
+        )
+        tag(Label(LabelKind.MODEL_VALUE, name), msg["value"])
+        tag(Label(LabelKind.MODEL_DENSITY, name), fn.log_prob(msg["value"]))
+
+    def _guide_site(self, msg: Message) -> None:
+        name, fn = msg["name"], msg["fn"]
+        for argument, x in distribution_arguments(base_distribution(fn)).items():
+            tag(Label(LabelKind.ARGUMENT, name, argument), x)
+        self.guide_sites[name] = _guide_site(msg)
+        msg["value"] = tag(Label(LabelKind.DRAW, name), msg["value"])
+        _tag_frozen_density(name, without_flow_inverse(fn, msg["intermediates"]), stop_gradient(msg["value"]))
+        if name in self._known:
+            return  # summed over, with weights q: no density that a draw carries
+        label = Label(LabelKind.DENSITY, name)
+        if self.opaque:
+            msg["fn"] = Assigned(fn, tag(label, fn.log_prob(msg["value"])))
+        else:
+            msg["fn"] = with_log_prob(fn, lambda *args: tag(label, fn.log_prob(*args)))
 
 
-def _is_drawn(origin: Origin) -> bool:
-    return any(x.startswith("draw:") for x in origin.sources)
+def _guide_site(msg: Message) -> GuideSite:
+    fn = msg["fn"]
+    base = base_distribution(fn)
+    return GuideSite(
+        base=type(base),
+        shape=base_shape(fn, msg["kwargs"].get("sample_shape", ())),
+        batch=base.batch_shape,
+        event_size=math.prod(base.event_shape),
+        elements=math.prod(fn.batch_shape),
+        draw_size=jnp.size(msg["value"]),
+        reparameterized=is_reparameterized(fn),
+        weight=_weight(msg["scale"]),
+        plain=_is_plain(fn, msg["scale"]),
+        masked=is_masked(fn),
+        fisher_estimate=FisherEstimate.MONTE_CARLO if closed_form_kl(fn) is None else FisherEstimate.CLOSED_FORM,
+        arguments=dict.fromkeys(distribution_arguments(base), Origin()),
+    )
+
+
+def _is_model_site(msg: Message) -> bool:
+    known = msg["type"] == "sample" and not msg.get("is_guide_site", False)
+    return known and not isinstance(base_distribution(msg["fn"]), dist.Delta | dist.Unit)
+
+
+def _is_plain(fn: dist.Distribution, scale: Any) -> bool:
+    while is_wrapper(fn):
+        if isinstance(fn, dist.TransformedDistribution) and owns_parameters(fn.transforms):
+            return False
+        fn = fn.base_dist
+    return scale is None or bool(is_identically_one(scale))
+
+
+def _weight(scale: Any) -> float | None:
+    """The scale of a site where it is one known number, 1 where there is none, else ``None``."""
+    if scale is None:
+        return 1.0
+    return None if isinstance(scale, jax.core.Tracer) or jnp.ndim(scale) else float(scale)
+
+
+def _tag_frozen_density(name: str, fn: dist.Distribution, draw: jax.Array) -> None:
+    try:
+        tag(Label(LabelKind.FROZEN_DENSITY, name), fn.log_prob(draw))
+    except NotImplementedError:  # a flow without an inverse has no density at given draws
+        return

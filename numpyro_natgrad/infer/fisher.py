@@ -33,8 +33,8 @@ from numpyro_natgrad.distributions.surrogate import (
 )
 from numpyro_natgrad.estimators.derivatives import derivative
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.guide.handlers import Frozen, Loss, ModelSite, log_ratios
-from numpyro_natgrad.guide.trace import GuideSite, LossTrace, trace_loss
+from numpyro_natgrad.guide.handlers import Frozen, Loss, log_ratios
+from numpyro_natgrad.guide.trace import GuideSite, LossTrace, ModelSite, trace_loss
 
 #: Parameters up to which ``solve`` forms F.
 DENSE_LIMIT = 2048
@@ -229,9 +229,9 @@ def _fisher(
 
 
 def _frozen(trace: LossTrace, key: jax.Array) -> Frozen:
-    guided = {name: fisher_surrogate(site.divergence) for name, site in trace.sites.items()}
+    guided = {name: fisher_surrogate(site.fisher_estimate) for name, site in trace.sites.items()}
     model_sites = {
-        name: (prior_surrogate if site.point else likelihood_surrogate)(site.divergence, random.fold_in(key, k))
+        name: (prior_surrogate if site.point else likelihood_surrogate)(site.fisher_estimate, random.fold_in(key, k))
         for k, (name, site) in enumerate(trace.model_sites.items())
         if site.params
     }
@@ -241,15 +241,14 @@ def _frozen(trace: LossTrace, key: jax.Array) -> Frozen:
 def _is_exact(trace: LossTrace) -> bool:
     model_sites = [site for site in trace.model_sites.values() if site.params]
     sites: list[GuideSite | ModelSite] = [*trace.sites.values(), *model_sites]
-    labels = [label for s in trace.sites.values() for o in s.arguments.values() for label in o.sources]
-    drawn = any(label.startswith("draw:") for label in labels) or any(site.drawn for site in model_sites)
-    return not drawn and all(s.divergence == FisherEstimate.CLOSED_FORM and s.weight == 1 for s in sites)
+    arguments = [origin for site in trace.sites.values() for origin in site.arguments.values()]
+    drawn = any(origin.is_drawn for origin in arguments) or any(site.drawn for site in model_sites)
+    return not drawn and all(s.fisher_estimate == FisherEstimate.CLOSED_FORM and s.weight == 1 for s in sites)
 
 
 def _owners(trace: LossTrace) -> set[str]:
-    labels = [label for s in trace.sites.values() if s.density for label in s.density.sources]
-    guided = {label.removeprefix("param:") for label in labels if label.startswith("param:")}
-    return guided.union(*(site.params for site in trace.model_sites.values()))
+    guided = (site.params for site in trace.sites.values())
+    return set().union(*guided, *(site.params for site in trace.model_sites.values()))
 
 
 def _initialised(svi: SVI) -> SVI:

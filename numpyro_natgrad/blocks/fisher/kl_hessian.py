@@ -23,7 +23,7 @@ from jax.scipy.sparse.linalg import cg
 from numpyro_natgrad.distributions.surrogate import FisherEstimate, fisher_product, fisher_surrogate
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.guide.handlers import Frozen
+from numpyro_natgrad.guide.handlers import DensityMode, Frozen
 from numpyro_natgrad.step.state import Memory
 from numpyro_natgrad.step.step_size import SquaredNorms
 
@@ -71,7 +71,7 @@ class KLCurvature:
         return False
 
     @property
-    def modes(self) -> dict[str, str]:
+    def modes(self) -> dict[str, DensityMode]:
         return {}
 
     @property

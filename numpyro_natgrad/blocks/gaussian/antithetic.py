@@ -22,12 +22,13 @@ from numpyro_natgrad.blocks.gaussian.full import PROBES
 from numpyro_natgrad.blocks.gaussian.joint import JointGaussian, particles
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.guide.handlers import DensityMode
 
 
 class DividedGaussian(JointGaussian):
     """The dense joint step over ``sites`` by Hessian products that the draws share among them."""
 
-    mode = "mirrored"
+    mode = DensityMode.ANTITHETIC
 
     @property
     def products(self) -> int:

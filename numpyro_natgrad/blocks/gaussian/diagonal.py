@@ -16,6 +16,7 @@ from numpyro_natgrad.distributions import gaussian
 from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
+from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.step.state import Memory
 from numpyro_natgrad.step.step_size import SquaredNorms
 
@@ -28,7 +29,7 @@ class DiagonalGaussian(NamedTuple):
 
     site: GaussianSite
     second_order: bool
-    mode: str | None
+    mode: DensityMode | None
     margin: float
 
     @property
@@ -40,7 +41,7 @@ class DiagonalGaussian(NamedTuple):
         return True
 
     @property
-    def modes(self) -> dict[str, str]:
+    def modes(self) -> dict[str, DensityMode]:
         return {self.site.name: self.mode} if self.mode else {}
 
     @property
@@ -113,4 +114,4 @@ class DiagonalGaussian(NamedTuple):
         probes = jax.random.rademacher(key, (PROBES, *self.site.shape), scale.dtype)
         curvature = jnp.mean(jax.vmap(product)(probes), axis=0)
         # In the path's view log q stays in the loss along the draws, and its Hessian −S is in the product already.
-        return curvature if self.mode == "path" and not self.site.analytic else curvature - 1
+        return curvature if self.mode == DensityMode.PATH and not self.site.analytic else curvature - 1

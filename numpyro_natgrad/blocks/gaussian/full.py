@@ -20,6 +20,7 @@ from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.hessian_products import usable, whitened_products
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
+from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.step.state import Memory
 from numpyro_natgrad.step.step_size import SquaredNorms
 
@@ -40,7 +41,7 @@ class FullGaussian(NamedTuple):
 
     site: GaussianSite
     second_order: bool
-    mode: str | None
+    mode: DensityMode | None
     margin: float
 
     @property
@@ -52,7 +53,7 @@ class FullGaussian(NamedTuple):
         return True
 
     @property
-    def modes(self) -> dict[str, str]:
+    def modes(self) -> dict[str, DensityMode]:
         return {self.site.name: self.mode} if self.mode else {}
 
     @property

@@ -23,7 +23,7 @@ from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.hessian_products import usable, whitened_products
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, project, visible_square
-from numpyro_natgrad.guide.handlers import APART
+from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite
 from numpyro_natgrad.step.state import Joint, Memory
 from numpyro_natgrad.step.step_size import SquaredNorms
@@ -60,18 +60,18 @@ class JointGaussian(NamedTuple):
         return True
 
     @property
-    def mode(self) -> str:
+    def mode(self) -> DensityMode:
         """How all of its sites are seen."""
-        return "silent"
+        return DensityMode.DETACHED
 
     @property
-    def modes(self) -> dict[str, str]:
+    def modes(self) -> dict[str, DensityMode]:
         return {s.name: self.mode for s in self.sites}
 
     @property
     def hessian_params(self) -> tuple[str, ...]:
         """The means; none where particles are told apart, each by its own gradient."""
-        return () if self.mode in APART else tuple(s.loc for s in self.sites)
+        return () if self.mode.per_particle else tuple(s.loc for s in self.sites)
 
     @property
     def lifted(self) -> bool:

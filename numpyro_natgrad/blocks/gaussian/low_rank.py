@@ -28,6 +28,7 @@ from numpyro_natgrad.distributions.low_rank_gaussian import LowRankTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo, finite
 from numpyro_natgrad.estimators.hessian_products import left_out, usable
 from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite
 from numpyro_natgrad.step.state import Memory
 from numpyro_natgrad.step.step_size import SquaredNorms
@@ -71,8 +72,8 @@ class LowRankGaussian(NamedTuple):
         return True
 
     @property
-    def modes(self) -> dict[str, str]:
-        return {self.site.name: "silent"}
+    def modes(self) -> dict[str, DensityMode]:
+        return {self.site.name: DensityMode.DETACHED}
 
     @property
     def hessian_params(self) -> tuple[str, ...]:

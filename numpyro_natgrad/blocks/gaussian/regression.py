@@ -19,6 +19,7 @@ from numpyro_natgrad.estimators import stein_regression
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.stein_regression import Sums
 from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.step.state import Joint, Memory
 from numpyro_natgrad.step.step_size import SquaredNorms
 
@@ -37,7 +38,7 @@ class Fit(NamedTuple):
 class RegressedGaussian(JointGaussian):
     """The dense joint step over ``sites`` by regression."""
 
-    mode = "split"
+    mode = DensityMode.PER_PARTICLE
 
     def report_rows(self) -> list[tuple[str, str, str, str, str]]:
         how = "closed form, regression of gradients" + (", lifted" if self.lifted else "")
