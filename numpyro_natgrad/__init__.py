@@ -39,7 +39,6 @@ from numpyro_natgrad.diagnostics.verdict import verdict as verdict
 from numpyro_natgrad.distributions import builtin_matrix as _builtin  # noqa: F401  (fills the registry, with the module that it imports)
 from numpyro_natgrad.distributions.exponential_family import register_exponential_family as register_exponential_family
 from numpyro_natgrad.distributions.exponential_family import register_fisher as register_fisher
-from numpyro_natgrad.errors import StructureError as StructureError
 from numpyro_natgrad.guide.gaussian_sites import CovarianceForm as CovarianceForm
 from numpyro_natgrad.guide.gaussian_sites import register_gaussian as register_gaussian
 from numpyro_natgrad.infer.convergence import History as History
@@ -52,7 +51,8 @@ from numpyro_natgrad.infer.fisher import scale_by_fisher as scale_by_fisher
 from numpyro_natgrad.infer.fit import FitResult as FitResult
 from numpyro_natgrad.infer.fit import fit as fit
 from numpyro_natgrad.infer.optimizer import NaturalGradient as NaturalGradient
-from numpyro_natgrad.step.state import State as State
+from numpyro_natgrad.options import StructureError as StructureError
+from numpyro_natgrad.step.state import NaturalGradientState as NaturalGradientState
 from numpyro_natgrad.step.state import StepInfo as StepInfo
 
 __all__ = [
@@ -63,7 +63,7 @@ __all__ = [
     "History",
     "LinearResponse",
     "NaturalGradient",
-    "State",
+    "NaturalGradientState",
     "StepInfo",
     "StructureError",
     "Verdict",

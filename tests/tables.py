@@ -120,7 +120,7 @@ class GuideCase(NamedTuple):
     gaussian: dict[str, tuple[str, str]] = {}
     low_rank: dict[str, tuple[str, str, str]] = {}
     natural: set[str] = set()
-    hessian_params: set[str] = set()
+    kl_hessian: set[str] = set()
     point: set[str] = set()
     likely: set[str] = set()
 
@@ -276,16 +276,16 @@ GUIDES = {
         plated, lambda m: low_rank_by_hand, low_rank={"z": ("loc", "factor", "diag")}
     ),
     "LowRankMultivariateNormal, computed": GuideCase(
-        plated, lambda m: low_rank_computed, hessian_params={"loc", "factor", "log_scale"}
+        plated, lambda m: low_rank_computed, kl_hessian={"loc", "factor", "log_scale"}
     ),
     "AutoDelta": GuideCase(school, AutoDelta, likely={"a_auto_loc", "s_auto_loc", "b_auto_loc"}),
     "MultivariateNormal in a plate": GuideCase(plated, lambda m: by_hand, {"z": ("loc", "tril")}),
     "Normal in a plate": GuideCase(plated, lambda m: mean_field_by_hand, {"z": ("loc", "scale")}),
-    "amortised": GuideCase(plated, lambda m: amortised, hessian_params={"weight", "scale"}),
-    "subsampled": GuideCase(batch_of_two, lambda m: subsampled, hessian_params={"loc", "scale"}),
-    "structured": GuideCase(pair, lambda m: structured, {"z1": ("m1", "s1")}, hessian_params={"slope", "shift", "s2"}),
-    "shared": GuideCase(pair, lambda m: shared, hessian_params={"both", "m1", "m2"}),
-    "pinned": GuideCase(pair, lambda m: pinned, hessian_params={"m1", "s1"}),
+    "amortised": GuideCase(plated, lambda m: amortised, kl_hessian={"weight", "scale"}),
+    "subsampled": GuideCase(batch_of_two, lambda m: subsampled, kl_hessian={"loc", "scale"}),
+    "structured": GuideCase(pair, lambda m: structured, {"z1": ("m1", "s1")}, kl_hessian={"slope", "shift", "s2"}),
+    "shared": GuideCase(pair, lambda m: shared, kl_hessian={"both", "m1", "m2"}),
+    "pinned": GuideCase(pair, lambda m: pinned, kl_hessian={"m1", "s1"}),
     "LogNormal": GuideCase(rate, lambda m: log_normal, {"z": ("m", "s")}),
     "Gamma": GuideCase(rate, lambda m: gamma, natural={"alpha", "beta"}),
     "model param": GuideCase(with_model_param, AutoNormal, auto("z"), likely={"noise"}),

@@ -42,9 +42,9 @@ def _evidence(guide, particles):
     svi = SVI(_model, auto, NaturalGradient(), elbo)
     params = svi.optim.get_params(svi.init(random.key(0), 1.0).optim_state)
     fn = lambda x: (elbo.loss(random.key(5), svi.constrain_fn(x), _model, auto, 1.0), None)
-    structure = partition_parameters(fn, params, checked(None, "adaptive", None, True), False)
-    (family,) = structure.families
-    loss_info = evaluate_loss(fn, params, structure.request, particles)
+    partition = partition_parameters(fn, params, checked(None, "adaptive", None, True), False)
+    (family,) = partition.blocks
+    loss_info = evaluate_loss(fn, params, partition.request, particles)
     return family, loss_info, params, joint.particles(loss_info, family.sites)[0]
 
 

@@ -21,14 +21,14 @@ from tables import DATA, GUIDES, positive
 from test_estimators import TAU, full, mean_field, model
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.step import step_size
+from numpyro_natgrad.options import RuleConstants
 
 # A Poisson regression whose posterior is strongly correlated: independent components lose 0.9 nats.
 A = np.array([[1.0, 0.9], [0.8, 1.0], [0.9, 0.5]])
 Y = np.array([4.0, 6.0, 2.0])
 #: Nats that steps of length ρ leave on average where v nats of noise are let pass: ½ v ρ/(2 − ρ), at 8 draws a step.
 RHO = 8 / (8 + 2)
-LEFT = 0.5 * step_size.QUIET * RHO / (2 - RHO)
+LEFT = 0.5 * RuleConstants().noise_threshold * RHO / (2 - RHO)
 
 
 def elbo(m: np.ndarray, k: np.ndarray) -> float:
@@ -113,7 +113,7 @@ FITS = {
 def test_the_defaults_find_the_guides_best_elbo(name, x64, monkeypatch):
     """Of 1000 steps, what the last half of them returns is on average as good as the rule promises."""
     fit = FITS[name]
-    monkeypatch.setattr("numpyro_natgrad.blocks.partition.JOINT_LIMIT", fit.limit)
+    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=fit.limit))
     svi, args = SVI(model, fit.guide, NaturalGradient(**fit.options), fit.loss), (jnp.asarray(A), jnp.asarray(Y))
 
     def step(state, _):

@@ -30,6 +30,7 @@ from oracles import kl
 from tables import positive
 
 from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.options import RuleConstants
 
 GROUPS, NOISE, PRIOR = 2, 0.5, 2.0
 RNG = np.random.default_rng(0)
@@ -175,13 +176,13 @@ def test_one_draw_a_step_is_exact_in_two(x64):
 
 
 def test_a_wide_full_gaussian_is_exact_where_probes_see_everything(x64, monkeypatch):
-    monkeypatch.setattr("numpyro_natgrad.blocks.partition.JOINT_LIMIT", 2)
+    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=2))
     assert gap("AutoMultivariateNormal", Trace_ELBO(num_particles=2)) < TOLERANCE["float64"]
 
 
 def test_a_wide_mean_field_is_exact_in_two_on_independent_latents(x64, monkeypatch):
     """Probes see the diagonal of a diagonal Hessian without noise; the path gradient then has none either."""
-    monkeypatch.setattr("numpyro_natgrad.blocks.partition.JOINT_LIMIT", 2)
+    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=2))
     orthogonal = np.linalg.qr(X)[0] * np.array([1, 3, 1, 0.3, 1, 1])
     options = {"steps": 2, "x": orthogonal, "estimator": "second_order"}
     assert gap("AutoDiagonalNormal", Trace_ELBO(num_particles=2), **options) < TOLERANCE["float64"]

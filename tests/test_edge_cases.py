@@ -20,6 +20,7 @@ from tables import positive
 
 from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.guide.trace import trace_loss
+from numpyro_natgrad.options import RuleConstants
 
 MEAN, SD = jnp.array([1.0, -2.0, 0.5]), jnp.array([0.5, 2.0, 1.0])
 EXACT = {"step_size": 1.0, "max_kl": None}
@@ -40,7 +41,7 @@ def run(model: Any, guide: Any, steps: int, loss: Any = None, **options: Any) ->
 
 
 def test_two_wide_full_gaussians(x64, monkeypatch):
-    monkeypatch.setattr("numpyro_natgrad.blocks.partition.JOINT_LIMIT", 1)
+    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=1))
     guide = AutoGuideList(target)
     for name in "xy":
         one = numpyro.handlers.block(target, expose=[name])
@@ -52,7 +53,7 @@ def test_two_wide_full_gaussians(x64, monkeypatch):
 
 
 def test_two_wide_mean_fields_by_second_order(x64, monkeypatch):
-    monkeypatch.setattr("numpyro_natgrad.blocks.partition.JOINT_LIMIT", 1)
+    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=1))
     params, _ = run(target, AutoNormal(target), 1, estimator="second_order", **EXACT)
     # The Hessian is diagonal: one random probe sees it all.
     np.testing.assert_allclose(params["x_auto_scale"], SD, rtol=1e-8)

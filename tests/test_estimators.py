@@ -25,6 +25,7 @@ from oracles import assert_close, root_eps, tapped
 from tables import positive
 
 from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.options import RuleConstants
 
 D, KEYS = 2, 2000
 A = np.array([[1.0, 0.3], [-0.5, 0.8], [0.2, -0.7]])
@@ -115,7 +116,7 @@ def sampler(name: str) -> Any:
 
 @pytest.fixture(params=ROWS)
 def name(request, monkeypatch, x64):
-    monkeypatch.setattr("numpyro_natgrad.blocks.partition.JOINT_LIMIT", ROWS[request.param].limit)
+    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=ROWS[request.param].limit))
     return request.param
 
 

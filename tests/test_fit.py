@@ -13,11 +13,11 @@ from numpyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_natgrad import History, NaturalGradient, StructureError, fit
+from numpyro_natgrad.blocks.base import SquaredNorms
 from numpyro_natgrad.infer import compilation, convergence
 from numpyro_natgrad.step import newton_decrement
-from numpyro_natgrad.step.newton_decrement import Weights
+from numpyro_natgrad.step.newton_decrement import StepWeights
 from numpyro_natgrad.step.state import DecrementState
-from numpyro_natgrad.step.step_size import SquaredNorms
 
 Y = jnp.array([1.0, 3.0, 2.0, 2.5])
 
@@ -247,7 +247,7 @@ def followed(key, rho, steps=60, d=40, noise=0.5):
         n = jnp.sqrt(noise / d) * draw
         v, r, mean = x + n, rho(t), 1 / (t + 1)
         compared = SquaredNorms(*(jnp.sum(u**2)[None] for u in (m, v - m, v)))
-        weights = Weights(*(jnp.asarray(w, float)[None] for w in (r, mean, 9 / (t + 9))))
+        weights = StepWeights(*(jnp.asarray(w, float)[None] for w in (r, mean, 9 / (t + 9))))
         seen = newton_decrement.observe(seen, compared, jnp.full(1, noise), weights)
         m, x = m + mean * (v - m) - r * v, x - r * v
         return (x, m, a + weights.average * (x - a), seen), None
@@ -260,7 +260,7 @@ def followed(key, rho, steps=60, d=40, noise=0.5):
     )
     draws = jnp.arange(steps, dtype=float), random.normal(key, (steps, d))
     (_, _, a, seen), _ = jax.lax.scan(step, start, draws)
-    return newton_decrement.remaining(seen, jnp.full(1, noise), jnp.full(1, float(steps)))[0], jnp.sum(a**2) / 2
+    return newton_decrement.newton_decrement(seen, jnp.full(1, noise), jnp.full(1, float(steps)))[0], jnp.sum(a**2) / 2
 
 
 @pytest.mark.parametrize("rho", [lambda t: 0.3 + 0 * t, lambda t: 0.8 / (t / 5 + 1)], ids=["constant", "decaying"])
@@ -276,18 +276,19 @@ def test_noise_of_the_way_hides_no_travel(dtype):
     state, far = DecrementState(jnp.zeros((3, 3, 1)), jnp.zeros((2, 1)), jnp.ones(1)), [1e15, 1e12, 1e8, 1e4]
     observe = jax.jit(newton_decrement.observe)
     for t, noise in enumerate(far + 20 * [1.0], 1):
-        weights = Weights(*(jnp.full(1, w) for w in (0.1, max(0.1, 1 / t), 9 / (t + 8))))
+        weights = StepWeights(*(jnp.full(1, w) for w in (0.1, max(0.1, 1 / t), 9 / (t + 8))))
         seen = SquaredNorms(*(jnp.full(1, x) for x in (1.0, noise, 1.0 + noise)))
         state = observe(state, seen, jnp.full(1, noise), weights)
-    assert 0 < newton_decrement.foreseen(state, jnp.ones(1)) < 1
+    assert 0 < newton_decrement.predicted_mean(state, jnp.ones(1)) < 1
     np.testing.assert_array_equal(
-        newton_decrement.foreseen(state, jnp.full(1, 2.0)), 2 * newton_decrement.foreseen(state, jnp.ones(1))
+        newton_decrement.predicted_mean(state, jnp.full(1, 2.0)),
+        2 * newton_decrement.predicted_mean(state, jnp.ones(1)),
     )
 
 
 def test_nothing_is_certified_where_nothing_has_a_fisher():
     state = DecrementState(jnp.zeros((3, 3, 2)), jnp.zeros((2, 2)), jnp.ones(2))
-    assert np.isnan(newton_decrement.remaining(state, jnp.zeros(0), jnp.zeros(0))).all()
+    assert np.isnan(newton_decrement.newton_decrement(state, jnp.zeros(0), jnp.zeros(0))).all()
 
 
 def flat(**changes):

@@ -22,6 +22,7 @@ from tables import positive
 from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.estimators.derivatives import MAX_LOSS, LossInfo, rescale_loss
 from numpyro_natgrad.guide.handlers import DensityMode
+from numpyro_natgrad.options import RuleConstants
 
 KINDS = ["nan in the loss", "impossible data", "infinite density", "nan in the gradient", "nan in the Hessian"]
 NONE = jnp.zeros(len(KINDS), bool)
@@ -116,7 +117,7 @@ def test_a_bad_step_is_skipped_and_the_next_good_one_goes_on(fit, kind):
     assert finite(before)
     bad, loss = update(state, NONE.at[KINDS.index(kind)].set(True))
     after = bad.optim_state[1]
-    assert same((after.params, after.average, after.point), (before.params, before.average, before.point))
+    assert same((after.params, after.average, after.fallback), (before.params, before.average, before.fallback))
     assert finite(bad.optim_state)
     assert after.info.skipped
     assert after.info.skipped_total == before.info.skipped_total + 1
@@ -135,7 +136,7 @@ def test_a_bad_step_is_skipped_and_the_next_good_one_goes_on(fit, kind):
 )
 def test_curvature_that_stays_no_number_is_done_without(guide, limit, monkeypatch):
     """Skipped once; then along the slope, the covariance as it is."""
-    monkeypatch.setattr("numpyro_natgrad.blocks.partition.JOINT_LIMIT", limit)
+    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=limit))
     svi = SVI(model, guide, NaturalGradient(), Trace_ELBO(num_particles=2))
     state, update = svi.init(random.key(0), NONE), jax.jit(svi.stable_update)
     state, _ = update(state, NONE)

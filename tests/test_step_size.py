@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 from test_gaussian_step import CASES, MARGIN
 
+from numpyro_natgrad.blocks.base import NoiseTolerance, Scope, SquaredNorms, max_step_size
 from numpyro_natgrad.distributions import gaussian
-from numpyro_natgrad.options import checked
-from numpyro_natgrad.step import step_size
-from numpyro_natgrad.step.state import initial
-from numpyro_natgrad.step.step_size import Observation, SquaredNorms, Tolerance
+from numpyro_natgrad.options import RuleConstants, checked
+from numpyro_natgrad.step import step_size, trust_region
+from numpyro_natgrad.step.state import NoiseStatistics, allocated
+from numpyro_natgrad.step.step_size import NoiseEstimate
+from numpyro_natgrad.step.trust_region import Acceptance
 
 RADII = [1e-4, 1e-2, 0.5]
 ADAPTIVE = checked(None, "adaptive", None, True)
+CONSTANTS = RuleConstants()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -28,7 +31,7 @@ def test_the_kl_moved_is_the_radius(name, dtype):
     @jax.jit
     def moved(radius):
         nats = lambda rho: gaussian.forward_kl(tangent, rho, MARGIN)
-        return nats(step_size.longest(nats, jnp.asarray(1.0), radius))
+        return nats(trust_region.longest(nats, jnp.asarray(1.0), radius))
 
     for radius in RADII:
         assert 0.975 * radius <= moved(jnp.asarray(radius)) <= radius
@@ -39,7 +42,7 @@ def test_a_wide_radius_leaves_the_rule_alone(name, dtype):
     tangent = CASES[name]().tangent
     nats = lambda rho: gaussian.forward_kl(tangent, rho, MARGIN)
     for radius in (1e9, jnp.inf):
-        assert step_size.longest(nats, jnp.asarray(0.25), jnp.asarray(radius)) == 0.25
+        assert trust_region.longest(nats, jnp.asarray(0.25), jnp.asarray(radius)) == 0.25
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -54,13 +57,13 @@ def test_the_quadratic_rule_misses_the_radius_by_its_power_three_halves(name, x6
 
 def test_an_infinite_kl_is_shortened_to_something_finite(dtype):
     nats = lambda rho: jnp.where(rho > 1e-3, jnp.inf, rho)
-    rho = step_size.longest(nats, jnp.asarray(1.0), jnp.asarray(1.0))
+    rho = trust_region.longest(nats, jnp.asarray(1.0), jnp.asarray(1.0))
     assert 0.98e-3 <= rho <= 1e-3
 
 
-def fresh(families):
-    """The pace before the first step, of that many families."""
-    return initial({str(k): jnp.zeros(1) for k in range(families)}, None).statistics._replace(radius=jnp.ones(()))
+def fresh(blocks: int) -> NoiseStatistics:
+    """The statistics of that many blocks before the first step."""
+    return allocated(0, blocks, CONSTANTS, jnp.result_type(float))[1]
 
 
 @jax.jit
@@ -70,7 +73,7 @@ def watch(samples):
     def step(carry, v):
         statistics, mean = carry
         squares = jnp.sum(jnp.stack([mean, v - mean, v]) ** 2, axis=1)
-        statistics, seen = step_size.observe(statistics, SquaredNorms(*squares[:, None]))
+        statistics, seen = step_size.observe(statistics, SquaredNorms(*squares[:, None]), CONSTANTS)
         return (statistics, mean + seen.weight * (v - mean)), (seen.signal[0], seen.noise[0])
 
     start = fresh(1), jnp.zeros(samples.shape[1])
@@ -98,7 +101,7 @@ def chased(velocity, noise):
         statistics, mean, distance = carry
         v = distance + draw
         squares = jnp.sum(jnp.stack([mean, v - mean, v]) ** 2, axis=1)
-        statistics, seen = step_size.observe(statistics, SquaredNorms(*squares[:, None]))
+        statistics, seen = step_size.observe(statistics, SquaredNorms(*squares[:, None]), CONSTANTS)
         rho = 0.8 * seen.signal[0]
         mean = mean + seen.weight[0] * (v - mean) - rho * v  # as the families do
         return (statistics, mean, distance - rho * v + velocity), (seen.signal[0], jnp.sum(distance**2))
@@ -129,25 +132,26 @@ def test_noise_follows_a_scale_that_falls(dtype):
     """Twenty steps a thousand times longer are no noise of the forty after them, of which the long mean would keep 10⁵."""
     scale = jnp.where(jnp.arange(60) < 20, 1e3, 1.0)[:, None]
     _, noise = watch(scale * jax.random.normal(jax.random.key(2), (60, 20)))
-    # The mean of the last squares, each of relative variance 2/20, is known to 4 √(2/60); RECENT of it is believed.
-    assert noise[-1] <= step_size.RECENT * 20 * (1 + 4 * np.sqrt(2 / 60))
+    # The mean of the last squares, each of relative variance 2/20, is known to 4 √(2/60); ``recent_factor`` of it bounds the noise.
+    assert noise[-1] <= CONSTANTS.recent_factor * 20 * (1 + 4 * np.sqrt(2 / 60))
 
 
 def test_what_was_learned_is_forgotten_with_distance(dtype):
     statistics = fresh(2)._replace(
-        noise=jnp.array([1.0, 2.0]), memory=jnp.array([50.0, 3.0]), averaged=jnp.array([9.0, 2.0])
+        noise=jnp.array([1.0, 2.0]), window=jnp.array([50.0, 3.0]), stationary=jnp.array([9.0, 2.0])
     )
     far = [
-        step_size.forgotten(statistics, 5, jnp.asarray(kl)) for kl in (0.0, 1.0, 5 * step_size.FAR, 50 * step_size.FAR)
+        step_size.forget(statistics, 5, jnp.asarray(kl), CONSTANTS)
+        for kl in (0.0, 1.0, 5 * CONSTANTS.forgetting_kl, 50 * CONSTANTS.forgetting_kl)
     ]
-    np.testing.assert_allclose(far[0].memory, statistics.memory)
+    np.testing.assert_allclose(far[0].window, statistics.window)
     np.testing.assert_allclose(far[0].noise, statistics.noise)
-    np.testing.assert_allclose(far[2].memory, [2.0, 2.0])
+    np.testing.assert_allclose(far[2].window, [2.0, 2.0])
     np.testing.assert_allclose(far[3].noise, statistics.noise / 10, rtol=1e-5)
     for nearer, farther in itertools.pairwise(far):
-        assert (farther.memory <= nearer.memory).all()
+        assert (farther.window <= nearer.window).all()
         assert (farther.noise <= nearer.noise).all()
-        assert (farther.averaged <= nearer.averaged).all()
+        assert (farther.stationary <= nearer.stationary).all()
 
 
 def test_the_average_is_over_the_steps_that_noise_rules(dtype):
@@ -155,11 +159,11 @@ def test_the_average_is_over_the_steps_that_noise_rules(dtype):
     still, travel = jnp.array([0.5]), jnp.array([1e4])
     statistics = fresh(1)
     for steps in range(2, 12):
-        statistics = step_size.averaged(statistics, jnp.array([0.5]), still, jnp.array([1.0]))
-        np.testing.assert_allclose(statistics.averaged[0], steps)
+        statistics = step_size.count_stationary(statistics, jnp.array([0.5]), still, jnp.array([1.0]), CONSTANTS)
+        np.testing.assert_allclose(statistics.stationary[0], steps)
     for _ in range(3):
-        statistics = step_size.averaged(statistics, jnp.array([0.5]), travel, jnp.array([1.0]))
-    assert statistics.averaged[0] < 2
+        statistics = step_size.count_stationary(statistics, jnp.array([0.5]), travel, jnp.array([1.0]), CONSTANTS)
+    assert statistics.stationary[0] < 2
 
 
 def test_one_draw_from_a_heavy_tail_does_not_decide(dtype):
@@ -173,25 +177,27 @@ def test_one_draw_from_a_heavy_tail_does_not_decide(dtype):
 
 def test_families_keep_a_pace_of_their_own(dtype):
     """Noise in one of them shortens its steps, and not those of one that is all signal."""
-    statistics = fresh(3)  # three parameters, two families
-    observe = jax.jit(step_size.observe)
+    statistics = fresh(2)
+    observe = jax.jit(lambda statistics, norms: step_size.observe(statistics, norms, CONSTANTS))
     for n in range(50):
         quiet, noisy = jnp.array([1.0, 1.0]), jnp.array([0.0, 1.0 if n else 0.0])
         statistics, seen = observe(statistics, SquaredNorms(jnp.array([1.0, 1e-3]), noisy, quiet))
     assert seen.signal[0] > 0.999
     assert seen.signal[1] < 0.01
-    assert statistics.noise.shape == statistics.memory.shape == (3,)
 
 
-@pytest.mark.parametrize("quiet", [step_size.QUIET, step_size.QUIET_INEXACT, step_size.QUIET_SCORES])
-@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize(
+    "threshold", [CONSTANTS.noise_threshold, CONSTANTS.noise_threshold_inexact, CONSTANTS.noise_threshold_scores]
+)
+@pytest.mark.parametrize("antithetic", [False, True])
 @pytest.mark.parametrize("particles", [1, 2, 8, 100])
-def test_the_rule_needs_no_choice_and_stays_below_one(particles, mirrored, quiet, dtype):
+def test_the_rule_needs_no_choice_and_stays_below_one(particles, antithetic, threshold, dtype):
     signal, noise = jnp.meshgrid(jnp.array([1e-6, 0.1, 1.0]), jnp.array([0.0, 1e-3, 1.0, 1e6]))
-    seen = Observation(jnp.ones(()), signal, noise, jnp.ones(()), jnp.ones(()))
-    rho = step_size.adaptive(seen, Tolerance(step_size.most(particles, mirrored), jnp.array(quiet), 0.0))
+    estimate = NoiseEstimate(jnp.ones(()), signal, noise, huber=jnp.ones(()), stationary=jnp.ones(()))
+    scope = Scope(latents=1, blocks=1, particles=particles, exact=True, full_data=True, constants=CONSTANTS)
+    rho = step_size.adaptive(estimate, NoiseTolerance(max_step_size(scope, antithetic), threshold), CONSTANTS)
     assert (rho > 0).all()
-    bound = 1.0 if mirrored and particles > 2 else particles / (particles + 2)
+    bound = 1.0 if antithetic and particles > 2 else particles / (particles + 2)
     assert (rho <= bound + np.finfo(dtype).eps).all()
     np.testing.assert_allclose(rho[0, -1], bound, rtol=1e-5)
     # More signal never shortens a step, more noise never lengthens it.
@@ -202,15 +208,15 @@ def test_the_rule_needs_no_choice_and_stays_below_one(particles, mirrored, quiet
 def test_newton_s_steps_stay_long_until_noise_alone_has_moved_them_for_a_while(dtype):
     """3/√N after N such steps, of 0.8 at most, in noise that is borne; the rest of the rule may lengthen them."""
 
-    def rho(settled: float, noise: float, signal: float = 1e-6, bearable: float = 2.0) -> jax.Array:
-        seen = Observation(jnp.ones(()), *(jnp.array(x) for x in (signal, noise, 1.0, settled)))
-        return step_size.adaptive(seen, Tolerance(0.8, jnp.array(1e-9), jnp.array(bearable)))
+    def rho(stationary: float, noise: float, signal: float = 1e-6, floor_noise: float = 2.0) -> jax.Array:
+        estimate = NoiseEstimate(jnp.ones(()), *(jnp.array(x) for x in (signal, noise, 1.0, stationary)))
+        return step_size.adaptive(estimate, NoiseTolerance(0.8, 1e-9, floor_noise), CONSTANTS)
 
-    for settled, expected in ((1.0, 1.0), (9.0, 1.0), (36.0, 0.5), (900.0, 0.1)):
-        np.testing.assert_allclose(rho(settled, 2.0), 0.8 * expected, rtol=1e-6)
-        np.testing.assert_allclose(rho(settled, 20.0), 0.08 * expected, rtol=1e-6)
-    assert rho(1.0, 2.0, bearable=0.0) < 1e-5
-    np.testing.assert_allclose(rho(36.0, 1e9, bearable=np.inf), 0.4, rtol=1e-6)
+    for stationary, expected in ((1.0, 1.0), (9.0, 1.0), (36.0, 0.5), (900.0, 0.1)):
+        np.testing.assert_allclose(rho(stationary, 2.0), 0.8 * expected, rtol=1e-6)
+        np.testing.assert_allclose(rho(stationary, 20.0), 0.08 * expected, rtol=1e-6)
+    assert rho(1.0, 2.0, floor_noise=0.0) < 1e-5
+    np.testing.assert_allclose(rho(36.0, 1e9, floor_noise=np.inf), 0.4, rtol=1e-6)
     np.testing.assert_allclose(rho(900.0, 2.0, signal=0.7), 0.8 * 0.7, rtol=1e-6)
 
 
@@ -221,28 +227,26 @@ def test_scatter_of_noise_is_no_travel(directions, dtype):
     A slope as large as the noise holds it at a dozen steps, one of three times the noise ends it.
     """
     statistics, slope, steep = fresh(1), fresh(1), fresh(1)
-    step = jax.jit(step_size.averaged)
+    step = jax.jit(lambda *arguments: step_size.count_stationary(*arguments, CONSTANTS))
     for x in np.random.default_rng(0).chisquare(directions, 500) / directions:
         running_mean2 = jnp.array([0.2 * x])
         statistics = step(statistics, jnp.array([0.2]), running_mean2, jnp.array([1.0]))
         slope = step(slope, jnp.array([0.2]), running_mean2 + 1.0, jnp.array([1.0]))
         steep = step(steep, jnp.array([0.2]), running_mean2 + 3.0, jnp.array([1.0]))
-    assert statistics.averaged[0] > 150
-    assert slope.averaged[0] < 20
-    assert steep.averaged[0] < 4
+    assert statistics.stationary[0] > 150
+    assert slope.stationary[0] < 20
+    assert steep.stationary[0] < 4
 
 
 @pytest.mark.parametrize("latents", [1, 10, 1000])
 def test_the_radius_grows_and_shrinks_fourfold_between_its_bounds(latents, dtype):
-    def resized(radius, kl, **verdict):
-        statistics = fresh(1)._replace(radius=jnp.asarray(radius))
-        return float(
-            step_size.resized(
-                statistics, latents, jnp.asarray(kl), **{k: jnp.array(v) for k, v in verdict.items()}
-            ).radius
-        )
+    start, floor = 10.0 * latents, trust_region.comparison_floor(latents, CONSTANTS)
 
-    start, floor = 10.0 * latents, step_size.noise_floor(latents)
+    def resized(radius, kl, *, good, limited, grows):
+        result = Acceptance(jnp.array(good), jnp.array(grows), jnp.zeros(()))
+        radius, kl, limited = jnp.asarray(radius), jnp.asarray(kl), jnp.array(limited)
+        return float(trust_region.resize(radius, result, kl=kl, limited=limited, floor=floor, constants=CONSTANTS))
+
     assert resized(start, start, good=True, limited=True, grows=True) == 4 * start
     assert resized(start, start, good=True, limited=True, grows=False) == start
     assert resized(start, start, good=False, limited=True, grows=False) == start / 4
@@ -253,10 +257,10 @@ def test_the_radius_grows_and_shrinks_fourfold_between_its_bounds(latents, dtype
     )
     np.testing.assert_allclose(resized(start, 0.0, good=True, limited=False, grows=False), floor, rtol=1e-6)
     # Failures go below what noise decides, down to a bound; there every step that is not one comes back.
-    least = step_size.RADIUS_MIN * floor
+    least = CONSTANTS.radius_min * floor
     np.testing.assert_allclose(resized(least, least, good=True, limited=True, grows=False), 4 * least, rtol=1e-6)
     np.testing.assert_allclose(resized(floor / 2, floor, good=True, limited=True, grows=False), floor, rtol=1e-6)
     np.testing.assert_allclose(resized(least, 0.0, good=False, limited=True, grows=False), least, rtol=1e-6)
     np.testing.assert_allclose(resized(least, least, good=True, limited=True, grows=True), 4 * least, rtol=1e-6)
-    most = float(jnp.asarray(step_size.RADIUS_MAX))  # as the precision has it
-    assert resized(step_size.RADIUS_MAX, 1.0, good=True, limited=True, grows=True) == most
+    most = float(jnp.asarray(CONSTANTS.radius_max))  # as the precision has it
+    assert resized(CONSTANTS.radius_max, 1.0, good=True, limited=True, grows=True) == most

@@ -18,7 +18,7 @@ from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from oracles import assert_close, root_eps
 from tables import DATA
 
-from numpyro_natgrad import NaturalGradient, State
+from numpyro_natgrad import NaturalGradient, NaturalGradientState
 
 STEPS = 4
 X = jnp.asarray(DATA, jnp.float32)
@@ -124,7 +124,7 @@ def test_optimizer_and_state_survive_pickling():
     assert vars(optimizer).keys() == vars(svi.optim).keys() == vars(NaturalGradient()).keys()
     assert isinstance(optimizer, NaturalGradient)
     arrays = pickle.loads(pickle.dumps(jax.tree.map(np.asarray, numbers(states[1]))))
-    assert isinstance(arrays[1], State)
+    assert isinstance(arrays[1], NaturalGradientState)
     again = SVI(model, svi.guide, optimizer, svi.loss)
     again.constrain_fn = svi.constrain_fn
     state = states[1]._replace(optim_state=jax.tree.map(jnp.asarray, arrays))

@@ -54,7 +54,7 @@ def test_arguments_particles_and_kind_of_loss_are_heard(guide, loss):
     assert {name: site.params for name, site in low_rank.items() if site is not None} == GUIDES[guide].low_rank
 
 
-WAYS = ("closed form, ", "Hessian of KL", "ordinary optimizer", "Fisher of the likelihood")
+WAYS = ("closed form, ", "Hessian of KL", "fallback optimizer", "Fisher of the likelihood")
 
 
 @pytest.mark.parametrize("estimator", [None, "first_order"])
@@ -70,10 +70,10 @@ def test_every_parameter_has_one_mover(guide, estimator):
     case, found = GUIDES[guide], {word: {p for p in way if word in way[p]} for word in WAYS}
     closed = {parameter for site in case.gaussian.values() for parameter in site} | case.natural
     products = {parameter for site in case.low_rank.values() for parameter in site}  # of the Hessian, or else none
-    closed, hessian_params = (
-        (closed | products, case.hessian_params) if estimator is None else (closed, case.hessian_params | products)
+    closed, kl_hessian = (
+        (closed | products, case.kl_hessian) if estimator is None else (closed, case.kl_hessian | products)
     )
-    assert found == dict(zip(WAYS, (closed, hessian_params, case.point, case.likely), strict=True))
+    assert found == dict(zip(WAYS, (closed, kl_hessian, case.point, case.likely), strict=True))
 
 
 def test_the_loss_integrates_densities_itself_only_in_mean_field():

@@ -17,12 +17,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.blocks import partition
+from numpyro_natgrad import NaturalGradient, options
 from numpyro_natgrad.blocks.gaussian import antithetic
 from numpyro_natgrad.estimators import stein_regression
 from numpyro_natgrad.infer.compilation import quickly
-from numpyro_natgrad.step import natural_step, step_size
 
 from . import svi
 from .checkout import arguments
@@ -48,35 +46,35 @@ CASES = (
 
 
 class Ablation(NamedTuple):
-    """What is changed: constants of the rule (module, name, value), and options of the optimizer."""
+    """What is changed: constants of the rule, options of the optimizer, and functions (module, name, value)."""
 
-    constants: tuple[tuple[Any, str, Any], ...] = ()
+    constants: Mapping[str, Any] = MappingProxyType({})
     options: Mapping[str, Any] = MappingProxyType({})
+    functions: tuple[tuple[Any, str, Any], ...] = ()
 
 
 ABLATIONS = {
     "as shipped": Ablation(),
-    "Hessian products, no regression": Ablation(options={"estimator": "second_order"}),
-    "draws do not lose weight on the way": Ablation(((stein_regression, "worth", lambda kl, far: 1.0),)),
-    "draws count for ever": Ablation(((stein_regression, "lasting", lambda sums, new, d: sums),)),
-    "draws are not pulled in": Ablation(((stein_regression, "OUTLIER", float("inf")),)),
-    "a hundred times the ridge": Ablation(((stein_regression, "RIDGE", 20.0),)),
-    "every direction by every draw": Ablation(((antithetic, "parts", lambda d, particles: 1),)),
-    "one radius a step": Ablation(((natural_step, "TRIALS", 1),)),
-    "nothing is forgotten on the way": Ablation(((step_size, "FAR", float("inf")),)),
-    "noise by the long mean alone": Ablation(((step_size, "RECENT", 1e9),)),
-    "drift counts as noise": Ablation(((step_size, "DRIFT_MAX", 1.0),)),
-    "no noise is left alone": Ablation(((step_size, "QUIET", 1e-9), (step_size, "QUIET_LATENT", 0.0))),
-    "steps do not last": Ablation(((step_size, "LASTING", 0.0),)),
-    "they last whatever the noise": Ablation(((step_size, "BORNE", float("inf")),)),
-    "a nat of noise a latent shortens them": Ablation(((step_size, "BORNE", 1.0),)),
-    "whatever is above noise is travel": Ablation(((step_size, "TRAVEL", 1.0),)),
-    "outliers are not pulled in": Ablation(((step_size, "OUTLIER", float("inf")),)),
-    "the last iterate, not the average": Ablation(((natural_step, "AVERAGE_DECAY", 1e9),)),
-    "steps of length 1/2, whatever the noise": Ablation(options={"step_size": 0.5}),
+    "Hessian-vector products, no regression": Ablation(options={"estimator": "second_order"}),
+    "draws do not lose weight with distance": Ablation(functions=((stein_regression, "worth", lambda kl, far: 1.0),)),
+    "draws count for ever": Ablation(functions=((stein_regression, "lasting", lambda sums, new, d: sums),)),
+    "influence of a draw is not truncated": Ablation({"influence_max": float("inf")}),
+    "a hundred times the ridge": Ablation({"ridge": 20.0}),
+    "every direction by every draw": Ablation(functions=((antithetic, "parts", lambda d, particles: 1),)),
+    "one radius a step": Ablation({"radius_trials": 1}),
+    "no forgetting with distance": Ablation({"forgetting_kl": float("inf")}),
+    "noise by the running mean alone": Ablation({"recent_factor": 1e9}),
+    "drift counts as noise": Ablation({"drift_max": 1.0}),
+    "no noise threshold": Ablation({"noise_threshold": 1e-9, "noise_threshold_per_latent": 0.0}),
+    "no floor of the step size": Ablation({"step_size_floor": 0.0}),
+    "the floor holds whatever the noise": Ablation({"floor_noise": float("inf")}),
+    "the floor holds up to a nat of noise per latent": Ablation({"floor_noise": 1.0}),
+    "outliers are not shortened": Ablation({"outlier": float("inf")}),
+    "the last iterate, not the average": Ablation({"average_decay": 1e9}),
+    "steps of size 1/2, whatever the noise": Ablation(options={"step_size": 0.5}),
     "no KL limit": Ablation(options={"max_kl": None}),
     "first order": Ablation(options={"estimator": "first_order"}),
-    "every site by itself, not lifted": Ablation(((partition, "JOINT_LIMIT", 0),)),
+    "every site by itself, no full-covariance proxy": Ablation({"joint_limit": 0}),
 }
 
 
@@ -122,8 +120,10 @@ def _told(gaps: np.ndarray) -> str:
 
 @contextlib.contextmanager
 def _patched(changed: Ablation) -> Iterator[None]:
-    """The rule's constants are read when a step is traced."""
+    """The constants are those of optimizers made meanwhile; functions are looked up when a step is traced."""
     with contextlib.ExitStack() as stack:
-        for module, name, value in changed.constants:
+        constants = options.RuleConstants()._replace(**changed.constants)
+        stack.enter_context(mock.patch.object(options, "CONSTANTS", constants))
+        for module, name, value in changed.functions:
             stack.enter_context(mock.patch.object(module, name, value))
         yield

@@ -26,7 +26,7 @@ from numpyro.optim import optax_to_numpyro
 
 from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.infer.compilation import quickly
-from numpyro_natgrad.step.natural_step import TRIALS
+from numpyro_natgrad.options import RuleConstants
 
 from .guides import Guide
 from .models import Data
@@ -81,7 +81,7 @@ def reference(problem: Problem) -> Iterator[Attempt]:
 def _natural(problem: Problem, marks: np.ndarray, particles: int, seeds: range) -> Iterator[Attempt]:
     walk, optimizer = walker(problem, marks, particles), NaturalGradient()
     compiled, compiling = compile_timed(lambda z, key: walk(optimizer, z, key), start(problem, 0), quickly)
-    gradients = particles * (1 + 2 * products(problem, particles) + TRIALS / 3)
+    gradients = particles * (1 + 2 * products(problem, particles) + RuleConstants().radius_trials / 3)
     for seed in seeds:
         begin = time.perf_counter()
         params = jax.block_until_ready(compiled(*start(problem, seed)))

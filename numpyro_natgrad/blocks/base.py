@@ -1,42 +1,119 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Families: the geometry of one block of parameters, behind one protocol.
+"""The protocol of a block: one group of parameters with the geometry in which it moves.
 
-    sharp     g  ->  natural gradient v = F⁻¹g, in the family's own coordinates
-    norm2     v  ->  vᵀFv, nats
-    kl        v, ρ  ->  KL of the step, exact where closed
-    retract   v, ρ  ->  new parameters, always valid
+    natural_gradient   g     ->  v = F⁻¹g, a tangent in the block's own coordinates
+    squared_norm       v     ->  vᵀFv, nats
+    forward_kl         v, ρ  ->  KL(q ‖ q₊) of the step −ρv, nats
+    retract            v, ρ  ->  the parameters after that step, always valid
 
-=================  =====================================================  ==================================
-family             parameters                                             coordinates of the step
-=================  =====================================================  ==================================
-:mod:`.joint`      all Gaussian sites together, up to 128 latents         natural parameters, lifted
-:mod:`.divided`    the same by mirrored draws, which share the products         natural parameters, lifted
-:mod:`.regressed`  the same of a guide of few latents, gradients only     natural parameters, lifted
-:mod:`.full`       one full Gaussian site, more latents                   natural parameters
-:mod:`.diagonal`   one mean-field Gaussian site, more latents             natural parameters
-:mod:`.low_rank_gaussian`   one low-rank Gaussian site, more latents               natural parameters, projected
-:mod:`.natural`    one site of an exponential family                      natural parameters
-:mod:`.curvature`  everything else that a site's density depends on       NumPyro's unconstrained parameters
-:mod:`.networks`   the same of more than 512 parameters, with momentum    the same
-:mod:`.scores`     one density of many parameters, without a KL: a flow   the same
-:mod:`.likelihood` parameters of the model, and points                    the same
-=================  =====================================================  ==================================
+A block is static; what it remembers is in :class:`Memory`, so that it can be carried through ``lax.scan``.
 """
 
-from typing import Any, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from numpyro_natgrad.estimators.derivatives import LossInfo
+from numpyro_natgrad.estimators.stein_regression import Sums
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import DensityMode
-from numpyro_natgrad.step.state import Memory
-from numpyro_natgrad.step.step_size import SquaredNorms
+from numpyro_natgrad.options import RuleConstants
+
+Tangent = TypeVar("Tangent")
+ReportRow = tuple[str, str, str, str, str]
 
 
-class Block(Protocol):
-    """The geometry of one block of parameters. ``v`` is a tangent in the family's own coordinates."""
+class JointMemory(NamedTuple):
+    """What the joint Gaussian block over D latents remembers.
+
+    :ivar factor: K of the full-covariance proxy ``(D, D)``, zero before the first step; used where the guide's family
+        is smaller than the full Gaussian.
+    :ivar slope: running mean of the natural gradient, mean part, whitened ``(D,)``.
+    :ivar curvature: the same, precision part ``(D, D)``.
+    :ivar sums: sums over draws of the Stein regression.
+    """
+
+    factor: jax.Array
+    slope: jax.Array
+    curvature: jax.Array
+    sums: Sums
+
+
+class Memory(NamedTuple):
+    """What all blocks remember: ``running_mean`` of natural gradients, shaped like the parameters, and ``joint``."""
+
+    running_mean: Params
+    joint: JointMemory
+
+
+class SquaredNorms(NamedTuple):
+    """Squared Fisher norms, nats, of the three vectors that the noise is estimated from; scalars, or one for each
+    block.
+
+    :ivar running_mean: of the running mean m of earlier natural gradients.
+    :ivar innovation: of v − m.
+    :ivar gradient: of the natural gradient v.
+    :ivar visible: the three of what the guide shows, ``(3, …)``, where a block moves more than that; else ``None``.
+    """
+
+    running_mean: jax.Array
+    innovation: jax.Array
+    gradient: jax.Array
+    visible: jax.Array | None = None
+
+    def visible_norms(self) -> jax.Array:
+        """``visible``, or the three squares of all that the block moves; ``(3, …)``."""
+        return jnp.stack(self[:3]) if self.visible is None else self.visible
+
+
+class Scope(NamedTuple):
+    """What a block has to know of the whole fit to say how much noise its steps may have.
+
+    :ivar latents: latent dimensions of the guide, for the whole data set.
+    :ivar blocks: number of blocks.
+    :ivar particles: draws a step; infinity where nothing is drawn.
+    :ivar exact: a step of size 1 is exact on conjugate models, in all blocks.
+    :ivar full_data: every step sees all of the data.
+    """
+
+    latents: int
+    blocks: int
+    particles: float
+    exact: bool
+    full_data: bool
+    constants: RuleConstants
+
+
+class NoiseTolerance(NamedTuple):
+    """How much noise the steps of a block may have.
+
+    :ivar max_step_size: the largest ρ.
+    :ivar threshold: τ, nats; below it noise does not shorten steps.
+    :ivar floor_noise: nats of noise up to which the O(1/√N) floor of the step size holds; 0 for no floor.
+    """
+
+    max_step_size: float | np.ndarray
+    threshold: float | np.ndarray
+    floor_noise: float | np.ndarray = 0.0
+
+
+class Randomness(NamedTuple):
+    """Where a block's probes come from: a key of the run, and the number of the step."""
+
+    run_key: jax.Array
+    step: jax.Array
+
+    @property
+    def key(self) -> jax.Array:
+        """A key of this step."""
+        return jax.random.fold_in(self.run_key, self.step)
+
+
+class Block(Protocol, Generic[Tangent]):
+    """The geometry of one block of parameters."""
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -44,48 +121,89 @@ class Block(Protocol):
         ...
 
     @property
-    def exact(self) -> bool:
-        """Whether a step of length 1 is exact on conjugate models."""
+    def exact_on_conjugate(self) -> bool:
+        """Whether a step of size 1 is exact on conjugate models."""
         ...
 
     @property
-    def modes(self) -> dict[str, DensityMode]:
-        """How the loss is to be seen at its Gaussian sites (:class:`.PathGradient`)."""
+    def density_modes(self) -> dict[str, DensityMode]:
+        """How the density of each of its sites is differentiated (:class:`.PathGradient`)."""
         ...
 
     @property
     def hessian_params(self) -> tuple[str, ...]:
-        """The means along which it asks for products with the Hessian of the loss."""
+        """The means along which it needs products with the Hessian of the loss."""
         ...
 
-    def report_rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Rows of the report: parameter, site, family, how the Fisher is got, size."""
+    def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
+        """How much noise its steps may have."""
         ...
 
-    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, step: jax.Array) -> Any:
-        """The natural gradient."""
+    def report_rows(self) -> list[ReportRow]:
+        """Rows of the report: parameter, site, distribution, Fisher matrix, size."""
         ...
 
-    def squared_norm(self, v: Any) -> jax.Array:
-        """Squared Fisher norm of the natural gradient, nats."""
+    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness) -> Tangent:
+        """v = F⁻¹g."""
         ...
 
-    def kl(self, v: Any, rho: jax.Array) -> jax.Array:
-        """KL(q ‖ q₊) of a step of length ρ, nats; increasing in ρ."""
+    def squared_norm(self, v: Tangent) -> jax.Array:
+        """vᵀFv, nats."""
         ...
 
-    def moved(self, v: Any, rho: jax.Array) -> jax.Array:
-        """KL(q₊ ‖ q) of a step of length ρ, nats."""
+    def forward_kl(self, v: Tangent, rho: jax.Array) -> jax.Array:
+        """KL(q ‖ q₊) of a step of size ρ, nats; increasing in ρ, exact where it has a closed form."""
         ...
 
-    def compare(self, memory: Memory, v: Any) -> SquaredNorms:
-        """How ``v`` compares with the running mean of those before."""
+    def reverse_kl(self, v: Tangent, rho: jax.Array) -> jax.Array:
+        """KL(q₊ ‖ q) of a step of size ρ, nats."""
         ...
 
-    def update_memory(self, memory: Memory, v: Any, weight: jax.Array) -> Memory:
-        """Take a natural gradient into the running mean: memory ← memory + weight (v − memory)."""
+    def compare(self, memory: Memory, v: Tangent) -> SquaredNorms:
+        """Compare ``v`` with the running mean of earlier natural gradients."""
         ...
 
-    def retract(self, params: Params, memory: Memory, v: Any, rho: jax.Array) -> tuple[Params, Memory]:
-        """The parameters after a step of length ρ, and the memory carried to the new frame."""
+    def own_step_size(self, v: Tangent) -> jax.Array | None:
+        """ρ, if the block's estimator prescribes one; ``None`` if the rule chooses it from the noise."""
         ...
+
+    def update_memory(self, memory: Memory, v: Tangent, weight: jax.Array) -> Memory:
+        """Average ``v`` into the running mean: m ← m + weight (v − m)."""
+        ...
+
+    def retract(self, params: Params, memory: Memory, v: Tangent, rho: jax.Array) -> tuple[Params, Memory]:
+        """The parameters after the step −ρv, and the memory transported there."""
+        ...
+
+
+def default_noise_tolerance(scope: Scope, *, antithetic: bool = False) -> NoiseTolerance:
+    """The tolerance of a block without a reason for another one.
+
+    The threshold is shared between the blocks, and is per latent in wide guides.
+    """
+    c = scope.constants
+    exact = max(c.noise_threshold, c.noise_threshold_per_latent * scope.latents)
+    threshold = exact if scope.exact else c.noise_threshold_inexact
+    return NoiseTolerance(max_step_size(scope, antithetic), threshold / scope.blocks)
+
+
+def max_step_size(scope: Scope, antithetic: bool) -> float:
+    """The largest step size: S/(S + 2) with S independent draws, 1 with antithetic pairs.
+
+    At a distance x from the optimum of a conjugate model, a natural gradient whose curvature comes from S draws has the
+    noise 2‖x‖²/S, and (1−ρ)²‖x‖² + 2ρ²‖x‖²/S is least at ρ = S/(S + 2). Antithetic draws have no such noise. (A step of
+    size 1 makes the precision of this step's Hessians alone: a single pair is too few where they vary.)
+    """
+    return 1.0 if antithetic and scope.particles >= scope.constants.full_step_draws else 1 / (1 + 2 / scope.particles)
+
+
+def statistical_threshold(parameters: int, numbers: int) -> float:
+    """τ, nats, of a large block: half of the uncertainty that its data leave.
+
+    An estimate of P parameters is ½P nats from the one that infinite data would give; the threshold is half of that,
+    for no more than two parameters per observed number, which is what data can determine. Step sizes equal to the
+    signal fraction are the best next step and a bad next hundred where the Fisher matrix is not the Hessian of the loss
+    ("short- horizon bias", Wu et al. 2018); averaging removes the noise that longer steps leave (Polyak & Juditsky
+    1992).
+    """
+    return 0.25 * min(parameters, 2 * numbers)

@@ -22,12 +22,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from numpyro_natgrad.blocks.base import (
+    Memory,
+    NoiseTolerance,
+    Randomness,
+    Scope,
+    SquaredNorms,
+    default_noise_tolerance,
+    statistical_threshold,
+)
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.exponential_sites import ExponentialFamilySite
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import DensityMode
-from numpyro_natgrad.step.state import Memory
-from numpyro_natgrad.step.step_size import SquaredNorms
 
 #: Natural parameters up to which F̂ is formed, draws that it takes for each of them, and the least ratio of vᵀF̂v to
 #: vᵀFv, or inverse, at which it is believed.
@@ -64,11 +71,11 @@ class ExponentialFamilyBlock(NamedTuple):
         return self.site.params
 
     @property
-    def exact(self) -> bool:
+    def exact_on_conjugate(self) -> bool:
         return True
 
     @property
-    def modes(self) -> dict[str, DensityMode]:
+    def density_modes(self) -> dict[str, DensityMode]:
         return {self.site.name: DensityMode.TILTED} if self.tilted else {}
 
     @property
@@ -84,13 +91,21 @@ class ExponentialFamilyBlock(NamedTuple):
         """How many numbers the site draws."""
         return self.site.copies * self.site.event_size * math.prod(self.site.eta_shape[:-1])
 
+    def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
+        tolerance = default_noise_tolerance(scope)
+        if self.size <= scope.constants.dense_limit:
+            return tolerance
+        return tolerance._replace(threshold=statistical_threshold(self.size, self.numbers))
+
     def report_rows(self) -> list[tuple[str, str, str, str, str]]:
         sizes = (math.prod(shape) for shape in self.site.shapes)
         how = "closed form, natural parameters"
         rows = zip(self.site.params, self.site.arguments, sizes, strict=True)
         return [(p, self.site.name, f"{self.site.cls.__name__} ({a})", how, str(n)) for p, a, n in rows]
 
-    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, step: jax.Array) -> Direction:
+    def natural_gradient(
+        self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness
+    ) -> Direction:
         eta, running_mean = self.site.read(params), self._running_mean(memory)
         slope = self.site.pull(params, loss_info.gradient)
         v = (
@@ -107,16 +122,19 @@ class ExponentialFamilyBlock(NamedTuple):
     def squared_norm(self, v: Direction) -> jax.Array:
         return self._square(v.v, v.image)
 
-    def kl(self, v: Direction, rho: jax.Array) -> jax.Array:
+    def forward_kl(self, v: Direction, rho: jax.Array) -> jax.Array:
         return self.site.copies * self.site.family.forward_kl(v.eta, self._change(v, rho))
 
-    def moved(self, v: Direction, rho: jax.Array) -> jax.Array:
+    def reverse_kl(self, v: Direction, rho: jax.Array) -> jax.Array:
         return self.site.copies * self.site.family.reverse_kl(v.eta, self._change(v, rho))
 
     def compare(self, memory: Memory, v: Direction) -> SquaredNorms:
         old = self._running_mean(memory)
         news = self._square(v.v - old, v.image - v.running_mean_image)
         return SquaredNorms(self._square(old, v.running_mean_image), news, self.squared_norm(v))
+
+    def own_step_size(self, v: Direction) -> jax.Array | None:
+        return None
 
     def update_memory(self, memory: Memory, v: Direction, weight: jax.Array) -> Memory:
         old = self._running_mean(memory)

@@ -1,19 +1,20 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Which family moves which parameters: the connected components of parameters and guide sites, from what was heard."""
+"""Which block moves which parameters: the connected components of the graph of parameters and guide sites."""
 
 import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from numpyro_natgrad.blocks.base import Block
+from numpyro_natgrad.blocks.base import Block, NoiseTolerance, ReportRow, Scope
 from numpyro_natgrad.blocks.exponential_family import ExponentialFamilyBlock
-from numpyro_natgrad.blocks.fisher.kl_hessian import DENSE_LIMIT, KLCurvature
+from numpyro_natgrad.blocks.fisher.kl_hessian import KLCurvature
 from numpyro_natgrad.blocks.fisher.likelihood import LikelihoodFisher
 from numpyro_natgrad.blocks.fisher.network import NetworkCurvature, NetworkLikelihood
 from numpyro_natgrad.blocks.fisher.scores import ScoreFisher
@@ -28,132 +29,124 @@ from numpyro_natgrad.estimators.derivatives import GradientRequest
 from numpyro_natgrad.guide.exponential_sites import read_exponential_site
 from numpyro_natgrad.guide.fisher_method import resolve_fisher_method
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaussian_site
-from numpyro_natgrad.guide.handlers import DensityMode
+from numpyro_natgrad.guide.handlers import DensityMode, Loss
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace, ModelSite, trace_loss
-from numpyro_natgrad.options import NATURAL_MARGIN, Options
-from numpyro_natgrad.step import step_size
-from numpyro_natgrad.step.state import JOINT_LIMIT
-
-#: Numbers drawn a step up to which they are kept for the whole step; beyond, memory is worth more than time.
-KEPT_DRAWS = 1_000_000
-
-#: A joint step is made of gradients alone where so many steps' draws are more than its dimensions.
-REGRESSED_STEPS = 1.5
+from numpyro_natgrad.options import Options
 
 _NO_ELBO = (
     "NaturalGradient: the loss is not affine in the guide's log-densities, so it is no ELBO (a Rényi bound, or "
     "score-function gradients of a discrete site). Steps use the plain Fisher metric: gradients without the path "
-    "estimator and without second derivatives, which hold for an ELBO only. A step of length 1 is then not exact on "
+    "estimator and without second derivatives, which hold for an ELBO only. A step of size 1 is then not exact on "
     "conjugate models, and expect noisier steps."
 )
 
 _FIRST_ORDER = (
-    "NaturalGradient: `estimator='second_order'` was asked for, but the parameters {} take first-order steps: second "
+    "NaturalGradient: `estimator='second_order'` was requested, but the parameters {} take first-order steps: second "
     "derivatives help single Gaussian sites and losses that are an ELBO."
 )
 
 
 _SCANNED = (
-    "NaturalGradient: the guide draws the sites {} inside of `scan`, where a handler hears of a draw only after it has "
-    "been used. Their parameters go to the ordinary optimizer. Draw all steps as one site outside of the scan for "
+    "NaturalGradient: the guide draws the sites {} inside of `scan`, where effect handlers run after a draw has been "
+    "used. The fallback optimizer moves their parameters. Draw all steps as one site outside of the scan for "
     "natural-gradient steps."
 )
 
 
 class Partition(NamedTuple):
-    """The families of one loss; static.
+    """Which block moves which parameters of one loss; static.
 
-    :ivar families: who moves what.
-    :ivar point: parameters without a Fisher, left to the ordinary optimizer, with their sizes.
-    :ivar views: how the loss is to be seen.
+    :ivar blocks: the blocks.
+    :ivar unowned: parameters without a Fisher matrix, moved by the fallback optimizer, with their sizes.
+    :ivar request: how the loss is differentiated.
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar latents: latent dimensions of the guide's sites, for the whole data set; of a likelihood, observations.
-    :ivar exact: whether a step of length 1 is exact on conjugate models.
-    :ivar tolerance: how much noise the steps of every family may have.
-    :ivar paired: whether the draws move with the parameters, so that two values of the loss at the same draws differ by
-        less than their noise. Draws of a discrete site jump.
+    :ivar joint_latents: latent dimensions of the joint Gaussian block, 0 if there is none.
+    :ivar exact_on_conjugate: whether a step of size 1 is exact on conjugate models.
+    :ivar tolerance: how much noise the steps of each block may have; every field has an entry for each block.
+    :ivar paired: whether draws follow the parameters, so that two values of the loss at common draws differ by less
+        than their noise. Draws of a discrete site jump.
     """
 
-    families: tuple[Block, ...]
-    point: dict[str, int]
+    blocks: tuple[Block, ...]
+    unowned: dict[str, int]
     request: GradientRequest
     particles: float
     latents: int
-    exact: bool
-    tolerance: step_size.Tolerance
+    joint_latents: int
+    exact_on_conjugate: bool
+    tolerance: NoiseTolerance
     paired: bool
 
-    def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """The report: parameter, site, family, how the Fisher is got, size."""
-        rows = [row for family in self.families for row in family.report_rows()]
-        return rows + [(p, "–", "–", "none: ordinary optimizer", str(size)) for p, size in self.point.items()]
+    def rows(self) -> list[ReportRow]:
+        """The report: parameter, site, distribution, Fisher matrix, size."""
+        rows = [row for block in self.blocks for row in block.report_rows()]
+        return rows + [(p, "–", "–", "none: fallback optimizer", str(size)) for p, size in self.unowned.items()]
 
 
-def partition_parameters(fn: Any, params: Params, options: Options, forward: bool) -> Partition:
-    """Listen to the loss and give every parameter to a family."""
+def partition_parameters(fn: Loss, params: Params, options: Options, forward: bool) -> Partition:
+    """Trace the loss and assign every parameter to a block.
+
+    :param fn: ``params -> (loss, aux)``.
+    :param forward: differentiate in forward mode.
+    :raises StructureError: if a site has no Fisher matrix of the kind that ``options.fisher`` requests.
+    """
     trace = resolve_fisher_method(trace_loss(fn, params), options.fisher)
-    if not trace.is_elbo:
-        warnings.warn(_NO_ELBO, stacklevel=5)
-    if trace.scanned:
-        warnings.warn(_SCANNED.format(sorted(trace.scanned)), stacklevel=5)
+    _warn_of_trace(trace)
     sizes = {name: sum(jnp.size(x) for x in jax.tree.leaves(tree)) for name, tree in params.items()}
-    gaussians, naturals = _charted(trace, options)
-    closed = {g.name for g in gaussians} | {n.site.name for n in naturals}
-    curvatures = _curvature_families(trace, closed, sizes)
-    gaussian = _gaussian_families(gaussians, trace, options, set(sizes))
-    guided: tuple[Block, ...] = (*gaussian, *naturals, *curvatures)
-    free = {p: size for p, size in sizes.items() if not any(p in family.params for family in guided)}
-    families = (*guided, *_likelihood_families(trace, free, options))
-    taken = {p for family in families for p in family.params}
-    point = {p: size for p, size in sizes.items() if p not in taken}
-    scored = frozenset(name for family in curvatures for name, _, _ in family.sites)
+    sites, natural = _sites_with_coordinates(trace, options)
+    covered = {g.name for g in sites} | {n.site.name for n in natural}
+    kl_blocks = _kl_hessian_blocks(trace, covered, sizes, options)
+    guided: tuple[Block, ...] = (*_gaussian_blocks(sites, trace, options, set(sizes)), *natural, *kl_blocks)
+    free = {p: size for p, size in sizes.items() if not any(p in block.params for block in guided)}
+    blocks = (*guided, *_likelihood_blocks(trace, free, options))
+    _warn_of_first_order(blocks, options)
+    owned = {p for block in blocks for p in block.params}
+    scored = frozenset(name for block in kl_blocks for name, _, _ in block.sites)
     latents = _numbers(trace.sites or trace.model_sites)
-    second = [family.hessian_params or _is_mirrored(family) for family in families]
-    first_order = [p for family, asks in zip(families, second, strict=True) if not asks for p in family.params]
+    exact = trace.is_elbo and all(block.exact_on_conjugate for block in blocks)
+    scope = Scope(latents, len(blocks), trace.particles, exact, trace.full_data, options.constants)
+    tolerances = np.array([block.noise_tolerance(scope) for block in blocks], float).reshape(-1, 3)
+    return Partition(
+        blocks=blocks,
+        unowned={p: size for p, size in sizes.items() if p not in owned},
+        request=_gradient_request(blocks, sites, natural, scored, trace, options, forward),
+        particles=trace.particles,
+        latents=latents,
+        joint_latents=sum(block.size for block in blocks if isinstance(block, JointGaussian)),
+        exact_on_conjugate=exact,
+        tolerance=NoiseTolerance(*tolerances.T),
+        paired=all(site.reparameterized or site.analytic for site in trace.sites.values()),
+    )
+
+
+def _warn_of_trace(trace: LossTrace) -> None:
+    if not trace.is_elbo:
+        warnings.warn(_NO_ELBO, stacklevel=6)
+    if trace.scanned:
+        warnings.warn(_SCANNED.format(sorted(trace.scanned)), stacklevel=6)
+
+
+def _warn_of_first_order(blocks: tuple[Block, ...], options: Options) -> None:
+    second = [block.hessian_params or DensityMode.ANTITHETIC in block.density_modes.values() for block in blocks]
+    first_order = [p for block, has in zip(blocks, second, strict=True) if not has for p in block.params]
     if options.estimator == "second_order" and first_order:
-        warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=5)
-    request = _views(families, gaussians, naturals, scored, trace, options, forward)
-    exact = trace.is_elbo and all(family.exact for family in families)
-    paired = all(site.reparameterized or site.analytic for site in trace.sites.values())
-    most = tuple(step_size.most(trace.particles, _is_mirrored(f)) for f in families)
-    tolerance = step_size.Tolerance(most, _quiet(families, exact, latents), _bearable(families, trace.full_data))
-    return Partition(families, point, request, trace.particles, latents, exact, tolerance, paired)
+        warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=6)
 
 
-def _is_mirrored(family: Block) -> bool:
-    return DensityMode.ANTITHETIC in family.modes.values()
-
-
-def _quiet(families: tuple[Block, ...], exact: bool, latents: int) -> tuple[float, ...]:
-    rest = step_size.quiet(latents) if exact else step_size.QUIET_INEXACT
-    return tuple(_quiet_one(family, rest, len(families)) for family in families)
-
-
-def _quiet_one(family: Block, rest: float, families: int) -> float:
-    if isinstance(family, NetworkCurvature | ExponentialFamilyBlock) and family.size > DENSE_LIMIT:
-        return step_size.statistical(family.size, family.numbers)
-    if isinstance(family, JointGaussian):  # its steps last as it is
-        return min(rest, step_size.QUIET) / families
-    return (step_size.QUIET_SCORES if isinstance(family, ScoreFisher) else rest) / families
-
-
-def _bearable(families: tuple[Block, ...], whole: bool) -> tuple[float, ...]:
-    return tuple(step_size.bearable(f.size, whole) if isinstance(f, JointGaussian) else 0.0 for f in families)
-
-
-def _charted(
+def _sites_with_coordinates(
     trace: LossTrace, options: Options
 ) -> tuple[list[GaussianSite | LowRankSite], list[ExponentialFamilyBlock]]:
     """The sites that have coordinates of their own: Gaussians, and exponential families in natural parameters."""
     if options.fisher not in (None, "closed_form"):
         return [], []
     shared = _shared(trace)
-    # Low-rank Gaussians are moved by Hessian products; where there are none, by the curvature of KL.
+    # Low-rank Gaussians need Hessian-vector products; without these, the Hessian of KL moves them.
     second = trace.is_elbo and options.estimator != "first_order"
     read = [read_gaussian_site(n, trace) or (read_low_rank_site(n, trace) if second else None) for n in trace.sites]
     gaussians = [g for g in read if g is not None and not shared & set(g.params)]
-    return gaussians, _natural_families(trace, {g.name for g in gaussians}, shared, options)
+    return gaussians, _exponential_family_blocks(trace, {g.name for g in gaussians}, shared, options)
 
 
 def _shared(trace: LossTrace) -> set[str]:
@@ -162,44 +155,46 @@ def _shared(trace: LossTrace) -> set[str]:
     return {p for p, sites in owners.items() if sites > 1}
 
 
-def _gaussian_families(
+def _gaussian_blocks(
     sites: list[GaussianSite | LowRankSite], trace: LossTrace, options: Options, names: set[str]
 ) -> list[Block]:
-    """One joint step where its Hessian is small enough, else a family for every site."""
+    """One joint block if its Hessian is small enough to be formed, else a block for every site."""
     latents = sum(s.size for s in sites)
-    if 0 < latents <= JOINT_LIMIT and trace.is_elbo and options.estimator != "first_order":
-        alone = names == {p for s in sites for p in s.params}
-        if alone and _is_regressed(sites, trace, options):
-            joint: type[JointGaussian] = RegressedGaussian
-        else:
-            joint = DividedGaussian if alone and _is_divided(sites, trace) else JointGaussian
-        return [joint(tuple(sites), options.margin, options.strict, trace.particles)]
-    return [_wide(s, trace, options) for s in sites]
+    if not (0 < latents <= options.constants.joint_limit and trace.is_elbo and options.estimator != "first_order"):
+        return [_wide(s, trace, options) for s in sites]
+    alone = names == {p for s in sites for p in s.params}
+    if alone and _has_regression(sites, trace, options):
+        joint: type[JointGaussian] = RegressedGaussian
+    else:
+        joint = DividedGaussian if alone and _has_antithetic_draws(sites, trace) else JointGaussian
+    return [joint(tuple(sites), options.margin, options.strict, trace.particles)]
 
 
-def _is_regressed(sites: list[GaussianSite | LowRankSite], trace: LossTrace, options: Options) -> bool:
-    """Whether a step and a half's draws determine slope and curvature, and particles, told apart, share all data.
+def _has_regression(sites: list[GaussianSite | LowRankSite], trace: LossTrace, options: Options) -> bool:
+    """Whether the draws of a few steps determine slope and curvature, and every particle sees all of the data.
 
-    (What draws of one batch of rows agree on is no more certain than the batch.)
+    Particles of one minibatch share its error, on which a regression would agree.
     """
-    chosen = options.estimator is None and options.step_size is None and options.adaptive
-    few = sum(s.size for s in sites) + 1 <= REGRESSED_STEPS * trace.particles < math.inf
-    return chosen and few and trace.full_data and trace.batched and not any(s.analytic for s in sites)
+    default = options.estimator is None and options.step_size is None and options.adaptive
+    few = sum(s.size for s in sites) + 1 <= options.constants.regression_steps * trace.particles < math.inf
+    return default and few and trace.full_data and trace.batched and not any(s.analytic for s in sites)
 
 
-def _is_divided(sites: list[GaussianSite | LowRankSite], trace: LossTrace) -> bool:
-    """Whether there are pairs of particles, and they can be told apart.
+def _has_antithetic_draws(sites: list[GaussianSite | LowRankSite], trace: LossTrace) -> bool:
+    """Whether there are pairs of particles, each with a value of its own.
 
-    (Draws are antithetic there. Other parameters beside a Gaussian move by the very draws that NumPyro made.)
+    Antithetic draws are used only if the Gaussian block owns every parameter: other blocks would see draws that NumPyro
+    did not make.
     """
     return 2 <= trace.particles < math.inf and trace.batched and not any(s.analytic for s in sites)
 
 
 def _wide(site: GaussianSite | LowRankSite, trace: LossTrace, options: Options) -> Block:
+    """The block of one Gaussian site with more latents than a joint block has."""
     if isinstance(site, LowRankSite):
         return LowRankGaussian(site, options.margin)
-    # Beside the draws of a full Gaussian a few Hessian products cost little; a mean-field site does without, unless
-    # they are asked for.
+    # Beside the draws of a full Gaussian a few Hessian-vector products cost little; a mean-field site takes none unless
+    # the user requests second order.
     mode = DensityMode.PATH if options.path_gradient and trace.is_elbo else None
     if site.form.diagonal:
         return DiagonalGaussian(site, options.estimator == "second_order" and trace.is_elbo, mode, options.margin)
@@ -207,28 +202,28 @@ def _wide(site: GaussianSite | LowRankSite, trace: LossTrace, options: Options) 
     return FullGaussian(site, second, DensityMode.DETACHED if second else mode, options.margin)
 
 
-def _natural_families(
+def _exponential_family_blocks(
     trace: LossTrace, taken: set[str], shared: set[str], options: Options
 ) -> list[ExponentialFamilyBlock]:
-    """A family for every site of an exponential family whose arguments are its own parameters."""
+    """A block for every site of an exponential family whose arguments are its own parameters."""
     read = [read_exponential_site(name, trace) for name in trace.sites if name not in taken]
     sites = [s for s in read if s is not None and not shared & set(s.params)]
     limited = options.max_kl is not None
-    margin = NATURAL_MARGIN if limited else options.margin
+    margin = options.constants.natural_margin if limited else options.margin
     return [ExponentialFamilyBlock(s, _is_tilted(trace, s.name, options), margin, limited) for s in sites]
 
 
 def _is_tilted(trace: LossTrace, name: str, options: Options) -> bool:
-    """Whether draws, and nothing else, carry the gradient: then their noise can be foreseen."""
+    """Whether draws, and nothing else, carry the gradient: then their noise can be predicted."""
     site = trace.sites[name]
     carried = site.reparameterized and not site.analytic and not site.leaks
     return options.path_gradient and trace.is_elbo and carried
 
 
-def _curvature_families(trace: LossTrace, taken: set[str], sizes: dict[str, int]) -> list[KLCurvature]:
+def _kl_hessian_blocks(trace: LossTrace, taken: set[str], sizes: dict[str, int], options: Options) -> list[KLCurvature]:
     """Connected components of the remaining parameters and the sites that depend on them."""
     owners = {name: site.params & set(sizes) for name, site in trace.sites.items() if name not in taken}
-    return [_curvature(names, sites, trace, sizes) for names, sites in _components(owners)]
+    return [_kl_hessian_block(names, sites, trace, sizes, options) for names, sites in _components(owners)]
 
 
 def _components(owners: Mapping[str, frozenset[str] | set[str]]) -> list[tuple[set[str], list[str]]]:
@@ -243,22 +238,37 @@ def _components(owners: Mapping[str, frozenset[str] | set[str]]) -> list[tuple[s
     return groups
 
 
-def _likelihood_families(trace: LossTrace, free: dict[str, int], options: Options) -> list[LikelihoodFisher]:
+def _kl_hessian_block(
+    names: set[str], sites: list[str], trace: LossTrace, sizes: dict[str, int], options: Options
+) -> KLCurvature:
+    ordered = tuple(p for p in sizes if p in names)
+    rows = tuple((n, trace.sites[n].base.__name__, trace.sites[n].fisher_estimate) for n in sites)
+    mine, local = {p: sizes[p] for p in ordered}, _is_local(ordered, sites, trace)
+    # One density of many parameters has one score a draw; many densities of a few each have many.
+    single = any(trace.sites[n].elements == 1 for n, _, how in rows if how == FisherEstimate.MONTE_CARLO)
+    large = sum(mine.values()) > options.constants.dense_limit and not local
+    block = ScoreFisher if single else NetworkCurvature if large else KLCurvature
+    return block(ordered, rows, mine, _numbers({n: trace.sites[n] for n in sites}), local)
+
+
+def _likelihood_blocks(trace: LossTrace, free: dict[str, int], options: Options) -> list[LikelihoodFisher]:
     """Connected components of the parameters that no guide site owns and the sites of the model."""
-    if options.ordinary and (trace.sites or options.fisher is None):
+    if options.has_fallback and (trace.sites or options.fisher is None):
         return []
     owners = {name: site.params & set(free) for name, site in trace.model_sites.items()}
-    return [_likelihood(names, sites, trace, free) for names, sites in _components(owners)]
+    return [_likelihood_block(names, sites, trace, free, options) for names, sites in _components(owners)]
 
 
-def _likelihood(names: set[str], sites: list[str], trace: LossTrace, sizes: dict[str, int]) -> LikelihoodFisher:
+def _likelihood_block(
+    names: set[str], sites: list[str], trace: LossTrace, sizes: dict[str, int], options: Options
+) -> LikelihoodFisher:
     ordered = {p: size for p, size in sizes.items() if p in names}
     mine = {n: trace.model_sites[n] for n in sites}
     rows = tuple((n, site.base.__name__, site.fisher_estimate) for n, site in mine.items())
     points = frozenset(n for n, site in mine.items() if site.point)
-    whole = all(site.weight == 1 for site in mine.values())
-    family = NetworkLikelihood if sum(ordered.values()) > DENSE_LIMIT else LikelihoodFisher
-    return family(tuple(ordered), rows, ordered, _numbers(mine), False, points, whole, bool(trace.sites))
+    full_data = all(site.weight == 1 for site in mine.values())
+    block = NetworkLikelihood if sum(ordered.values()) > options.constants.dense_limit else LikelihoodFisher
+    return block(tuple(ordered), rows, ordered, _numbers(mine), False, points, full_data, bool(trace.sites))
 
 
 def _numbers(sites: Mapping[str, GuideSite | ModelSite]) -> int:
@@ -266,45 +276,37 @@ def _numbers(sites: Mapping[str, GuideSite | ModelSite]) -> int:
     return max(round(sum((s.weight or 1.0) * s.size for s in sites.values())), 1)
 
 
-def _curvature(names: set[str], sites: list[str], trace: LossTrace, sizes: dict[str, int]) -> KLCurvature:
-    ordered = tuple(p for p in sizes if p in names)
-    rows = tuple((n, trace.sites[n].base.__name__, trace.sites[n].fisher_estimate) for n in sites)
-    mine, local = {p: sizes[p] for p in ordered}, _is_local(ordered, sites, trace)
-    # One density of many parameters has one score a draw; many densities of a few each have many.
-    single = any(trace.sites[n].elements == 1 for n, _, how in rows if how == FisherEstimate.MONTE_CARLO)
-    network = NetworkCurvature if sum(mine.values()) > DENSE_LIMIT and not local else KLCurvature
-    family = ScoreFisher if single else network
-    return family(ordered, rows, mine, _numbers({n: trace.sites[n] for n in sites}), local)
-
-
 def _is_local(names: tuple[str, ...], sites: list[str], trace: LossTrace) -> bool:
     """Whether all parameters have an entry for every row of a subsampled plate, and sites are drawn for some rows."""
-    heard = [trace.sites[name] for name in sites]
-    return all(_has_rows(p, s, trace) for p in names for s in heard if p in s.params)
+    mine = [trace.sites[name] for name in sites]
+    return all(_has_rows(p, s, trace) for p in names for s in mine if p in s.params)
 
 
 def _has_rows(parameter: str, site: GuideSite, trace: LossTrace) -> bool:
+    """Whether an axis of the parameter has as many entries as the plate has rows, up to the rounding of the scale."""
     shape, weight = trace.params[parameter].shape or (), site.weight or 1.0
     return weight > 1 and any(math.isclose(a, weight * b, rel_tol=0.01) for a in shape for b in site.shape)
 
 
-def _views(
-    families: tuple[Block, ...],
+def _gradient_request(
+    blocks: tuple[Block, ...],
     gaussians: list[GaussianSite | LowRankSite],
-    naturals: list[ExponentialFamilyBlock],
+    natural: list[ExponentialFamilyBlock],
     scored: frozenset[str],
     trace: LossTrace,
     options: Options,
     forward: bool,
 ) -> GradientRequest:
-    modes = {name: mode for family in families for name, mode in family.modes.items()}
+    """What the blocks need of the loss, in one request."""
+    modes = {name: mode for block in blocks for name, mode in block.density_modes.items()}
     perturbations = {name: trace.sites[name].shape for name, mode in modes.items() if mode == DensityMode.DETACHED}
     particles = {n: (2, int(trace.particles), *trace.sites[n].shape) for n, mode in modes.items() if mode.per_particle}
     perturbations.update(particles)
-    perturbations.update({n.site.name: n.site.eta_shape for n in naturals if n.tilted})
-    hessian_params = tuple(p for family in families for p in family.hessian_params)
+    perturbations.update({n.site.name: n.site.eta_shape for n in natural if n.tilted})
+    hessian_params = tuple(p for block in blocks for p in block.hessian_params)
     centers = {g.name: g.loc for g in gaussians if modes.get(g.name) in (DensityMode.DETACHED, DensityMode.ANTITHETIC)}
-    sites = {n for n in scored if trace.sites[n].reparameterized and not trace.sites[n].analytic}
-    seen = frozenset(sites if options.path_gradient and trace.is_elbo else ())
+    differentiable = {n for n in scored if trace.sites[n].reparameterized and not trace.sites[n].analytic}
+    subtracted = frozenset(differentiable if options.path_gradient and trace.is_elbo else ())
     draws = sum(trace.particles * s.size for s in trace.sites.values())
-    return GradientRequest(modes, perturbations, hessian_params, centers, seen, forward, draws <= KEPT_DRAWS)
+    keep = draws <= options.constants.kept_draws
+    return GradientRequest(modes, perturbations, hessian_params, centers, subtracted, forward, keep)

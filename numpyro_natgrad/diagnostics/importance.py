@@ -22,10 +22,10 @@ from numpyro.infer.util import log_density
 from tqdm.auto import tqdm
 
 from numpyro_natgrad.diagnostics import arviz_compat
-from numpyro_natgrad.errors import StructureError
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.infer.fisher import Estimate
 from numpyro_natgrad.infer.fit import FitResult
+from numpyro_natgrad.options import StructureError
 
 #: Draws between two ticks of the progress bar, and those that are drawn in one batch.
 CHUNK, BATCH = 500, 50

@@ -30,12 +30,12 @@ from numpyro.primitives import Messenger
 
 from numpyro_natgrad.diagnostics.importance import Fit, fitted
 from numpyro_natgrad.distributions.wrappers import map_base
-from numpyro_natgrad.errors import StructureError
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaussian_site
 from numpyro_natgrad.guide.handlers import mark_guide_site
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
 from numpyro_natgrad.guide.trace import LossTrace, trace_loss
 from numpyro_natgrad.infer.fisher import _initialised
+from numpyro_natgrad.options import StructureError
 
 #: Numbers (m, b) up to which the Hessian is formed; beyond, conjugate gradients, to this relative residual.
 DENSE_LIMIT, CG_TOLERANCE, CG_STEPS = 512, 1e-5, 1000

@@ -21,8 +21,8 @@ from numpyro.infer import SVI
 
 from numpyro_natgrad.diagnostics import arviz_compat, importance, linear_response, recommendation
 from numpyro_natgrad.diagnostics.importance import BATCH, Draws, Fit, Moments, Weights
-from numpyro_natgrad.errors import StructureError
 from numpyro_natgrad.infer.fisher import Estimate
+from numpyro_natgrad.options import StructureError
 
 #: Rows of the table; of more entries, those that are most off are shown.
 ROWS = 30

@@ -25,7 +25,7 @@ from numpyro.distributions.util import sum_rightmost
 
 from numpyro_natgrad.distributions import exponential_family
 from numpyro_natgrad.distributions.wrappers import closed_form_kl, distribution_arguments, with_log_prob
-from numpyro_natgrad.errors import StructureError
+from numpyro_natgrad.options import StructureError
 
 Density = Callable[[Any, Any], jax.Array]
 

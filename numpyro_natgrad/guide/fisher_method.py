@@ -5,8 +5,8 @@
 from typing import NoReturn, TypeVar
 
 from numpyro_natgrad.distributions.surrogate import FisherEstimate
-from numpyro_natgrad.errors import StructureError
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace, ModelSite
+from numpyro_natgrad.options import StructureError
 
 Site = TypeVar("Site", GuideSite, ModelSite)
 

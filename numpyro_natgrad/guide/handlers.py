@@ -39,7 +39,7 @@ from numpyro_natgrad.distributions.surrogate import (
     zero_density,
 )
 from numpyro_natgrad.distributions.wrappers import base_distribution, map_base, with_broadcast_loc, without_flow_inverse
-from numpyro_natgrad.errors import StructureError
+from numpyro_natgrad.options import StructureError
 
 Loss = Callable[[dict[str, Any]], tuple[jax.Array, Any]]
 #: A message of NumPyro's effect handlers, :data:`numpyro.primitives.Message`.

@@ -32,7 +32,6 @@ from numpyro_natgrad.distributions.wrappers import (
     with_log_prob,
     without_flow_inverse,
 )
-from numpyro_natgrad.errors import StructureError
 from numpyro_natgrad.guide.handlers import (
     Assigned,
     Loss,
@@ -43,6 +42,7 @@ from numpyro_natgrad.guide.handlers import (
     mark_guide_site,
 )
 from numpyro_natgrad.guide.provenance import Label, LabelKind, Origin, Tags, origins, tag
+from numpyro_natgrad.options import StructureError
 
 
 class ParamSite(NamedTuple):

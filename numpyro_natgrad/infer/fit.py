@@ -17,13 +17,13 @@ from numpyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_natgrad.blocks.partition import Partition
-from numpyro_natgrad.errors import StructureError
 from numpyro_natgrad.infer.convergence import History, Log, converged, empty, interval, is_lost, outlook
 from numpyro_natgrad.infer.loop import CHUNK, Constant, Feed, Program, compiled, shapes
 from numpyro_natgrad.infer.optimizer import NaturalGradient
 from numpyro_natgrad.infer.report import table
-from numpyro_natgrad.step.newton_decrement import noise_left
-from numpyro_natgrad.step.state import State
+from numpyro_natgrad.options import RuleConstants, StructureError
+from numpyro_natgrad.step.newton_decrement import noise_part
+from numpyro_natgrad.step.state import NaturalGradientState
 
 #: Why a fit may end.
 CONVERGED, MAX_STEPS, EXHAUSTED, INTERRUPTED = (
@@ -132,8 +132,8 @@ def fit(
         run = _Run(program, state, Log(past), bar)
         end = run.until(feed, max_steps, tolerance)
         history = run.log.history()
-        unowned = tuple(run.partition.point) if run.partition else ()
-        reason = _reason(end, history, tolerance, run.state.optim_state[1], unowned)
+        unowned = tuple(run.partition.unowned) if run.partition else ()
+        reason = _reason(end, history, tolerance, run.state.optim_state[1], unowned, svi.optim._options.constants)
         bar.set_postfix_str(reason)
     return FitResult(
         params=svi.get_params(run.state),
@@ -219,12 +219,19 @@ def _shown(part: History) -> str:
     return text + (f", {skipped} of {part.steps} skipped" if skipped else "")
 
 
-def _reason(end: str, history: History, tolerance: float, state: State, unowned: tuple[str, ...]) -> str:
+def _reason(
+    end: str,
+    history: History,
+    tolerance: float,
+    state: NaturalGradientState,
+    unowned: tuple[str, ...],
+    constants: RuleConstants,
+) -> str:
     """Why the fit ended, how far it is, what it would take, and what that does not speak of."""
     if end == LOST or not history.steps:
         return end
     gain = interval(history.newton_decrement[-1], history.newton_decrement_error[-1])
-    far = "" if end == CONVERGED or not tolerance else outlook(history, tolerance, *noise_left(state))
+    far = "" if end == CONVERGED or not tolerance else outlook(history, tolerance, *noise_part(state, constants))
     rest = f" (without {', '.join(map(repr, unowned))}, moved by the ordinary optimizer)" if unowned else ""
     return f"{end}: {gain} nats to gain{rest}, `tolerance={tolerance:g}`{far}"
 

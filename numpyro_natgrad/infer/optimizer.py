@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The seam into ``numpyro.infer.SVI``: an optimizer like any other, which only orders the calls."""
+"""``NaturalGradient``: the optimizer that ``numpyro.infer.SVI`` calls. It only orders the calls."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -18,7 +18,9 @@ from numpyro_natgrad.infer.fisher import _initialised, _loss
 from numpyro_natgrad.infer.report import table
 from numpyro_natgrad.step import fallback
 from numpyro_natgrad.step.natural_step import Context, natural_step
-from numpyro_natgrad.step.state import State, StepInfo, initial
+from numpyro_natgrad.step.state import NaturalGradientState, StepInfo, initial
+
+OptimizerState = tuple[jax.Array, NaturalGradientState]
 
 
 class NaturalGradient(_NumPyroOptim):
@@ -39,28 +41,32 @@ class NaturalGradient(_NumPyroOptim):
         >>> [round(float(x), 2) for x in result.params["auto_loc"]]
         [0.99, -1.98]
 
-    :param step_size: ρ, the share of the way to the minimum of the local model: a positive number, a schedule
-        ``step -> number`` (any optax schedule), or ``None`` for the rule that needs no choice (:mod:`.step_size`).
-    :param max_kl: KL in nats that one step may move the guide: a positive number, ``"adaptive"`` (a radius that grows
-        while steps deliver what they promise), or ``None`` for no limit.
-    :param estimator: where the covariance's natural gradient comes from: ``"second_order"`` (Price's identity, products
-        with the Hessian of the loss), ``"first_order"`` (draws ⊗ gradients), or ``None`` to choose by the number of
-        latents: where the draws of a step and a half are more than the latents, gradients are regressed on draws
-        (:mod:`.stein_regression`; with products instead where ``step_size`` or ``max_kl`` is yours).
-    :param path_gradient: leave out the score term of the gradient, which has zero mean, wherever that is valid. (The
-        second-order estimator takes the entropy in closed form and has none.)
-    :param fisher: by which route the Fisher is got: ``"closed_form"``, ``"kl_hessian"``, ``"monte_carlo"``,
-        ``"empirical"`` (:func:`.resolve_fisher_method`), or ``None`` for the best one of every site.
+    :param float step_size: ρ, the fraction of the way to the minimum of the local model: a positive number, a schedule
+        ``step -> number`` (any optax schedule), or ``None`` for the adaptive rule (:mod:`.step_size`).
+    :param float max_kl: largest KL divergence, nats, by which one step may change the guide: a positive number,
+        ``"adaptive"`` (a trust-region radius, :mod:`.trust_region`), or ``None`` for no limit.
+    :param str estimator: where the covariance's natural gradient comes from: ``"second_order"`` (Price's identity,
+        Hessian-vector products of the loss), ``"first_order"`` (draws ⊗ gradients), or ``None`` to choose by the number
+        of latents: with fewer than 1.5 times the particles, gradients are regressed on draws
+        (:mod:`.stein_regression`), unless ``step_size`` or ``max_kl`` is given.
+    :param bool path_gradient: leave out the score term of the gradient, which has zero mean, wherever that is valid.
+        (The second-order estimator takes the entropy in closed form and has no score term.)
+    :param str fisher: how Fisher matrices are computed: ``"closed_form"``, ``"kl_hessian"``, ``"monte_carlo"``,
+        ``"empirical"`` (:func:`.resolve_fisher_method`), or ``None`` for the best method at every site.
     :param fallback_optimizer: an optax transformation or a NumPyro optimizer for parameters that no distribution of the
-        guide owns: ``param`` statements of the model, points of ``AutoDelta``. By default they take the natural
-        gradient of the likelihood, and ``optax.adam(1e-2)`` moves what has no Fisher there either.
+        guide owns: ``param`` statements of the model, points of ``AutoDelta``. By default they follow the natural
+        gradient of the likelihood, and ``optax.adam(1e-2)`` moves those without a Fisher matrix there either.
     :raises ValueError: if an option cannot be used.
+    :raises TypeError: if an option is of the wrong type.
 
-    ``get_params`` returns the average of the iterates that noise rules (with a ``step_size`` of yours, the last
-    iterate); the gradient is taken at the last one, ``state.params``.
+    ``get_params`` returns the average of the iterates over the stationary phase (with a ``step_size`` of yours, the
+    last iterate); gradients are taken at the last iterate, ``state.params``.
 
-    **References:** Amari (1998), *Natural gradient works efficiently in learning*; Khan & Rue (2023), *The Bayesian
-    learning rule*, JMLR 24; Kristiadi (2018), *Natural gradient descent*.
+    **References:**
+
+    1. Amari (1998), *Natural gradient works efficiently in learning*, Neural Computation 10.
+    2. Khan & Rue (2023), *The Bayesian learning rule*, JMLR 24.
+    3. Kristiadi (2018), *Natural gradient descent*.
     """
 
     def __init__(
@@ -70,15 +76,15 @@ class NaturalGradient(_NumPyroOptim):
         max_kl: float | Literal["adaptive"] | None = "adaptive",
         estimator: options.Estimator | None = None,
         path_gradient: bool = True,
-        fisher: options.Fisher | None = None,
+        fisher: options.FisherMethod | None = None,
         fallback_optimizer: Any = None,
     ) -> None:
-        ordinary = fallback_optimizer is not None
-        self._options = options.checked(step_size, max_kl, estimator, path_gradient, fisher, ordinary=ordinary)
-        fallback.checked(fallback_optimizer)
+        has_fallback = fallback_optimizer is not None
+        self._options = options.checked(step_size, max_kl, estimator, path_gradient, fisher, has_fallback=has_fallback)
+        fallback.fallback_optimizer(fallback_optimizer)
         self._fallback_optimizer = fallback_optimizer
 
-    def init(self, params: dict[str, Any]) -> tuple[jax.Array, State]:
+    def init(self, params: Params) -> OptimizerState:
         """The state before the first step.
 
         :raises ValueError: if there is no parameter, or one that is neither float32 nor float64.
@@ -101,11 +107,11 @@ class NaturalGradient(_NumPyroOptim):
                 "float64. Make them float32, as by `numpyro.param(name, jnp.zeros(3, jnp.float32))`, and convert them "
                 "where the model or guide uses them."
             )
-        return jnp.array(0), initial(params, self._point.init(params))
+        return jnp.array(0), initial(params, self._fallback.init(params), self._options.constants)
 
     def eval_and_update(
-        self, fn: Callable, state: tuple[jax.Array, State], forward_mode_differentiation: bool = False
-    ) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, State]]:
+        self, fn: Loss, state: OptimizerState, forward_mode_differentiation: bool = False
+    ) -> tuple[tuple[jax.Array, Any], OptimizerState]:
         """Evaluate the loss and take one step.
 
         :param fn: ``params -> (loss, mutable_state)``, as ``SVI`` makes it.
@@ -113,13 +119,13 @@ class NaturalGradient(_NumPyroOptim):
         """
         step, carried = state
         partition = self._partition(fn, carried.params, forward_mode_differentiation)
-        context = Context(partition, self._options, self._point, forward_mode_differentiation)
+        context = Context(partition, self._options, self._fallback)
         loss_info, new = natural_step(fn, context, step, carried)
         return (loss_info.loss, loss_info.aux), (step + 1, new)
 
     def eval_and_stable_update(
-        self, fn: Callable, state: tuple[jax.Array, State], forward_mode_differentiation: bool = False
-    ) -> tuple[tuple[jax.Array, Any], tuple[jax.Array, State]]:
+        self, fn: Loss, state: OptimizerState, forward_mode_differentiation: bool = False
+    ) -> tuple[tuple[jax.Array, Any], OptimizerState]:
         """The same step: it is always stable. The loss is ``nan`` where it was not finite."""
         (loss, aux), new = self.eval_and_update(fn, state, forward_mode_differentiation)
         return (jnp.where(jnp.isfinite(loss), loss, jnp.nan), aux), new
@@ -134,11 +140,11 @@ class NaturalGradient(_NumPyroOptim):
             "`eval_and_update(fn, state)`, as `SVI.update` makes it. Use it as the `optim` of `SVI`."
         )
 
-    def get_params(self, state: tuple[jax.Array, State]) -> dict[str, Any]:
+    def get_params(self, state: OptimizerState) -> Params:
         """The averaged iterate, unconstrained."""
         return state[1].average
 
-    def info(self, state: Any) -> StepInfo:
+    def info(self, state: SVIState | OptimizerState) -> StepInfo:
         """The last step in numbers.
 
         :param state: an ``SVIState`` (``svi.update``'s, or ``svi.run(...).state``) or this optimizer's own state.
@@ -186,8 +192,9 @@ class NaturalGradient(_NumPyroOptim):
         return partition_parameters(fn, params, self._options, forward)
 
     @property
-    def _point(self) -> fallback.FallbackOptimizer:
-        return fallback.checked(self._fallback_optimizer)
+    def _fallback(self) -> fallback.FallbackOptimizer:
+        # Made anew, since optax transformations cannot be pickled.
+        return fallback.fallback_optimizer(self._fallback_optimizer)
 
 
 def _is_floating(x: Any) -> bool:

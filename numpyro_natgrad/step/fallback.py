@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters that no distribution of the guide owns go to an ordinary optimizer, in the same step."""
+"""The fallback optimizer moves, in the same step, the parameters that have no Fisher matrix."""
 
 from typing import Any, NamedTuple
 
@@ -11,6 +11,9 @@ from numpyro.optim import _NumPyroOptim
 
 from numpyro_natgrad.guide.gaussian_sites import Params
 
+#: Learning rate of the default, Adam. NumPyro's examples use 0.001 to 0.05.
+LEARNING_RATE = 1e-2
+
 
 class FallbackOptimizer(NamedTuple):
     """An optax transformation or a NumPyro optimizer, as one pair of functions."""
@@ -18,18 +21,18 @@ class FallbackOptimizer(NamedTuple):
     optimizer: Any
 
     def init(self, params: Params) -> Any:
-        """The optimizer's state. It is as large as for all parameters: which ones are its own is heard later."""
+        """The optimizer's state, for all parameters: which ones it moves is known when the loss is traced."""
         return self.optimizer.init(params)
 
-    def step(self, params: Params, gradient: Params, state: Any, mine: tuple[str, ...]) -> tuple[Params, Any]:
-        """Move the parameters ``mine`` and leave the others; nothing is computed where there are none."""
-        if not mine:
+    def step(self, params: Params, gradient: Params, state: Any, unowned: tuple[str, ...]) -> tuple[Params, Any]:
+        """Move the parameters ``unowned`` and no others; nothing is computed if there are none."""
+        if not unowned:
             return params, state
-        masked = {p: g if p in mine else jax.tree.map(jnp.zeros_like, g) for p, g in gradient.items()}
-        new, state = self._moved(params, masked, state)
-        return {p: new[p] if p in mine else x for p, x in params.items()}, state
+        masked = {p: g if p in unowned else jax.tree.map(jnp.zeros_like, g) for p, g in gradient.items()}
+        new, state = self._step(params, masked, state)
+        return {p: new[p] if p in unowned else x for p, x in params.items()}, state
 
-    def _moved(self, params: Params, gradient: Params, state: Any) -> tuple[Params, Any]:
+    def _step(self, params: Params, gradient: Params, state: Any) -> tuple[Params, Any]:
         if isinstance(self.optimizer, _NumPyroOptim):
             state = self.optimizer.update(gradient, state)
             return self.optimizer.get_params(state), state
@@ -37,11 +40,13 @@ class FallbackOptimizer(NamedTuple):
         return optax.apply_updates(params, updates), state
 
 
-def checked(optimizer: Any) -> FallbackOptimizer:
-    """The optimizer of parameters without a Fisher, ``optax.adam(1e-2)`` for ``None``."""
+def fallback_optimizer(optimizer: Any) -> FallbackOptimizer:
+    """The user's optimizer, or Adam for ``None``.
+
+    :raises TypeError: if it cannot step by a gradient alone: ``Minimize`` and ``NaturalGradient`` need the loss itself.
+    """
     if optimizer is None:
-        return FallbackOptimizer(optax.adam(1e-2))
-    # (`Minimize` and `NaturalGradient` take the loss itself: there is no step of theirs from a gradient alone.)
+        return FallbackOptimizer(optax.adam(LEARNING_RATE))
     takes_gradients = getattr(type(optimizer), "eval_and_update", None) is _NumPyroOptim.eval_and_update
     if isinstance(optimizer, optax.GradientTransformation) or takes_gradients:
         return FallbackOptimizer(optimizer)

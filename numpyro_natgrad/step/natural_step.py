@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step, read from top to bottom:
 
-    fn ──views──▶ loss, gradient ──family──▶ natural gradient ──length──▶ ρ ──family──▶ new parameters ──judge──▶ state
+    loss, gradient ──▶ natural gradients ──▶ noise ──▶ step sizes ──▶ trust region ──▶ new state
 
-It never raises and never leaves a NaN in the state. The ladder: a step that would move too far is *shortened* to the KL
-radius, and to a quarter of it while it does not deliver on its own draws; one that never does, or is not finite, is
-*skipped*; what was skipped is *counted*.
+It never raises and leaves no NaN in the state. A step that would leave the trust region is *shortened*, and shortened
+again while it does not reduce the loss on its own draws; one that never does, or is not finite, is *skipped* and
+counted.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,220 +17,284 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms
 from numpyro_natgrad.blocks.partition import Partition
 from numpyro_natgrad.estimators.derivatives import LossInfo, evaluate_loss, finite, rescale_loss, zero_unless
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Loss
 from numpyro_natgrad.options import Options
-from numpyro_natgrad.step import newton_decrement, step_size
+from numpyro_natgrad.step import newton_decrement, step_size, trust_region
 from numpyro_natgrad.step.fallback import FallbackOptimizer
-from numpyro_natgrad.step.state import Memory, NoiseStatistics, State, StepInfo
-
-#: Polynomial-decay averaging of the iterates (Shamir & Zhang 2013): weight (η+1)/(n+η+1) on the newest of n.
-AVERAGE_DECAY = 8.0
-#: Radii that one step may try.
-TRIALS = 6
+from numpyro_natgrad.step.newton_decrement import StepWeights
+from numpyro_natgrad.step.state import NaturalGradientState, NoiseStatistics, StepInfo, pack, unpack
+from numpyro_natgrad.step.step_size import NoiseEstimate
+from numpyro_natgrad.step.trust_region import Acceptance
 
 
 class Context(NamedTuple):
     """What does not change during a run."""
 
-    structure: Partition
+    partition: Partition
     options: Options
-    point: FallbackOptimizer
-    forward: bool
+    fallback: FallbackOptimizer
 
 
-class Direction(NamedTuple):
-    """The natural gradient, block by block, and what the length rule made of it; arrays have an entry for each family.
+class NaturalGradients(NamedTuple):
+    """The natural gradient of every block.
 
-    ``square``: squared Fisher norm, nats.  ``cap``: the longest step that the rule asks for.  ``compared``: with the
-    running mean, and ``seen``: what that says.  ``share``: of the loss, that it is the natural gradient of.
+    :ivar tangents: v of each block, in its own coordinates; zero where ``ok`` is false.
+    :ivar squared_norms: vᵀFv, nats; ``(B,)``.
+    :ivar own_step_sizes: the step size that a block prescribes; zero where the rule decides; ``(B,)``.
+    :ivar scale: factor on the loss that they are gradients of (:func:`.rescale_loss`).
+    :ivar ok: whether loss, gradient and norms are finite.
     """
 
     tangents: list[Any]
-    memory: Memory
-    statistics: NoiseStatistics
-    square: jax.Array
-    compared: step_size.SquaredNorms
-    seen: step_size.Observation
-    cap: jax.Array
-    share: jax.Array
+    squared_norms: jax.Array
+    own_step_sizes: jax.Array
+    scale: jax.Array
     ok: jax.Array
 
 
+class Statistics(NamedTuple):
+    """What the natural gradients of this step add to what earlier ones said."""
+
+    memory: Memory
+    noise: NoiseStatistics
+    norms: SquaredNorms
+    estimate: NoiseEstimate
+
+
 class Proposal(NamedTuple):
-    """Where a radius leads. ``kl``: KL(q ‖ q₊) of each family and ``moved``: KL(q₊ ‖ q) of all of them, nats."""
+    """The step within a radius: ``kl`` is KL(q ‖ q₊) of each block, ``reverse_kl`` KL(q₊ ‖ q) of all, nats."""
 
     params: Params
     memory: Memory
-    point: Any
+    fallback: Any
     rho: jax.Array
     kl: jax.Array
-    moved: jax.Array
+    reverse_kl: jax.Array
     limited: jax.Array
     radius: jax.Array
 
 
-class Judgement(NamedTuple):
-    """Whether a step is taken, whether it has earned a larger radius, and what it gains on its own draws, nats."""
-
-    good: jax.Array
-    grows: jax.Array
-    gained: jax.Array
-
-
 class Search(NamedTuple):
-    """The best radius so far with the judgement of it, the next one to try, and whether it is worth trying; nats."""
+    """The best proposal so far with its comparison, the next radius, nats, and whether it should be tried."""
 
-    radius: jax.Array
-    judgement: Judgement
-    following: jax.Array
+    best: Proposal
+    result: Acceptance
+    next_radius: jax.Array
     trials: jax.Array
-    open: jax.Array
+    is_open: jax.Array
 
 
-def natural_step(fn: Loss, context: Context, step: jax.Array, state: State) -> tuple[LossInfo, State]:
-    """Evaluate the loss at the iterate and move."""
-    structure = context.structure
-    loss_info = evaluate_loss(fn, state.params, structure.request, structure.particles)
-    direction = _direction(loss_info, context, step, state)
-    search = _search(loss_info, context, direction, state)
-    proposal = _propose(loss_info, context, direction, state, search.radius)
-    return loss_info, _settle(context, state, direction, proposal, search)
+def natural_step(
+    fn: Loss, context: Context, step: jax.Array, carried: NaturalGradientState
+) -> tuple[LossInfo, NaturalGradientState]:
+    """Evaluate the loss at the iterate and take one step.
 
-
-def _direction(loss_info: LossInfo, context: Context, step: jax.Array, state: State) -> Direction:
-    families = context.structure.families
-    seen, share = rescale_loss(loss_info._replace(stuck=state.info.skipped), context.structure.request.modes)
-    tangents = [f.natural_gradient(seen, state.params, state.memory, step) for f in families]
-    square = _each(f.squared_norm(v) for f, v in zip(families, tangents, strict=True))
-    ok = finite((loss_info.loss, loss_info.gradient, square))
-    tangents = zero_unless(ok, tangents)
-    start = step_size.initial_radius(context.options, context.structure.latents)
-    statistics = state.statistics._replace(
-        radius=jnp.where(state.statistics.radius > 0, state.statistics.radius, start)
-    )
-    pairs = list(zip(families, tangents, strict=True))
-    compared = _compared([f.compare(state.memory, v) for f, v in pairs])
-    statistics, observation = step_size.observe(statistics, compared)
-    memory = state.memory
-    for k, (family, v) in enumerate(pairs):
-        memory = family.update_memory(memory, v, observation.weight[k])
-    cap = step_size.cap(context.options, step, observation, context.structure.tolerance)
-    square = jnp.where(ok, square, 0.0)
-    return Direction(tangents, memory, statistics, square, compared, observation, cap, share, ok)
-
-
-def _compared(each: list[step_size.SquaredNorms]) -> step_size.SquaredNorms:
-    """Of all families, as arrays."""
-    running_mean2, innovation2, gradient2, reach = (_each(c[i] for c in each) for i in range(4))
-    visible = jnp.stack([_each(c.visible_squares()[i] for c in each) for i in range(3)])
-    return step_size.SquaredNorms(running_mean2, innovation2, gradient2, reach, visible)
-
-
-def _search(loss_info: LossInfo, context: Context, direction: Direction, state: State) -> Search:
-    """The radius of this step: the one carried, a quarter of it while steps do not deliver, four times while they do.
-
-    A trial costs one value of the loss, a step its gradient and Hessian products as well. Where draws do not move with
-    the parameters the difference of two losses is noise, and all steps are believed.
+    :param fn: ``params -> (loss, aux)``.
+    :param step: number of the step, from 0.
+    :param carried: the state, with arrays of the size that the optimizer allocated.
+    :return: the loss at the iterate before the step, and the state after it.
     """
-    radius = direction.statistics.radius
-    nothing = Judgement(jnp.array(True), jnp.array(False), jnp.zeros_like(loss_info.loss))
-    search = Search(radius, nothing, radius, jnp.array(0, jnp.int32), direction.ok)
-    if not context.options.adaptive or not context.structure.paired:
-        return search
+    partition = context.partition
+    state = unpack(carried, partition, context.options.constants)
+    loss_info = evaluate_loss(fn, state.params, partition.request, partition.particles)
+    gradients = natural_gradients(loss_info, partition, step, state)
+    statistics = update_statistics(gradients, context, state)
+    largest = choose_step_sizes(gradients, statistics.estimate, context, step)
+    search = search_trust_region(loss_info, gradients, statistics.memory, largest, context, state)
+    return loss_info, pack(finish(gradients, statistics, search, context, state), carried)
+
+
+def natural_gradients(
+    loss_info: LossInfo, partition: Partition, step: jax.Array, state: NaturalGradientState
+) -> NaturalGradients:
+    """v = F⁻¹g of every block, of the loss rescaled to where squares are finite."""
+    rescaled, scale = rescale_loss(loss_info._replace(stuck=state.info.skipped), partition.request.modes)
+    randomness = Randomness(jax.random.key(0), step)
+    tangents = [b.natural_gradient(rescaled, state.params, state.memory, randomness) for b in partition.blocks]
+    squared_norms = _stack(b.squared_norm(v) for b, v in zip(partition.blocks, tangents, strict=True))
+    ok = finite((loss_info.loss, loss_info.gradient, squared_norms))
+    tangents = zero_unless(ok, tangents)
+    own = [b.own_step_size(v) for b, v in zip(partition.blocks, tangents, strict=True)]
+    own_step_sizes = _stack(jnp.zeros(()) if rho is None else rho for rho in own)
+    return NaturalGradients(tangents, jnp.where(ok, squared_norms, 0.0), own_step_sizes, scale, ok)
+
+
+def update_statistics(gradients: NaturalGradients, context: Context, state: NaturalGradientState) -> Statistics:
+    """Estimate the noise by comparing the natural gradients with earlier ones, and average them in."""
+    pairs = list(zip(context.partition.blocks, gradients.tangents, strict=True))
+    each = [block.compare(state.memory, v) for block, v in pairs]
+    visible = jnp.stack([_stack(norms.visible_norms()[i] for norms in each) for i in range(3)])
+    gradient = _stack(n.gradient for n in each)
+    running_mean, innovation = _stack(n.running_mean for n in each), _stack(n.innovation for n in each)
+    norms = SquaredNorms(running_mean, innovation, gradient, visible)
+    noise, estimate = step_size.observe(state.statistics, norms, context.options.constants)
+    memory = state.memory
+    for k, (block, v) in enumerate(pairs):
+        memory = block.update_memory(memory, v, estimate.weight[k])
+    return Statistics(memory, noise, norms, estimate)
+
+
+def choose_step_sizes(
+    gradients: NaturalGradients, estimate: NoiseEstimate, context: Context, step: jax.Array
+) -> jax.Array:
+    """The largest step size of each block: the user's, the block's own, or that of the noise; ``(B,)``."""
+    largest = step_size.largest_step_size(context.options, step, estimate, context.partition.tolerance)
+    if context.options.step_size is not None:
+        return largest
+    return jnp.where(gradients.own_step_sizes > 0, gradients.own_step_sizes, largest)
+
+
+def search_trust_region(
+    loss_info: LossInfo,
+    gradients: NaturalGradients,
+    memory: Memory,
+    largest: jax.Array,
+    context: Context,
+    state: NaturalGradientState,
+) -> Search:
+    """The step of the best radius: smaller radii while the loss is not reduced, larger ones while that pays.
+
+    A trial costs one value of the loss, a step its gradient and Hessian-vector products as well. Where draws do not
+    follow the parameters the difference of two losses is noise, and the first proposal is accepted.
+    """
+    propose = partial(_propose, loss_info, gradients, memory, largest, context, state)
+    start = trust_region.initial_radius(context.options, context.partition.latents)
+    radius = jnp.where(state.radius > 0, state.radius, start)
+    uncompared = Acceptance(jnp.array(True), jnp.array(False), jnp.zeros_like(loss_info.loss))
+    trials = jnp.array(0, jnp.int32)
+    if not context.options.adaptive or not context.partition.paired:
+        return Search(propose(radius), uncompared, radius, trials, jnp.array(False))
 
     def body(search: Search) -> Search:
-        proposal = _propose(loss_info, context, direction, state, search.following)
-        judgement = _judge(loss_info, context, proposal, direction.share)
-        up = (search.trials > 0) & search.judgement.good
-        better = judgement.good & (judgement.gained > search.judgement.gained)
-        radius, best = _choose(~up | better, (search.following, judgement), (search.radius, search.judgement))
-        # Farther while that pays; nearer until it delivers, and then no farther.
-        farther = jnp.array(context.structure.exact) & judgement.grows & jnp.where(up, better, search.trials == 0)
-        following = jnp.where(judgement.good, step_size.grown(search.following), search.following / 4)
-        return Search(radius, best, following, search.trials + 1, farther | ~(up | judgement.good))
+        proposal = propose(search.next_radius)
+        result = _compare(loss_info, proposal, gradients.scale, context)
+        widening = (search.trials > 0) & search.result.accepted
+        better = result.accepted & (result.reduction > search.result.reduction)
+        best, best_result = _choose(~widening | better, (proposal, result), (search.best, search.result))
+        following = _resized(proposal, result, context)
+        # Larger radii while each one gains more than the last; smaller ones until one is accepted, and then no more.
+        exact = jnp.array(context.partition.exact_on_conjugate)
+        larger = exact & result.grows & jnp.where(widening, better, search.trials == 0)
+        return Search(best, best_result, following, search.trials + 1, larger | ~(widening | result.accepted))
 
-    return lax.while_loop(lambda search: search.open & (search.trials < TRIALS), body, search)
+    def is_open(search: Search) -> jax.Array:
+        return search.is_open & (search.trials < context.options.constants.radius_trials)
 
-
-def _propose(loss_info: LossInfo, context: Context, direction: Direction, state: State, radius: jax.Array) -> Proposal:
-    """The longest step within the radius."""
-    families = list(zip(context.structure.families, direction.tangents, strict=True))
-
-    def kl(share: jax.Array) -> jax.Array:
-        return _each(f.kl(v, share * direction.cap[k]) for k, (f, v) in enumerate(families))
-
-    share = step_size.longest(lambda s: jnp.sum(kl(s)), jnp.ones((), direction.cap.dtype), radius)
-    rho = share * direction.cap
-    params, memory = state.params, direction.memory
-    for k, (family, v) in enumerate(families):
-        params, memory = family.retract(params, memory, v, rho[k])
-    moved = jnp.sum(_each(f.moved(v, rho[k]) for k, (f, v) in enumerate(families)))
-    params, point = context.point.step(params, loss_info.gradient, state.point, tuple(context.structure.point))
-    return Proposal(params, memory, point, rho, kl(share), moved, share < 1, radius)
+    none = jnp.zeros_like(largest)
+    stay = Proposal(state.params, memory, state.fallback, none, none, jnp.sum(none), jnp.array(False), radius)
+    return lax.while_loop(is_open, body, Search(stay, uncompared, radius, trials, gradients.ok))
 
 
-def _judge(loss_info: LossInfo, context: Context, proposal: Proposal, share: jax.Array) -> Judgement:
-    """Compare what a step promises with what it delivers on its own draws, where that says more than noise.
+def _propose(
+    loss_info: LossInfo,
+    gradients: NaturalGradients,
+    memory: Memory,
+    largest: jax.Array,
+    context: Context,
+    state: NaturalGradientState,
+    radius: jax.Array,
+) -> Proposal:
+    """The longest step within the radius, along the curve on which all blocks keep the ratio of their step sizes."""
+    pairs = list(zip(context.partition.blocks, gradients.tangents, strict=True))
 
-    For a conjugate model the gain of a step ρ is at least KL(q ‖ q₊)/ρ exactly; elsewhere a tenth of it is asked for.
-    Below the noise floor a step is believed if its KL is exact; else it has to show that it loses no more than that.
+    def kl(fraction: jax.Array) -> jax.Array:
+        return _stack(block.forward_kl(v, fraction * largest[k]) for k, (block, v) in enumerate(pairs))
+
+    fraction = trust_region.longest(lambda f: jnp.sum(kl(f)), jnp.ones((), largest.dtype), radius)
+    rho = fraction * largest
+    params = state.params
+    for k, (block, v) in enumerate(pairs):
+        params, memory = block.retract(params, memory, v, rho[k])
+    reverse_kl = jnp.sum(_stack(block.reverse_kl(v, rho[k]) for k, (block, v) in enumerate(pairs)))
+    unowned = tuple(context.partition.unowned)
+    params, fallback = context.fallback.step(params, loss_info.gradient, state.fallback, unowned)
+    return Proposal(params, memory, fallback, rho, kl(fraction), reverse_kl, fraction < 1, radius)
+
+
+def _compare(loss_info: LossInfo, proposal: Proposal, scale: jax.Array, context: Context) -> Acceptance:
+    """Compare the reduction of the loss that a step promises with the actual one on its own draws.
+
+    For a conjugate model a step of size ρ reduces the loss by at least KL(q ‖ q₊)/ρ, which is the prediction. Steps
+    below the noise of the loss are accepted if their KL is exact; otherwise they must not increase the loss by more
+    than that.
     """
-    ok = finite(proposal.params)
-    floor = step_size.noise_floor(context.structure.latents)
-    large = (proposal.moved > floor) | (proposal.limited & (proposal.radius >= floor))
-    asked = large | (not context.structure.exact)
-    gained = loss_info.loss - lax.cond(ok & asked, loss_info.value, lambda _: loss_info.loss, proposal.params)
-    promised = jnp.sum(proposal.kl / jnp.maximum(proposal.rho, jnp.finfo(proposal.rho.dtype).tiny)) / share
-    delivered = ~asked | (gained >= jnp.where(large, step_size.ACCEPT * promised, -floor))
-    return Judgement(ok & delivered, proposal.limited & (gained > step_size.GROW * promised), gained)
+    ok, floor = finite(proposal.params), _floor(context)
+    large = (proposal.reverse_kl > floor) | (proposal.limited & (proposal.radius >= floor))
+    compared = large | (not context.partition.exact_on_conjugate)
+    value = lax.cond(ok & compared, loss_info.value, lambda _: loss_info.loss, proposal.params)
+    predicted = jnp.sum(proposal.kl / jnp.maximum(proposal.rho, jnp.finfo(proposal.rho.dtype).tiny)) / scale
+    result = trust_region.accept(
+        loss_info.loss - value,
+        predicted,
+        large=large,
+        limited=proposal.limited,
+        floor=floor,
+        constants=context.options.constants,
+    )
+    return result._replace(accepted=ok & (~compared | result.accepted))
 
 
-def _settle(context: Context, state: State, direction: Direction, proposal: Proposal, search: Search) -> State:
-    """Take the step or leave it, and write down which."""
-    good = direction.ok & search.judgement.good & finite(proposal.params)
-    statistics = _choose(direction.ok, _paced(context, state, direction, proposal, search, good), state.statistics)
-    # A skipped natural gradient stays in the running means only if it was finite.
-    kept = _choose(direction.ok, direction.memory, state.memory)
-    params = _choose(good, proposal.params, state.params)
-    newest = jnp.where(good, _average_weights(statistics, context), 0.0)
-    weights = newton_decrement.Weights(jnp.where(good, proposal.rho, 0.0), direction.seen.weight, newest)
-    gap = newton_decrement.observe(state.certificate, direction.compared, direction.seen.noise, weights)
-    gap, noise = _choose(direction.ok, gap, state.certificate), step_size.noise_seen(statistics)[: newest.size]
-    return State(
-        params,
-        _averaged(state.average, params, context.structure, newest),
-        _choose(good, proposal.memory, kept),
-        statistics,
-        gap,
-        _choose(good, proposal.point, state.point),
-        _info(
-            state, direction, proposal, good, newton_decrement.remaining(gap, noise, statistics.memory[: newest.size])
-        ),
+def _floor(context: Context) -> float:
+    return trust_region.comparison_floor(context.partition.latents, context.options.constants)
+
+
+def _resized(proposal: Proposal, result: Acceptance, context: Context) -> jax.Array:
+    """The radius that follows a proposal."""
+    kl, limited, constants = jnp.sum(proposal.kl), proposal.limited, context.options.constants
+    return trust_region.resize(
+        proposal.radius, result, kl=kl, limited=limited, floor=_floor(context), constants=constants
     )
 
 
-def _paced(
-    context: Context, state: State, direction: Direction, proposal: Proposal, search: Search, good: jax.Array
+def finish(
+    gradients: NaturalGradients, statistics: Statistics, search: Search, context: Context, state: NaturalGradientState
+) -> NaturalGradientState:
+    """Take the step or skip it, and update what later steps depend on."""
+    ok, proposal, constants = gradients.ok, search.best, context.options.constants
+    taken = ok & search.result.accepted & finite(proposal.params)
+    noise = _choose(ok, _after_step(statistics, proposal, taken, context, state), state.statistics)
+    radius = proposal.radius
+    if context.options.adaptive:
+        radius = _choose(ok, _resized(proposal, search.result._replace(accepted=taken), context), state.radius)
+    params = _choose(taken, proposal.params, state.params)
+    average = jnp.where(taken, step_size.average_weight(context.options, noise), 0.0)
+    weights = StepWeights(jnp.where(taken, proposal.rho, 0.0), statistics.estimate.weight, average)
+    decrement = newton_decrement.observe(state.decrement, statistics.norms, statistics.estimate.noise, weights)
+    decrement, current = _choose(ok, decrement, state.decrement), step_size.current_noise(noise, constants)
+    remaining = newton_decrement.newton_decrement(decrement, current, noise.window)
+    # The natural gradient of a skipped step stays in the running means if it was finite.
+    skipped_memory = _choose(ok, statistics.memory, state.memory)
+    return NaturalGradientState(
+        params,
+        _averaged(state.average, params, context.partition, average),
+        _choose(taken, proposal.memory, skipped_memory),
+        noise,
+        decrement,
+        radius,
+        _choose(taken, proposal.fallback, state.fallback),
+        _info(gradients, statistics.estimate, proposal, taken, remaining, state.info),
+    )
+
+
+def _after_step(
+    statistics: Statistics, proposal: Proposal, taken: jax.Array, context: Context, state: NaturalGradientState
 ) -> NoiseStatistics:
-    """The pace after the step was tried. (A loss that is not finite where the step starts says nothing about it.)"""
-    latents, statistics = context.structure.latents, direction.statistics
-    noise = newton_decrement.visible_noise(state.certificate, direction.seen.noise)
-    foreseen = newton_decrement.foreseen(state.certificate, noise)
-    statistics = step_size.averaged(statistics, foreseen, direction.compared.visible_squares()[0], noise)
-    statistics = _choose(good, step_size.forgotten(statistics, latents, jnp.sum(proposal.kl)), statistics)
-    if not context.options.adaptive:
-        return statistics
-    tried = statistics._replace(radius=proposal.radius)
-    nats, limited, grows = jnp.sum(proposal.kl), proposal.limited, search.judgement.grows
-    return step_size.resized(tried, latents, nats, good=good, limited=limited, grows=grows)
+    """The statistics after the step was tried: stationary steps are counted, and windows shrink with distance."""
+    latents, constants = context.partition.latents, context.options.constants
+    noise = newton_decrement.visible_noise(state.decrement, statistics.estimate.noise)
+    predicted = newton_decrement.predicted_mean(state.decrement, noise)
+    running_mean = statistics.norms.visible_norms()[0]
+    counted = step_size.count_stationary(statistics.noise, predicted, running_mean, noise, constants)
+    return _choose(taken, step_size.forget(counted, latents, jnp.sum(proposal.kl), constants), counted)
 
 
-def _averaged(average: Params, params: Params, structure: Partition, newest: jax.Array) -> Params:
-    """The running mean of the iterates. What the ordinary optimizer moves is its own affair: its last iterate."""
-    weights = {p: newest[k] for k, family in enumerate(structure.families) for p in family.params}
+def _averaged(average: Params, params: Params, partition: Partition, newest: jax.Array) -> Params:
+    """The running mean of the iterates; of the fallback optimizer's parameters, the last iterate."""
+    weights = {p: newest[k] for k, block in enumerate(partition.blocks) for p in block.params}
 
     def mean(weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         return old + (weight * (new - old)).astype(old.dtype)
@@ -237,43 +302,35 @@ def _averaged(average: Params, params: Params, structure: Partition, newest: jax
     return {p: jax.tree.map(partial(mean, weights[p]), average[p], x) if p in weights else x for p, x in params.items()}
 
 
-def _average_weights(statistics: NoiseStatistics, context: Context) -> jax.Array:
-    """The newest iterate's weight in the average over the steps that noise rules, for each family.
-
-    Steps of a length that the user has chosen are left alone: then the last iterate is what was asked for.
-    """
-    steps = statistics.averaged[: len(context.structure.families)]
-    if context.options.step_size is not None:
-        return jnp.ones_like(steps)
-    return (AVERAGE_DECAY + 1) / (steps + AVERAGE_DECAY)
-
-
 def _info(
-    state: State, direction: Direction, proposal: Proposal, good: jax.Array, remaining: tuple[jax.Array, jax.Array]
+    gradients: NaturalGradients,
+    estimate: NoiseEstimate,
+    proposal: Proposal,
+    taken: jax.Array,
+    remaining: tuple[jax.Array, jax.Array],
+    old: StepInfo,
 ) -> StepInfo:
-    old, square = state.info, jnp.sum(direction.square)
-    share = direction.square / jnp.maximum(square, jnp.finfo(square.dtype).tiny)
-    return jax.tree.map(
-        lambda new, before: jnp.asarray(new, before.dtype),
-        StepInfo(
-            jnp.where(good, jnp.sum(proposal.kl), 0.0),
-            jnp.sqrt(square),
-            jnp.where(good, jnp.sqrt(jnp.sum(share * proposal.rho**2)), 0.0),
-            jnp.sum(share * direction.seen.signal),
-            proposal.radius,
-            *remaining,
-            proposal.limited & good,
-            ~good,
-            old.skipped_total + ~good,
-        ),
-        old,
+    square = jnp.sum(gradients.squared_norms)
+    fractions = gradients.squared_norms / jnp.maximum(square, jnp.finfo(square.dtype).tiny)
+    new = StepInfo(
+        kl=jnp.where(taken, jnp.sum(proposal.kl), 0.0),
+        natural_gradient_norm=jnp.sqrt(square),
+        step_size=jnp.where(taken, jnp.sqrt(jnp.sum(fractions * proposal.rho**2)), 0.0),
+        signal=jnp.sum(fractions * estimate.signal),
+        radius=proposal.radius,
+        newton_decrement=remaining[0],
+        newton_decrement_error=remaining[1],
+        limited=proposal.limited & taken,
+        skipped=~taken,
+        skipped_total=old.skipped_total + ~taken,
     )
+    return jax.tree.map(lambda x, before: jnp.asarray(x, before.dtype), new, old)
 
 
 def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b).astype(b.dtype), yes, no)
 
 
-def _each(terms: Any) -> jax.Array:
-    """One number for each family, as an array."""
+def _stack(terms: Iterable[jax.Array]) -> jax.Array:
+    """One number for each block, as an array."""
     return jnp.stack([*terms, jnp.zeros(())])[:-1]  # there may be none

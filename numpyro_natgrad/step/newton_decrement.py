@@ -1,27 +1,22 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-r"""The certificate: how many nats are still to gain, beside what noise hides.
+r"""The Newton decrement ½ aᵀFa of the averaged iterate: the expected remaining gain, in nats, with its standard error.
 
 Near the optimum the loss is ½‖a‖² nats above its minimum, with a = η − η* in the Fisher metric, where η is the
-*average* that ``get_params`` returns. Let x be the iterate, n ~ (0, v) the noise of one natural gradient x + n, and m
-the running mean of natural gradients, from which the families subtract what has been travelled. One step is linear:
+*average* that ``get_params`` returns. Let x be the error of the iterate, n ~ (0, v) the noise of one natural gradient x
++ n, and m the running mean of natural gradients, from which blocks subtract the steps taken. One step is linear:
 
     x ← (1−ρ) x − ρ n        m ← (1−w) m + (w−ρ)(x + n)        a ← (1−α) a + α x
 
-so that z = m − x ← (1−w) z + w n holds noise alone, whatever the optimum. The noise in (x, z, a) has a covariance
-v C, with C ← A C Aᵀ + b bᵀ known since ρ, w and α are; what is left of the start is seen in ‖m‖² beyond its noise:
+so that z = m − x ← (1−w) z + w n is noise alone, wherever the optimum is. The noise in (x, z, a) has a covariance v C
+with C ← A C Aᵀ + b bᵀ, which ρ, w and α determine; what remains of the start shows in ‖m‖² beyond its noise:
 
     E‖m‖² = ‖E x‖² + v (C_xx + 2 C_xz + C_zz),        ‖E a‖² ≤ Σ α-weighted ‖E x‖²  (Jensen)
     decrement = ½ (max(0, Σ α-weighted (‖m‖² − its noise)) + v C_aa)
 
 ‖m‖ alone would not do: ρ = w makes it vanish, since then the iterate *is* the mean of what the natural gradients
-estimated, and C_aa → 1/t is all that says how far that mean is off.
-
-v is the noise of now, also of the steps before: nats are those of the guide as it is, and what a natural gradient
-missed far away, by fifteen orders of magnitude more, would hide for a hundred steps that the iterate still travels.
-
-Where a family moves more than the guide shows (the whole precision of a lifted Gaussian), only what it shows costs
-nats, and only that counts here, of ‖m‖² and of v.
+estimated, and only C_aa → 1/t says how far that mean is off. Past noise is expressed in units of the *current* noise v:
+the noise of early, distant steps can be 1e15 times larger and would hide the remaining bias for a hundred steps.
 """
 
 from typing import NamedTuple
@@ -30,72 +25,81 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_natgrad.step.state import DecrementState, State
-from numpyro_natgrad.step.step_size import SquaredNorms, noise_seen
+from numpyro_natgrad.blocks.base import SquaredNorms
+from numpyro_natgrad.options import RuleConstants
+from numpyro_natgrad.step.state import DecrementState, NaturalGradientState
+from numpyro_natgrad.step.step_size import current_noise
 
-#: Nats beyond which all distances are alike: their squares are numbers in single precision.
-FARTHEST = 1e15
-#: Standard deviation of a normal variable, in mean absolute deviations: √(π/2).
-NORMAL = 1.2533
+#: Nats beyond which all distances count the same: single precision can still add their squares to those near by.
+MAX_EXCESS = 1e15
+#: Standard deviation of a normal variable over its mean absolute deviation: √(π/2).
+NORMAL_DEVIATION = 1.2533
 
 
-class Weights(NamedTuple):
-    """Per family: ρ and w of a natural gradient in iterate and running mean, α of the iterate in the average."""
+class StepWeights(NamedTuple):
+    """Per block: ρ and w of a natural gradient in iterate and running mean, α of the iterate in the average."""
 
     rho: jax.Array
     mean: jax.Array
     average: jax.Array
 
 
-def observe(certificate: DecrementState, seen: SquaredNorms, noise: jax.Array, weights: Weights) -> DecrementState:
-    """After one step with these weights.
+def observe(state: DecrementState, norms: SquaredNorms, noise: jax.Array, weights: StepWeights) -> DecrementState:
+    """Update after one step with these weights.
 
-    :param seen: as the natural gradient was compared with the running mean before it.
+    :param norms: the natural gradient compared with the running mean before it.
     :param noise: v, nats.
     """
-    k = noise.size
-    covariance = _propagated(certificate.covariance[..., :k], weights)
-    squares = seen.visible_squares()
-    share = jnp.minimum(squares[1] / jnp.maximum(seen.innovation2, jnp.finfo(noise.dtype).tiny), 1.0)
-    visible = certificate.visible[:k] + weights.mean * (share - certificate.visible[:k])
-    excess = jnp.clip(_mean2(squares, weights) - visible * noise * _share(covariance), -FARTHEST, FARTHEST)
-    mean, deviation = certificate.excess[:, :k]
+    covariance = _propagated(state.covariance, weights)
+    squares, tiny = norms.visible_norms(), jnp.finfo(noise.dtype).tiny
+    fraction = jnp.minimum(squares[1] / jnp.maximum(norms.innovation, tiny), 1.0)
+    visible = state.visible + weights.mean * (fraction - state.visible)
+    excess = _updated_mean(squares, weights) - visible * noise * _noise_in_mean(covariance)
+    excess = jnp.clip(excess, -MAX_EXCESS, MAX_EXCESS)
+    mean, deviation = state.excess
     mean = mean + weights.average * (excess - mean)
     deviation = deviation + weights.average * (jnp.abs(excess - mean) - deviation)
-    return DecrementState(
-        certificate.covariance.at[..., :k].set(covariance),
-        certificate.excess.at[:, :k].set(jnp.stack([mean, deviation])),
-        certificate.visible.at[:k].set(visible),
-    )
+    return DecrementState(covariance, jnp.stack([mean, deviation]), visible)
 
 
-def remaining(certificate: DecrementState, noise: jax.Array, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The nats still to gain, of all families, and the standard error.
+def newton_decrement(state: DecrementState, noise: jax.Array, window: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The decrement of all blocks together, nats, and its standard error; NaN where no parameter has a Fisher matrix.
 
-    v is the mean of about ``memory`` squares, of relative variance 2 at least where one direction is noisy (χ²), and
-    the excess scatters as it was seen to; its terms follow each other closely, and none of that scatter averages out.
-    (Absolute deviations, as the average itself, forget the start where it is left behind; for the root of a mean of
-    squares its nats would count for twice as many steps.) Where no parameter has a Fisher nothing is known.
+    v is the mean of about ``window`` squares, of relative variance at most 2 (χ² of one direction), and the excess
+    scatters as it was observed to; its terms are correlated, so that averaging does not reduce that. (Mean absolute
+    deviations forget the start as the average does; a root mean square would remember its nats for twice as many
+    steps.)
     """
-    k = memory.size
-    if not k:
+    if not window.size:
         return jnp.array(jnp.nan), jnp.array(jnp.nan)
-    mean, deviation = certificate.excess[:, :k]
-    left = jnp.minimum(visible_noise(certificate, noise) * certificate.covariance[2, 2, :k], FARTHEST)
-    error2 = (NORMAL * deviation) ** 2 + 2 / memory * left**2
-    return 0.5 * jnp.sum(jnp.maximum(mean, 0.0) + left), 0.5 * jnp.sqrt(jnp.sum(error2))
+    mean, deviation = state.excess
+    left = jnp.minimum(visible_noise(state, noise) * state.covariance[2, 2], MAX_EXCESS)
+    variance = (NORMAL_DEVIATION * deviation) ** 2 + 2 / window * left**2
+    return 0.5 * jnp.sum(jnp.maximum(mean, 0.0) + left), 0.5 * jnp.sqrt(jnp.sum(variance))
 
 
-def noise_left(state: State) -> tuple[float, float]:
-    """The part of the decrement that is noise, nats, and the steps that the running means behind it look back over."""
-    noise = np.asarray(
-        visible_noise(state.certificate, noise_seen(state.statistics)) * state.certificate.covariance[2, 2]
-    )
-    memory = np.asarray(state.statistics.memory)
-    return 0.5 * float(noise.sum()), float(noise @ memory / max(noise.sum(), np.finfo(noise.dtype).tiny))
+def noise_part(state: NaturalGradientState, constants: RuleConstants) -> tuple[float, float]:
+    """The part of the decrement that is noise, nats, and the effective number of steps in the statistics behind it."""
+    visible = visible_noise(state.decrement, current_noise(state.statistics, constants))
+    noise, window = np.asarray(visible * state.decrement.covariance[2, 2]), np.asarray(state.statistics.window)
+    return 0.5 * float(noise.sum()), float(noise @ window / max(noise.sum(), np.finfo(noise.dtype).tiny))
 
 
-def _propagated(covariance: jax.Array, weights: Weights) -> jax.Array:
+def visible_noise(state: DecrementState, noise: jax.Array) -> jax.Array:
+    """The noise that the guide shows, nats, for each block.
+
+    A block may move more than the guide shows (the whole precision of a full-covariance proxy); only the guide costs
+    nats.
+    """
+    return noise * state.visible
+
+
+def predicted_mean(state: DecrementState, noise: jax.Array) -> jax.Array:
+    """‖m‖² that noise alone would show before the next step, nats, for each block."""
+    return noise * _noise_in_mean(state.covariance)
+
+
+def _propagated(covariance: jax.Array, weights: StepWeights) -> jax.Array:
     """A C Aᵀ + b bᵀ."""
     rho, mean, average = weights
     zero = jnp.zeros_like(rho)
@@ -106,29 +110,19 @@ def _propagated(covariance: jax.Array, weights: Weights) -> jax.Array:
             jnp.stack([average * (1 - rho), zero, 1 - average]),
         ]
     )
-    drawn = jnp.stack([-rho, mean, -average * rho])
-    return jnp.einsum("ijk,jlk,mlk->imk", step, covariance, step) + drawn[:, None] * drawn
+    noise = jnp.stack([-rho, mean, -average * rho])
+    return jnp.einsum("ijk,jlk,mlk->imk", step, covariance, step) + noise[:, None] * noise
 
 
-def _mean2(squares: jax.Array, weights: Weights) -> jax.Array:
+def _updated_mean(squares: jax.Array, weights: StepWeights) -> jax.Array:
     """‖m‖² after the step: m₊ = (1−w) m + (w−ρ) v, from the squares of m, v − m and v."""
     kept, added = 1 - weights.mean, weights.mean - weights.rho
-    running_mean2, innovation2, gradient2 = squares
-    product = (gradient2 + running_mean2 - innovation2) / 2
-    return jnp.maximum(kept**2 * running_mean2 + 2 * kept * added * product + added**2 * gradient2, 0.0)
+    mean2, innovation2, gradient2 = squares
+    product = (gradient2 + mean2 - innovation2) / 2
+    return jnp.maximum(kept**2 * mean2 + 2 * kept * added * product + added**2 * gradient2, 0.0)
 
 
-def visible_noise(certificate: DecrementState, noise: jax.Array) -> jax.Array:
-    """What the guide shows of the noise, nats, for each family."""
-    return noise * certificate.visible[: noise.size]
-
-
-def foreseen(certificate: DecrementState, noise: jax.Array) -> jax.Array:
-    """‖m‖² that noise alone would show before the next step, nats, for each family."""
-    return noise * _share(certificate.covariance[..., : noise.size])
-
-
-def _share(covariance: jax.Array) -> jax.Array:
+def _noise_in_mean(covariance: jax.Array) -> jax.Array:
     """E‖m‖² of unit noise alone, m = x + z."""
     (xx, xz, _), (_, zz, _), _ = covariance
     return xx + 2 * xz + zz

@@ -2,76 +2,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is carried from step to step, and what is reported of one step: two different types, arrays only.
 
-The state is made before any loss has been heard (``SVI.init`` hands over the parameters alone), and its structure may
-not change afterwards (``lax.scan``). So everything in it has the shape of the parameters, but for :class:`Joint`.
+``SVI.init`` hands the parameters to the optimizer before any loss is known, and ``lax.scan`` keeps all shapes fixed.
+The carried arrays therefore have room for the largest partition that the parameters allow. :func:`unpack` cuts them to
+the partition at the top of a step, and :func:`pack` puts them back at its end; between the two every shape is exact.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from numpyro_natgrad.blocks.base import JointMemory, Memory
+from numpyro_natgrad.blocks.partition import Partition
 from numpyro_natgrad.estimators import stein_regression
 from numpyro_natgrad.guide.gaussian_sites import Params
-
-#: Latent dimensions up to which all Gaussian sites share one dense joint step.
-JOINT_LIMIT = 128
-#: Steps whose noise is remembered one by one.
-LAST = 3
-
-
-class Joint(NamedTuple):
-    """Memory of the joint Gaussian step over D latents, in the leading D rows and columns of n × n arrays.
-
-    n = min(half of the number of parameters, 128): a Gaussian site has at least two parameters for a latent.
-
-    :ivar factor: K of the lifted covariance (n, n); used where the guide's family is smaller than the full Gaussian.
-    :ivar slope: running mean of the natural gradient, mean part, whitened (n,).
-    :ivar curvature: the same, precision part (n, n).
-    :ivar sums: over draws, of the regression of gradients on them.
-    """
-
-    factor: jax.Array
-    slope: jax.Array
-    curvature: jax.Array
-    sums: stein_regression.Sums
-
-
-class Memory(NamedTuple):
-    """What the families remember: ``trend`` is a running mean of natural gradients, shaped like the parameters."""
-
-    running_mean: Params
-    joint: Joint
+from numpyro_natgrad.options import RuleConstants
 
 
 class NoiseStatistics(NamedTuple):
-    """What the length rule carries. There are no more families than parameters, so that n of those suffice.
+    """Running statistics of the natural gradients of B blocks.
 
-    :ivar noise: per family, running variance of the natural gradient in the Fisher norm, nats; ``(n,)``.
-    :ivar recent: that of each of the last ``LAST`` steps; ``(LAST, n)``.
-    :ivar memory: per family, number of steps that the running means look back over; ``(n,)``.
-    :ivar averaged: per family, number of steps that the average of the iterates looks back over; ``(n,)``.
-    :ivar drift: per family, running means of ⟨v − m, m⟩ and ⟨m, m⟩ as shares of ⟨v, v⟩ + ⟨m, m⟩, for natural gradients
-        v and the running mean m that foresaw them; ``(2, n)``.
-    :ivar radius: KL in nats that a step may move; set in the first step, when the guide has been heard; scalar.
+    :ivar noise: running mean of the noise, nats; ``(B,)``.
+    :ivar recent: noise of each of the last steps, oldest first, nats; ``(recent_steps, B)``.
+    :ivar window: effective number of steps in the running means; ``(B,)``.
+    :ivar stationary: number of steps since a block became stationary: the averaging window; ``(B,)``.
+    :ivar drift: running means of ⟨v − m, m⟩ and ⟨m, m⟩ as fractions of ⟨v, v⟩ + ⟨m, m⟩, for natural gradients v and the
+        running mean m that predicted them; ``(2, B)``.
     """
 
     noise: jax.Array
     recent: jax.Array
-    memory: jax.Array
-    averaged: jax.Array
+    window: jax.Array
+    stationary: jax.Array
     drift: jax.Array
-    radius: jax.Array
 
 
 class DecrementState(NamedTuple):
-    """What the estimate of the nats still to gain carries (:mod:`.newton_decrement`); n as in :class:`NoiseStatistics`.
+    """What the Newton decrement of B blocks is computed from (:mod:`.newton_decrement`).
 
-    :ivar covariance: C, of the noise in the iterate, in the running mean beyond it, and in the average, of unit noise
-        in the natural gradient; ``(3, 3, n)``.
-    :ivar excess: averages, as ``get_params`` averages, of ‖m‖² beyond its noise and of how much that deviates from its
-        average, nats; ``(2, n)``.
-    :ivar visible: running share of the noise that the guide shows; ``(n,)``.
+    :ivar covariance: C, the covariance of the errors in the iterate, in the running mean beyond it, and in the average,
+        for unit noise in the natural gradient; ``(3, 3, B)``.
+    :ivar excess: averages, as ``get_params`` averages, of ‖m‖² beyond its noise and of the absolute deviation from that
+        average, nats; ``(2, B)``.
+    :ivar visible: running fraction of the noise that the guide shows; ``(B,)``.
     """
 
     covariance: jax.Array
@@ -82,20 +56,19 @@ class DecrementState(NamedTuple):
 class StepInfo(NamedTuple):
     """One step in numbers; scalars. Read it with :meth:`.NaturalGradient.info`.
 
-    :ivar kl_moved: KL(q ‖ q₊) of this step, nats (0 if it was skipped); what ``max_kl`` bounds. Of the lifted Gaussian
-        where steps are lifted and ``max_kl`` is no number.
-    :ivar natural_gradient_norm: Fisher norm √(gᵀF⁻¹g) of the natural gradient, √nats: half its square estimates the
-        nats still to gain, plus noise.
-    :ivar step_length: ρ: the share of the way to the minimum of the local model, 1 for all of it. Families have one
-        each: their root mean square, weighted by the squared natural gradient.
-    :ivar signal: share of signal in the squared natural gradient, between 0 and 1.
-    :ivar radius: KL that the step was allowed to move, nats.
-    :ivar decrement: nats still to gain, in expectation, from what ``get_params`` returns after this step
-        (:mod:`.newton_decrement`). Parameters that the ordinary optimizer moves are not in it.
-    :ivar decrement_error: its Monte-Carlo standard error, nats.
-    :ivar limited: the KL limit shortened this step.
-    :ivar skipped: this step was not taken.
-    :ivar skipped_total: steps not taken since the start, int32.
+    :ivar jax.Array kl: KL(q ‖ q₊) of this step, nats (0 if it was skipped); what ``max_kl`` bounds. It is that of the
+        full-covariance proxy where a step has one and ``max_kl`` is not a number.
+    :ivar jax.Array natural_gradient_norm: Fisher norm √(gᵀF⁻¹g) of the natural gradient, √nats.
+    :ivar jax.Array step_size: ρ, the fraction of the way to the minimum of the local model; the root mean square over
+        blocks, weighted by their squared natural gradients.
+    :ivar jax.Array signal: signal fraction of the squared natural gradient, between 0 and 1.
+    :ivar jax.Array radius: trust-region radius of this step, nats.
+    :ivar jax.Array newton_decrement: expected remaining gain after this step, nats, from what ``get_params`` returns
+        (:mod:`.newton_decrement`). It does not include parameters of the fallback optimizer.
+    :ivar jax.Array newton_decrement_error: Monte-Carlo standard error of that, nats.
+    :ivar jax.Array limited: whether the KL limit shortened this step, bool.
+    :ivar jax.Array skipped: whether this step was not taken, bool.
+    :ivar jax.Array skipped_total: number of steps not taken since the start, int32.
     """
 
     kl: jax.Array
@@ -110,44 +83,78 @@ class StepInfo(NamedTuple):
     skipped_total: jax.Array
 
 
-class State(NamedTuple):
-    """All that :class:`.NaturalGradient` carries.
+class NaturalGradientState(NamedTuple):
+    """All that :class:`.NaturalGradient` carries from step to step.
 
-    :ivar params: the iterate, unconstrained.
-    :ivar average: the averaged iterate, unconstrained; what ``get_params`` returns.
-    :ivar memory: running means of the natural gradient.
-    :ivar pace: what the length rule carries.
-    :ivar certificate: what the estimate of the nats still to gain carries.
-    :ivar point: the state of the ordinary optimizer of parameters without a Fisher.
-    :ivar info: the last step in numbers.
+    :ivar dict params: the iterate, unconstrained.
+    :ivar dict average: the averaged iterate, unconstrained; what ``get_params`` returns.
+    :ivar Memory memory: running means of the natural gradient.
+    :ivar NoiseStatistics statistics: what the step size depends on.
+    :ivar DecrementState decrement: what the Newton decrement depends on.
+    :ivar jax.Array radius: trust-region radius, nats; zero before the first step.
+    :ivar Any fallback: the state of the fallback optimizer.
+    :ivar StepInfo info: the last step in numbers.
     """
 
     params: Params
     average: Params
     memory: Memory
     statistics: NoiseStatistics
-    certificate: DecrementState
-    point: Any
+    decrement: DecrementState
+    radius: jax.Array
+    fallback: Any
     info: StepInfo
 
 
-def initial(params: Params, point: Any) -> State:
-    """The state before the first step."""
+def initial(params: Params, fallback: Any, constants: RuleConstants) -> NaturalGradientState:
+    """The state before the first step, with room for as many blocks as there are parameters.
+
+    A Gaussian site has at least two parameters for a latent, so that the joint block has at most half of their number.
+    """
     leaves = jax.tree.leaves(params)
     dtype = jnp.result_type(*leaves)
-    n = min(sum(jnp.size(x) for x in leaves) // 2, JOINT_LIMIT)
-    zero = jnp.zeros((), dtype)
-    joint = Joint(
-        jnp.zeros((n, n), dtype), jnp.zeros(n, dtype), jnp.zeros((n, n), dtype), stein_regression.nothing(n, dtype)
-    )
+    latents = min(sum(jnp.size(x) for x in leaves) // 2, constants.joint_limit)
+    joint, statistics, decrement = allocated(latents, len(params), constants, dtype)
+    zero, no = jnp.zeros((), dtype), jnp.array(False)
+    info = StepInfo(zero, zero, zero, zero, zero, zero, zero, no, no, jnp.array(0, jnp.int32))
     memory = Memory(jax.tree.map(jnp.zeros_like, params), joint)
-    info = StepInfo(
-        zero, zero, zero, zero, zero, zero, zero, jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32)
-    )
-    each = jnp.zeros(len(params), dtype)
-    statistics = NoiseStatistics(
-        each, jnp.stack([each] * LAST), jnp.ones_like(each), jnp.ones_like(each), jnp.stack([each, each]), zero
-    )
-    nothing = jnp.zeros((3, 3, each.size), dtype), jnp.zeros((2, each.size), dtype)
-    certificate = DecrementState(*nothing, jnp.ones_like(each))
-    return State(params, params, memory, statistics, certificate, point, info)
+    return NaturalGradientState(params, params, memory, statistics, decrement, zero, fallback, info)
+
+
+def allocated(
+    latents: int, blocks: int, constants: RuleConstants, dtype: jnp.dtype
+) -> tuple[JointMemory, NoiseStatistics, DecrementState]:
+    """Memory and statistics before the first step."""
+    square, each = jnp.zeros((latents, latents), dtype), jnp.zeros(blocks, dtype)
+    joint = JointMemory(square, jnp.zeros(latents, dtype), square, stein_regression.nothing(latents, dtype))
+    ones, recent = jnp.ones_like(each), jnp.zeros((constants.recent_steps, blocks), dtype)
+    statistics = NoiseStatistics(each, recent, ones, ones, jnp.zeros((2, blocks), dtype))
+    return joint, statistics, DecrementState(jnp.zeros((3, 3, blocks), dtype), jnp.zeros((2, blocks), dtype), ones)
+
+
+def unpack(state: NaturalGradientState, partition: Partition, constants: RuleConstants) -> NaturalGradientState:
+    """The state with every array cut to the partition of the loss."""
+    sizes = partial(allocated, partition.joint_latents, len(partition.blocks), constants, state.radius.dtype)
+    joint, statistics, decrement = jax.tree.map(_cut, _sized(state), jax.eval_shape(sizes))
+    memory = state.memory._replace(joint=joint)
+    return state._replace(memory=memory, statistics=statistics, decrement=decrement)
+
+
+def pack(new: NaturalGradientState, old: NaturalGradientState) -> NaturalGradientState:
+    """The new state in arrays of the size of the old ones."""
+    joint, statistics, decrement = jax.tree.map(_placed, _sized(old), _sized(new))
+    memory = new.memory._replace(joint=joint)
+    return new._replace(memory=memory, statistics=statistics, decrement=decrement)
+
+
+def _sized(state: NaturalGradientState) -> tuple[JointMemory, NoiseStatistics, DecrementState]:
+    """The parts of the state whose arrays are larger than the partition needs."""
+    return state.memory.joint, state.statistics, state.decrement
+
+
+def _cut(room: jax.Array, exact: jax.ShapeDtypeStruct) -> jax.Array:
+    return room[tuple(slice(n) for n in exact.shape)]
+
+
+def _placed(room: jax.Array, exact: jax.Array) -> jax.Array:
+    return room.at[tuple(slice(n) for n in exact.shape)].set(exact)

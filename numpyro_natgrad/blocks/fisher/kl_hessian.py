@@ -20,12 +20,11 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_factor, cho_solve
 from jax.scipy.sparse.linalg import cg
 
+from numpyro_natgrad.blocks.base import Memory, NoiseTolerance, Randomness, Scope, SquaredNorms, default_noise_tolerance
 from numpyro_natgrad.distributions.surrogate import FisherEstimate, fisher_product, fisher_surrogate
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import DensityMode, Frozen
-from numpyro_natgrad.step.state import Memory
-from numpyro_natgrad.step.step_size import SquaredNorms
 
 #: Parameters up to which F is formed.
 DENSE_LIMIT = 512
@@ -67,11 +66,11 @@ class KLCurvature:
     local: bool
 
     @property
-    def exact(self) -> bool:
+    def exact_on_conjugate(self) -> bool:
         return False
 
     @property
-    def modes(self) -> dict[str, DensityMode]:
+    def density_modes(self) -> dict[str, DensityMode]:
         return {}
 
     @property
@@ -92,6 +91,9 @@ class KLCurvature:
         """What F is the curvature of, for the report."""
         return "Hessian of KL"
 
+    def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
+        return default_noise_tolerance(scope)
+
     def report_rows(self) -> list[tuple[str, str, str, str, str]]:
         names = ", ".join(name for name, _, _ in self.sites)
         classes = ", ".join(dict.fromkeys(cls for _, cls, _ in self.sites))
@@ -99,10 +101,12 @@ class KLCurvature:
         solver = "conjugate gradients" if self.iterative else "dense"
         return [(p, names, classes, f"{self.source} ({ways}), {solver}", str(self.sizes[p])) for p in self.params]
 
-    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, step: jax.Array) -> Direction:
+    def natural_gradient(
+        self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness
+    ) -> Direction:
         slope, unravel = self._mine(loss_info.gradient)
         running_mean, _ = self._mine(memory.running_mean)
-        product = self._product(loss_info, params, step)
+        product = self._product(loss_info, params, randomness)
         ok = jnp.all(jnp.isfinite(slope))
         v = jnp.where(ok, self._solved(product, jnp.where(ok, slope, 0.0), unravel), jnp.nan)
         return Direction(-v, jnp.maximum(slope @ v, 0.0), -slope, product(running_mean))
@@ -110,10 +114,10 @@ class KLCurvature:
     def squared_norm(self, v: Direction) -> jax.Array:
         return v.square
 
-    def kl(self, v: Direction, rho: jax.Array) -> jax.Array:
+    def forward_kl(self, v: Direction, rho: jax.Array) -> jax.Array:
         return 0.5 * rho**2 * v.square
 
-    def moved(self, v: Direction, rho: jax.Array) -> jax.Array:
+    def reverse_kl(self, v: Direction, rho: jax.Array) -> jax.Array:
         return 0.5 * rho**2 * v.square
 
     def compare(self, memory: Memory, v: Direction) -> SquaredNorms:
@@ -123,6 +127,9 @@ class KLCurvature:
         old, _ = self._mine(memory.running_mean)
         news, image = v.step - old, v.image - v.running_mean_image
         return SquaredNorms(jnp.maximum(old @ v.running_mean_image, 0.0), jnp.maximum(news @ image, 0.0), v.square)
+
+    def own_step_size(self, v: Direction) -> jax.Array | None:
+        return None
 
     def update_memory(self, memory: Memory, v: Direction, weight: jax.Array) -> Memory:
         old, unravel = self._mine(memory.running_mean)
@@ -138,17 +145,17 @@ class KLCurvature:
         """This block's part of a tree shaped like the parameters, raveled, and the way back."""
         return ravel_pytree({p: tree[p] for p in self.params})
 
-    def _product(self, loss_info: LossInfo, params: Params, step: jax.Array) -> Any:
+    def _product(self, loss_info: LossInfo, params: Params, randomness: Randomness) -> Any:
         """d ↦ Fd, of raveled tangents."""
         mine, unravel = self._mine(params)
-        length = lambda x: self._length(loss_info, params, step, unravel(x))
+        length = lambda x: self._length(loss_info, params, randomness, unravel(x))
         return fisher_product(length, mine, forward=loss_info.forward)
 
     def _solved(self, product: Any, slope: jax.Array, unravel: Any) -> jax.Array:
         """F⁻¹g, damped."""
         return _iterative(product, slope) if self.iterative else _dense(product, slope, unravel)
 
-    def _length(self, loss_info: LossInfo, params: Params, step: jax.Array, mine: Params) -> jax.Array:
+    def _length(self, loss_info: LossInfo, params: Params, randomness: Randomness, mine: Params) -> jax.Array:
         with Frozen({name: fisher_surrogate(how) for name, _, how in self.sites}):
             return loss_info.fn({**params, **mine})[0]
 

@@ -20,13 +20,12 @@ import jax.numpy as jnp
 from jax import random
 from jax.scipy.linalg import cho_factor, cho_solve
 
+from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms
 from numpyro_natgrad.blocks.fisher.kl_hessian import Direction, KLCurvature
 from numpyro_natgrad.distributions.surrogate import FisherEstimate, likelihood_surrogate, prior_surrogate
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Frozen
-from numpyro_natgrad.step.state import Memory
-from numpyro_natgrad.step.step_size import SquaredNorms
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class LikelihoodFisher(KLCurvature):
     drawn: bool
 
     @property
-    def exact(self) -> bool:
+    def exact_on_conjugate(self) -> bool:
         return not self.drawn
 
     @property
@@ -64,8 +63,8 @@ class LikelihoodFisher(KLCurvature):
             else super()._solved(product, slope, unravel)
         )
 
-    def _length(self, loss_info: LossInfo, params: Params, step: jax.Array, mine: Params) -> jax.Array:
-        key = random.fold_in(random.key(0), step)
+    def _length(self, loss_info: LossInfo, params: Params, randomness: Randomness, mine: Params) -> jax.Array:
+        key = randomness.key
         densities = {
             name: (prior_surrogate if name in self.points else likelihood_surrogate)(how, random.fold_in(key, k))
             for k, (name, _, how) in enumerate(self.sites)

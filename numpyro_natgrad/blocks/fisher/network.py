@@ -15,12 +15,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from numpyro_natgrad.blocks.base import (
+    Memory,
+    NoiseTolerance,
+    Randomness,
+    Scope,
+    SquaredNorms,
+    default_noise_tolerance,
+    statistical_threshold,
+)
 from numpyro_natgrad.blocks.fisher.kl_hessian import Direction, KLCurvature
 from numpyro_natgrad.blocks.fisher.likelihood import LikelihoodFisher
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.step.state import Memory
-from numpyro_natgrad.step.step_size import SquaredNorms
 
 #: k, μ, and λ relative to F's own curvature along the steps before, vᵀFv/vᵀv, which it follows. Three to ten steps and
 #: 0.9 to 0.99 were as good, and so was any λ from a hundredth of the mean of F's diagonal to all of it. λ that follows
@@ -32,11 +39,19 @@ CG_STEPS, MOMENTUM, DAMPING = 3, 0.97, 0.01
 class NetworkCurvature(KLCurvature):
     """A network of the guide. The memory's trend is the last step, its momentum."""
 
-    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, step: jax.Array) -> Direction:
+    def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
+        tolerance = default_noise_tolerance(scope)
+        if self.size <= scope.constants.dense_limit:
+            return tolerance
+        return tolerance._replace(threshold=statistical_threshold(self.size, self.numbers))
+
+    def natural_gradient(
+        self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness
+    ) -> Direction:
         slope, _ = self._mine(loss_info.gradient)
         old, _ = self._mine(memory.running_mean)
         ok = jnp.all(jnp.isfinite(slope))
-        v, kept = pursued(self._product(loss_info, params, step), jnp.where(ok, slope, 0.0), -MOMENTUM * old)
+        v, kept = pursued(self._product(loss_info, params, randomness), jnp.where(ok, slope, 0.0), -MOMENTUM * old)
         return Direction(jnp.where(ok, -v, jnp.nan), jnp.maximum(slope @ v, 0.0), -slope, -kept)
 
     def compare(self, memory: Memory, v: Direction) -> SquaredNorms:

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_factor, cho_solve
 
+from numpyro_natgrad.blocks.base import Memory, NoiseTolerance, Randomness, Scope, default_noise_tolerance
 from numpyro_natgrad.blocks.fisher.kl_hessian import Direction, KLCurvature
 from numpyro_natgrad.estimators import score_samples
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.step.state import Memory
 
 #: Draws for the Fisher matrix.
 DRAWS = 64
@@ -34,12 +34,18 @@ CLIP = 4.0
 class ScoreFisher(KLCurvature):
     """One connected component of parameters and sites; moves as :class:`.curvature.KLCurvature` does."""
 
+    def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
+        threshold = scope.constants.noise_threshold_scores / scope.blocks
+        return default_noise_tolerance(scope)._replace(threshold=threshold)
+
     def report_rows(self) -> list[tuple[str, str, str, str, str]]:
         names = ", ".join(name for name, _, _ in self.sites)
         classes = ", ".join(dict.fromkeys(cls for _, cls, _ in self.sites))
         return [(p, names, classes, f"Monte Carlo, scores of {DRAWS} draws", str(self.sizes[p])) for p in self.params]
 
-    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, step: jax.Array) -> Direction:
+    def natural_gradient(
+        self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness
+    ) -> Direction:
         slope, _ = self._mine(loss_info.gradient)
         scores = self.scores(loss_info, params)
         ok = jnp.all(jnp.isfinite(slope)) & jnp.all(jnp.isfinite(scores))

@@ -12,13 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from numpyro_natgrad.blocks.base import Memory, NoiseTolerance, Randomness, Scope, SquaredNorms, default_noise_tolerance
 from numpyro_natgrad.distributions import gaussian
 from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
 from numpyro_natgrad.guide.handlers import DensityMode
-from numpyro_natgrad.step.state import Memory
-from numpyro_natgrad.step.step_size import SquaredNorms
 
 #: Rademacher probes a step in second order.
 PROBES = 8
@@ -37,22 +36,27 @@ class DiagonalGaussian(NamedTuple):
         return (self.site.loc, self.site.scale)
 
     @property
-    def exact(self) -> bool:
+    def exact_on_conjugate(self) -> bool:
         return True
 
     @property
-    def modes(self) -> dict[str, DensityMode]:
+    def density_modes(self) -> dict[str, DensityMode]:
         return {self.site.name: self.mode} if self.mode else {}
 
     @property
     def hessian_params(self) -> tuple[str, ...]:
         return (self.site.loc,) if self.second_order else ()
 
+    def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
+        return default_noise_tolerance(scope)
+
     def report_rows(self) -> list[tuple[str, str, str, str, str]]:
         how = f"{PROBES} products with the Hessian of the loss" if self.second_order else "draws ⊗ gradients"
         return self.site.report_rows(f"closed form, {how}")
 
-    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, step: jax.Array) -> GaussianTangent:
+    def natural_gradient(
+        self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness
+    ) -> GaussianTangent:
         scale = self.site.spread(params)
         slope = scale * loss_info.gradient[self.site.loc].reshape(self.site.shape)
         if not self.second_order:
@@ -60,21 +64,24 @@ class DiagonalGaussian(NamedTuple):
             # dx/dσ along each coordinate: the parameter's bijection is elementwise.
             rate = jax.jvp(self.site.unconstrain, (scale,), (jnp.ones_like(scale),))[1].reshape(gradient.shape)
             return GaussianTangent(slope, scale * (gradient * rate).reshape(self.site.shape), None)
-        return GaussianTangent(slope, self._probed(loss_info, params, scale, step), None)
+        return GaussianTangent(slope, self._probed(loss_info, params, scale, randomness), None)
 
     def squared_norm(self, v: GaussianTangent) -> jax.Array:
         return gaussian.squared_norm(v)
 
-    def kl(self, v: GaussianTangent, rho: jax.Array) -> jax.Array:
+    def forward_kl(self, v: GaussianTangent, rho: jax.Array) -> jax.Array:
         return gaussian.forward_kl(v, rho, self.margin)
 
-    def moved(self, v: GaussianTangent, rho: jax.Array) -> jax.Array:
+    def reverse_kl(self, v: GaussianTangent, rho: jax.Array) -> jax.Array:
         return gaussian.reverse_kl(v, rho, self.margin)
 
     def compare(self, memory: Memory, v: GaussianTangent) -> SquaredNorms:
         old = self._running_mean(memory)
         news = GaussianTangent(v.slope - old.slope, v.values - old.values, None)
         return SquaredNorms(gaussian.squared_norm(old), gaussian.squared_norm(news), gaussian.squared_norm(v))
+
+    def own_step_size(self, v: GaussianTangent) -> jax.Array | None:
+        return None
 
     def update_memory(self, memory: Memory, v: GaussianTangent, weight: jax.Array) -> Memory:
         old = self._running_mean(memory)
@@ -103,15 +110,13 @@ class DiagonalGaussian(NamedTuple):
             running_mean={**memory.running_mean, **{n: x.reshape(shapes[n]) for n, x in new.items()}}
         )
 
-    def _probed(self, loss_info: LossInfo, params: Params, scale: jax.Array, step: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(0), step)
-
+    def _probed(self, loss_info: LossInfo, params: Params, scale: jax.Array, randomness: Randomness) -> jax.Array:
         def product(probe: jax.Array) -> jax.Array:
             shift = (scale * probe).reshape(params[self.site.loc].shape)
             image = loss_info.hessian_product({self.site.loc: shift})[self.site.loc]
             return probe * scale * image.reshape(self.site.shape)
 
-        probes = jax.random.rademacher(key, (PROBES, *self.site.shape), scale.dtype)
+        probes = jax.random.rademacher(randomness.key, (PROBES, *self.site.shape), scale.dtype)
         curvature = jnp.mean(jax.vmap(product)(probes), axis=0)
         # In the path's view log q stays in the loss along the draws, and its Hessian −S is in the product already.
         return curvature if self.mode == DensityMode.PATH and not self.site.analytic else curvature - 1

@@ -15,14 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_natgrad.blocks.base import Memory, NoiseTolerance, Randomness, Scope, SquaredNorms, default_noise_tolerance
 from numpyro_natgrad.distributions import gaussian
 from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.hessian_products import usable, whitened_products
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
 from numpyro_natgrad.guide.handlers import DensityMode
-from numpyro_natgrad.step.state import Memory
-from numpyro_natgrad.step.step_size import SquaredNorms
 
 #: Hessian products a step of a wide Gaussian; 16 were as good as 32 on targets of 50–500 dimensions.
 PROBES = 16
@@ -49,36 +48,39 @@ class FullGaussian(NamedTuple):
         return (self.site.loc, self.site.scale)
 
     @property
-    def exact(self) -> bool:
+    def exact_on_conjugate(self) -> bool:
         return True
 
     @property
-    def modes(self) -> dict[str, DensityMode]:
+    def density_modes(self) -> dict[str, DensityMode]:
         return {self.site.name: self.mode} if self.mode else {}
 
     @property
     def hessian_params(self) -> tuple[str, ...]:
         return (self.site.loc,) if self.second_order else ()
 
+    def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
+        return default_noise_tolerance(scope)
+
     def report_rows(self) -> list[tuple[str, str, str, str, str]]:
         how = f"{PROBES} products with the Hessian of the loss" if self.second_order else "draws ⊗ gradients"
         return self.site.report_rows(f"closed form, {how}")
 
-    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, step: jax.Array) -> Frame:
+    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness) -> Frame:
         loc, factor = self.site.read(params)
         slope = _whiten(factor, loss_info.gradient[self.site.loc].reshape(self.site.shape))
         if not self.second_order:
             curvature = self._first_order(loss_info.gradient[self.site.scale], factor)
             return Frame(gaussian.tangent(slope, jnp.nan_to_num(curvature)), loc, factor)
-        return Frame(self._sketch(loss_info, params, slope, factor, step), loc, factor)
+        return Frame(self._sketch(loss_info, params, slope, factor, randomness), loc, factor)
 
     def squared_norm(self, v: Frame) -> jax.Array:
         return gaussian.squared_norm(v.tangent)
 
-    def kl(self, v: Frame, rho: jax.Array) -> jax.Array:
+    def forward_kl(self, v: Frame, rho: jax.Array) -> jax.Array:
         return gaussian.forward_kl(v.tangent, rho, self.margin)
 
-    def moved(self, v: Frame, rho: jax.Array) -> jax.Array:
+    def reverse_kl(self, v: Frame, rho: jax.Array) -> jax.Array:
         return gaussian.reverse_kl(v.tangent, rho, self.margin)
 
     def compare(self, memory: Memory, v: Frame) -> SquaredNorms:
@@ -86,6 +88,9 @@ class FullGaussian(NamedTuple):
         running_mean = self._running_mean(memory)
         slope = v.tangent.slope
         return SquaredNorms(jnp.sum(running_mean**2), jnp.sum((slope - running_mean) ** 2), jnp.sum(slope**2))
+
+    def own_step_size(self, v: Frame) -> jax.Array | None:
+        return None
 
     def update_memory(self, memory: Memory, v: Frame, weight: jax.Array) -> Memory:
         running_mean = self._running_mean(memory)
@@ -111,9 +116,9 @@ class FullGaussian(NamedTuple):
         return lower + jnp.swapaxes(jnp.tril(lower, -1), -1, -2)
 
     def _sketch(
-        self, loss_info: LossInfo, params: Params, slope: jax.Array, factor: jax.Array, step: jax.Array
+        self, loss_info: LossInfo, params: Params, slope: jax.Array, factor: jax.Array, randomness: Randomness
     ) -> GaussianTangent:
-        probes = sweep(self.site.size, min(PROBES, self.site.size), step).astype(factor.dtype)
+        probes = sweep(self.site.size, min(PROBES, self.site.size), randomness.step).astype(factor.dtype)
         hessian_product, offset = partial(self._hessian_product, loss_info, params), self._offset(loss_info, params)
         image, correction = whitened_products(hessian_product, factor, factor @ probes, offset, loss_info.particles)
         slope, image = usable(loss_info.stuck, slope, slope + correction, image - probes)

@@ -18,6 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import block_diag
 
+from numpyro_natgrad.blocks.base import (
+    JointMemory,
+    Memory,
+    NoiseTolerance,
+    Randomness,
+    Scope,
+    SquaredNorms,
+    default_noise_tolerance,
+)
 from numpyro_natgrad.distributions import gaussian
 from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
@@ -25,8 +34,6 @@ from numpyro_natgrad.estimators.hessian_products import usable, whitened_product
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, project, visible_square
 from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite
-from numpyro_natgrad.step.state import Joint, Memory
-from numpyro_natgrad.step.step_size import SquaredNorms
 
 
 class Frame(NamedTuple):
@@ -56,7 +63,7 @@ class JointGaussian(NamedTuple):
         return tuple(p for s in self.sites for p in s.params)
 
     @property
-    def exact(self) -> bool:
+    def exact_on_conjugate(self) -> bool:
         return True
 
     @property
@@ -65,7 +72,7 @@ class JointGaussian(NamedTuple):
         return DensityMode.DETACHED
 
     @property
-    def modes(self) -> dict[str, DensityMode]:
+    def density_modes(self) -> dict[str, DensityMode]:
         return {s.name: self.mode for s in self.sites}
 
     @property
@@ -86,11 +93,19 @@ class JointGaussian(NamedTuple):
         """Products with the Hessian of the loss that a particle is asked for in a step."""
         return self.size
 
+    def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
+        c = scope.constants
+        tolerance = default_noise_tolerance(scope, antithetic=DensityMode.ANTITHETIC in self.density_modes.values())
+        # Beyond τ the floor keeps steps long, so that the threshold need not grow with the number of latents.
+        threshold = min(tolerance.threshold, c.noise_threshold / scope.blocks)
+        floor = c.floor_noise if scope.full_data else c.floor_noise_minibatch
+        return tolerance._replace(threshold=threshold, floor_noise=floor * self.size)
+
     def report_rows(self) -> list[tuple[str, str, str, str, str]]:
         how = f"closed form, {self.products} products with the Hessian of the loss"
         return [row for s in self.sites for row in s.report_rows(how + ", lifted" * self.lifted)]
 
-    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, step: jax.Array) -> Any:
+    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness) -> Any:
         loc = jnp.concatenate([params[s.loc].ravel() for s in self.sites])
         factor = self._factor(params, memory.joint)
         plain = factor.T @ self._flat({s.loc: loss_info.gradient[s.loc] for s in self.sites})
@@ -109,7 +124,7 @@ class JointGaussian(NamedTuple):
     def squared_norm(self, v: Frame) -> jax.Array:
         return gaussian.squared_norm(v.tangent)
 
-    def kl(self, v: Frame, rho: jax.Array) -> jax.Array:
+    def forward_kl(self, v: Frame, rho: jax.Array) -> jax.Array:
         if not (self.strict and self.lifted):
             return gaussian.forward_kl(v.tangent, rho, self.margin)
         shift = v.factor @ gaussian.mean_shift(v.tangent, rho, self.margin)
@@ -118,7 +133,7 @@ class JointGaussian(NamedTuple):
         parts = zip(self.sites, before, after, self._split(shift), strict=True)
         return sum((s.kl(a, b, x.reshape(s.shape)) for s, a, b, x in parts), jnp.zeros(()))
 
-    def moved(self, v: Frame, rho: jax.Array) -> jax.Array:
+    def reverse_kl(self, v: Frame, rho: jax.Array) -> jax.Array:
         return gaussian.reverse_kl(v.tangent, rho, self.margin)
 
     def compare(self, memory: Memory, v: Frame) -> SquaredNorms:
@@ -140,6 +155,9 @@ class JointGaussian(NamedTuple):
         parts = list(zip(self.sites, columns, strict=True))
         return jax.vmap(lambda m: sum((visible_square(x, m, s.block) for s, x in parts), jnp.zeros(())))(curvatures)
 
+    def own_step_size(self, v: Any) -> jax.Array | None:
+        return None
+
     def update_memory(self, memory: Memory, v: Frame, weight: jax.Array) -> Memory:
         slope, curvature = self._running_mean(memory.joint)
         slope, curvature = slope + weight * (v.tangent.slope - slope), curvature + weight * (v.curvature - curvature)
@@ -150,23 +168,24 @@ class JointGaussian(NamedTuple):
         contraction = gaussian.relative_factor(v.tangent, rho, self.margin)
         loc, factor = v.loc + v.factor @ shift, v.factor @ contraction
         joint = self._carry(memory.joint, v.tangent, rho, shift, contraction)
-        joint = joint._replace(factor=padded(factor, joint.slope.size)) if self.lifted else joint
+        joint = joint._replace(factor=factor) if self.lifted else joint
         return self._write(params, v.spreads, loc, factor), memory._replace(joint=joint)
 
     def _spreads(self, params: Params) -> list[Any]:
         return [s.spread(params) for s in self.sites]
 
-    def _factor(self, params: Params, joint: Joint) -> jax.Array:
+    def _factor(self, params: Params, joint: JointMemory) -> jax.Array:
         """K: the guide's own, or the lifted one, which starts as the guide's."""
         blocks = [k for s in self.sites for k in s.dense(params)]
         if not self.lifted:
             return blocks[0]
-        lifted = joint.factor[: self.size, : self.size]
-        return jnp.where(lifted[0, 0] > 0, lifted, block_diag(*blocks))  # zero until the first step is taken
+        return jnp.where(
+            joint.factor[0, 0] > 0, joint.factor, block_diag(*blocks)
+        )  # zero until the first step is taken
 
     def _carry(
-        self, joint: Joint, taken: GaussianTangent, rho: jax.Array, shift: jax.Array, contraction: jax.Array
-    ) -> Joint:
+        self, joint: JointMemory, taken: GaussianTangent, rho: jax.Array, shift: jax.Array, contraction: jax.Array
+    ) -> JointMemory:
         """What the remembered natural gradients say at the new point, in its frame.
 
         Each estimated where the optimum lies in natural parameters, η − v; that estimate stays while η moves by −ρv,
@@ -178,12 +197,11 @@ class JointGaussian(NamedTuple):
         moved = contraction.T @ (slope + curvature @ shift), contraction.T @ curvature @ contraction
         return self._with_running_mean(joint, *moved)
 
-    def _running_mean(self, joint: Joint) -> tuple[jax.Array, jax.Array]:
-        return joint.slope[: self.size], joint.curvature[: self.size, : self.size]
+    def _running_mean(self, joint: JointMemory) -> tuple[jax.Array, jax.Array]:
+        return joint.slope, joint.curvature
 
-    def _with_running_mean(self, joint: Joint, slope: jax.Array, curvature: jax.Array) -> Joint:
-        n = joint.slope.size
-        return joint._replace(slope=padded(slope, n), curvature=padded(curvature, n))
+    def _with_running_mean(self, joint: JointMemory, slope: jax.Array, curvature: jax.Array) -> JointMemory:
+        return joint._replace(slope=slope, curvature=curvature)
 
     def _write(self, params: Params, spreads: list[Any], loc: jax.Array, factor: jax.Array) -> Params:
         own = project(gaussian.inverse_lower(factor), self.sites, spreads) if self.lifted else [factor]
@@ -226,7 +244,3 @@ def particles(loss_info: LossInfo, sites: Sequence[Any]) -> jax.Array:
     """Draws of sites whose particles are told apart, and gradients of −log p there, ``(2, S, d)``."""
     n = int(loss_info.particles)
     return jnp.concatenate([n * loss_info.means[s.name].reshape(2, n, -1) for s in sites], axis=2)
-
-
-def padded(x: jax.Array, n: int) -> jax.Array:
-    return jnp.pad(x, [(0, n - size) for size in x.shape])

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import random
 
+from numpyro_natgrad.blocks.base import Memory, NoiseTolerance, Randomness, Scope, SquaredNorms, default_noise_tolerance
 from numpyro_natgrad.distributions import low_rank_gaussian
 from numpyro_natgrad.distributions.low_rank_gaussian import LowRankTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo, finite
@@ -30,8 +31,6 @@ from numpyro_natgrad.estimators.hessian_products import left_out, usable
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite
-from numpyro_natgrad.step.state import Memory
-from numpyro_natgrad.step.step_size import SquaredNorms
 
 #: Random probes a step: of the Hessian's diagonal, and of what else there is to find.
 PROBES = 8
@@ -68,11 +67,11 @@ class LowRankGaussian(NamedTuple):
         return self.site.params
 
     @property
-    def exact(self) -> bool:
+    def exact_on_conjugate(self) -> bool:
         return True
 
     @property
-    def modes(self) -> dict[str, DensityMode]:
+    def density_modes(self) -> dict[str, DensityMode]:
         return {self.site.name: DensityMode.DETACHED}
 
     @property
@@ -84,15 +83,18 @@ class LowRankGaussian(NamedTuple):
         """n, the columns of T."""
         return min(2 * self.site.rank + 2 + PROBES, self.site.shape[-1])
 
+    def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
+        return default_noise_tolerance(scope)
+
     def report_rows(self) -> list[tuple[str, str, str, str, str]]:
         products = self.directions + 2 * PROBES
         return self.site.report_rows(f"closed form, {products} products with the Hessian of the loss")
 
-    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, step: jax.Array) -> Frame:
+    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness) -> Frame:
         loc, (scale, factor) = self.site.read(params)
         plain = scale * loss_info.gradient[self.site.loc].reshape(scale.shape)
         slope = plain + self._control_variate(loss_info, params, loc, scale, factor)
-        key, *keys = random.split(random.fold_in(random.key(0), step), 3)
+        key, *keys = random.split(randomness.key, 3)
         signs = random.rademacher(key, (*scale.shape, 2 * PROBES + 2 * self.site.rank + 2), scale.dtype)
         probes, others, spare = jnp.split(signs, [PROBES, 2 * PROBES], axis=-1)
         running_mean, diagonal = self._running_mean(memory, scale)
@@ -111,11 +113,11 @@ class LowRankGaussian(NamedTuple):
     def squared_norm(self, v: Frame) -> jax.Array:
         return jnp.sum(jax.vmap(low_rank_gaussian.squared_norm)(v.tangent))
 
-    def kl(self, v: Frame, rho: jax.Array) -> jax.Array:
+    def forward_kl(self, v: Frame, rho: jax.Array) -> jax.Array:
         new, old = self._reached(v, rho), v.tangent.factor
         return jnp.sum(jax.vmap(low_rank_gaussian.forward_kl)(old, new.factor, new.ratio, new.shift))
 
-    def moved(self, v: Frame, rho: jax.Array) -> jax.Array:
+    def reverse_kl(self, v: Frame, rho: jax.Array) -> jax.Array:
         new, old = self._reached(v, rho), v.tangent.factor
         return jnp.sum(jax.vmap(low_rank_gaussian.forward_kl)(new.factor, old, 1 / new.ratio, new.shift / new.ratio))
 
@@ -130,6 +132,9 @@ class LowRankGaussian(NamedTuple):
                 for x in (old, news, new)
             )
         )
+
+    def own_step_size(self, v: Frame) -> jax.Array | None:
+        return None
 
     def update_memory(self, memory: Memory, v: Frame, weight: jax.Array) -> Memory:
         slope, _ = self._running_mean(memory, v.scale)

@@ -13,6 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import block_diag, solve_triangular
 
+from numpyro_natgrad.blocks.base import (
+    Memory,
+    Randomness,
+)
 from numpyro_natgrad.blocks.gaussian.joint import JointGaussian, particles, tangent
 from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators import stein_regression
@@ -20,8 +24,6 @@ from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.stein_regression import Sums
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import DensityMode
-from numpyro_natgrad.step.state import Joint, Memory
-from numpyro_natgrad.step.step_size import SquaredNorms
 
 
 class Fit(NamedTuple):
@@ -44,13 +46,13 @@ class RegressedGaussian(JointGaussian):
         how = "closed form, regression of gradients" + (", lifted" if self.lifted else "")
         return [row for s in self.sites for row in s.report_rows(how)]
 
-    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, step: jax.Array) -> Fit:
+    def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness) -> Fit:
         loc = jnp.concatenate([params[s.loc].ravel() for s in self.sites])
         factor = self._factor(params, memory.joint)
         spread = block_diag(*[k for s in self.sites for k in s.dense(params)])
         inner = solve_triangular(factor, spread, lower=True) if self.lifted else jnp.eye(self.size, dtype=loc.dtype)
         draws, gradients = particles(loss_info, self.sites)
-        sums = stein_regression.moved(self._sums(memory.joint), loc, spread)
+        sums = stein_regression.moved(memory.joint.sums, loc, spread)
         x = solve_triangular(spread, (draws - loc).T, lower=True).T
         sums = stein_regression.taken_in(sums, x, gradients @ spread, inner.T @ inner)
         slope, curvature = stein_regression.fit(sums, inner.T @ inner)
@@ -60,20 +62,9 @@ class RegressedGaussian(JointGaussian):
         new = jnp.maximum(sums.weight / loss_info.particles, 1.0)  # draws that were pulled in count less than one
         return Fit(tangent(new * slope, new * curvature), new * curvature, loc, factor, self._spreads(params), sums)
 
-    def compare(self, memory: Memory, v: Any) -> SquaredNorms:
-        seen = super().compare(memory, v)
-        return seen._replace(reach=jnp.minimum(self.particles / v.sums.weight, 1.0))
+    def own_step_size(self, v: Any) -> jax.Array:
+        return jnp.minimum(self.particles / v.sums.weight, 1.0)
 
     def update_memory(self, memory: Memory, v: Any, weight: jax.Array) -> Memory:
         memory = super().update_memory(memory, v, weight)
-        sums = jax.tree.map(lambda room, x: room.at[_leading(x)].set(x), memory.joint.sums, v.sums)
-        return memory._replace(joint=memory.joint._replace(sums=sums))
-
-    def _sums(self, joint: Joint) -> Sums:
-        own = stein_regression.nothing(self.size, joint.slope.dtype)
-        return jax.tree.map(lambda x, small: x[_leading(small)], joint.sums, own)
-
-
-def _leading(x: jax.Array) -> tuple[slice, ...]:
-    """Where ``x`` lies in an array with more room."""
-    return tuple(slice(size) for size in x.shape)
+        return memory._replace(joint=memory.joint._replace(sums=v.sums))

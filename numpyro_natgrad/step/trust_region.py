@@ -1,0 +1,90 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""The trust region: the largest step within a KL radius δ, whether to accept it, and the next radius.
+
+    ρ = max{ρ ≤ ρ_max : KL(q ‖ q₊) ≤ δ}        ratio = actual reduction / predicted reduction
+
+The radius is in nats, so that it means the same in every parameterization. This is the only module that changes it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from numpyro_natgrad.options import Options, RuleConstants
+
+
+class Acceptance(NamedTuple):
+    """Whether a step is accepted, whether it has earned a larger radius, and its actual reduction, nats."""
+
+    accepted: jax.Array
+    grows: jax.Array
+    reduction: jax.Array
+
+
+def initial_radius(options: Options, latents: int) -> float:
+    """Nats of the first step: one per latent dimension, or the user's limit."""
+    if options.max_kl is None:
+        return float("inf")
+    return float(latents) if options.max_kl == "adaptive" else float(options.max_kl)
+
+
+def longest(kl: Callable[[jax.Array], jax.Array], largest: jax.Array, radius: jax.Array) -> jax.Array:
+    """The longest ρ ≤ ``largest`` with kl(ρ) ≤ ``radius``, by bisection of log ρ to 1 %."""
+
+    def is_wide(bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return bounds[1] > 1.01 * bounds[0]
+
+    def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = jnp.sqrt(low * high)
+        fits = kl(middle) <= radius
+        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+
+    # KL is of order ρ² near 0: at 1e-24 of the largest step any finite natural gradient costs nothing.
+    fits = kl(largest) <= radius
+    low, _ = lax.while_loop(is_wide, halve, (jnp.where(fits, largest, largest * 1e-24), largest))
+    return low
+
+
+def comparison_floor(latents: int, constants: RuleConstants) -> float:
+    """Nats of KL below which a step is not compared on its own draws, since noise would decide."""
+    return max(constants.comparison_kl, constants.comparison_kl_per_latent * latents)
+
+
+def accept(
+    actual: jax.Array,
+    predicted: jax.Array,
+    *,
+    large: jax.Array,
+    limited: jax.Array,
+    floor: float,
+    constants: RuleConstants,
+) -> Acceptance:
+    """Compare the actual reduction of the loss with the predicted one, both in nats.
+
+    :param large: the step is large enough for a comparison; a small one only must not lose more than ``floor`` nats.
+    :param limited: the radius shortened the step.
+    """
+    accepted = actual >= jnp.where(large, constants.low_cutoff * predicted, -floor)
+    return Acceptance(accepted, limited & (actual > constants.high_cutoff * predicted), actual)
+
+
+def resize(
+    radius: jax.Array, result: Acceptance, *, kl: jax.Array, limited: jax.Array, floor: float, constants: RuleConstants
+) -> jax.Array:
+    """The radius after a step of ``kl`` nats.
+
+    It shrinks after a rejected step, grows after one that earned it, and approaches what was needed where it did not
+    limit the step. Below ``floor`` the rejections that led there may have been noise, and every accepted step undoes
+    one.
+    """
+    factor = constants.radius_factor
+    grown = jnp.minimum(factor * radius, constants.radius_max)
+    recovered = jnp.maximum(radius, jnp.minimum(factor * radius, floor))
+    kept = jnp.where(limited, recovered, jnp.maximum(jnp.minimum(radius, factor * kl), floor))
+    shrunk = jnp.maximum(radius / factor, constants.radius_min * floor)
+    return jnp.where(result.accepted, jnp.where(result.grows, grown, kept), shrunk).astype(radius.dtype)
