@@ -177,7 +177,7 @@ def test_one_optimizer_in_two_svis_reports_on_the_one_that_is_fitted():
     fits += [fit(second, random.key(0), max_steps=1, progress_bar=False)]
     fits += [fit(first, random.key(0), Y, max_steps=1, progress_bar=False)]
     a, b, again = fits
-    assert "'p', moved by the ordinary optimizer" in b.reason
+    assert "'p', moved by the fallback optimizer" in b.reason
     assert again.reason == a.reason
     assert again.report == a.report == optimizer.report(first, again.state, Y)
     assert b.report == optimizer.report(second, b.state)

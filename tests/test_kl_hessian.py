@@ -202,12 +202,12 @@ def test_the_first_site_does_not_pay_for_the_second(x64):
     assert_close(found[:2, :2], np.diag([1 / 0.5**2, 2.0]), root_eps("float64"))
 
 
-@pytest.mark.parametrize("guide", [name for name, case in GUIDES.items() if case.hessian_params])
+@pytest.mark.parametrize("guide", [name for name, case in GUIDES.items() if case.kl_hessian])
 def test_the_fisher_is_symmetric_and_leaves_the_cone_nowhere(guide, x64):
     at, params = started(guide, "float64")
     fn = at(random.key(0), Trace_ELBO(num_particles=2))
     densities = {name: fisher_surrogate(site.fisher_estimate) for name, site in trace_loss(fn, params).sites.items()}
-    found = np.asarray(jax.jit(lambda: fisher(fn, params, sorted(GUIDES[guide].hessian_params), densities))())
+    found = np.asarray(jax.jit(lambda: fisher(fn, params, sorted(GUIDES[guide].kl_hessian), densities))())
     assert np.abs(found).max() > 0
     assert_close(found, found.T, root_eps("float64"))
     assert np.linalg.eigvalsh(found).min() >= -root_eps("float64") * np.abs(found).max()

@@ -183,10 +183,10 @@ def test_who_moves_what():
     y, given = DATA["logistic"], {"point_optimizer": optax.adam(0.1)}
     for model, guide, options, way in (
         (latent, AutoNormal(latent), {}, "Fisher of the likelihood"),
-        (latent, AutoNormal(latent), given, "none: ordinary optimizer"),
-        (latent, AutoNormal(latent), {**given, "fisher": "closed_form"}, "none: ordinary optimizer"),
-        (factored, nothing, {}, "none: ordinary optimizer"),
-        (regression("logistic"), nothing, given, "none: ordinary optimizer"),
+        (latent, AutoNormal(latent), given, "none: fallback optimizer"),
+        (latent, AutoNormal(latent), {**given, "fisher": "closed_form"}, "none: fallback optimizer"),
+        (factored, nothing, {}, "none: fallback optimizer"),
+        (regression("logistic"), nothing, given, "none: fallback optimizer"),
         (regression("logistic"), nothing, {**given, "fisher": "closed_form"}, "Fisher of the likelihood"),
     ):
         assert way in fit(model, guide, 1, X, y, **options).report

@@ -181,9 +181,9 @@ def scanned_guide() -> None:
 
 
 def test_what_a_guide_draws_inside_of_a_scan_is_announced():
-    with pytest.warns(UserWarning, match=r"\['x'\] inside of `scan`.*ordinary optimizer"):
+    with pytest.warns(UserWarning, match=r"\['x'\] inside of `scan`.*fallback optimizer"):
         _, _, report = fitted(states, scanned_guide, 1)
-    assert report.count("none: ordinary optimizer") == 2
+    assert report.count("none: fallback optimizer") == 2
 
 
 # --- guides made of parts ---

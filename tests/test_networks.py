@@ -156,8 +156,8 @@ def test_what_moves_draws_on_their_way_is_no_parameter_of_the_model():
     svi = SVI(model, AutoDAIS(model, K=2), NaturalGradient(), Trace_ELBO())
     way = {line.split()[0]: line for line in svi.optim.report(svi, svi.init(random.key(0))).splitlines()[2:]}
     assert "Fisher of the likelihood" in way["noise"]
-    assert all("ordinary optimizer" in way[p] for p in way if p.split("auto_")[-1] in ("eta0", "eta_coeff", "gamma"))
-    assert sum("ordinary optimizer" in line for line in way.values()) >= 3
+    assert all("fallback optimizer" in way[p] for p in way if p.split("auto_")[-1] in ("eta0", "eta_coeff", "gamma"))
+    assert sum("fallback optimizer" in line for line in way.values()) >= 3
 
 
 # --- conjugate gradients ---

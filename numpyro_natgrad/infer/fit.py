@@ -232,7 +232,7 @@ def _reason(
         return end
     gain = interval(history.newton_decrement[-1], history.newton_decrement_error[-1])
     far = "" if end == CONVERGED or not tolerance else outlook(history, tolerance, *noise_part(state, constants))
-    rest = f" (without {', '.join(map(repr, unowned))}, moved by the ordinary optimizer)" if unowned else ""
+    rest = f" (without {', '.join(map(repr, unowned))}, moved by the fallback optimizer)" if unowned else ""
     return f"{end}: {gain} nats to gain{rest}, `tolerance={tolerance:g}`{far}"
 
 
