@@ -55,7 +55,7 @@ def _potential(z):
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
 @pytest.mark.parametrize("particles", [4, 9])
-def test_a_column_is_that_of_its_draws_hessians(x64, guide, particles):
+def test_each_column_uses_the_mean_hessian_of_its_group_of_pairs(x64, guide, particles):
     family, loss_info, params, draws = _evidence(guide, particles)
     loc = jnp.concatenate([params[s.loc].ravel() for s in family.sites])
     factor = jnp.tril(random.normal(random.key(1), (D, D)))
@@ -72,7 +72,7 @@ def test_a_column_is_that_of_its_draws_hessians(x64, guide, particles):
 
 @pytest.mark.parametrize("particles", [2, 5])
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
-def test_draws_are_mirrored(guide, particles):
+def test_draws_are_antithetic_pairs(guide, particles):
     family, _, params, draws = _evidence(guide, particles)
     offsets, half = draws - jnp.concatenate([params[s.loc].ravel() for s in family.sites]), particles // 2
     np.testing.assert_allclose(offsets[:half], -offsets[half : 2 * half], rtol=1e-5, atol=1e-6)
@@ -81,7 +81,7 @@ def test_draws_are_mirrored(guide, particles):
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
-def test_a_step_of_length_1_is_exact_where_the_posterior_is_gaussian(x64, guide):
+def test_full_step_with_antithetic_draws_is_exact_for_a_gaussian_posterior(x64, guide):
     auto = guide(_linear)
     svi = SVI(_linear, auto, NaturalGradient(step_size=1.0, max_kl=None), Trace_ELBO(6))
     params = svi.run(random.key(0), 1, 1.0, progress_bar=False).params
@@ -111,7 +111,7 @@ def test_a_step_of_length_1_is_exact_where_the_posterior_is_gaussian(x64, guide)
         (TraceMeanField_ELBO(8), 33),
     ],
 )
-def test_products_are_shared_where_particles_can_be_told_apart(loss, products):
+def test_number_of_hessian_products_follows_from_loss_and_particles(loss, products):
     svi = SVI(_model, AutoNormal(_model), NaturalGradient(), loss)
     state = svi.init(random.key(0), 1.0)
     assert f" {products} products with the Hessian" in svi.optim.report(svi, state, 1.0)

@@ -75,7 +75,7 @@ def assert_sound(path: Path, dtype: str) -> None:
 # --- Batch and match ---
 
 
-def test_match_solves_the_quadratic_matrix_equation(x64: Any) -> None:
+def test_batch_and_match_update_solves_its_quadratic_matrix_equation(x64: Any) -> None:
     """Σ'UΣ' + Σ' = V and the mean, as the paper states them, with fewer draws than dimensions and with more."""
     rng = np.random.default_rng(0)
     for batch, rate in ((3, 15.0), (12, 0.2)):
@@ -107,7 +107,7 @@ def test_batch_and_match_counts_its_gradients() -> None:
     assert len(target.calls) == 12
 
 
-def test_batch_and_match_stays_where_there_is_no_number() -> None:
+def test_batch_and_match_keeps_its_state_when_the_gradient_is_nan() -> None:
     path = batch_and_match.fit(nowhere, start(), 0.1, KEY, steps=2)
     np.testing.assert_array_equal(path.loc, np.zeros((2, D)))
     np.testing.assert_allclose(path.factor, np.tile(0.1 * np.eye(D), (2, 1, 1)), rtol=1e-6)
@@ -132,7 +132,7 @@ def test_full_deterministic_advi_finds_the_minimum_on_its_draws(dtype: str) -> N
     np.testing.assert_allclose(path.loc[-1], MEAN - L @ mean, atol=10 * root_eps(dtype))
 
 
-def test_loss_by_fixed_draws_is_as_derived(x64: Any) -> None:
+def test_loss_by_fixed_draws_equals_its_derivation(x64: Any) -> None:
     """The mean over keys is within four standard errors of d(d+3)/(4M), of which 1/M more is cut off."""
     draws = deterministic_advi.FULL.draws(D)
     keys = jax.random.split(KEY, 200)
@@ -146,7 +146,7 @@ def test_loss_by_fixed_draws_is_as_derived(x64: Any) -> None:
     assert abs(np.mean(losses) - expected) < 4 * error + expected * D**2 / draws
 
 
-def test_mean_field_is_stationary_on_its_draws(dtype: str) -> None:
+def test_mean_field_deterministic_advi_is_stationary_on_its_draws(dtype: str) -> None:
     """s_i Σ_j P_ij C_ij s_j = 1 for standard deviations s and the draws' covariance C."""
     path = deterministic_advi.mean_field(f, start(), 0.1, KEY, gtol=root_eps(dtype))
     assert_sound(path._replace(seconds=path.steps), dtype)
@@ -182,7 +182,7 @@ def test_deterministic_advi_counts_its_gradients(x64: Any) -> None:
     assert len(target.calls) == M * (result.nfev + len(products))
 
 
-def test_deterministic_advi_stops(x64: Any) -> None:
+def test_deterministic_advi_stops_at_nan_and_at_its_budget(x64: Any) -> None:
     """Where there is no number, and when its budget is spent: what there was is what is returned."""
     np.testing.assert_array_equal(deterministic_advi.fit(nowhere, start(), 0.1, KEY, draws=30).loc, np.zeros((1, D)))
     path = deterministic_advi.mean_field(f, start(), 0.1, KEY, budget=200)
@@ -222,7 +222,7 @@ def test_blackjax_counts_its_gradients(blackjax_vi: Any) -> None:
         assert len(target.calls) == 12
 
 
-def test_pathfinder_comes_near_a_gaussian(blackjax_vi: Any, x64: Any) -> None:
+def test_pathfinder_approximates_a_gaussian(blackjax_vi: Any, x64: Any) -> None:
     """Weighted by importance, 2000 draws have the loss of their own moments, d(d+3)/(4n), for n that are worth as many."""
     weighted = blackjax_vi.pathfinder_resampled(f, start(), 0.1, KEY)
     best = blackjax_vi.pathfinder(f, start(), 0.1, KEY)

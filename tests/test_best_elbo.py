@@ -110,7 +110,7 @@ FITS = {
 
 
 @pytest.mark.parametrize("name", FITS)
-def test_the_defaults_find_the_guides_best_elbo(name, x64, monkeypatch):
+def test_default_options_reach_the_best_elbo_of_the_guide(name, x64, monkeypatch):
     """Of 1000 steps, what the last half of them returns is on average as good as the rule promises."""
     fit = FITS[name]
     monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=fit.limit))
@@ -129,7 +129,7 @@ def test_the_defaults_find_the_guides_best_elbo(name, x64, monkeypatch):
 # --- NumPyro's own example ---
 
 
-def test_numpyros_example_with_another_optimizer():
+def test_beta_bernoulli_example_of_svi_reaches_the_exact_posterior():
     """The docstring of ``SVI``, its Adam replaced: Beta(10 + 6, 10 + 4) is the exact answer."""
 
     def coin(data):
@@ -156,7 +156,7 @@ def test_numpyros_example_with_another_optimizer():
 # --- data that a step sees a part of ---
 
 
-def test_steps_on_parts_of_the_data_end_at_the_posterior_of_all(x64):
+def test_minibatch_steps_reach_the_posterior_of_all_data(x64):
     """Linear regression, 40 of 800 data a step. One step's estimate has N/B times the posterior's covariance, and the
     returned average is over half of the T steps: 2 KL ~ 2N/(BT) χ² with as many degrees as the guide has parameters."""
     n, b, d, steps = 800, 40, 3, 2000
@@ -177,7 +177,7 @@ def test_steps_on_parts_of_the_data_end_at_the_posterior_of_all(x64):
     assert gap < 0.5 * 2 * n / (b * steps) * stats.chi2.ppf(0.999, d + d * (d + 1) / 2)
 
 
-def test_rows_that_a_step_does_not_see_stay():
+def test_parameters_of_rows_outside_the_minibatch_do_not_change():
     case = GUIDES["subsampled"]
     svi = SVI(case.model, case.make(case.model), NaturalGradient(), Trace_ELBO(num_particles=1))
     data = jnp.asarray(DATA, jnp.float32)
@@ -210,7 +210,7 @@ def independent(centre: Any, precision: Any) -> None:
 
 
 @pytest.mark.parametrize("guide", [unordered, independent])
-def test_permuting_the_latents_permutes_the_answer(guide, x64):
+def test_permuting_the_latents_permutes_the_fit(guide, x64):
     """Half-way steps on a Gaussian target, where two draws leave no noise."""
     svi = SVI(gaussian, guide, NaturalGradient(0.5, max_kl=None), Trace_ELBO(num_particles=2))
     centre, precision, order = np.arange(D) - 1.0, spd(5, D, low=0.3, high=10.0), np.array([2, 0, 3, 1])

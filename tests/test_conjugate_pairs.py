@@ -220,7 +220,7 @@ REAL = "Normal, Normal (mean)"
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_one_step_is_the_posterior(name, x64):
+def test_one_step_is_the_conjugate_posterior(name, x64):
     pair, layout = PAIRS[name], LAYOUTS["one"]
     fit = fitted(pair, layout, 1, **WHOLE)
     assert_close(fit.found, exact(pair, layout), root_eps("float64"))
@@ -228,7 +228,7 @@ def test_one_step_is_the_posterior(name, x64):
 
 
 @pytest.mark.parametrize("name", [SCALAR, VECTOR, MATRIX, REAL])
-def test_one_step_is_the_posterior_in_single_precision(name):
+def test_one_step_is_the_conjugate_posterior_in_float32(name):
     pair, layout = PAIRS[name], LAYOUTS["one"]
     assert_close(fitted(pair, layout, 1, **WHOLE).found, exact(pair, layout), root_eps("float32"))
 
@@ -238,7 +238,7 @@ WAYS += [("to_event", VECTOR), ("expand", SCALAR), ("expand", VECTOR)]
 
 
 @pytest.mark.parametrize(("how", "name"), WAYS)
-def test_one_step_is_the_posterior_however_it_is_written(how, name, x64):
+def test_one_step_is_the_conjugate_posterior_in_every_layout(how, name, x64):
     pair, layout = PAIRS[name], LAYOUTS[how]
     assert_close(fitted(pair, layout, 1, **WHOLE).found, exact(pair, layout), root_eps("float64"))
 
@@ -265,13 +265,13 @@ def wishart(name: str, given: dict[str, Any]) -> tuple[float, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ["Beta, Bernoulli", "InverseGamma, Normal (variance)", SCALAR, VECTOR, MATRIX, REAL])
-def test_the_defaults_are_there_within_ten_steps(name):
+def test_default_options_reach_the_conjugate_posterior_in_ten_steps(name):
     pair, layout = PAIRS[name], LAYOUTS["one"]
     assert nats(name, fitted(pair, layout, 10).found, exact(pair, layout)) < 0.01
 
 
 @pytest.mark.parametrize(("route", "name"), [("kl_hessian", SCALAR), ("monte_carlo", VECTOR)])
-def test_other_routes_to_the_fisher_arrive_as_well(route, name):
+def test_other_fisher_methods_reach_the_conjugate_posterior(route, name):
     """In NumPyro's own parameters, in 60 steps and single precision."""
     pair, layout = PAIRS[name], LAYOUTS["one"]
     fit = fitted(pair, layout, 60, fisher=route)
@@ -280,7 +280,7 @@ def test_other_routes_to_the_fisher_arrive_as_well(route, name):
 
 
 @pytest.mark.parametrize(("how", "name"), [("mask", SCALAR), ("mask, to_event", VECTOR)])
-def test_what_is_masked_stays_and_the_others_are_exact(how, name, x64):
+def test_masked_rows_do_not_change_and_the_others_are_exact(how, name, x64):
     pair, layout = PAIRS[name], LAYOUTS[how]
     fit, best = fitted(pair, layout, 1, SEEN, **WHOLE), exact(pair, layout)
     for a, x in fit.found.items():
@@ -288,7 +288,7 @@ def test_what_is_masked_stays_and_the_others_are_exact(how, name, x64):
         np.testing.assert_allclose(x[SEEN], best[a][SEEN], rtol=root_eps("float64"))
 
 
-def test_a_masked_low_rank_gaussian_goes_by_the_curvature_of_kl():
+def test_masked_low_rank_gaussian_uses_the_hessian_of_kl():
     """Its density is not in the loss where it is masked: Price's identity would widen it for ever."""
     seen = jnp.array([True, False])
 
@@ -311,7 +311,7 @@ def test_a_masked_low_rank_gaussian_goes_by_the_curvature_of_kl():
     np.testing.assert_allclose(result.params["loc"][0], 1.0, atol=0.3)
 
 
-def test_what_is_masked_of_a_gaussian_stays_and_the_others_arrive():
+def test_masked_rows_of_a_gaussian_do_not_change_and_the_others_converge():
     """A masked Gaussian goes by the curvature of KL, from fourteen standard deviations away."""
     pair, layout = PAIRS[REAL], LAYOUTS["mask"]
     fit, best = fitted(pair, layout, 200, SEEN), exact(pair, layout)

@@ -157,30 +157,30 @@ def gap(guide: str, objective: Any, steps: int = 1, x: Any = X, **options: Any) 
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_one_step_is_exact(guide, x64):
+def test_one_step_reaches_the_projected_posterior(guide, x64):
     assert gap(guide, Trace_ELBO(num_particles=2)) < TOLERANCE["float64"]
 
 
 @pytest.mark.parametrize("guide", ["AutoMultivariateNormal", "AutoDiagonalNormal", "by hand"])
-def test_one_step_is_exact_in_single_precision(guide):
+def test_one_step_reaches_the_projected_posterior_in_float32(guide):
     assert gap(guide, Trace_ELBO(num_particles=2)) < TOLERANCE["float32"]
 
 
-def test_any_number_of_draws_and_other_elbos_are_as_good(x64):
+def test_one_step_is_exact_for_any_number_of_particles_and_other_elbos(x64):
     assert gap("AutoMultivariateNormal", TraceGraph_ELBO(num_particles=5)) < TOLERANCE["float64"]
 
 
-def test_one_draw_a_step_is_exact_in_two(x64):
+def test_one_particle_is_exact_after_two_steps(x64):
     """The first step leaves the noise of its draw in the mean; at the posterior's precision the next one has none."""
     assert gap("AutoMultivariateNormal", Trace_ELBO(), steps=2) < TOLERANCE["float64"]
 
 
-def test_a_wide_full_gaussian_is_exact_where_probes_see_everything(x64, monkeypatch):
+def test_full_gaussian_above_the_joint_limit_is_exact_with_enough_probes(x64, monkeypatch):
     monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=2))
     assert gap("AutoMultivariateNormal", Trace_ELBO(num_particles=2)) < TOLERANCE["float64"]
 
 
-def test_a_wide_mean_field_is_exact_in_two_on_independent_latents(x64, monkeypatch):
+def test_mean_field_above_the_joint_limit_is_exact_after_two_steps_on_independent_latents(x64, monkeypatch):
     """Probes see the diagonal of a diagonal Hessian without noise; the path gradient then has none either."""
     monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=2))
     orthogonal = np.linalg.qr(X)[0] * np.array([1, 3, 1, 0.3, 1, 1])
@@ -189,7 +189,7 @@ def test_a_wide_mean_field_is_exact_in_two_on_independent_latents(x64, monkeypat
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal])
-def test_a_site_with_a_constraint_is_as_exact(guide, x64):
+def test_constrained_sites_are_exact_after_one_step(guide, x64):
     """Gaussian is its logarithm, and what draws tell of its mean: prior N(1, ½²), one observation 2 ± 1."""
 
     def positive_site() -> None:

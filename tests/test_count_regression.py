@@ -37,7 +37,7 @@ def negative_log_posterior(x, data):
     return -likelihood - stats.norm.logpdf(beta, 0, 10).sum() - stats.gamma.logpdf(alpha, 1) - x[-1]
 
 
-def test_the_likelihood_that_checks_is_that_of_the_model(example):
+def test_negative_binomial_oracle_equals_the_likelihood_of_the_model(example):
     data = example.read(100)
     fit = example.maximum_likelihood(data)
     x = np.append(fit.value[:-1], -np.log(fit.value[-1]))
@@ -47,7 +47,7 @@ def test_the_likelihood_that_checks_is_that_of_the_model(example):
     assert abs(np.exp(-best[-1]) - fit.value[-1]) < 0.2 * fit.error[-1]
 
 
-def test_the_guide_agrees_with_the_negative_binomial(example, monkeypatch):
+def test_guide_means_equal_the_negative_binomial_mode(example, monkeypatch):
     monkeypatch.setattr(example, "DRAWS", 10)
     data = example.read(100)
     curve = example.follow("natural", NaturalGradient(), data, 60)
@@ -62,7 +62,7 @@ def test_the_guide_agrees_with_the_negative_binomial(example, monkeypatch):
     assert curve.elbo[-1] > curve.elbo[0] + 100
 
 
-def test_one_step_of_length_one_has_every_rate_at_its_posterior(example, x64):
+def test_one_step_reaches_the_conditional_posterior_of_every_rate(example, x64):
     """Given β and α the posterior of a rate is Gamma(α + y, α exp(−xβ) + 1), and draws leave no noise where they are enough to
     tell the Fisher matrix of each of 101 sites."""
     data, alpha = example.read(200), 0.8

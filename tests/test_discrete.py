@@ -74,7 +74,7 @@ def one_by_one() -> None:
         numpyro.sample(f"z{i}", dist.Bernoulli(logits=logit))
 
 
-def test_a_summed_ising_chain_reaches_its_mean_field():
+def test_enumerated_ising_chain_reaches_the_mean_field_fixed_point():
     """Nothing is drawn, so that it does so to the precision of the arithmetic."""
     svi = SVI(ising_one_by_one, one_by_one, NaturalGradient(), TraceEnum_ELBO())
     result = svi.run(random.key(0), 30, progress_bar=False)
@@ -82,7 +82,7 @@ def test_a_summed_ising_chain_reaches_its_mean_field():
 
 
 @pytest.mark.parametrize("guide", [in_logits, in_probs])
-def test_a_drawn_ising_chain_comes_near_its_mean_field(guide):
+def test_sampled_ising_chain_is_nearer_to_mean_field_than_with_adam(guide):
     """With score-function gradients of 64 draws, nearer in root mean square than Adam's best rate as fast."""
 
     def error(optimizer: Any) -> float:
@@ -125,7 +125,7 @@ def variational_em(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return m, s, r[:, 0]
 
 
-def test_assignments_of_a_mixture_are_those_of_variational_em():
+def test_enumerated_mixture_reaches_variational_em():
     svi = SVI(mixture, assignments, NaturalGradient(), TraceEnum_ELBO(8))
     y = jnp.asarray(POINTS, jnp.float32)
     state, update = svi.init(random.key(0), y), jax.jit(svi.update)
@@ -154,7 +154,7 @@ def emissions(y: Any) -> None:
     )
 
 
-def test_a_hidden_markov_model_with_its_states_summed_out():
+def test_enumerated_hidden_markov_model_reaches_the_posterior_mean():
     """The posterior mean of the emission means, by quadrature over the forward algorithm; q is nearly exact here."""
     y = np.array([-1.2, -0.8, 1.1, 0.9, 1.3])
     svi = SVI(hidden_markov, emissions, NaturalGradient(), TraceEnum_ELBO(8))

@@ -22,7 +22,7 @@ MODULES = [m.name for m in pkgutil.walk_packages(numpyro_natgrad.__path__, "nump
     ("document", "least"),
     [("README.md", 3), ("docs/your_own_distribution.md", 4), ("docs/geometry.md", 3), ("docs/verdict.md", 3)],
 )
-def test_a_document_runs_from_top_to_bottom(document, least, capsys):
+def test_code_blocks_of_a_document_run(document, least, capsys):
     text = (ROOT / document).read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= least
@@ -36,7 +36,7 @@ def test_a_document_runs_from_top_to_bottom(document, least, capsys):
         assert block.strip() in printed
 
 
-def test_examples_in_docstrings_give_what_they_say():
+def test_doctests_of_all_modules_pass():
     results = [doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS) for name in MODULES]
     assert sum(r.attempted for r in results) > 0
     assert sum(r.failed for r in results) == 0
@@ -49,7 +49,7 @@ def test_every_module_opens_with_its_idea(name):
     assert len(head.splitlines()[0]) > 20
 
 
-def test_the_pictures_of_distribution_space_are_drawn(tmp_path, monkeypatch):
+def test_distribution_space_example_writes_its_figure(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     picture = tmp_path / "pictures" / "space.png"
     monkeypatch.setattr(sys, "argv", ["distribution_space.py", "--steps", "3", "--output", str(picture)])

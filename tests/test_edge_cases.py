@@ -40,7 +40,7 @@ def run(model: Any, guide: Any, steps: int, loss: Any = None, **options: Any) ->
     return result.params, optimizer.report(svi, result.state)
 
 
-def test_two_wide_full_gaussians(x64, monkeypatch):
+def test_two_full_gaussians_above_the_joint_limit_are_exact_after_one_step(x64, monkeypatch):
     monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=1))
     guide = AutoGuideList(target)
     for name in "xy":
@@ -52,7 +52,7 @@ def test_two_wide_full_gaussians(x64, monkeypatch):
         assert kl((found[0], found[1] @ found[1].T), (np.asarray(mean), np.diag(np.asarray(SD) ** 2))) < 1e-10
 
 
-def test_two_wide_mean_fields_by_second_order(x64, monkeypatch):
+def test_two_mean_fields_above_the_joint_limit_are_exact_after_one_second_order_step(x64, monkeypatch):
     monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=1))
     params, _ = run(target, AutoNormal(target), 1, estimator="second_order", **EXACT)
     # The Hessian is diagonal: one random probe sees it all.
@@ -60,7 +60,7 @@ def test_two_wide_mean_fields_by_second_order(x64, monkeypatch):
     np.testing.assert_allclose(params["y_auto_scale"], SD, rtol=1e-8)
 
 
-def test_a_bound_above_zero_is_kept():
+def test_parameter_with_a_positive_lower_bound_stays_at_its_bound():
     """The optimum, 0.05, is outside: the guide ends at its bound, and the means move all the same."""
 
     def guide() -> None:
@@ -74,7 +74,7 @@ def test_a_bound_above_zero_is_kept():
     assert np.float32(0.1) <= params["s"] < 0.11
 
 
-def test_a_mean_that_is_one_number_for_all(x64):
+def test_scalar_mean_of_a_multivariate_normal_is_fitted(x64):
     """NumPyro's KL of a MultivariateNormal does not broadcast its mean; in the model and in the guide it stays valid."""
     cov = np.array([[2.0, 0.5], [0.5, 1.0]])
     model = lambda: numpyro.sample("z", dist.MultivariateNormal(1.0, jnp.asarray(cov)))
@@ -88,7 +88,7 @@ def test_a_mean_that_is_one_number_for_all(x64):
     assert kl(found, (np.ones(2), cov)) < 1e-4
 
 
-def test_a_permuted_parameter_is_no_copy_of_it(x64):
+def test_permuted_parameters_are_fitted_in_their_own_order(x64):
     order = jnp.array([2, 0, 1])
 
     def guide() -> None:
@@ -101,7 +101,7 @@ def test_a_permuted_parameter_is_no_copy_of_it(x64):
 
 
 @pytest.mark.parametrize("batch", [3, 4, 10])
-def test_particles_in_batches_are_counted(batch):
+def test_particles_evaluated_in_batches_are_counted(batch):
     loss = Trace_ELBO(10, vectorize_particles=lambda f, x: lax.map(f, x, batch_size=batch))
     svi = SVI(target, AutoNormal(target), NaturalGradient(), loss)
     params = svi.init(random.key(0)).optim_state[1].params
@@ -110,7 +110,7 @@ def test_particles_in_batches_are_counted(batch):
 
 
 @pytest.mark.parametrize("sd", [1e-5, 1e-6])
-def test_max_kl_holds_where_the_posterior_is_narrow(sd):
+def test_max_kl_bounds_the_step_towards_a_narrow_posterior(sd):
     """The whole way is 5e11 nats; KL is in closed form here, for the guide's own numbers."""
     start, limit = 0.1, 0.5
 
@@ -123,7 +123,7 @@ def test_max_kl_holds_where_the_posterior_is_narrow(sd):
     assert 0.9 * limit < moved <= 1.01 * limit
 
 
-def test_a_discrete_guide_has_a_fisher():
+def test_discrete_guide_takes_natural_steps_within_max_kl():
     """Bernoulli in its logit: a step is held to max_kl in exact nats, which the quadratic model would miss."""
 
     def model() -> None:
@@ -142,7 +142,7 @@ def test_a_discrete_guide_has_a_fisher():
     assert abs(params["logit"] - exact) < 0.3
 
 
-def test_forward_mode_goes_through_a_loop_without_a_fixed_end():
+def test_forward_mode_differentiates_a_while_loop_of_the_guide():
     def guide(n: Any) -> None:
         slope = numpyro.param("slope", 0.1)
         mean = lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] + slope), (0, 0.0))[1]
@@ -158,7 +158,7 @@ def test_forward_mode_goes_through_a_loop_without_a_fixed_end():
     assert dist.kl_divergence(dist.Normal(3 * params["slope"], params["s"]), dist.Normal(3.0, 0.5)) < 0.01
 
 
-def test_parameters_of_two_precisions(x64):
+def test_parameters_keep_their_own_dtypes(x64):
     def guide() -> None:
         loc, scale = numpyro.param("loc", np.zeros(3, np.float32)), positive("scale", np.ones(3))
         numpyro.sample("z", dist.Normal(loc, scale).to_event(1))
@@ -168,13 +168,13 @@ def test_parameters_of_two_precisions(x64):
     np.testing.assert_allclose(params["loc"], MEAN, rtol=1e-5)
 
 
-def test_an_estimator_that_cannot_be_had_is_announced():
+def test_warns_when_second_order_falls_back_to_first_order():
     guide = lambda: numpyro.sample("z", dist.Gamma(positive("a", 2.0), positive("b", 1.0)))
     with pytest.warns(UserWarning, match="second_order.*first-order"):
         run(lambda: numpyro.sample("z", dist.Gamma(2.0, 3.0)), guide, 1, estimator="second_order")
 
 
-def test_a_constraint_that_depends_on_the_data_takes_the_curvature_of_kl():
+def test_constraint_that_depends_on_data_uses_the_hessian_of_kl():
     """Whether it lets every valid value through is not known before there are data."""
 
     def guide(x):

@@ -120,7 +120,7 @@ def name(request, monkeypatch, x64):
     return request.param
 
 
-def test_the_mean_of_natural_gradients_is_the_exact_one(name):
+def test_mean_natural_gradient_equals_the_exact_one(name):
     """Within 4.5 standard errors of a mean over 2000 keys, in each of the five numbers."""
     start, many = sampler(name)
     seen = many(random.split(random.key(0), KEYS), start, jnp.asarray(A), jnp.asarray(Y))
@@ -137,7 +137,7 @@ def test_the_mean_of_natural_gradients_is_the_exact_one(name):
         assert (np.abs(sample.mean(0) - expected) <= 4.5 * error + root_eps("float64")).all()
 
 
-def test_there_is_no_noise_at_a_gaussian_posterior(name):
+def test_natural_gradient_has_no_variance_at_a_gaussian_posterior(name):
     start, many = sampler(name)
     at_posterior = {"loc": jnp.zeros(D), "cov": jnp.full(D, jnp.log(TAU))}
     if ROWS[name].guide is full:
@@ -150,7 +150,7 @@ def test_there_is_no_noise_at_a_gaussian_posterior(name):
 
 
 @pytest.mark.parametrize("name", ["full, second order, 1 draw", "full, second order, 3 draws"], indirect=True)
-def test_the_hessian_of_the_loss_is_the_mean_over_its_draws(name):
+def test_hessian_of_the_loss_is_the_mean_over_draws(name):
     """dS/dρ = (1/n) Σ ∇²f(z_s) − S at the very draws of the loss, which NumPyro's handlers repeat, and their mirrors."""
     start, many = sampler(name)
     keys = random.split(random.key(2), KEYS)

@@ -28,7 +28,7 @@ def fisher(make: Any, x: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_fisher_is_the_covariance_of_scores(name, x64):
+def test_registered_fisher_is_the_covariance_of_scores(name, x64):
     """And it has a closed form at all. Draws are allowed five standard errors: there are a few hundred entries."""
     case = CASES[name]
     x, make = case.start()
@@ -53,7 +53,7 @@ def test_the_fisher_is_the_covariance_of_scores(name, x64):
 @pytest.mark.parametrize(
     "name", ["Beta", "Geometric (logits)", "VonMises", "StudentT", "ZeroInflatedPoisson", "Weibull"]
 )
-def test_single_precision_has_the_same_fisher(name):
+def test_registered_fisher_in_float32_equals_float64(name):
     def at(precision: bool) -> np.ndarray:
         with jax.enable_x64(precision):
             x, make = CASES[name].start()
@@ -85,7 +85,7 @@ def natural(fn: Any) -> tuple[ExponentialFamily, jax.Array, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_exponential_family_is_one(name, x64):
+def test_registered_family_has_the_density_of_an_exponential_family(name, x64):
     """∇_η log q(z) + ∇A(η) = T(z) whatever η; η ↔ arguments is a bijection; KL is the mean log-ratio.
 
     (By the support where it can be summed over, else by E[T] = ∇A, which the first law makes sure of.)
@@ -125,7 +125,7 @@ def test_an_exponential_family_is_one(name, x64):
     np.testing.assert_allclose(nats, [ratio, ratio], rtol=1e-6)
 
 
-def test_kl_is_that_of_numpyro_where_it_has_one(x64):
+def test_bregman_kl_equals_numpyros(x64):
     """Between points of the table and others beside them."""
     found = 0
     for name in ("Gamma", "Beta", "Dirichlet", "Exponential", "Bernoulli (logits)", "Categorical (probs)"):
@@ -156,7 +156,7 @@ def wide(family: ExponentialFamily, eta: jax.Array, n: int) -> tuple[jax.Array, 
 
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if "Wishart" not in n])
-def test_no_step_leaves_the_domain(name, dtype):
+def test_natural_step_stays_in_the_domain(name, dtype):
     """Three thousand starts and changes each: the new arguments are valid, and so are their unconstrained values; and
     these can be left again, because a gradient still reaches them."""
     x, make = CASES[name].start()
@@ -187,7 +187,7 @@ def test_no_step_leaves_the_domain(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["Wishart", "InverseWishart"])
-def test_no_step_leaves_the_cone(name, dtype):
+def test_natural_step_keeps_matrices_positive_definite(name, dtype):
     x, make = CASES[name].start()
     family, eta, _ = natural(make(x))
     rng = np.random.default_rng(0)
@@ -202,7 +202,7 @@ def test_no_step_leaves_the_cone(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["Gamma", "Beta", "Dirichlet", "Chi2"])
-def test_the_inverse_does_not_cancel(name):
+def test_inverse_fisher_product_does_not_cancel_in_float32(name):
     """In single precision, over concentrations from 1e-3 to 1e4: F⁻¹g against a dense solve in double precision."""
     x, make = CASES[name].start()
     family, eta, _ = natural(make(x))
@@ -219,7 +219,7 @@ def test_the_inverse_does_not_cancel(name):
 
 
 @pytest.mark.parametrize("degrees", [5.0, 1e2, 1e4, 1e6])
-def test_the_inverse_of_a_wishart_does_not_cancel(degrees):
+def test_inverse_fisher_product_of_a_wishart_does_not_cancel(degrees):
     """In single precision against a dense solve in double precision; n of 10⁶ leaves 10⁻¹² of the matrix' scale there."""
     family = exponential_family.find_exponential_family(dist.WishartCholesky)
     eta = np.r_[degrees, degrees * np.array([1.0, 0.3, 2.0, -0.2, 0.5, 1.5])]
@@ -231,7 +231,7 @@ def test_the_inverse_of_a_wishart_does_not_cancel(degrees):
 
 
 @pytest.mark.parametrize("kappa", [1e2, 1e3, 1e4])
-def test_a_sharp_angle_keeps_its_curvature(kappa, dtype):
+def test_concentrated_von_mises_keeps_its_fisher(kappa, dtype):
     """A″ = 1/(2κ²) + 1/(4κ³) + O(κ⁻⁴) beside A′/κ; what rounds A′/κ rounds A″ 2κ times as much."""
     r = np.array([np.cos(0.7), np.sin(0.7)])
     family, eta = exponential_family.find_exponential_family(dist.VonMises), jnp.asarray(kappa * r)
@@ -258,7 +258,7 @@ COPIES = {"expand": 12, "mask": 2, "to_event": 6, "all": 0, "batch": 6}
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_wrappers_repeat_the_fisher(name, x64):
+def test_wrappers_multiply_the_fisher_of_their_base(name, x64):
     """It is as many times that of one element as there are elements that count; its KL has the wrapper's batch shape."""
     made, at = WRAPPED[name](0.3, 0.7), jnp.array([0.3, 0.7])
     assert jax.eval_shape(lambda: wrappers.closed_form_kl(WRAPPED[name](0.3, 0.7))).shape == made.batch_shape
@@ -267,6 +267,6 @@ def test_wrappers_repeat_the_fisher(name, x64):
     np.testing.assert_allclose(many, COPIES[name] * single, rtol=1e-10, atol=1e-12)
 
 
-def test_points_have_no_fisher():
+def test_delta_has_no_fisher():
     for fn in (dist.Delta(1.0), dist.Delta(jnp.ones(3)).to_event(1)):
         np.testing.assert_array_equal(wrappers.closed_form_kl(fn), jnp.zeros(fn.batch_shape))

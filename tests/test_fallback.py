@@ -39,7 +39,7 @@ def fit(optimizer: Any) -> tuple[dict[str, Any], Any]:
 
 
 @pytest.mark.parametrize("name", ORDINARY)
-def test_a_guide_of_points_is_fitted_by_the_ordinary_optimizer(name):
+def test_point_guide_is_fitted_by_the_fallback_optimizer(name):
     given, alone = ORDINARY[name]
     params, losses = fit(NaturalGradient(fallback_optimizer=given))
     expected, expected_losses = fit(alone)
@@ -57,7 +57,7 @@ def beside(name: str) -> tuple[list[Any], list[Any]]:
 OTHERS = {"adam": optax.adam(1e-2), "still": optax.sgd(0.0)}
 
 
-def test_a_parameter_of_the_model_moves_as_under_adam_alone():
+def test_model_parameter_takes_the_steps_of_the_fallback_optimizer_alone():
     """Adam, fed the very gradients that NumPyro computes at the iterates, makes the very same moves."""
     params, slopes = beside("adam")
     mine, adam = {"noise": params[0]["noise"]}, optax.adam(1e-2)
@@ -69,7 +69,7 @@ def test_a_parameter_of_the_model_moves_as_under_adam_alone():
     assert not np.isclose(mine["noise"], params[0]["noise"])
 
 
-def test_parameters_of_gaussian_sites_do_not_move_by_it():
+def test_fallback_optimizer_does_not_change_parameters_of_gaussian_sites():
     """In the first step, where the model is still the same, they go where they go without it."""
     with_adam, without = beside("adam")[0], beside("still")[0]
     for name in with_adam[0]:

@@ -50,7 +50,7 @@ def flat(tree: Any) -> np.ndarray:
     return np.asarray(ravel_pytree(tree)[0])
 
 
-def test_dense_fisher_of_a_full_gaussian(x64):
+def test_dense_fisher_operator_of_a_full_gaussian_equals_the_textbook(x64):
     """∇² of KL(N ‖ N') by NumPyro and ``jax.hessian``, in unconstrained parameters."""
     svi, state = started(model, AutoMultivariateNormal(model, init_scale=0.5))
     params = svi.optim.get_params(state.optim_state)
@@ -70,7 +70,7 @@ def test_dense_fisher_of_a_full_gaussian(x64):
     assert_close(flat(operator.solve(slope, damping=0.0)), np.linalg.solve(expected, np.ones(x.size)), 1e-8)
 
 
-def test_both_solvers_agree(x64, monkeypatch):
+def test_dense_and_iterative_solves_of_the_operator_agree(x64, monkeypatch):
     svi, state = started(model, AutoMultivariateNormal(model))
     operator = fisher(svi, state)
     slope = jax.tree.map(jnp.ones_like, operator.params)
@@ -79,7 +79,7 @@ def test_both_solvers_agree(x64, monkeypatch):
     assert_close(flat(operator.solve(slope)), flat(dense), 1e-4)
 
 
-def test_the_mean_over_draws_of_a_structured_guide(x64):
+def test_fisher_operator_of_a_structured_guide_is_the_mean_over_draws(x64):
     """F_slope,slope = E[z₁²]/s²: its standard error is that of the mean of squares of 4 × 500 normals."""
     svi, state = started(pair, chain)
     operator = fisher(svi, state, num_draws=500)
@@ -91,7 +91,7 @@ def test_the_mean_over_draws_of_a_structured_guide(x64):
     np.testing.assert_allclose(found["s"], 2.0)  # of log s
 
 
-def test_a_natural_gradient_leads_to_the_optimum_of_a_conjugate_model(x64):
+def test_natural_gradient_points_to_the_optimum_of_a_conjugate_model(x64):
     """In unconstrained parameters the mean's part is exact: m − v_m is the posterior mean where q has its covariance."""
     guide = AutoMultivariateNormal(model)
     svi, state = started(model, guide)
@@ -106,7 +106,7 @@ def test_a_natural_gradient_leads_to_the_optimum_of_a_conjugate_model(x64):
     assert (np.abs(params["auto_loc"] - v["auto_loc"] - CENTRE) < 4 * error).all()
 
 
-def test_loops_are_differentiated_forwards():
+def test_fisher_operator_differentiates_loops_in_forward_mode():
     """A while loop in the model has no reverse mode; what comes is what the same model without a loop has."""
 
     def looped(n: Any) -> None:
@@ -126,7 +126,7 @@ def test_loops_are_differentiated_forwards():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), forwards, found(plain))
 
 
-def test_kl_of_a_flow_without_inverse_says_so():
+def test_kl_of_a_flow_without_inverse_raises():
     svi, state = started(model, AutoBNAFNormal(model, num_flows=1, hidden_factors=[2]))
     with pytest.raises(StructureError, match="`_auto_latent`.*without an inverse"):
         kl(svi, state, svi.update(state)[0])
@@ -136,7 +136,7 @@ GUIDES: dict[str, Callable] = {"AutoNormal": AutoNormal, "AutoMultivariateNormal
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_kl_between_two_states(name, dtype):
+def test_kl_between_two_states_equals_dense_algebra(name, dtype):
     """Of the Gaussians that the states stand for, by NumPyro's formula, and of a state to itself."""
     svi, state = started(model, GUIDES[name](model), optax.sgd(0.03))
     new = svi.update(state)[0]
@@ -160,7 +160,7 @@ def test_kl_between_two_states(name, dtype):
     np.testing.assert_allclose(2 * kl(svi, state, near).value, square, rtol=0.03)
 
 
-def test_kl_has_what_the_svi_was_given_for_good():
+def test_kl_uses_the_static_kwargs_of_the_svi():
     """Keyword arguments of the constructor, and the mutable state of the guide."""
 
     def guide(shift=None):
@@ -185,7 +185,7 @@ def test_kl_of_a_guide_without_closed_form_has_a_standard_error(x64):
     assert abs(found.value - expected) < 4 * found.standard_error
 
 
-def test_the_chained_transformation_divides_by_the_fisher():
+def test_scale_by_fisher_multiplies_by_the_inverse_fisher_matrix():
     """A step of ``chain(scale_by_fisher, scale(-ρ))`` is −ρ F⁻¹g, and a hundred of them reach the posterior's mean."""
     guide = AutoNormal(model)
     svi, state = started(model, guide)
@@ -198,7 +198,7 @@ def test_the_chained_transformation_divides_by_the_fisher():
     assert (np.abs(result.params["z_auto_loc"] - CENTRE) < 1.5 / np.sqrt(np.diag(PRECISION))).all()
 
 
-def test_parameters_without_a_fisher_keep_their_gradient():
+def test_scale_by_fisher_keeps_gradients_without_a_fisher_matrix():
     """What enters by a factor belongs to no density; a normal's scale has the Fisher 2, in its logarithm."""
 
     def noisy() -> None:
@@ -213,7 +213,7 @@ def test_parameters_without_a_fisher_keep_their_gradient():
     np.testing.assert_allclose(operator.matvec(ones)["noise"], 2, rtol=1e-6)
 
 
-def test_the_likelihood_is_the_geometry_of_points(x64):
+def test_fisher_operator_of_point_parameters_is_that_of_the_likelihood(x64):
     """AutoDelta with a normal prior: F = 1/σ₀² + N/σ²."""
 
     def known() -> None:
@@ -224,7 +224,7 @@ def test_the_likelihood_is_the_geometry_of_points(x64):
     np.testing.assert_allclose(fisher(svi, state).dense(), [[4 + 7 / 4]])
 
 
-def test_an_uninitialised_svi_is_named():
+def test_fisher_of_an_uninitialised_svi_raises():
     svi = SVI(model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO())
     for call in (lambda: scale_by_fisher(svi), lambda: fisher(svi, None), lambda: kl(svi, None, None)):
         with pytest.raises(ValueError, match="svi.init"):

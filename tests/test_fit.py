@@ -47,7 +47,7 @@ def assert_same(a, b):
         np.testing.assert_allclose(x, y, rtol=np.sqrt(np.finfo(np.float32).eps))
 
 
-def test_the_steps_are_those_of_run(svi, whole):
+def test_fit_takes_the_steps_of_svi_run(svi, whole):
     """13 steps: two chunks and a part of one. Losses and parameters, at any tolerance that is not reached."""
     run = svi.run(random.key(0), 13, Y, progress_bar=False)
     assert_same((whole.params, whole.losses), (run.params, run.losses))
@@ -56,7 +56,7 @@ def test_the_steps_are_those_of_run(svi, whole):
     assert whole.reason.startswith("`max_steps` are taken")
 
 
-def test_a_resumed_fit_is_one_fit_compiled_once(svi, whole, monkeypatch):
+def test_resumed_fit_equals_one_fit_and_is_not_traced_again(svi, whole, monkeypatch):
     """Each part has a chunk that is not full; nothing is traced again, by the count of calls to the optimizer."""
     calls = []
     traced = NaturalGradient.eval_and_update
@@ -68,7 +68,7 @@ def test_a_resumed_fit_is_one_fit_compiled_once(svi, whole, monkeypatch):
     assert not calls
 
 
-def test_an_xla_that_does_not_know_the_options_compiles_as_ever(monkeypatch):
+def test_unknown_compiler_options_are_not_used(monkeypatch):
     monkeypatch.setattr(compilation, "QUICK", {"xla_no_such_option": True})
     compilation.is_known.cache_clear()
     try:
@@ -77,7 +77,7 @@ def test_an_xla_that_does_not_know_the_options_compiles_as_ever(monkeypatch):
         compilation.is_known.cache_clear()
 
 
-def test_minibatches_are_the_steps_of_update(svi):
+def test_fit_on_batches_takes_the_steps_of_svi_update(svi):
     """Two shapes, read lazily, to their end; against a loop over ``svi.update``."""
     batches = [(Y[:2],), (Y[2:],), (Y,), (Y,), (Y[1:3],)] * 2
     left = iter(batches)
@@ -91,7 +91,7 @@ def test_minibatches_are_the_steps_of_update(svi):
     assert result.reason.startswith("`batches` are used up")
 
 
-def test_it_stops_when_it_is_done(svi, capsys):
+def test_fit_stops_when_the_remaining_gain_is_below_the_tolerance(svi, capsys):
     """The gain of ten times as many steps is within the claim: twice the tolerance."""
     result = fit(svi, random.key(1), Y, tolerance=0.05)
     assert result.converged
@@ -102,14 +102,14 @@ def test_it_stops_when_it_is_done(svi, capsys):
     assert score(result.params) - score(longer.params) < 0.1
 
 
-def test_a_loss_that_is_no_number_ends_the_fit(svi):
+def test_fit_ends_when_the_loss_stays_nan(svi):
     result = fit(svi, random.key(0), jnp.full(4, jnp.nan), progress_bar=False)
     assert len(result.losses) == convergence.HOPE
     assert "init_params" in result.reason
     assert not result.converged
 
 
-def test_an_interrupt_returns_what_there_is(svi):
+def test_keyboard_interrupt_returns_the_steps_taken(svi):
     def batches():
         yield from [(Y,)] * 5
         raise KeyboardInterrupt
@@ -132,19 +132,19 @@ def test_an_interrupt_returns_what_there_is(svi):
         (ValueError, "`init_state` and `init_params` were given", (Y,), {"init_state": 1, "init_params": {}}),
     ],
 )
-def test_what_cannot_be_used_is_named(svi, error, match, args, options):
+def test_unusable_arguments_of_fit_are_quoted_in_the_error(svi, error, match, args, options):
     with pytest.raises(error, match=match):
         fit(svi, random.key(0), *args, **options)
 
 
-def test_a_list_is_a_batch_as_a_tuple_is(svi):
+def test_batch_may_be_a_list_or_a_tuple(svi):
     """What a ``DataLoader`` yields."""
     ways = ([kind([Y, jnp.array(2.0)])] * 3 for kind in (tuple, list))
     a, b = (fit(svi, random.key(0), batches=batches, progress_bar=False) for batches in ways)
     assert_same(a.losses, b.losses)
 
 
-def test_an_optimizer_that_is_exchanged_takes_the_next_steps():
+def test_exchanged_optimizer_of_an_svi_takes_the_next_steps():
     """The same ``SVI``, the same arguments: what was compiled for the other one is not taken."""
     svi = make()
     fit(svi, random.key(0), Y, max_steps=2, tolerance=0, progress_bar=False)
@@ -153,7 +153,7 @@ def test_an_optimizer_that_is_exchanged_takes_the_next_steps():
     assert 0 < result.history.kl.max() <= 1e-4
 
 
-def test_nothing_is_foretold_where_nothing_has_a_fisher():
+def test_fit_reports_unknown_gain_without_fisher_parameters():
     svi = SVI(
         lambda: numpyro.factor("f", -(numpyro.param("x", 1.0) ** 2)), lambda: None, NaturalGradient(), Trace_ELBO()
     )
@@ -233,7 +233,7 @@ def test_a_loss_that_drops_mutable_state_is_refused(loss, message):
         fit(svi, random.key(0), Y)
 
 
-def test_another_optimizer_is_refused():
+def test_fit_refuses_other_optimizers():
     with pytest.raises(TypeError, match="`Adam`.*NaturalGradient"):
         fit(make(numpyro.optim.Adam(0.1)), random.key(0), Y)
 
@@ -264,14 +264,14 @@ def followed(key, rho, steps=60, d=40, noise=0.5):
 
 
 @pytest.mark.parametrize("rho", [lambda t: 0.3 + 0 * t, lambda t: 0.8 / (t / 5 + 1)], ids=["constant", "decaying"])
-def test_the_certificate_is_the_gap_of_the_average(rho, x64):
+def test_newton_decrement_estimates_the_gap_of_the_average(rho, x64):
     """On a quadratic, over 400 repetitions; not below it by more than noise, nor, as Jensen costs, above by a half."""
     claimed, true = jax.jit(jax.vmap(lambda k: followed(k, rho)))(random.split(random.key(0), 400))
     error = 4 * jnp.sqrt((jnp.var(claimed) + jnp.var(true)) / 400)
     assert true.mean() - error <= claimed.mean() <= 1.5 * true.mean() + error
 
 
-def test_noise_of_the_way_hides_no_travel(dtype):
+def test_newton_decrement_forgets_the_noise_of_early_steps(dtype):
     """Twenty steps after natural gradients that erred by 10¹⁵ nats: unit noise does not show ‖m‖² = 1 by itself."""
     state, far = DecrementState(jnp.zeros((3, 3, 1)), jnp.zeros((2, 1)), jnp.ones(1)), [1e15, 1e12, 1e8, 1e4]
     observe = jax.jit(newton_decrement.observe)
@@ -286,7 +286,7 @@ def test_noise_of_the_way_hides_no_travel(dtype):
     )
 
 
-def test_nothing_is_certified_where_nothing_has_a_fisher():
+def test_newton_decrement_is_nan_without_fisher_parameters():
     state = DecrementState(jnp.zeros((3, 3, 2)), jnp.zeros((2, 2)), jnp.ones(2))
     assert np.isnan(newton_decrement.newton_decrement(state, jnp.zeros(0), jnp.zeros(0))).all()
 
@@ -317,12 +317,12 @@ def last(value, count, dtype=float):
         ({"newton_decrement": last(np.nan, 40)}, False),
     ],
 )
-def test_done_is_below_the_tolerance_beyond_noise_for_a_while(changes, done):
+def test_convergence_needs_the_gain_below_tolerance_beyond_noise_for_the_patience(changes, done):
     assert convergence.converged(flat(**changes), 0.01) is done
 
 
 @pytest.mark.parametrize(("steps", "held", "done"), [(12, 3, True), (12, 2, False), (24, 6, True), (24, 5, False)])
-def test_a_quarter_of_the_steps_is_a_while(steps, held, done):
+def test_patience_is_a_quarter_of_the_steps(steps, held, done):
     history = flat(newton_decrement=np.r_[np.ones(40 - held), np.full(held, 0.004)])
     assert convergence.converged(History(*(x[-steps:] for x in history)), 0.01) is done
 
@@ -331,11 +331,11 @@ def test_a_quarter_of_the_steps_is_a_while(steps, held, done):
     ("value", "error", "text"),
     [(0.0312, 0.004, "0.031 ± 0.004"), (12.3, 2.1, "12 ± 2"), (0.5, 0.0, "0.500 ± 0.000"), (np.nan, 1.0, "unknown")],
 )
-def test_the_error_has_one_digit(value, error, text):
+def test_interval_prints_one_digit_of_the_error(value, error, text):
     assert text in convergence.interval(value, error)
 
 
-def test_the_outlook_is_what_the_tolerance_takes():
+def test_outlook_names_the_steps_or_particles_that_reach_the_tolerance():
     """Noise falls as one over steps: from 0.04 to 0.01 nats it takes four times the steps, or the particles."""
     history = flat(newton_decrement=np.full(40, 0.04))
     assert "about 120 further steps, or 4 times the particles" in convergence.outlook(history, 0.01, 0.04, 20.0)

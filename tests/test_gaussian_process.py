@@ -64,7 +64,7 @@ def titsias() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("whitened", [True, False])
-def test_one_step_is_titsias(whitened, dtype):
+def test_one_step_is_titsias_optimal_posterior(whitened, dtype):
     model = regression(whitened)
     svi = SVI(model, AutoMultivariateNormal(model), NaturalGradient(1.0, max_kl=None), Trace_ELBO(num_particles=2))
     args = tuple(map(jnp.asarray, (X, Y, Z)))
@@ -85,7 +85,7 @@ def small(batch: int | None = None) -> tuple[gp.Problem, gp.Split, gp.Split, jax
     return gp.problem(train, inducing, batch), train, test, inducing
 
 
-def test_hyper_parameters_move_as_under_optax_alone():
+def test_hyperparameters_take_the_steps_of_optax_alone():
     """Adam, fed the gradients that NumPyro computes at the iterates, makes the very same moves."""
     problem, *_ = small()
     adam = optax.adam(0.1)
@@ -147,11 +147,11 @@ def gap(params: Any) -> float:
 
 
 @pytest.mark.parametrize(("name", "nats"), [("fixed", 0.05), ("moving", 0.5), ("rows", 1.0)])
-def test_classification_nears_the_best_gaussian(fits, name, nats):
+def test_gp_classification_approaches_the_best_gaussian(fits, name, nats):
     assert -1e-3 < gap(fits[name]) < nats
 
 
-def test_predictions_are_as_good_as_laplace(fits):
+def test_gp_classification_predicts_as_well_as_laplace(fits):
     """Log predictive densities differ by less than two standard errors of their mean difference, or are better.
 
     Four of five rows are told right, to two standard errors of their share (at the optimum 79.96 % of 1647 are).
@@ -166,7 +166,7 @@ def test_predictions_are_as_good_as_laplace(fits):
     assert np.mean((ours > 0.5) == y) > 0.8 - 2 * np.sqrt(0.8 * 0.2 / len(y))
 
 
-def test_the_example_runs(tmp_path, monkeypatch, capsys):
+def test_gp_classification_example_runs(tmp_path, monkeypatch, capsys):
     picture = tmp_path / "gp.png"
     chosen = {"steps": 3, "adam-steps": 3, "size": 60, "inducing": 5, "batch": 20, "output": picture}
     monkeypatch.setattr(sys, "argv", ["gp_classification.py", *(f"--{k}={v}" for k, v in chosen.items())])

@@ -42,7 +42,7 @@ def heard(precision: str):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_reading_gives_numpyros_mean_and_covariance(form, dtype):
+def test_site_moments_equal_numpyros_mean_and_covariance(form, dtype):
     sites, params = heard(dtype)
     loc, factor = sites[form].read(params)
     cov = factor**2 if FORMS[form].diagonal else gram(np.asarray(factor, np.float64))
@@ -55,7 +55,7 @@ def test_reading_gives_numpyros_mean_and_covariance(form, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_writing_gives_back_what_was_read(form, dtype):
+def test_parameters_survive_a_round_trip_through_moments(form, dtype):
     sites, params = heard(dtype)
     blank = {name: jnp.zeros_like(x) for name, x in params.items()}
     written = sites[form].write(blank, *sites[form].read(params))
@@ -66,7 +66,7 @@ def test_writing_gives_back_what_was_read(form, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_reading_gives_back_what_was_written(form, dtype):
+def test_moments_survive_a_round_trip_through_parameters(form, dtype):
     """At another point than the start; a covariance or precision matrix squares the condition number of K."""
     site, params = heard(dtype)[0][form], heard(dtype)[1]
     widest = 3.0 if "matrix" in form else 1e3
@@ -117,19 +117,19 @@ def projection():
         return gaussian_sites.project(root, sites, [site.read(heard("float64")[1])[1] for site in sites]), precision
 
 
-def test_the_projection_has_the_blocks_of_the_precision(x64):
+def test_projection_keeps_the_diagonal_blocks_of_the_precision(x64):
     factors, precision = projection()
     inverse = jnp.linalg.inv(covariances(factors))
     assert_close(inverse, jnp.where(inverse != 0, precision, 0.0), root_eps("float64"))
 
 
-def test_the_projection_is_stationary_in_kl(x64):
+def test_projection_is_stationary_in_kl(x64):
     factors, precision = projection()
     for slope in within(jax.jit(jax.grad(nats))(factors, precision)):
         np.testing.assert_allclose(slope, 0.0, atol=root_eps("float64") * jnp.abs(precision).max())
 
 
-def test_no_member_of_the_family_is_nearer(x64):
+def test_projection_has_the_least_kl_of_the_family(x64):
     """SciPy, started elsewhere, finds the same KL."""
     factors, precision = projection()
     start, unravel = ravel_pytree([jnp.broadcast_to(jnp.eye(k.shape[-1]), k.shape) for k in factors])
@@ -140,7 +140,7 @@ def test_no_member_of_the_family_is_nearer(x64):
     np.testing.assert_allclose(nats(factors, precision), found.fun, rtol=root_eps("float64"))
 
 
-def test_the_projection_of_a_member_is_itself(dtype):
+def test_projection_of_a_family_member_is_itself(dtype):
     sites, params = heard(dtype)
     chosen = tuple(sites[name] for name in PROJECTED)
     own = [site.read(params)[1] for site in chosen]
@@ -161,7 +161,7 @@ class Sharpness(dist.Normal):
         super().__init__(loc, sharpness**-0.5)
 
 
-def test_a_registered_class_is_a_gaussian(x64, monkeypatch):
+def test_registered_distribution_class_is_treated_as_gaussian(x64, monkeypatch):
     monkeypatch.setattr(gaussian_sites, "_REGISTRY", dict(gaussian_sites._REGISTRY))
 
     def model():
@@ -187,7 +187,7 @@ def test_a_registered_class_is_a_gaussian(x64, monkeypatch):
 
 
 @pytest.mark.parametrize("d", [1, 2, 6])
-def test_what_a_site_shows_of_a_precision_is_its_own_blocks(d, dtype):
+def test_visible_square_is_a_sum_over_diagonal_blocks(d, dtype):
     """Σ_b tr((S_bb⁻¹ ΔS_bb)²), by dense solves."""
     precision, change = spd(0, 6), spd(1, 6) - spd(2, 6)
     root = np.linalg.cholesky(precision).T

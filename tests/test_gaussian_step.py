@@ -77,7 +77,7 @@ def matrix(contraction: jax.Array) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rho", LENGTHS)
-def test_the_step_lands_where_natural_parameters_say(case, dtype, rho):
+def test_gaussian_step_adds_rho_times_the_gradient_to_natural_parameters(case, dtype, rho):
     _, (mean, covariance) = natural_step(case, rho)
     factor = K @ matrix(gaussian.relative_factor(case.tangent, rho, MARGIN))
     shift = K @ np.asarray(gaussian.mean_shift(case.tangent, rho, MARGIN))
@@ -86,7 +86,7 @@ def test_the_step_lands_where_natural_parameters_say(case, dtype, rho):
 
 
 @pytest.mark.parametrize("rho", LENGTHS)
-def test_both_kls_are_numpyros(case, dtype, rho):
+def test_forward_and_reverse_kl_equal_numpyros(case, dtype, rho):
     before, after = natural_step(case, rho)
     assert_close(gaussian.forward_kl(case.tangent, rho, MARGIN), kl(before, after), root_eps(dtype))
     assert_close(gaussian.reverse_kl(case.tangent, rho, MARGIN), kl(after, before), root_eps(dtype))
@@ -94,24 +94,24 @@ def test_both_kls_are_numpyros(case, dtype, rho):
 
 @pytest.mark.parametrize("rho", LENGTHS)
 @pytest.mark.parametrize("make", [dense, sketched])
-def test_growth_is_what_the_whitened_precision_gains(make, dtype, rho):
+def test_precision_change_is_rho_times_the_curvature(make, dtype, rho):
     case = make()
     assert_close(gaussian.precision_change(case.tangent, rho, MARGIN), rho * case.curvature, root_eps(dtype))
 
 
-def test_the_new_factor_is_a_cholesky_factor(case, dtype):
+def test_new_scale_is_a_cholesky_factor(case, dtype):
     factor = matrix(gaussian.relative_factor(case.tangent, 1.0, MARGIN))
     assert_close(np.triu(factor, 1), np.zeros((D, D)), 0.0)
     assert (np.diag(factor) > 0).all()
 
 
-def test_a_step_of_no_length_goes_nowhere(case, dtype):
+def test_step_of_length_zero_changes_nothing(case, dtype):
     assert_close(gaussian.mean_shift(case.tangent, 0.0, MARGIN), np.zeros(D), 0.0)
     assert_close(matrix(gaussian.relative_factor(case.tangent, 0.0, MARGIN)), np.eye(D), root_eps(dtype))
     assert abs(float(gaussian.forward_kl(case.tangent, 0.0, MARGIN))) <= root_eps(dtype) ** 2 * D
 
 
-def test_the_norm_is_twice_the_kl_of_a_short_step(case, x64):
+def test_squared_norm_is_twice_the_kl_of_a_short_step(case, x64):
     """KL(ρv) = ½ρ²‖v‖² + O(ρ³): the remainder falls by 8 where ρ falls by 2."""
     rhos = np.array([4e-3, 2e-3, 1e-3])
     short = 0.5 * rhos**2 * float(gaussian.squared_norm(case.tangent))
@@ -120,12 +120,12 @@ def test_the_norm_is_twice_the_kl_of_a_short_step(case, x64):
         np.testing.assert_allclose(remainder[:-1] / remainder[1:], 8.0, rtol=0.1)
 
 
-def test_the_norm_is_that_of_the_dense_matrix(case, dtype):
+def test_squared_norm_equals_dense_algebra(case, dtype):
     expected = np.sum(slope() ** 2) + 0.5 * np.sum(case.curvature**2)
     assert_close(gaussian.squared_norm(case.tangent), expected, root_eps(dtype))
 
 
-def test_leading_axes_are_a_loop(dtype):
+def test_batched_step_equals_a_loop(dtype):
     curvatures = np.stack([spd(seed, 3) - np.eye(3) for seed in range(2)])
     slopes = np.random.default_rng(5).normal(size=(2, 3))
     together = gaussian.tangent(jnp.asarray(slopes), jnp.asarray(curvatures))
@@ -140,7 +140,7 @@ def test_leading_axes_are_a_loop(dtype):
 
 
 @pytest.mark.parametrize("k", [1, 3, D])
-def test_a_sketch_agrees_with_the_matrix_where_it_was_probed(dtype, k):
+def test_sketched_curvature_equals_the_matrix_on_its_probes(dtype, k):
     curvature, v = rotation(D, 1) * SPECTRUM @ rotation(D, 1).T, rotation(D, 6)[:, :k]
     image = curvature @ v
     sketch = gaussian.sketched_tangent(jnp.asarray(slope()), jnp.asarray(v), jnp.asarray(image))
@@ -156,7 +156,7 @@ margins = st.sampled_from([0.05, 0.25, 1e-6])
 
 
 @given(x=st.floats(-1e6, 1e6), margin=margins)
-def test_the_continuation_is_positive_increasing_and_exact_above(x, margin):
+def test_eigenvalue_continuation_is_positive_increasing_and_exact_above_the_margin(x, margin):
     with jax.enable_x64(True):
         value, slope = jax.value_and_grad(gaussian.positive_ratio)(x, margin)
         assert value > 0
@@ -166,7 +166,7 @@ def test_the_continuation_is_positive_increasing_and_exact_above(x, margin):
 
 
 @given(margin=margins)
-def test_the_continuation_is_continuously_differentiable(margin):
+def test_eigenvalue_continuation_is_continuously_differentiable(margin):
     """One-sided secants at the joint: value margin and slope 1 from both sides."""
     with jax.enable_x64(True):
         joint, h = margin - 1, margin * 1e-4
@@ -190,7 +190,7 @@ def everything(slope, values, rho):
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @given(values=spectra, slope=st.floats(-1e3, 1e3, width=32), rho=st.sampled_from([1e-3, 0.3, 1.0]))
-def test_any_curvature_leaves_a_covariance(precision, values, slope, rho):
+def test_step_with_any_curvature_keeps_the_covariance_positive_definite(precision, values, slope, rho):
     with jax.enable_x64(precision == "float64"):
         dtype = jnp.dtype(precision)
         slopes = jnp.full(4, slope, dtype)
@@ -205,7 +205,7 @@ def test_any_curvature_leaves_a_covariance(precision, values, slope, rho):
 
 
 @given(values=spectra, slope=st.floats(-1e3, 1e3, width=32))
-def test_the_kl_of_a_step_grows_with_its_length(values, slope):
+def test_kl_of_a_step_increases_with_rho(values, slope):
     with jax.enable_x64(True):
         nats = [
             float(everything(jnp.full(4, slope, float), jnp.asarray(values, float), rho)[2])

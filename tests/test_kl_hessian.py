@@ -145,7 +145,7 @@ def fishers(precision: str, particles: int) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_the_curvature_of_kl_is_the_textbooks_fisher(name, dtype):
+def test_hessian_of_kl_equals_the_textbook_fisher_matrix(name, dtype):
     params, found = fishers(dtype, 1)
     assert_close(found[name][0], textbook(name, params), root_eps(dtype))
     assert np.ptp(found[name], axis=0).max() <= root_eps(dtype) * np.abs(found[name]).max()
@@ -153,7 +153,7 @@ def test_the_curvature_of_kl_is_the_textbooks_fisher(name, dtype):
 
 @pytest.mark.parametrize("particles", [1, 400])
 @pytest.mark.parametrize("name", SAMPLED)
-def test_the_outer_product_of_scores_is_the_mean_over_draws(name, particles, x64):
+def test_outer_product_of_scores_is_unbiased_for_the_fisher_matrix(name, particles, x64):
     """The mean over 40 keys is the textbook's within 4.5 standard errors, which shrink as n^(−1/2)."""
     params, found = fishers("float64", particles)
     sample, expected = found[name], textbook(name, params)
@@ -164,7 +164,7 @@ def test_the_outer_product_of_scores_is_the_mean_over_draws(name, particles, x64
 
 
 @pytest.mark.parametrize("name", SAMPLED)
-def test_its_error_falls_as_one_over_the_root_of_the_draws(name, x64):
+def test_error_of_the_score_estimate_falls_as_one_over_root_draws(name, x64):
     """Spread over keys, 1 draw against 400: 20 times less, within a factor of 3 for a heavy-tailed square of scores."""
     one, many = fishers("float64", 1)[1][name], fishers("float64", 400)[1][name]
     ratio = np.sqrt((one.std(0) ** 2).sum() / (many.std(0) ** 2).sum())
@@ -178,7 +178,7 @@ LOSSES = {"Trace_ELBO": Trace_ELBO, "TraceGraph_ELBO": TraceGraph_ELBO, "TraceMe
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_site_that_depends_on_another_is_averaged_over_it(loss, x64):
+def test_fisher_of_a_dependent_site_is_averaged_over_its_parent(loss, x64):
     """z₂ | z₁ ~ N(shift + slope z₁, s₂): F(shift, slope) = E[(1, z₁)ᵀ(1, z₁)]/s₂², and 2 for log s₂.
 
     The mean of z₁ and of z₁² over 2000 draws have standard errors s₁/√n and √(2s₁⁴ + 4m₁²s₁²)/√n.
@@ -193,7 +193,7 @@ def test_a_site_that_depends_on_another_is_averaged_over_it(loss, x64):
     assert (np.abs(found - expected) <= 4.5 * errors + root_eps("float64")).all()
 
 
-def test_the_first_site_does_not_pay_for_the_second(x64):
+def test_cross_terms_between_parent_and_child_vanish(x64):
     """Cross terms vanish: a conditional score has mean zero given what it is conditioned on, draw by draw."""
     at, params = started("structured", "float64")
     names = ["m1", "s1", "shift", "slope", "s2"]
@@ -203,7 +203,7 @@ def test_the_first_site_does_not_pay_for_the_second(x64):
 
 
 @pytest.mark.parametrize("guide", [name for name, case in GUIDES.items() if case.kl_hessian])
-def test_the_fisher_is_symmetric_and_leaves_the_cone_nowhere(guide, x64):
+def test_fisher_matrix_is_symmetric_positive_semidefinite(guide, x64):
     at, params = started(guide, "float64")
     fn = at(random.key(0), Trace_ELBO(num_particles=2))
     densities = {name: fisher_surrogate(site.fisher_estimate) for name, site in trace_loss(fn, params).sites.items()}
@@ -216,7 +216,7 @@ def test_the_fisher_is_symmetric_and_leaves_the_cone_nowhere(guide, x64):
 # --- solvers ---
 
 
-def test_both_solvers_solve(dtype):
+def test_dense_and_iterative_solvers_solve_the_damped_system(dtype):
     """Dense damping is relative to the diagonal, that of conjugate gradients to its mean, by the same factor."""
     matrix, slope = spd(3, 12, low=1.0, high=10.0), np.linspace(-1, 1, 12)
     expected = np.linalg.solve(matrix, slope)
@@ -232,7 +232,7 @@ def test_both_solvers_solve(dtype):
         assert np.sqrt(error @ matrix @ error) <= np.sqrt(10) * kl_hessian.CG_TOLERANCE * size
 
 
-def test_a_parameter_that_nothing_depends_on_does_not_spoil_the_others(dtype):
+def test_zero_row_of_the_fisher_matrix_leaves_other_parameters_finite(dtype):
     matrix = np.diag([4.0, 0.0, 1.0])
     v = kl_hessian._dense(lambda x: jnp.asarray(matrix) @ x, jnp.asarray([1.0, 0.0, 1.0]), lambda x: x)
     # Damping lengthens the diagonal (4, 0, 1) by ε (4, 0, 1) + ε times its mean 5/3.
@@ -256,7 +256,7 @@ def gamma_guide(y: Any) -> None:
 
 
 @pytest.mark.parametrize("limit", [512, 0], ids=["dense", "conjugate gradients"])
-def test_a_gamma_guide_finds_its_poisson_posterior(limit, x64, monkeypatch):
+def test_gamma_guide_by_kl_hessian_reaches_the_poisson_posterior(limit, x64, monkeypatch):
     """Gamma(2 + Σy, 1/2 + n). The path gradient has no noise there, so that the fit closes in to any precision."""
     monkeypatch.setattr(kl_hessian, "DENSE_LIMIT", limit)
     y = jnp.array([3.0, 5.0, 4.0, 7.0, 2.0, 6.0])

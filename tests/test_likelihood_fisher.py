@@ -85,7 +85,7 @@ def fit(model: Any, guide: Any, steps: int, *data: Any, start: Any = None, loss:
 
 
 @pytest.mark.parametrize("name", DEVIANCE)
-def test_maximum_likelihood_takes_the_steps_of_irls(name, x64):
+def test_maximum_likelihood_step_equals_irls(name, x64):
     """w₊ = (XᵀWX)⁻¹ Xᵀ(W η − ∂(−log p)), iteratively reweighted least squares, and ends at SciPy's optimum in 8."""
     deviance, weights = DEVIANCE[name]
     y = DATA[name]
@@ -100,7 +100,7 @@ def test_maximum_likelihood_takes_the_steps_of_irls(name, x64):
     assert "Fisher of the likelihood (closed form)" in all_eight.report
 
 
-def test_location_and_scale_are_found_together(dtype):
+def test_location_and_scale_reach_least_squares(dtype):
     found = fit(regression("linear"), nothing, 10, X, DATA["linear"]).params[-1]
     w, residual, *_ = np.linalg.lstsq(X, DATA["linear"])
     assert_close(found["w"], w, 10 * root_eps(dtype))
@@ -112,28 +112,28 @@ def ridge(x: Any, y: Any) -> None:
     numpyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
 
 
-def test_points_with_a_prior_go_to_the_mode(dtype):
+def test_point_guide_reaches_the_posterior_mode(dtype):
     y, deviance = DATA["logistic"], DEVIANCE["logistic"][0]
     found = fit(ridge, AutoDelta(ridge), 8, X, y).params[-1]["w_auto_loc"]
     penalised = lambda w: np.sum(deviance(y, X @ w)) + 2 * w @ w
     np.testing.assert_allclose(found, optimize.minimize(penalised, np.zeros(D), tol=1e-9).x, atol=root_eps(dtype))
 
 
-def test_columns_of_any_scale_make_no_difference():
+def test_fisher_scoring_is_invariant_to_column_scales():
     """In float32, with features from 1e-6 to 1e6, the losses are those of the standardised ones."""
     scales = np.array([1.0, 1e-6, 1e6, 1e3])
     plain, scaled = (fit(regression("logistic"), nothing, 8, x, DATA["logistic"]).losses for x in (X, X * scales))
     np.testing.assert_allclose(scaled, plain, rtol=1e-3)
 
 
-def test_separable_data_has_no_optimum_and_breaks_nothing(dtype):
+def test_separable_data_keep_parameters_finite(dtype):
     result = fit(regression("logistic"), nothing, 40, X, X[:, 1] > 0)
     assert np.isfinite(result.params[-1]["w"]).all()
     assert np.isfinite(result.losses).all()
     assert result.losses[-1] < 0.01 * result.losses[0]
 
 
-def test_the_empirical_fisher_is_that_of_the_observed_gradients(x64):
+def test_empirical_fisher_step_uses_observed_gradients(x64):
     """v = (Σ gᵢgᵢᵀ)⁻¹ Σ gᵢ, but for the damping of 3e-3 of its scale; it is another step than Fisher scoring."""
     y, start = DATA["logistic"], 0.3 * TRUTH
     step = fit(
@@ -147,7 +147,7 @@ def test_the_empirical_fisher_is_that_of_the_observed_gradients(x64):
     assert "empirical" in step.report
 
 
-def test_monte_carlo_fisher_draws_from_the_model(x64):
+def test_monte_carlo_fisher_reaches_the_optimum_of_the_closed_form(x64):
     """Its steps end where those of the closed form end: a metric changes the way, not the optimum."""
     closed, drawn = (
         fit(regression("Poisson"), nothing, n, X, DATA["Poisson"], fisher=f).params[-1]["w"]
@@ -161,7 +161,7 @@ def batched(x: Any, y: Any) -> None:
         numpyro.sample("y", dist.Bernoulli(logits=predictor(x[rows])), obs=y[rows])
 
 
-def test_minibatches_average_to_the_full_data_optimum():
+def test_minibatch_fisher_scoring_averages_to_the_full_data_optimum():
     """A quarter of the rows a step; the optimum's standard error from 200 steps of 50 rows is a tenth of its own."""
     full = fit(regression("logistic"), nothing, 8, X, DATA["logistic"]).params[-1]["w"]
     hessian = X.T @ (DEVIANCE["logistic"][1](X @ full)[:, None] * X)
@@ -178,7 +178,7 @@ def factored(x: Any, y: Any) -> None:
     numpyro.factor("f", -jnp.sum((predictor(x) - y) ** 2))
 
 
-def test_who_moves_what():
+def test_method_of_each_parameter_follows_from_model_and_options():
     """Without a site of the model, or where an optimizer is given: the ordinary one; else the likelihood's Fisher."""
     y, given = DATA["logistic"], {"point_optimizer": optax.adam(0.1)}
     for model, guide, options, way in (
@@ -224,19 +224,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_route_that_cannot_be_taken_is_refused_by_name(case):
+def test_unavailable_fisher_method_is_refused_by_name(case):
     model, guide, route, message = REFUSED[case]
     with pytest.raises(StructureError, match=f"fisher='{route}'.*{message}"):
         fit(model, guide, 1, X, DATA["logistic"], fisher=route)
 
 
-def test_an_unknown_route_is_named():
+def test_unknown_fisher_method_is_quoted_in_the_error():
     with pytest.raises(ValueError, match="fisher='diagonal'.*'closed_form', 'kl_hessian', 'monte_carlo', 'empirical'"):
         NaturalGradient(fisher="diagonal")
 
 
 @pytest.mark.parametrize("route", ["closed_form", "kl_hessian", "monte_carlo"])
-def test_guides_go_by_the_route_that_is_forced(route):
+def test_forced_fisher_method_reaches_the_conjugate_posterior(route):
     """And end at the posterior of the conjugate model: mean Σy/(1 + N), precision 1 + N, noise 1."""
 
     def known(x: Any, y: Any) -> None:

@@ -156,7 +156,7 @@ def fitted(model: Any, guide: Any, steps: int, **options: Any) -> tuple[dict[str
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_defaults_end_at_the_evidence(name):
+def test_loss_ends_at_the_negative_log_evidence(name):
     case = MODELS[name]
     _, loss, report = fitted(case.model, case.guide(case.model), STEPS)
     # The loss adds up to twenty log-densities of a few nats each: 1e-4 is a thousand roundings of their sum.
@@ -164,7 +164,7 @@ def test_the_defaults_end_at_the_evidence(name):
     assert "closed form, " in report
 
 
-def test_points_of_a_scanned_model_go_to_its_mode():
+def test_point_guide_of_a_scanned_model_reaches_the_smoothed_mean():
     """Which is the smoothed mean, by dense algebra."""
     params, _, report = fitted(states, AutoDelta(states), 20)
     prior = RESPONSE @ RESPONSE.T
@@ -180,7 +180,7 @@ def scanned_guide() -> None:
     scan(step, 0.0, (numpyro.param("loc", jnp.zeros(T)), positive("scale", jnp.ones(T))))
 
 
-def test_what_a_guide_draws_inside_of_a_scan_is_announced():
+def test_warns_about_draws_of_the_guide_inside_of_scan():
     with pytest.warns(UserWarning, match=r"\['x'\] inside of `scan`.*fallback optimizer"):
         _, _, report = fitted(states, scanned_guide, 1)
     assert report.count("none: fallback optimizer") == 2
@@ -203,7 +203,7 @@ def rate_guide() -> dict[str, Any]:
     return {"rate": numpyro.sample("rate", dist.Gamma(positive("alpha", 1.0), positive("beta", 1.0)))}
 
 
-def test_an_autoguide_a_guide_by_hand_and_points_together():
+def test_mixed_guide_reaches_exact_posteriors_and_the_mode():
     """Each in the way of its own: the Gaussian and the Gamma are exact, and the point is at its mode."""
     guide = AutoGuideList(parts_model)
     only = lambda *hidden: handlers.block(handlers.seed(parts_model, 0), hide=[*hidden])
@@ -231,7 +231,7 @@ def same_scale() -> None:
     numpyro.sample("z", dist.Normal(numpyro.param("l", 0.0), scale))
 
 
-def test_a_parameter_of_two_sites_compromises():
+def test_parameter_shared_by_two_sites_minimises_the_sum_of_kls():
     """Σ KL(N(m, s) ‖ N(m_i, s_i)) is least where 2/s² = Σ 1/s_i²; 0.05 nats of it are allowed."""
     params, _, _ = fitted(uneven, same_scale, 200)
 

@@ -39,7 +39,7 @@ def covariance(scale: Any, factor: Any) -> Any:
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 30.0])
-def test_the_metric_is_the_hessian_of_the_dense_kl(size, x64):
+def test_registered_kl_has_the_hessian_of_the_dense_kl(size, x64):
     m, s, w = member(0, 4, size=size)
     x, unravel = ravel_pytree({"loc": m, "cov_factor": w, "cov_diag": s**2})
 
@@ -55,20 +55,20 @@ def test_the_metric_is_the_hessian_of_the_dense_kl(size, x64):
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e3])
-def test_kl_is_numpyros(size, dtype):
+def test_low_rank_kl_equals_numpyros_dense_kl(size, dtype):
     (m, s, w), (m_new, s_new, w_new) = member(1, size=size), member(2, size=1.0)
     nats = low_rank_gaussian.forward_kl(*(jnp.asarray(x) for x in (w, w_new, s_new / s, (m_new - m) / s)))
     assert_close(nats, kl((m, covariance(s, w)), (m_new, covariance(s_new, w_new))), root_eps(dtype))
 
 
-def test_the_products_are_those_of_the_inverse(dtype):
+def test_precision_products_equal_the_dense_inverse(dtype):
     w, x = member(3)[2], np.random.default_rng(4).normal(size=(D, 3))
     inverse = np.linalg.inv(np.eye(D) + w @ w.T)
     assert_close(low_rank_gaussian.precision_product(jnp.asarray(w), jnp.asarray(x)), inverse @ x, root_eps(dtype))
     assert_close(low_rank_gaussian.precision_diagonal(jnp.asarray(w)), np.diag(inverse), root_eps(dtype))
 
 
-def test_alignment_changes_no_covariance_and_undoes_a_rotation(dtype):
+def test_procrustes_alignment_undoes_a_rotation(dtype):
     w, angle = member(5)[2], 2.0
     turned = w @ np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     assert_close(low_rank_gaussian.procrustes_align(jnp.asarray(turned), jnp.asarray(w)), w, root_eps(dtype))
@@ -90,13 +90,13 @@ def assert_stationary(at: Any, precision: Any) -> None:
         np.testing.assert_allclose(slope, 0.0, atol=root_eps("float64"))
 
 
-def test_the_projection_of_a_member_is_itself(dtype):
+def test_projection_of_a_family_member_is_itself(dtype):
     _, s, w = member(6)
     dense = jnp.linalg.cholesky(jnp.asarray(covariance(s, w)))
     assert_close(low_rank_gaussian.project(dense, jnp.asarray(s), jnp.asarray(w)), (s, w), root_eps(dtype) * 10)
 
 
-def test_the_projection_is_stationary_in_kl_and_nearer_than_independence(x64):
+def test_low_rank_projection_is_stationary_and_nearer_than_the_diagonal(x64):
     precision = jnp.asarray(spd(8, D))
     dense = jnp.linalg.cholesky(jnp.linalg.inv(precision))
     alone = 1 / jnp.sqrt(jnp.diag(precision)), jnp.zeros((D, 1))
@@ -105,7 +105,7 @@ def test_the_projection_is_stationary_in_kl_and_nearer_than_independence(x64):
     assert distance(found, precision) < 0.8 * distance(alone, precision)
 
 
-def test_whole_steps_descend_to_where_the_gradient_vanishes(x64):
+def test_full_steps_descend_to_a_stationary_point(x64):
     """With T all of space: towards a Gaussian that is no member of the family."""
     precision, (_, s, w) = spd(8, D), member(9, r=1)
     rest = np.random.default_rng(1).normal(size=(D, D - 1))
@@ -175,7 +175,7 @@ WIDE, NARROW = 150, 12
 
 
 @pytest.mark.parametrize(("d", "make", "rank"), [(WIDE, "auto", 3), (WIDE, "hand", 3), (NARROW, "auto", 3)])
-def test_a_member_of_the_family_is_found(d, make, rank, dtype):
+def test_low_rank_fit_reaches_a_member_of_the_family(d, make, rank, dtype):
     """From W = 0, to 0.01 nats; scales over a decade, common directions of 9 to some hundred times the variance."""
     m, s, w = member(10, d, 2, 1.5)
     model = target(m, s, w)
@@ -186,7 +186,7 @@ def test_a_member_of_the_family_is_found(d, make, rank, dtype):
     assert kl(gaussian(guide, svi.get_params(states[-1])), (m, covariance(s, w))) < 0.01
 
 
-def test_a_fit_is_an_optimum_of_the_family(x64):
+def test_low_rank_fit_is_an_optimum_of_the_family(x64):
     """Four common directions, two columns for them: SciPy, started at the fit, finds nothing 0.01 nats better."""
     m, s, w = member(16, WIDE, 4)
     w = np.linalg.qr(w)[0] * np.array([10.0, 6.0, 3.0, 2.0])
@@ -218,7 +218,7 @@ def sizes(jaxpr: Any) -> Any:
                 yield from sizes(body)
 
 
-def test_batches_are_probed_together(dtype):
+def test_batched_low_rank_fit_reaches_every_rows_posterior(dtype):
     """Two latents a row, 100 rows: every row's posterior is a member of the family."""
     x = np.random.default_rng(12).normal(size=100) * 3
 
@@ -238,7 +238,7 @@ def test_batches_are_probed_together(dtype):
     assert sum(nats) < 0.01
 
 
-def test_permuting_the_latents_permutes_the_answer():
+def test_permuting_the_latents_permutes_the_fit():
     m, s, w = member(13, WIDE, 2, 1.5)
     order = np.random.default_rng(14).permutation(WIDE)
     answers = []
@@ -251,7 +251,7 @@ def test_permuting_the_latents_permutes_the_answer():
 
 
 @pytest.mark.parametrize("d", [WIDE, NARROW])
-def test_a_limit_in_nats_is_kept_by_the_guide(d, x64):
+def test_max_kl_bounds_every_low_rank_step(d, x64):
     m, s, w = member(15, d, 2)
     guide = AutoLowRankMultivariateNormal(target(m, s, w), rank=2)
     svi, states = fit(target(m, s, w), guide, 6, max_kl=0.5)
@@ -261,7 +261,7 @@ def test_a_limit_in_nats_is_kept_by_the_guide(d, x64):
     assert min(moved) > 0.45
 
 
-def test_a_failure_leaves_the_state_and_is_counted():
+def test_skipped_low_rank_step_keeps_parameters_and_is_counted():
     def model(bad: Any) -> None:
         z = numpyro.sample("z", dist.Normal(0, 1).expand([WIDE]).to_event(1))
         numpyro.factor("f", jnp.where(bad, jnp.nan, 0.0) * z.sum())

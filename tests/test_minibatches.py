@@ -46,7 +46,7 @@ def normal_posterior(y: np.ndarray) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
-def test_a_step_of_length_one_is_exact_for_a_minibatch_of_any_size(guide, x64):
+def test_full_step_on_a_minibatch_is_exact_for_its_replicated_data(guide, x64):
     svi = SVI(located, guide(located), NaturalGradient(1.0, max_kl=None), Trace_ELBO(2))
     state, update = svi.init(random.key(0), jnp.asarray(Y[:10])), jax.jit(svi.update)
     for batch in (Y[:10], Y[10:20], Y[20:70]):
@@ -57,7 +57,7 @@ def test_a_step_of_length_one_is_exact_for_a_minibatch_of_any_size(guide, x64):
 
 
 @pytest.mark.parametrize("weight", [20.0, np.float32(20.0), jnp.array(20.0), "argument"], ids=str)
-def test_a_weight_of_any_kind_makes_a_minibatch(weight):
+def test_scaled_likelihood_is_treated_as_a_minibatch(weight):
     """Draws of a batch are not remembered as those of all the data are, whoever computed how many rows it stands for."""
 
     def model(y: Any, scale: Any) -> None:
@@ -72,7 +72,7 @@ def test_a_weight_of_any_kind_makes_a_minibatch(weight):
     assert "regression" not in report
 
 
-def test_a_conjugate_step_is_exact_for_a_minibatch(x64):
+def test_conjugate_step_on_a_minibatch_is_exact_for_its_replicated_data(x64):
     y = np.random.default_rng(1).poisson(3.0, 30)
     svi = SVI(counted, gamma, NaturalGradient(1.0, max_kl=None), Trace_ELBO(4))
     state = svi.init(random.key(0), jnp.asarray(y[:10]))
@@ -83,7 +83,7 @@ def test_a_conjugate_step_is_exact_for_a_minibatch(x64):
         np.testing.assert_allclose(params["b"], 1 + N, rtol=1e-8)
 
 
-def test_one_percent_of_the_data_has_the_fixed_point_of_all():
+def test_minibatches_of_one_percent_reach_the_fixed_point_of_all_data():
     """After T steps of B rows the mean's error is that of N/(BT) of its variance; 4 standard errors are allowed."""
     svi = SVI(located, AutoNormal(located), NaturalGradient(), Trace_ELBO(4))
     batches = jnp.asarray(Y, jnp.float32)[random.randint(random.key(1), (1000, 10), 0, N)]
@@ -129,13 +129,13 @@ def fitted() -> list[dict[str, np.ndarray]]:
     return [*jax.tree.map(np.asarray, walk), jax.tree.map(np.asarray, svi.get_params(state))]
 
 
-def test_only_the_gathered_rows_move():
+def test_only_gathered_rows_change():
     for before, after in zip(fitted()[:5], fitted()[1:6], strict=True):
         for name in ("theta_auto_loc", "theta_auto_scale"):
             assert 1 <= np.sum(before[name] != after[name]) <= PARTICLES * BATCH  # every particle has rows of its own
 
 
-def test_local_latents_find_the_mean_field_of_all_rows():
+def test_local_latents_reach_the_mean_field_of_all_rows():
     """Locals: the exact mean field's means and scales; the global mean: to a posterior sd, of N/(BT) of its noise."""
     params = fitted()[-1]
     precision = np.diag(np.r_[1 / 100 + ROWS, np.full(ROWS, 5.0)])

@@ -159,20 +159,20 @@ estimators = pytest.mark.parametrize("estimator", ESTIMATORS)
 
 
 @forms
-def test_the_fisher_takes_the_velocity_back_to_the_gradient(form, cell):
+def test_fisher_matrix_times_velocity_is_the_gradient(form, cell):
     p, (_, precision) = probe(*cell), cell
     assert p.velocity[form].dtype == precision
     assert_close(exact().fisher[form] @ p.velocity[form], -gradient(form, *cell), root_eps(precision))
 
 
-def test_the_norm_is_that_of_numpyros_kl(dtype):
+def test_squared_norm_of_a_step_equals_the_hessian_form_of_kl(dtype):
     p = probe("first_order", dtype)
     slopes = {form: gradient(form, "first_order", dtype) for form in FORMS}
     squares = [g @ np.linalg.solve(exact().fisher[form], g) for form, g in slopes.items()]
     assert_close(p.norm**2, sum(squares), root_eps(dtype))
 
 
-def test_the_norm_of_second_order_is_that_of_the_full_gaussian(x64):
+def test_second_order_norm_is_that_of_the_full_gaussian(x64):
     """Smaller families are lifted: with p = N(μ, P⁻¹), ‖v‖² = ∇_mᵀ Σ ∇_m + ½ tr((ΣP − I)²)."""
     expected = 0.0
     for form in FORMS.values():
@@ -185,7 +185,7 @@ def test_the_norm_of_second_order_is_that_of_the_full_gaussian(x64):
 
 @forms
 @estimators
-def test_natural_and_additive_moves_agree_to_second_order(form, estimator, x64):
+def test_natural_and_additive_steps_agree_to_second_order(form, estimator, x64):
     """φ(ρ) = φ − ρF⁻¹∇L + O(ρ²): the difference falls by 100 where ρ falls by 10."""
     p = probe(estimator, "float64")
     velocity = -np.linalg.solve(exact().fisher[form], gradient(form, estimator, "float64"))
@@ -202,7 +202,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_the_step_does_not_know_how_the_scale_is_written(group, x64):
+def test_step_is_invariant_to_the_parameterisation_of_the_scale(group, x64):
     """Mean and covariance after a step without noise are those of every other form, however its parameters bend."""
 
     def reached(name):

@@ -98,7 +98,7 @@ def fitted(
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_an_amortised_guide_is_moved_by_the_fisher_pulled_back_through_its_network(name):
+def test_amortised_guide_approaches_every_rows_posterior(name):
     """A batch of an eighth of the rows a step. Means to less than a posterior sd in 100 steps, however it is written."""
     loc, scale, svi, state = fitted(ENCODERS[name], NaturalGradient(), 100)
     assert loc < 1
@@ -108,14 +108,14 @@ def test_an_amortised_guide_is_moved_by_the_fisher_pulled_back_through_its_netwo
     )
 
 
-def test_it_comes_nearer_to_every_rows_posterior_than_adam_at_its_best_rate():
+def test_amortised_guide_is_nearer_to_every_posterior_than_with_adam():
     loc, scale, *_ = fitted(plain, NaturalGradient(), 200)
     adams = [fitted(plain, Adam(rate), 200)[:2] for rate in (0.03, 0.01, 0.003)]
     assert loc < min(theirs for theirs, _ in adams)
     assert scale < min(theirs for _, theirs in adams)
 
 
-def test_all_rows_are_a_batch_too():
+def test_amortised_guide_is_fitted_on_all_rows():
     assert fitted(plain, NaturalGradient(), 100, ROWS)[0] < 0.4
 
 
@@ -137,7 +137,7 @@ def shortfall(center: float, noise: float) -> float:
     return log_likelihood(SEEN.mean(), SEEN.var()) - log_likelihood(center, 1 + noise**2)
 
 
-def test_parameters_of_the_model_go_to_the_maximum_of_the_marginal_likelihood(dtype):
+def test_model_parameters_reach_the_maximum_marginal_likelihood(dtype):
     """The guide is exact, so that the bound's maximum is the likelihood's. It starts a hundred nats below."""
     svi = SVI(random_effects, AutoNormal(random_effects), NaturalGradient(), Trace_ELBO(8))
     result = svi.run(random.key(0), 150, jnp.asarray(SEEN, dtype), progress_bar=False)
@@ -146,7 +146,7 @@ def test_parameters_of_the_model_go_to_the_maximum_of_the_marginal_likelihood(dt
     assert "Fisher of the likelihood" in svi.optim.report(svi, result.state, jnp.asarray(SEEN, dtype))
 
 
-def test_what_moves_draws_on_their_way_is_no_parameter_of_the_model():
+def test_annealing_parameters_of_dais_stay_with_the_fallback_optimizer():
     """The chain of an annealed guide computes the model's latents from its own parameters, and keeps its optimizer."""
 
     def model() -> None:
@@ -163,7 +163,7 @@ def test_what_moves_draws_on_their_way_is_no_parameter_of_the_model():
 # --- conjugate gradients ---
 
 
-def test_as_many_products_as_dimensions_solve(dtype, monkeypatch):
+def test_conjugate_gradients_solve_in_as_many_products_as_dimensions(dtype, monkeypatch):
     matrix, slope = spd(3, 8, low=1.0, high=10.0), np.linspace(-1, 1, 8)
     monkeypatch.setattr(network, "CG_STEPS", 8)
     found, left = network.conjugate(lambda v: jnp.asarray(matrix, dtype) @ v, jnp.asarray(slope, dtype))
@@ -171,7 +171,7 @@ def test_as_many_products_as_dimensions_solve(dtype, monkeypatch):
     np.testing.assert_allclose(left, 0, atol=10 * root_eps(dtype))
 
 
-def test_nothing_to_solve_is_no_failure(dtype):
+def test_conjugate_gradients_of_zero_are_zero(dtype):
     zero = jnp.zeros(5, dtype)
     assert (network.conjugate(lambda v: 0 * v, zero)[0] == 0).all()
 
@@ -179,7 +179,7 @@ def test_nothing_to_solve_is_no_failure(dtype):
 # --- both at once ---
 
 
-def test_the_example_needs_less_than_half_of_adams_steps():
+def test_vae_example_needs_a_quarter_of_adams_steps():
     """On a third of the digits, in an eighth of the steps: 60 natural ones against 240 of Adam at the best of its rates."""
     data = vae.Digits(*(images[:512] for images in vae.digits()))
     ours = vae.natural(data, 60, every=60)

@@ -113,13 +113,13 @@ def limited(name: str) -> Walk:
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_no_step_moves_the_guide_further_than_max_kl(name, x64):
+def test_no_step_has_more_kl_than_max_kl(name, x64):
     case, (params, _) = LIMITS[name], limited(name)
     assert nats(case.guide, params).max() <= case.max_kl * (1 + case.excess)
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_a_limited_step_uses_what_it_is_given(name, x64):
+def test_limited_step_uses_max_kl_in_full(name, x64):
     """To the 1 % of the bisection in ρ: 2 % where KL is quadratic, a few more where a growing variance makes it steeper."""
     case, (params, info) = LIMITS[name], limited(name)
     moved = nats(case.guide, params)
@@ -129,7 +129,7 @@ def test_a_limited_step_uses_what_it_is_given(name, x64):
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_the_kl_reported_is_that_moved(name, x64):
+def test_reported_kl_is_that_of_the_step(name, x64):
     case, (params, info) = LIMITS[name], limited(name)
     np.testing.assert_allclose(
         info.kl, nats(case.guide, params), rtol=max(root_eps("float64"), case.excess), atol=1e-12
@@ -143,7 +143,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_step_is_as_long_as_the_rule_says(rule, x64):
+def test_fixed_step_size_is_used_as_given(rule, x64):
     """ρ is reported, and it is the share of the way in the precision: S ← (1−ρ) S + ρ H on a Gaussian target."""
     given, expected = RULES[rule]
     params, info = walk(gaussian, full, NaturalGradient(given, max_kl=None))
@@ -161,7 +161,7 @@ def test_the_step_is_as_long_as_the_rule_says(rule, x64):
     ("estimator", "particles", "whole"),
     [(None, 4, 1.0), ("second_order", 4, 1.0), ("second_order", 3, 3 / (3 + 2)), ("second_order", 2, 2 / (2 + 2))],
 )
-def test_the_default_rule_stays_between_none_and_the_whole_way(x64, estimator, particles, whole):
+def test_default_step_size_stays_between_zero_and_one(x64, estimator, particles, whole):
     """The whole way is that to the fit of a regression, or to what two pairs' Hessians say; S/(S + 2) of it for one."""
     params, info = walk(gaussian, full, NaturalGradient(estimator=estimator), Trace_ELBO(num_particles=particles))
     assert (info.step_size[~info.skipped] > 0).all()
@@ -172,7 +172,7 @@ def test_the_default_rule_stays_between_none_and_the_whole_way(x64, estimator, p
     assert_close(factor @ factor.T, np.linalg.inv(PRECISION), 1e-3)
 
 
-def test_a_loss_that_is_no_elbo_is_announced_and_fitted_by_the_metric_alone(x64):
+def test_warns_and_uses_first_order_when_the_loss_is_no_elbo(x64):
     with pytest.warns(UserWarning, match="not affine"):
         _, info = walk(gaussian, full, NaturalGradient(), RenyiELBO(alpha=0.5, num_particles=8))
     assert not info.skipped.all()
@@ -204,7 +204,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_an_error_quotes_what_was_typed(name):
+def test_option_errors_quote_the_argument(name):
     error, options, typed = BAD[name]
     with pytest.raises(error) as caught:
         NaturalGradient(**options)
@@ -216,21 +216,21 @@ def test_an_error_quotes_what_was_typed(name):
 @pytest.mark.parametrize(
     "x", [1, 0.5, np.float32(0.5), jnp.asarray(0.5), optax.constant_schedule(0.1), None], ids=lambda x: type(x).__name__
 )
-def test_numbers_of_any_kind_are_numbers(x):
+def test_numpy_and_jax_scalars_are_accepted_as_numbers(x):
     NaturalGradient(x)
 
 
-def test_all_but_the_step_size_are_asked_for_by_name():
+def test_options_but_the_step_size_are_keyword_only():
     with pytest.raises(TypeError):
         NaturalGradient(0.1, 0.5)
 
 
-def test_nothing_to_fit_is_refused():
+def test_model_without_parameters_is_refused():
     with pytest.raises(ValueError, match=r"numpyro\.param"):
         SVI(gaussian, lambda: None, NaturalGradient(), Trace_ELBO()).optim.init({})
 
 
-def test_a_gradient_alone_is_refused():
+def test_update_by_gradient_alone_is_refused():
     optimizer = NaturalGradient()
     state = optimizer.init({"x": jnp.zeros(2)})
     with pytest.raises(TypeError, match="eval_and_update"):
@@ -253,7 +253,7 @@ def test_half_precision_is_refused_by_name(dtype, start):
         start(SVI(gaussian, guide, NaturalGradient(), Trace_ELBO()))
 
 
-def test_a_report_needs_an_initialised_svi():
+def test_report_of_an_uninitialised_svi_raises():
     svi = SVI(gaussian, full, NaturalGradient(), Trace_ELBO())
     with pytest.raises(ValueError, match="svi.init"):
         svi.optim.report(svi, SVIState(None, None, random.key(0)))

@@ -63,7 +63,7 @@ def small(tmp_path):
     return root.parent
 
 
-def test_data_are_arguments(small):
+def test_posteriordb_data_become_model_arguments(small):
     dogs = checkout.arguments(small, "dogs-dogs")
     assert dogs["avoided"].tolist() == [[0, 1, 2, 2], [0, 0, 1, 1]]
     assert dogs["shocked"].tolist() == [[0, 0, 0, 1], [0, 1, 1, 2]]
@@ -76,7 +76,7 @@ def test_published_draws_join_chains(small):
     assert checkout.published(small, "dogs-dogs") is None
 
 
-def test_what_is_missing_is_named(small, tmp_path):
+def test_missing_posteriordb_files_are_named(small, tmp_path):
     with pytest.raises(FileNotFoundError, match="checkout of posteriordb that has .*diamonds"):
         checkout.arguments(small, "diamonds-diamonds")
     with pytest.raises(KeyError, match="part of one of"):
@@ -111,7 +111,7 @@ def schools(data, z):
 
 
 @pytest.mark.parametrize(("name", "oracle"), [("kidiq", kidiq), ("garch", garch), ("eight", schools)])
-def test_density_is_stans(name, oracle, small, x64):
+def test_model_density_equals_stans(name, oracle, small, x64):
     """Up to a constant, which Stan drops of a flat prior and NumPyro keeps."""
     name = named(name)
     posterior = target(MODELS[name].function, checkout.arguments(small, name))
@@ -129,7 +129,7 @@ def model(y):
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_gaussian_is_the_guides(name, x64):
+def test_gaussian_of_a_benchmark_guide_equals_numpyros(name, x64):
     """Median and spread, in the model's own space, are those that NumPyro draws of the guide."""
     posterior, z = target(model, {"y": 0.3}), starts(model, {"y": 0.3}, 2)[1]
     guide = GUIDES[name].make(model)
@@ -253,7 +253,7 @@ def rows(mine, adam, rival=40.0):
         (np.inf, np.inf, {"gradient": False, "steps": False}),
     ],
 )
-def test_demands(mine, adam, met):
+def test_demands_compare_iterations_with_adam(mine, adam, met):
     """A method that never arrives cannot win, and loses nothing to one that does not either."""
     found = rows(mine, adam)
     for word, expected in met.items():
@@ -262,7 +262,7 @@ def test_demands(mine, adam, met):
         assert all(c.met for c in hits) == expected, hits
 
 
-def test_second_run_does_nothing(small, tmp_path, monkeypatch):
+def test_second_benchmark_run_keeps_existing_results(small, tmp_path, monkeypatch):
     """The first measures and stores; the next finds it; more seeds are another matter."""
     plan = run.Plan(small, tmp_path / "results", seeds=1, draws=20, steps=(4, 4))
     job = run.Job(SCHOOLS, "AutoNormal", "float32", ("natural_gradient",))
@@ -286,19 +286,19 @@ def test_second_run_does_nothing(small, tmp_path, monkeypatch):
         assert ends["loc"].shape == ends["factor"].shape == (1, 5)
 
 
-def test_a_job_that_breaks_is_told(small, tmp_path, monkeypatch):
+def test_failed_benchmark_job_is_reported(small, tmp_path, monkeypatch):
     job = run.Job(SCHOOLS, "AutoNormal", "float32", ("natural_gradient",))
     monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
     assert run.run(run.Plan(small, tmp_path / "none"), [job]) == [job]
 
 
-def test_every_ingredient_that_is_removed_is_there():
+def test_every_ablated_ingredient_exists():
     changed = [constant for how in ablation.ABLATIONS.values() for constant in how.constants]
     assert changed
     assert all(hasattr(module, name) for module, name, _ in changed)
 
 
-def test_seconds_of_compilation_are_those_that_were_timed_side_by_side(tmp_path):
+def test_compile_seconds_are_those_timed_side_by_side(tmp_path):
     """Adam's as ``SVI.run`` compiles, ours as ``fit`` does; those of other places stay as they were run."""
     timed = [["m", "AutoNormal", *way, seconds, 0.01] for way, seconds in zip(WAYS, (1.0, 2.0, 3.0, 4.0), strict=True)]
     (tmp_path / results.COMPILING).write_text(json.dumps(timed))

@@ -111,7 +111,7 @@ def finite(tree: Any) -> bool:
 
 
 @pytest.mark.parametrize(("fit", "kind"), CELLS)
-def test_a_bad_step_is_skipped_and_the_next_good_one_goes_on(fit, kind):
+def test_nonfinite_step_is_skipped_and_the_next_one_is_taken(fit, kind):
     svi, update, state = started(fit)
     before = state.optim_state[1]
     assert finite(before)
@@ -134,7 +134,7 @@ def test_a_bad_step_is_skipped_and_the_next_good_one_goes_on(fit, kind):
 @pytest.mark.parametrize(
     ("guide", "limit"), [(full, 128), (full, 1), (low_rank, 1)], ids=["dense", "probes", "low rank"]
 )
-def test_curvature_that_stays_no_number_is_done_without(guide, limit, monkeypatch):
+def test_falls_back_to_the_gradient_when_the_hessian_stays_nan(guide, limit, monkeypatch):
     """Skipped once; then along the slope, the covariance as it is."""
     monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=limit))
     svi = SVI(model, guide, NaturalGradient(), Trace_ELBO(num_particles=2))
@@ -161,7 +161,7 @@ def covariance(params: dict[str, Any]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("fit", FITS)
-def test_many_bad_steps_in_a_row_are_many_counts(fit):
+def test_consecutive_skipped_steps_are_counted(fit):
     svi, update, state = started(fit)
     params, total = state.optim_state[1].params, int(svi.optim.info(state).skipped_total)
     for kind in range(4):
@@ -177,7 +177,7 @@ def test_many_bad_steps_in_a_row_are_many_counts(fit):
 
 
 @pytest.mark.parametrize("fit", FITS)
-def test_a_start_that_is_no_number_moves_nothing(fit):
+def test_nan_start_changes_no_parameter(fit):
     """Nor does anything hang (an eigensolver would) or raise."""
     svi, update, state = started(fit)
     good = state.optim_state[1].params
@@ -198,7 +198,7 @@ def run(model: Any, guide: Any, steps: int, **options: Any) -> tuple[dict[str, n
     return jax.tree.map(np.asarray, result.params), np.asarray(result.losses), svi.optim.info(result.state)
 
 
-def test_draws_beyond_an_edge_are_survived():
+def test_draws_outside_of_the_support_are_survived():
     """A likelihood of −∞ above 1: a draw beyond makes the loss infinite, and only those steps are skipped."""
 
     def edge():
@@ -220,7 +220,7 @@ SCALES = np.geomspace(1e-6, 1e6, 5)
 
 
 @pytest.mark.parametrize("family", ["full", "independent"])
-def test_scales_from_a_millionth_to_a_million_in_single_precision(family):
+def test_scales_from_1e_minus_6_to_1e6_are_fitted_in_float32(family):
     """Twelve orders of magnitude in one Gaussian posterior, correlated, three standard deviations off the start."""
     correlation = spd(2, 5, low=0.5, high=2.0)
     precision = np.linalg.inv(correlation) / np.outer(SCALES, SCALES)
@@ -248,7 +248,7 @@ def test_scales_from_a_millionth_to_a_million_in_single_precision(family):
     assert kl((params["loc"] / SCALES, factor @ factor.T), (np.full(5, 3.0), nearest)) < 0.01
 
 
-def test_a_far_start_is_left():
+def test_start_with_a_loss_of_1e5_nats_reaches_the_optimum():
     """Poisson counts by a log-rate that starts at 12: a loss of 1e5 nats. The optimum's oracle is SciPy on the ELBO."""
     y, prior = 3.0, 10.0
 
@@ -270,7 +270,7 @@ def test_a_far_start_is_left():
     assert losses[0] > 1e5
 
 
-def test_ten_million_nats_are_left_behind_in_forty_steps():
+def test_unscaled_regression_reaches_least_squares_in_forty_steps():
     """A regression as it comes, flat priors, covariates unscaled: natural gradients change a thousandfold on the way.
 
     The posterior's mean is least squares, and its covariance nearly σ̂²(XᵀX)⁻¹, by NumPy in double precision.
@@ -296,7 +296,7 @@ def test_ten_million_nats_are_left_behind_in_forty_steps():
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
-def test_a_loss_beyond_all_squares_is_left_behind(guide):
+def test_loss_whose_square_overflows_is_reduced(guide):
     """Rates of e^60, in single precision: 1e26 nats, whose squares are none."""
 
     def counts() -> None:
@@ -312,7 +312,7 @@ def test_a_loss_beyond_all_squares_is_left_behind(guide):
     assert result.losses[-1] < 1e-2 * result.losses[0]
 
 
-def test_a_loss_is_scaled_as_a_whole_and_only_beyond_all_bounds():
+def test_loss_is_rescaled_as_a_whole_only_beyond_the_bound():
     def loss_info(loss: float) -> LossInfo:
         gradient = {"a": jnp.array([1.0, 2.0])}
         means = {"detached": jnp.array([5.0]), "per particle": jnp.array([[[3.0]], [[4.0]]])}

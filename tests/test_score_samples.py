@@ -45,7 +45,7 @@ def banana() -> None:
 # A flow's score.
 
 
-def test_the_score_at_a_flows_own_draw_is_that_of_its_inverse(x64):
+def test_score_at_a_flows_own_draw_equals_that_by_its_inverse(x64):
     guide = AutoIAFNormal(banana, num_flows=1)
     params = SVI(banana, guide, NaturalGradient(), Trace_ELBO()).init(random.key(0)).optim_state[1].params
     value, noted = flow(guide, params).sample_with_intermediates(random.key(1), (4,))
@@ -84,7 +84,7 @@ def gaussian_model() -> None:
 
 
 @pytest.mark.parametrize(("particles", "batched"), [(1, True), (5, True), (5, False)])
-def test_scores_of_fresh_draws_are_unbiased_for_the_fisher(particles, batched):
+def test_score_samples_are_unbiased_for_the_fisher(particles, batched):
     """In the unconstrained (loc, log σ) the Fisher is 3 diag(1/σ², 2): three copies, of every particle's own draw."""
     loss = Trace_ELBO(particles, vectorize_particles=batched)
     at, params = tapped(gaussian_model, gaussian_guide, loss)
@@ -103,7 +103,7 @@ def test_scores_of_fresh_draws_are_unbiased_for_the_fisher(particles, batched):
 
 
 @pytest.mark.parametrize("particles", [1, 5, 100])
-def test_the_draws_of_the_fisher_do_not_depend_on_the_particles(particles):
+def test_number_of_score_samples_does_not_depend_on_particles(particles):
     at, params = tapped(gaussian_model, gaussian_guide, Trace_ELBO(particles))
     family = ScoreFisher(
         tuple(params), (("z", "Normal", FisherEstimate.MONTE_CARLO),), {p: x.size for p, x in params.items()}, 1, False
@@ -116,7 +116,7 @@ def test_the_draws_of_the_fisher_do_not_depend_on_the_particles(particles):
 
 
 @pytest.mark.parametrize(("p", "s"), [(7, 4), (4, 9)])
-def test_the_solve_in_the_space_of_draws_is_the_dense_one(p, s, dtype):
+def test_woodbury_solve_equals_the_dense_solve(p, s, dtype):
     u, g = random.normal(random.key(0), (p, s)), random.normal(random.key(1), (p,))
     dense = np.linalg.solve(np.asarray(u @ u.T) + 0.3 * np.eye(p), np.asarray(g))
     assert_close(solve(u, jnp.array(0.3), g), dense.astype(u.dtype), root_eps(u.dtype))
@@ -176,7 +176,7 @@ def mixture():
     return at(random.key(0)), params, joint_fisher(params, np.asarray(jacobian))
 
 
-def test_an_enumerated_mixture_has_the_expectation_conditional_fisher(mixture):
+def test_enumerated_mixture_has_the_fisher_of_the_joint(mixture):
     fn, params, expected = mixture
     flat, unravel = ravel_pytree(params)
 
@@ -188,7 +188,7 @@ def test_an_enumerated_mixture_has_the_expectation_conditional_fisher(mixture):
 
 
 @pytest.mark.parametrize("guide", [marginal_guide, general_guide])
-def test_the_fisher_of_a_marginal_mixture_is_at_most_that_of_the_joint(mixture, guide):
+def test_fisher_of_a_marginal_mixture_is_at_most_that_of_the_joint(mixture, guide):
     """Against numerical integration; what is forgotten with the assignment is positive semi-definite."""
     _, params, joint = mixture
     at, _ = tapped(mixture_model, guide, TraceGraph_ELBO(num_particles=8))
@@ -240,7 +240,7 @@ GUIDES = {
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_guides_without_a_closed_form_come_down(name):
+def test_fit_of_guides_without_closed_form_reduces_the_loss(name):
     make, route, gap = GUIDES[name]
     state, losses, report = fitted(banana, make(banana), 60, Trace_ELBO(8))
     assert route in report
@@ -287,7 +287,7 @@ ANNEALED = {
 
 
 @pytest.mark.parametrize("name", ANNEALED)
-def test_the_start_of_an_annealed_guide_moves_by_its_fisher(name):
+def test_base_of_an_annealed_guide_uses_the_hessian_of_kl(name):
     """And the bound comes to within a nat and a half of the evidence, a normal density."""
     model, make, cov = ANNEALED[name]
     _, losses, report = fitted(model, make(model), 40, Trace_ELBO(8))
@@ -297,7 +297,7 @@ def test_the_start_of_an_annealed_guide_moves_by_its_fisher(name):
 
 
 @pytest.mark.parametrize("guide", [marginal_guide, general_guide])
-def test_a_mixture_is_found(guide):
+def test_mixture_guide_reaches_the_mixture(guide):
     with pytest.warns(UserWarning, match="no ELBO"):
         _, losses, report = fitted(mixture_model, guide, 60, TraceGraph_ELBO(num_particles=32))
     assert report.count("scores of 64 draws") == 3

@@ -39,7 +39,7 @@ def _sums(key, z, gradients, loc, factor):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_quadratic_is_fitted_exactly_by_few_draws(x64, seed):
+def test_regression_is_exact_for_a_quadratic(x64, seed):
     key = random.key(seed)
     loc, factor = _frame(key)
     hessian, slope = _symmetric(random.fold_in(key, 2)), random.normal(random.fold_in(key, 3), (D,))
@@ -52,7 +52,7 @@ def test_a_quadratic_is_fitted_exactly_by_few_draws(x64, seed):
     np.testing.assert_allclose(found, factor.T @ slope, atol=1e-6)
 
 
-def test_a_gradient_that_is_no_number_shows_in_the_slope():
+def test_nan_gradient_makes_the_regression_nan():
     """And meets no eigensolver, which would be kept busy by it."""
     loc, factor = _frame(random.key(0))
     sums, _ = _sums(random.key(0), jnp.ones((DRAWS, D)), jnp.ones((DRAWS, D)).at[0, 0].set(jnp.nan), loc, factor)
@@ -61,7 +61,7 @@ def test_a_gradient_that_is_no_number_shows_in_the_slope():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_sums_are_moved_exactly_to_another_frame(x64, seed):
+def test_regression_sums_change_frame_exactly(x64, seed):
     key = random.key(seed)
     (loc, factor), (far, wide) = _frame(key), _frame(random.fold_in(key, 7))
     z = loc + random.normal(random.fold_in(key, 4), (DRAWS, D)) @ factor.T
@@ -80,14 +80,14 @@ def test_sums_are_moved_exactly_to_another_frame(x64, seed):
     np.testing.assert_allclose(moved.cross, share * (weight * g).T @ u, rtol=1e-9, atol=1e-9)
 
 
-def test_draws_of_the_same_gaussian_are_worth_as_much_as_before(x64):
+def test_earlier_draws_of_the_same_gaussian_keep_their_weight(x64):
     loc, factor = _frame(random.key(0))
     z = loc + random.normal(random.key(1), (4000, D)) @ factor.T
     sums, _ = _sums(random.key(2), z, (z - loc) @ _symmetric(random.key(3)), loc, factor)
     np.testing.assert_allclose(stein_regression.moved(sums, loc, factor).weight, sums.weight)
 
 
-def test_the_curvature_is_stein_s_expectation(x64):
+def test_regression_slope_is_steins_expectation(x64):
     """f = Σ log cosh(a z): E[∇²f] = Σ a aᵀ E[1 − tanh²(a z)], by quadrature along each a."""
     rows = 0.2 * random.normal(random.key(0), (6, D))
     loc, factor = _frame(random.key(1))
@@ -118,7 +118,7 @@ def _fitted(loss, model=_model, guide=AutoNormal, **options):
     return svi.optim.report(svi, svi.init(random.key(0), y), y)
 
 
-def test_every_particle_shows_its_draw_and_its_gradient(x64):
+def test_every_particle_has_its_draw_and_its_gradient(x64):
     """Against the gradient of the model's own log density at the draws that the loss shows."""
     y, n = jnp.array([0.5, -1.0, 2.0]), 4
     guide = AutoNormal(_model)
@@ -160,11 +160,11 @@ def _subsampled(y):
         (False, Trace_ELBO(8), {"step_size": 0.5}),
     ],
 )
-def test_gradients_are_regressed_where_particles_can_be_told_apart(taken, loss, changes):
+def test_regression_is_used_only_for_separable_particles(taken, loss, changes):
     assert ("regression of gradients" in _fitted(loss, **changes)) is taken
 
 
-def test_fits_in_a_batch_are_those_by_themselves(x64):
+def test_batched_regression_equals_a_loop(x64):
     """Particles are told apart inside of a batch of fits too."""
     y = jnp.array([0.5, -1.0, 2.0])
     svi = SVI(_model, AutoMultivariateNormal(_model), NaturalGradient(), Trace_ELBO(4))
@@ -180,7 +180,7 @@ def test_fits_in_a_batch_are_those_by_themselves(x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-8), together, alone)
 
 
-def test_remembered_draws_grow_as_the_root_of_the_steps(dtype):
+def test_number_of_remembered_draws_grows_as_root_steps(dtype):
     """d + 1 of them count in full; then n² = 2 (d + 1) S t, to the tenth that its discrete steps differ by."""
     d, new = 4, 8
     sums, grown = stein_regression.nothing(d, jnp.zeros(()).dtype), []
@@ -192,7 +192,7 @@ def test_remembered_draws_grow_as_the_root_of_the_steps(dtype):
     np.testing.assert_allclose(grown[-1] ** 2, 2 * (d + 1) * new * 400, rtol=0.1)
 
 
-def test_a_bent_valley_is_followed_to_its_end():
+def test_curved_valley_is_followed_to_its_optimum():
     """Counts in groups, whose scale has to come down where the loss is flatter than the Fisher: within a nat of Hessian steps.
 
     (By draws that count for ever two and a half are left.)

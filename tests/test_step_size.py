@@ -24,7 +24,7 @@ CONSTANTS = RuleConstants()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_kl_moved_is_the_radius(name, dtype):
+def test_longest_step_has_the_kl_of_the_radius(name, dtype):
     """To the 1 % of the bisection in ρ: KL is at least linear and, where it is quadratic, 2 % wide."""
     tangent = CASES[name]().tangent
 
@@ -38,7 +38,7 @@ def test_the_kl_moved_is_the_radius(name, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_wide_radius_leaves_the_rule_alone(name, dtype):
+def test_wide_radius_does_not_shorten_the_step(name, dtype):
     tangent = CASES[name]().tangent
     nats = lambda rho: gaussian.forward_kl(tangent, rho, MARGIN)
     for radius in (1e9, jnp.inf):
@@ -46,7 +46,7 @@ def test_a_wide_radius_leaves_the_rule_alone(name, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_quadratic_rule_misses_the_radius_by_its_power_three_halves(name, x64):
+def test_quadratic_step_misses_the_radius_by_its_power_three_halves(name, x64):
     """ρ = √(2δ/‖v‖²) moves δ + O(δ^1.5) nats: the error falls by 10^1.5 where δ falls by 10."""
     tangent = CASES[name]().tangent
     radii = np.array([1e-6, 1e-7, 1e-8])
@@ -55,7 +55,7 @@ def test_the_quadratic_rule_misses_the_radius_by_its_power_three_halves(name, x6
     np.testing.assert_allclose(np.log10(np.array(error[:-1]) / error[1:]), 1.5, atol=0.02)
 
 
-def test_an_infinite_kl_is_shortened_to_something_finite(dtype):
+def test_step_with_infinite_kl_is_shortened_until_kl_is_finite(dtype):
     nats = lambda rho: jnp.where(rho > 1e-3, jnp.inf, rho)
     rho = trust_region.longest(nats, jnp.asarray(1.0), jnp.asarray(1.0))
     assert 0.98e-3 <= rho <= 1e-3
@@ -80,14 +80,14 @@ def watch(samples):
     return jax.lax.scan(step, start, samples)[1]
 
 
-def test_the_share_of_pure_noise_falls_like_a_running_mean(dtype):
+def test_signal_fraction_of_pure_noise_falls_as_one_over_steps(dtype):
     """sₜ·t = O(1), which is what makes the iterate an average of all steps (Robbins & Monro)."""
     signal, _ = watch(jax.random.normal(jax.random.key(0), (1000, 20)))
     product = np.asarray(signal) * np.arange(1, 1001)
     assert 0.3 <= np.median(product[500:]) <= 3.0
 
 
-def test_the_share_of_pure_signal_is_one(dtype):
+def test_signal_fraction_of_a_constant_gradient_is_one(dtype):
     signal, noise = watch(jnp.tile(jnp.arange(1.0, 21.0), (50, 1)))
     np.testing.assert_allclose(signal, 1.0, rtol=np.sqrt(np.finfo(dtype).eps))
     assert noise.max() <= np.sqrt(np.finfo(dtype).eps) * np.sum(np.arange(1.0, 21.0) ** 2)
@@ -112,7 +112,7 @@ def chased(velocity, noise):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_an_optimum_that_moves_is_followed(noise, dtype):
+def test_drifting_optimum_is_followed(noise, dtype):
     """Drift is no noise: the lag stays within three steps of the optimum's own (a step of length ρ leaves 1/ρ of them)."""
     velocity = jnp.ones(10)
     signal, distance = jax.jit(chased)(velocity, noise)
@@ -120,7 +120,7 @@ def test_an_optimum_that_moves_is_followed(noise, dtype):
     assert jnp.median(distance[100:]) < 3**2 * jnp.sum(velocity**2)
 
 
-def test_the_noise_is_the_variance_of_one_natural_gradient(dtype):
+def test_noise_estimates_the_variance_of_one_natural_gradient(dtype):
     """d standard normals have E‖n‖² = d, and a mean of t of them a relative standard error of √(2/(d t))."""
     d, steps = 50, 2000
     _, noise = watch(jax.random.normal(jax.random.key(0), (steps, d)))
@@ -128,7 +128,7 @@ def test_the_noise_is_the_variance_of_one_natural_gradient(dtype):
     assert abs(noise[-1] / d - 1) < 4 * np.sqrt(2 / (d * 100))
 
 
-def test_noise_follows_a_scale_that_falls(dtype):
+def test_noise_estimate_follows_a_decreasing_scale(dtype):
     """Twenty steps a thousand times longer are no noise of the forty after them, of which the long mean would keep 10⁵."""
     scale = jnp.where(jnp.arange(60) < 20, 1e3, 1.0)[:, None]
     _, noise = watch(scale * jax.random.normal(jax.random.key(2), (60, 20)))
@@ -136,7 +136,7 @@ def test_noise_follows_a_scale_that_falls(dtype):
     assert noise[-1] <= CONSTANTS.recent_factor * 20 * (1 + 4 * np.sqrt(2 / 60))
 
 
-def test_what_was_learned_is_forgotten_with_distance(dtype):
+def test_statistics_are_forgotten_with_distance(dtype):
     statistics = fresh(2)._replace(
         noise=jnp.array([1.0, 2.0]), window=jnp.array([50.0, 3.0]), stationary=jnp.array([9.0, 2.0])
     )
@@ -154,7 +154,7 @@ def test_what_was_learned_is_forgotten_with_distance(dtype):
         assert (farther.stationary <= nearer.stationary).all()
 
 
-def test_the_average_is_over_the_steps_that_noise_rules(dtype):
+def test_averaging_window_is_the_steps_dominated_by_noise(dtype):
     """Where ‖m‖² is what noise foresees every step counts; where it is travel, two at most."""
     still, travel = jnp.array([0.5]), jnp.array([1e4])
     statistics = fresh(1)
@@ -166,7 +166,7 @@ def test_the_average_is_over_the_steps_that_noise_rules(dtype):
     assert statistics.stationary[0] < 2
 
 
-def test_one_draw_from_a_heavy_tail_does_not_decide(dtype):
+def test_one_outlier_does_not_decide_the_noise_estimate(dtype):
     """A thousandfold outlier after 200 quiet steps leaves the noise within its bound (2² + 1 times what it was, and a good deal of chance)."""
     clean = jax.random.normal(jax.random.key(1), (201, 10))
     dirty = clean.at[200].multiply(1000.0)
@@ -175,7 +175,7 @@ def test_one_draw_from_a_heavy_tail_does_not_decide(dtype):
     assert after[-1] <= 10 * quiet[-2]
 
 
-def test_families_keep_a_pace_of_their_own(dtype):
+def test_blocks_keep_statistics_of_their_own(dtype):
     """Noise in one of them shortens its steps, and not those of one that is all signal."""
     statistics = fresh(2)
     observe = jax.jit(lambda statistics, norms: step_size.observe(statistics, norms, CONSTANTS))
@@ -191,7 +191,7 @@ def test_families_keep_a_pace_of_their_own(dtype):
 )
 @pytest.mark.parametrize("antithetic", [False, True])
 @pytest.mark.parametrize("particles", [1, 2, 8, 100])
-def test_the_rule_needs_no_choice_and_stays_below_one(particles, antithetic, threshold, dtype):
+def test_default_step_size_stays_below_one(particles, antithetic, threshold, dtype):
     signal, noise = jnp.meshgrid(jnp.array([1e-6, 0.1, 1.0]), jnp.array([0.0, 1e-3, 1.0, 1e6]))
     estimate = NoiseEstimate(jnp.ones(()), signal, noise, huber=jnp.ones(()), stationary=jnp.ones(()))
     scope = Scope(latents=1, blocks=1, particles=particles, exact=True, full_data=True, constants=CONSTANTS)
@@ -205,7 +205,7 @@ def test_the_rule_needs_no_choice_and_stays_below_one(particles, antithetic, thr
     assert (jnp.diff(rho, axis=0) <= 0).all()
 
 
-def test_newton_s_steps_stay_long_until_noise_alone_has_moved_them_for_a_while(dtype):
+def test_newton_steps_stay_long_until_noise_dominates_for_the_patience(dtype):
     """3/√N after N such steps, of 0.8 at most, in noise that is borne; the rest of the rule may lengthen them."""
 
     def rho(stationary: float, noise: float, signal: float = 1e-6, floor_noise: float = 2.0) -> jax.Array:
@@ -221,7 +221,7 @@ def test_newton_s_steps_stay_long_until_noise_alone_has_moved_them_for_a_while(d
 
 
 @pytest.mark.parametrize("directions", [6, 1000])
-def test_scatter_of_noise_is_no_travel(directions, dtype):
+def test_stationary_steps_are_not_taken_for_progress(directions, dtype):
     """Squares of ``directions`` independent normals about what is foreseen: the average goes on.
 
     A slope as large as the noise holds it at a dozen steps, one of three times the noise ends it.
@@ -239,7 +239,7 @@ def test_scatter_of_noise_is_no_travel(directions, dtype):
 
 
 @pytest.mark.parametrize("latents", [1, 10, 1000])
-def test_the_radius_grows_and_shrinks_fourfold_between_its_bounds(latents, dtype):
+def test_trust_region_radius_changes_fourfold_between_its_bounds(latents, dtype):
     start, floor = 10.0 * latents, trust_region.comparison_floor(latents, CONSTANTS)
 
     def resized(radius, kl, *, good, limited, grows):

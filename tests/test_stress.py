@@ -44,7 +44,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_defaults_arrive(name, dtype):
+def test_default_options_reach_the_optimum_of_stress_cases(name, dtype):
     row = ROWS[name]
     case = row.case()
     guide = GUIDES[row.guide](case.model, init_loc_fn=case.start)

@@ -51,7 +51,7 @@ def numbers(state: Any) -> Any:
     return state.optim_state
 
 
-def test_run_is_update_repeated():
+def test_run_equals_repeated_update():
     svi, _, _, states, losses = fitted()
     result = svi.run(random.key(0), STEPS, X, progress_bar=False)
     assert_close(result.losses, jnp.stack(losses), root_eps("float32"))
@@ -59,7 +59,7 @@ def test_run_is_update_repeated():
     assert_close(result.params, svi.get_params(states[-1]), root_eps("float32"))
 
 
-def test_the_progress_bar_and_a_resumed_run_change_nothing():
+def test_progress_bar_and_resumed_run_take_the_same_steps():
     """Half of the run with a bar, the other half from its state with ``stable_update``."""
     svi, _, _, states, losses = fitted()
     first = svi.run(random.key(0), STEPS // 2, X, progress_bar=True)
@@ -68,14 +68,14 @@ def test_the_progress_bar_and_a_resumed_run_change_nothing():
     assert_close(numbers(second.state), numbers(states[-1]), root_eps("float32"))
 
 
-def test_evaluate_is_the_loss_at_the_parameters_returned():
+def test_evaluate_is_the_loss_at_the_returned_parameters():
     svi, _, _, states, _ = fitted()
     state = states[-1]
     expected = svi.loss.loss(random.split(state.rng_key)[1], svi.get_params(state), svi.model, svi.guide, X)
     assert_close(svi.evaluate(state, X), expected, root_eps("float32"))
 
 
-def test_the_loss_returned_is_that_before_the_step():
+def test_returned_loss_is_that_before_the_step():
     """At the iterate, not at its average."""
     svi, _, _, states, losses = fitted()
     for state, loss in zip(states, losses, strict=False):
@@ -83,7 +83,7 @@ def test_the_loss_returned_is_that_before_the_step():
         assert_close(loss, svi.loss.loss(key, params, svi.model, svi.guide, X), root_eps("float32"))
 
 
-def test_a_map_over_seeds_is_a_loop():
+def test_vmap_over_seeds_equals_a_loop():
     svi, _, _, (_, *_, start), _ = fitted()
     keys = random.split(random.key(7), 3)
     # (From a state with a past: all that is remembered of a first step is used up by it, but for rounding.)
@@ -95,7 +95,7 @@ def test_a_map_over_seeds_is_a_loop():
         assert_close(losses[i], loss, root_eps("float32"))
 
 
-def test_it_is_compiled_once():
+def test_update_is_compiled_once():
     """The model is not traced again: neither by a second update, nor by other data of the same shape."""
     _, _, update, states, _ = fitted()
     before = len(TRACES)
@@ -106,7 +106,7 @@ def test_it_is_compiled_once():
     assert update._cache_size() == programs <= 1
 
 
-def test_a_long_run_traces_no_more_than_a_short_one():
+def test_number_of_traces_does_not_depend_on_the_length_of_a_run():
     svi, *_ = fitted()
 
     def traces(steps):
@@ -131,7 +131,7 @@ def test_optimizer_and_state_survive_pickling():
     assert_close(numbers(jax.jit(again.update)(state, X)[0]), numbers(states[2]), root_eps("float32"))
 
 
-def test_init_params_are_where_it_starts():
+def test_init_params_are_the_start():
     svi, *_ = fitted()
     given = {"mean_auto_loc": jnp.array(1.5), "scale_auto_scale": jnp.array(0.25)}
     state = svi.init(random.key(0), X, init_params=given)
@@ -174,7 +174,7 @@ def iterated(loop: bool):
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
-def test_forward_mode_takes_the_same_steps(guide):
+def test_forward_mode_takes_the_steps_of_reverse_mode(guide):
     def step(model, forward):
         svi = SVI(model, guide(model), NaturalGradient(), Trace_ELBO(num_particles=2))
         state = svi.init(random.key(0), X, 3)
@@ -192,7 +192,7 @@ def test_forward_mode_takes_the_same_steps(guide):
 # --- mutable state ---
 
 
-def test_mutable_state_goes_its_way():
+def test_mutable_state_is_updated_once_a_step():
     """A counter and a running mean in the model: one step of each a step of the optimizer, as under any optimizer."""
 
     def counting(x):

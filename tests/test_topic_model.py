@@ -76,7 +76,7 @@ def test_natural_steps_are_the_published_update_of_lambda(example, dtype):
     assert "natural parameters" in svi.optim.report(svi, state, jnp.asarray(batches[0], dtype))
 
 
-def test_the_check_that_is_printed_finds_a_difference_and_none(example, monkeypatch):
+def test_printed_check_tells_equal_from_different_steps(example, monkeypatch):
     problem, batches = example.TopicModel(DOCUMENTS, WORDS, TOPICS, 5), list(documents().reshape(-1, BATCH, WORDS)[:1])
     assert example.largest_difference(problem, batches) < root_eps("float64")
     published = example.published
@@ -84,7 +84,7 @@ def test_the_check_that_is_printed_finds_a_difference_and_none(example, monkeypa
     np.testing.assert_allclose(example.largest_difference(problem, batches), 1e-3, rtol=0.01)
 
 
-def test_perplexity_is_that_of_each_hidden_word_in_turn(example, x64):
+def test_perplexity_equals_a_loop_over_held_out_words(example, x64):
     lam = np.random.default_rng(1).gamma(2.0, 3.0, (TOPICS, WORDS))
     seen, hidden = documents()[:4], documents()[4:8]
     log_beta, logs = digamma(lam) - digamma(lam.sum(1, keepdims=True)), []
@@ -97,14 +97,14 @@ def test_perplexity_is_that_of_each_hidden_word_in_turn(example, x64):
     np.testing.assert_allclose(actual, np.exp(-np.mean(logs)), rtol=root_eps("float64"))
 
 
-def test_docstrings_are_those_that_python_shows(example):
+def test_example_reads_the_docstrings_that_inspect_shows(example):
     read = set(example.docstrings("json"))
     public = [json.load, json.loads, json.dump, json.dumps, json.JSONDecoder, json.JSONEncoder.iterencode]
     assert {inspect.getdoc(x) for x in public} <= read
     assert inspect.getdoc(json.JSONEncoder.__init__) not in read
 
 
-def test_held_out_words_are_halved_and_nothing_is_lost(example, monkeypatch):
+def test_held_out_split_halves_and_keeps_all_words(example, monkeypatch):
     monkeypatch.setattr(example, "HELD_OUT", 20)
     counts = documents()
     corpus = example.split(counts, np.arange(WORDS))

@@ -39,7 +39,7 @@ PAIRS = [("AutoMultivariateNormal", loss) for loss in LOSSES] + [
 
 
 @pytest.mark.parametrize(("guide", "loss"), sorted(set(PAIRS)))
-def test_arguments_particles_and_kind_of_loss_are_heard(guide, loss):
+def test_trace_finds_parameters_particles_and_kind_of_loss(guide, loss):
     at, params = started(guide, "float32")
     objective, particles, is_elbo = LOSSES[loss]
     trace = trace_loss(at(random.key(0), objective), params)
@@ -59,7 +59,7 @@ WAYS = ("closed form, ", "Hessian of KL", "fallback optimizer", "Fisher of the l
 
 @pytest.mark.parametrize("estimator", [None, "first_order"])
 @pytest.mark.parametrize("guide", GUIDES)
-def test_every_parameter_has_one_mover(guide, estimator):
+def test_every_parameter_is_in_exactly_one_block(guide, estimator):
     at, params = started(guide, "float32")
     optimizer = NaturalGradient(estimator=estimator)
     fn = at(random.key(0), Trace_ELBO(num_particles=2))
@@ -76,14 +76,14 @@ def test_every_parameter_has_one_mover(guide, estimator):
     assert found == dict(zip(WAYS, (closed, kl_hessian, case.point, case.likely), strict=True))
 
 
-def test_the_loss_integrates_densities_itself_only_in_mean_field():
+def test_only_mean_field_elbo_has_analytic_densities():
     at, params = started("Normal in a plate", "float32")
     for name, (objective, _, _) in LOSSES.items():
         site = trace_loss(at(random.key(0), objective), params).sites["z"]
         assert site.analytic == name.startswith("TraceMeanField")
 
 
-def test_score_functions_are_no_elbo():
+def test_loss_with_score_function_terms_is_not_affine_in_log_densities():
     def model():
         numpyro.sample("k", dist.Bernoulli(0.3))
 
@@ -94,7 +94,7 @@ def test_score_functions_are_no_elbo():
     assert not trace_loss(at(random.key(0)), params).is_elbo
 
 
-def test_a_name_taken_twice_is_refused():
+def test_parameter_named_like_a_site_is_refused():
     def model():
         numpyro.param("u", 1.0)
         numpyro.sample("z", dist.Normal(0, 1))
@@ -117,7 +117,7 @@ CELLS += [(guide, "Trace_ELBO, 8", "float64") for guide in ("MultivariateNormal 
 
 @pytest.mark.parametrize(("guide", "loss", "precision"), CELLS)
 @pytest.mark.filterwarnings("ignore:NaturalGradient. the loss is not affine")
-def test_a_step_keeps_structure_shapes_and_dtypes(guide, loss, precision):
+def test_step_keeps_tree_structure_shapes_and_dtypes(guide, loss, precision):
     with jax.enable_x64(precision == "float64"):
         at, params = started(guide, precision)
         optimizer = NaturalGradient()
@@ -170,18 +170,18 @@ COMPUTED = {
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_a_change_of_shape_is_still_the_parameter(how):
+def test_reshaped_parameter_is_a_copy(how):
     assert follow(COPIES[how], X).copy_of == A
 
 
 @pytest.mark.parametrize("how", COMPUTED)
-def test_a_computed_value_depends_and_is_no_copy(how):
+def test_computed_value_depends_on_the_parameter_and_is_no_copy(how):
     origin = follow(COMPUTED[how], X)
     assert origin.copy_of is None
     assert origin.sources == {A}
 
 
-def test_a_product_is_known_by_its_exponents():
+def test_product_of_parameters_is_known_by_its_exponents():
     product = follow(lambda a, b: (a * b[..., None]) * b[:, None] * jnp.square(b[:, None]), X, jnp.ones(2))
     assert product.powers == {A: 1, B: 4}
     assert follow(lambda a: a**3, X).powers == {A: 3}
@@ -189,7 +189,7 @@ def test_a_product_is_known_by_its_exponents():
     assert follow(lambda a, b: 2 * a * b, X, X).powers is None
 
 
-def test_sources_are_all_parameters_that_enter():
+def test_sources_are_all_parameters_a_value_depends_on():
     assert follow(lambda a, b, c: a * jnp.sin(c), X, X, X).sources == {A, C}
     gathered = follow(lambda a, b: a[b.astype(int)], X, jnp.zeros(2))
     assert gathered.sources == {A, B}
@@ -211,7 +211,7 @@ DEGREES = {
 
 
 @pytest.mark.parametrize("how", DEGREES)
-def test_affine_in_log_densities_or_not(how):
+def test_degree_in_log_densities(how):
     function, degree = DEGREES[how]
     p = jnp.arange(1.0, 4.0)
     origin, _ = origins(lambda p, q: function(tag(DENSITY, p), tag(DENSITY._replace(name="q"), q)), p, p)
@@ -219,7 +219,7 @@ def test_affine_in_log_densities_or_not(how):
 
 
 @pytest.mark.parametrize("vectorised", [True, False])
-def test_what_is_repeated_is_counted(vectorised):
+def test_repeated_draws_are_counted(vectorised):
     def loss(x):
         one = lambda k: tag(DRAW, x * k).sum()
         ks = jnp.arange(5.0)

@@ -78,14 +78,14 @@ def full() -> tuple[SVI, dict[str, Any]]:
     return started(gaussian, guide, loc=CENTRE, scale_tril=np.linalg.cholesky(COVARIANCE))
 
 
-def test_a_log_weight_is_the_negative_loss_of_its_draw(x64):
+def test_log_weight_is_the_negative_loss_of_its_draw(x64):
     svi, params = started(log_gaussian, hand_written)
     found = draw(fitted(svi, params, (), {}), random.key(1), 100)
     loss = lambda key: Trace_ELBO().loss(key, params, svi.model, svi.guide)
     assert_close(found.log_weights, -jax.jit(jax.vmap(loss))(random.split(random.key(1), 100)), 1e-10)
 
 
-def test_the_posterior_itself_is_good():
+def test_exact_posterior_has_the_verdict_good():
     """Its weights differ by rounding alone, which single precision has the most of."""
     svi, params = full()
     found = verdict(svi, params, random.key(1), num_draws=1000)
@@ -97,7 +97,7 @@ def test_the_posterior_itself_is_good():
     assert_close(found.linear["z"], np.sqrt(np.diag(COVARIANCE)), 5 / math.sqrt(2 * 1000))
 
 
-def test_weighted_moments_of_a_mean_field_guide_are_the_posteriors():
+def test_weighted_moments_of_a_mean_field_guide_equal_the_posteriors():
     """Standard errors in closed form: E_q[(p/q)² h²] = c·E[h²] under N(0, V), V = (2Λ − diag Λ)⁻¹, where that is there.
 
     Λ has a unit diagonal; its least eigenvalue is 0.7, of 1, along which the guide is the most wrong.
@@ -141,7 +141,7 @@ def test_linear_response_is_exact_for_a_gaussian(guide):
     assert_close(found.sd, np.sqrt(np.diag(COVARIANCE)), 10 * root_eps(np.float32))
 
 
-def test_linear_response_sees_through_the_transforms_of_a_guide(x64, monkeypatch):
+def test_linear_response_is_exact_through_transforms_of_the_guide(x64, monkeypatch):
     svi, params = started(log_gaussian, hand_written)
     dense = linear_response(svi, params, random.key(1), num_particles=32).covariance
     assert_close(dense, COVARIANCE[:2, :2], 1e-8)
@@ -149,7 +149,7 @@ def test_linear_response_sees_through_the_transforms_of_a_guide(x64, monkeypatch
     assert_close(linear_response(svi, params, random.key(1), num_particles=32).covariance, dense, 1e-4)
 
 
-def test_the_decrement_is_what_a_newton_step_gains(x64):
+def test_newton_decrement_equals_the_gain_of_a_newton_step(x64):
     """Half of the squared Mahalanobis distance, of a guide with the right variances."""
     away = np.array([2.0, -1.0, 0.5, 1.0])
     svi, params = full()
@@ -159,7 +159,7 @@ def test_the_decrement_is_what_a_newton_step_gains(x64):
     assert_close(found.newton_decrement, 0.5 * away @ PRECISION @ away, 0.02)
 
 
-def test_no_response_without_a_minimum():
+def test_linear_response_raises_without_a_minimum():
     def wells() -> None:
         z = numpyro.sample("z", dist.ImproperUniform(constraints.real, (), ()))
         numpyro.factor("f", -8 * (z**2 - 1) ** 2)
@@ -169,7 +169,7 @@ def test_no_response_without_a_minimum():
         linear_response(svi, params, random.key(1))
 
 
-def test_a_guide_far_too_narrow_is_told_to_go_on():
+def test_unfinished_fit_is_advised_to_continue():
     """A Student-t posterior; σ = 0.3 is far below what its own ELBO asks for."""
 
     def heavy() -> None:
@@ -181,7 +181,7 @@ def test_a_guide_far_too_narrow_is_told_to_go_on():
     assert found.advice.startswith("The fit is not done")
 
 
-def test_a_family_at_its_best_and_too_small_is_told_what_comes_next():
+def test_too_small_family_is_advised_a_larger_one():
     """Correlations of 0.99, and the best of all mean-field guides."""
     covariance = 0.01 * np.eye(D) + 0.99
     scale = np.diag(np.linalg.inv(covariance)) ** -0.5
@@ -196,7 +196,7 @@ def test_a_family_at_its_best_and_too_small_is_told_what_comes_next():
     assert_close(found.linear["z"], np.ones(D), 4 / math.sqrt(2 * 1000))
 
 
-def test_equal_weights_have_no_tail(dtype):
+def test_equal_weights_have_no_pareto_tail(dtype):
     eps = float(jnp.finfo(jnp.zeros(()).dtype).eps)
     rounding = 1e3 * (1 + eps * np.random.default_rng(0).integers(-1, 2, 500))
     found = smooth(rounding, jnp.zeros(()).dtype)
@@ -205,7 +205,7 @@ def test_equal_weights_have_no_tail(dtype):
     assert_close(found.log_evidence.value, 1e3, 1e-3)
 
 
-def test_the_smoothed_evidence_is_that_of_log_normal_weights():
+def test_smoothed_log_evidence_equals_that_of_log_normal_weights():
     """log w ~ N(μ, s²): E[w] = exp(μ + s²/2)."""
     log_weights = -5 + 0.5 * np.random.default_rng(1).standard_normal(4000)
     found = smooth(np.append(log_weights, -np.inf), np.float64)
@@ -215,7 +215,7 @@ def test_the_smoothed_evidence_is_that_of_log_normal_weights():
     assert_close(found.log_evidence.standard_error, math.sqrt(math.expm1(0.25) / 4000), 0.1)
 
 
-def test_a_point_is_no_distribution():
+def test_verdict_of_a_point_guide_suggests_a_distribution():
     svi, params = started(gaussian, AutoDelta(gaussian))
     found = verdict(svi, params, random.key(1), num_draws=100)
     assert math.isnan(found.k_hat)
@@ -223,7 +223,7 @@ def test_a_point_is_no_distribution():
     assert "linear response needs Gaussian sites" in str(found)
 
 
-def test_a_minibatch_is_said_so():
+def test_verdict_warns_about_minibatches():
     def model() -> None:
         z = numpyro.sample("z", dist.Normal(0.0, 1.0))
         with numpyro.plate("rows", 10, subsample_size=2) as rows:
@@ -235,7 +235,7 @@ def test_a_minibatch_is_said_so():
     assert found.advice.startswith("The plates `rows` saw a minibatch")
 
 
-def test_draws_without_a_weight_are_counted():
+def test_draws_with_nonfinite_weights_are_counted():
     def model() -> None:
         z = numpyro.sample("z", dist.Normal(0.0, 1.0))
         numpyro.factor("edge", jnp.where(z > 1.0, -jnp.inf, 0.0))
@@ -249,23 +249,23 @@ def test_draws_without_a_weight_are_counted():
     assert abs(found.log_evidence.value - math.log(kept)) < 4 * math.sqrt((1 - kept) / kept / 1000)
 
 
-def test_where_draws_are_lost_the_guide_is_not_to_be_used_as_it_is():
+def test_lost_draws_forbid_the_use_of_the_guide():
     said = advise(_case(lost=2000, k_hat=0.1))
     assert said.endswith("Take the importance-weighted moments, in which draws without a finite weight count nothing.")
 
 
-def test_one_finite_weight_says_nothing():
+def test_one_finite_weight_gives_no_estimate():
     found = smooth(np.r_[0.0, np.full(3999, -np.inf)], np.float64)
     assert found.k_hat == np.inf
     assert found.ess == 1
 
 
-def test_what_counts_nothing_may_be_no_number():
+def test_values_of_zero_weight_may_be_nan():
     found = moments(np.array([np.inf, 1.0, 3.0]), np.array([0.0, 0.5, 0.5]))
     assert (found.mean, found.sd) == (2.0, 1.0)
 
 
-def test_what_is_tabulated_changes_no_judgement():
+def test_tabulated_sites_do_not_change_the_verdict():
     """A constant that is tabulated is no point of the guide, and a latent that is not is judged all the same."""
 
     def model() -> None:
@@ -286,7 +286,7 @@ def test_what_is_tabulated_changes_no_judgement():
     assert linear["c[0]"] < 1e-6
 
 
-def test_latents_that_the_guide_does_not_draw():
+def test_latents_that_the_guide_does_not_draw_are_named():
     def mixture() -> None:
         numpyro.sample("z", dist.Normal(0.0, 1.0))
         numpyro.sample("c", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
@@ -297,7 +297,7 @@ def test_latents_that_the_guide_does_not_draw():
         verdict(svi, params, random.key(1))
 
 
-def test_arguments_are_checked():
+def test_arguments_of_verdict_are_checked():
     svi, params = full()
     with pytest.raises(ValueError, match="num_draws=10"):
         verdict(svi, params, random.key(1), num_draws=10)
@@ -342,16 +342,16 @@ CASES = [
 
 
 @pytest.mark.parametrize(("changed", "said"), CASES)
-def test_advice_follows_from_the_numbers(changed, said):
+def test_recommendation_follows_from_the_figures(changed, said):
     assert said in advise(_case(**changed))
 
 
-def test_the_threshold_falls_with_few_draws():
+def test_k_hat_threshold_falls_with_few_draws():
     assert_close(threshold(100), 0.5, 1e-12)
     assert threshold(4000) == 0.7
 
 
-def test_a_flow_has_no_linear_response_but_weights():
+def test_flow_has_weights_and_no_linear_response():
     svi, params = started(gaussian, AutoIAFNormal(gaussian, num_flows=1, hidden_dims=[D]))
     found = verdict(svi, params, random.key(1), num_draws=100)
     assert np.isfinite(found.elbo.value)
@@ -395,11 +395,11 @@ b[1]      -300.2         20        -310       33.3          35
 Try something else."""
 
 
-def test_the_table():
+def test_table_of_the_verdict():
     assert str(by_hand()) == TABLE
 
 
-def test_the_table_tells_k_hat_from_its_threshold():
+def test_table_prints_k_hat_beside_its_threshold():
     assert str(by_hand()._replace(k_hat=0.7004)).splitlines()[0].split(maxsplit=2) == [
         "k-hat",
         "0.7004",
@@ -407,7 +407,7 @@ def test_the_table_tells_k_hat_from_its_threshold():
     ]
 
 
-def test_arviz_takes_draws_with_weights_or_resampled():
+def test_to_arviz_keeps_weights_or_resamples():
     judged = by_hand()
     weighted = to_arviz(judged, dims={"b": ["column"]})
     assert weighted["posterior"]["b"].dims == ("chain", "draw", "column")
