@@ -1,10 +1,9 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The table of distributions that are known in closed form, and expectations under them without their formulae.
+"""A table of the distributions that have a closed form, and expectations under them that use no formula of theirs.
 
-Expectations: by the trapezoidal rule on a stretched real line (error below 1e-8 where the density is smooth), by
-summation over counts, or over draws, with a standard error.
-"""
+Expectations are integrals by the trapezoidal rule on a stretched real line (the error is below 1e-8 where the density
+is smooth), sums over counts, or means over draws, with a standard error."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

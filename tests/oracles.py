@@ -1,9 +1,8 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests compare with: dense algebra, NumPyro's own distributions, and the loss as ``SVI`` hands it over.
+"""Oracles of the tests: dense algebra, NumPyro's own distributions, and the loss as ``SVI`` gives it to optimizers.
 
-Nothing here uses the package under test.
-"""
+Nothing here uses the package under test."""
 
 import jax
 import jax.numpy as jnp

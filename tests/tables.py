@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The tables that the laws range over: forms of a Gaussian site, guides."""
+"""The tables of cases that the tests share: forms of a Gaussian site, and guides."""
 
 from collections.abc import Callable
 from functools import cache

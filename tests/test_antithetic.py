@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: draws are mirrored, and the products that pairs of them share are those of their own Hessians, by columns."""
+"""Draws come in antithetic pairs, and each column of the Hessian estimate is the mean over its own group of pairs."""
 
 import jax
 import jax.numpy as jnp

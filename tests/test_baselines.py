@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: on a correlated Gaussian the rivals find what their papers promise, and they count the gradients they take."""
+"""On a correlated Gaussian the baselines reach what their papers promise, and count the gradients they take."""
 
 from typing import Any, NamedTuple
 

@@ -1,7 +1,8 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: by its defaults it ends where the ELBO of the guide is best, whatever the guide, the order of the latents, or
-the part of the data that a step sees."""
+"""A fit with default options ends at the best ELBO of the guide's family.
+
+This holds for every kind of guide, for any order of the latents, and for minibatches."""
 
 from typing import Any, NamedTuple
 

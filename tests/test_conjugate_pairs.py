@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: one step of length 1 is the textbook's posterior, for every conjugate pair, and however its sites are written."""
+"""One step of length 1 is the textbook's posterior for every conjugate pair, in every layout of its sites."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

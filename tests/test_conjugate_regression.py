@@ -1,10 +1,9 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: one step of length 1 lands on the exact posterior of a conjugate model, or on its projection to the family.
+"""One step of length 1 reaches the posterior of a linear regression, or its projection onto the guide's family.
 
-Linear regression with known noise: the posterior is N(m*, H⁻¹), H = XᵀX/s² + prior precision, and the member of a
-smaller family with the least KL to it has the same mean and the diagonal blocks of H.
-"""
+With known noise the posterior is N(m*, H⁻¹), H = XᵀX/s² + prior precision. The member of a smaller family with the
+least KL to it has the same mean and the diagonal blocks of H."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,10 +1,9 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: the example of count regression, whose rates are latent, ends where the likelihood without them does.
+"""The fit of the count-regression example, whose rates are latent, agrees with the likelihood without latent rates.
 
-With its rates summed out the model is a negative-binomial regression. Its likelihood is written here with SciPy, and
-maximised by it together with the priors; the guide's means have to be near.
-"""
+With its rates summed out the model is a negative-binomial regression. SciPy maximises that likelihood together with the
+priors, and the guide's means have to be near the maximum."""
 
 import importlib
 import pathlib

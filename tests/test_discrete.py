@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: discrete sites take natural steps, whether the loss draws them (score-function gradients) or sums over them."""
+"""Discrete sites take natural steps, whether the loss samples them (score-function gradients) or enumerates them."""
 
 from functools import cache
 from typing import Any

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: what the documents show runs as it stands, and prints what they say."""
+"""The code in the documents, docstrings and examples runs, and prints what is printed there."""
 
 import doctest
 import importlib

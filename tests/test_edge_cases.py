@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Guides, losses and starts that look like the usual ones and are not: each keeps the law that its neighbours keep."""
+"""Unusual guides, losses and starts keep the laws that the usual ones keep."""
 
 from functools import partial
 from typing import Any

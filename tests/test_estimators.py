@@ -1,12 +1,10 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: every estimator of the natural gradient has the exact one for its mean, and those that should have no noise
-at a Gaussian posterior have none.
+"""Every estimator of the natural gradient is unbiased; those that should have no variance at a Gaussian have none.
 
-The target is f(z) = Σ exp(aᵢᵀz) − yᵢ aᵢᵀz + ½|z|²/τ², for which E[∇f] and E[∇²f] are known under any Gaussian. Velocities
-are taken in (m, Σ):  dm/dρ = −Σ E[∇f],  dΣ/dρ = Σ − Σ E[∇²f] Σ  (its diagonal, for a mean-field guide). With A = 0 the
-posterior is N(0, τ²).
-"""
+The target is f(z) = Σ exp(aᵢᵀz) − yᵢ aᵢᵀz + ½|z|²/τ², for which E[∇f] and E[∇²f] are known under any Gaussian.
+Velocities are taken in (m, Σ):  dm/dρ = −Σ E[∇f],  dΣ/dρ = Σ − Σ E[∇²f] Σ  (its diagonal, for a mean-field guide).
+With A = 0 the posterior is N(0, τ²)."""
 
 from functools import cache
 from typing import Any, NamedTuple

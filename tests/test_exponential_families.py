@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: what the registry says of a distribution agrees with its density, as NumPyro computes it, and with nothing else."""
+"""Every registered exponential family agrees with the density of its distribution, as NumPyro computes it."""
 
 from typing import Any
 

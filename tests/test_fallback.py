@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: a parameter that no distribution owns moves as under the fallback optimizer alone, and only such a one does."""
+"""The fallback optimizer steps the parameters without a Fisher matrix, exactly as it does alone, and no others."""
 
 from functools import cache
 from typing import Any

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: the public operator is the Fisher matrix of the guide, and KL between two states is what dense algebra says."""
+"""The public operator is the Fisher matrix of the guide, and ``kl`` of two states equals dense algebra."""
 
 from collections.abc import Callable
 from typing import Any

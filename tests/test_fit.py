@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: ``fit`` takes the steps of ``svi.run``, knows how far they are from the optimum, and stops where it says."""
+"""``fit`` takes the steps of ``svi.run``, estimates the remaining gain of the ELBO, and stops by its documented rules."""
 
 import jax
 import jax.numpy as jnp

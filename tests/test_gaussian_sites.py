@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: a chart reads NumPyro's parameters as NumPyro does, writes what it reads, and projects to the nearest member."""
+"""Gaussian sites are read and written in NumPyro's own parameters, and projections are the nearest family members."""
 
 from functools import cache
 

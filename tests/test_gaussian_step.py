@@ -1,9 +1,8 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: what the whitened closed forms say of a Gaussian step is what dense algebra and NumPyro's KL say of it.
+"""The whitened closed forms of a Gaussian step agree with dense algebra and with NumPyro's KL.
 
-S₊ = S + ρ K⁻ᵀ M K⁻¹,   m₊ = m − ρ S₊⁻¹ K⁻ᵀ g
-"""
+S₊ = S + ρ K⁻ᵀ M K⁻¹,   m₊ = m − ρ S₊⁻¹ K⁻ᵀ g"""
 
 from typing import NamedTuple
 

@@ -1,9 +1,8 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: the Hessian of the guide's KL to itself, heard in the loss, is the Fisher matrix JᵀFJ of the textbook.
+"""The Hessian of the guide's KL to itself, computed through the loss, is the Fisher matrix JᵀFJ of the textbook.
 
-Exactly where NumPyro knows the KL, and in the mean over draws where it does not.
-"""
+It is exact where NumPyro knows the KL, and right in the mean over draws where it does not."""
 
 from functools import cache
 from typing import Any, NamedTuple

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: where nothing is drawn, a step is Fisher scoring, and the routes to the Fisher are the ones that are asked for."""
+"""Without latents a step is Fisher scoring, and every parameter uses the Fisher method that was chosen for it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,11 +1,10 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: where the guide's family holds the posterior, the loss ends at −log evidence at every draw, however a model is
-written: rescaled, masked, conditioned, reparameterised, scanned, or with a prior that is none.
+"""Where the guide's family holds the posterior, the loss ends at −log p(data) at every draw, however models are written.
 
-Every model is linear and Gaussian, so that its evidence is a normal density; where a factor is raised to a power or
-improper, it is a Gaussian integral by quadrature.
-"""
+The models are rescaled, masked, conditioned, reparameterised, scanned, or have an improper prior. Every one is linear
+and Gaussian, so that its evidence is a normal density; where a factor is raised to a power or the prior is improper,
+the evidence is a Gaussian integral by quadrature."""
 
 from typing import Any, NamedTuple
 

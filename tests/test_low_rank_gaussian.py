@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: what is said of N(m, D(I + WWᵀ)D) in O(d r²) is what dense algebra says, and its fits are the family's optima."""
+"""The O(d r²) algebra of N(m, D(I + WWᵀ)D) agrees with dense algebra, and its fits are optima of the family."""
 
 from itertools import pairwise
 from typing import Any

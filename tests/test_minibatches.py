@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: a step on B of N rows is a step on N/B copies of them, and moves no row that it has not seen."""
+"""A step on B of N rows is a step on N/B copies of them, and changes no parameter of another row."""
 
 from functools import cache
 from typing import Any

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: networks of the guide and parameters of the model arrive where closed forms say, through minibatches."""
+"""Networks in the guide and parameters of the model reach their closed-form optima, through minibatches."""
 
 from collections.abc import Callable
 from typing import Any

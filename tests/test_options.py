@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: a step is as long as its options say, moves no more nats than they allow, and what cannot be used is named."""
+"""A step has the length that its options fix, at most ``max_kl`` nats, and unusable options are quoted in the error."""
 
 from functools import cache
 from typing import Any, NamedTuple

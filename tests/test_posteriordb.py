@@ -1,9 +1,8 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of the benchmark on posteriordb: what it reads, the densities it fits, how it scores, what it concludes.
+"""The benchmark on posteriordb reads its data, computes its densities, its scores and its conclusions correctly.
 
-No checkout is needed: the tests write small ones.
-"""
+No checkout is needed: the tests write small ones."""
 
 import itertools
 import json

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: a step that cannot be taken is not taken: nothing moves, nothing is spoilt, it is counted, and the next one is."""
+"""A step with non-finite values is skipped and counted, changes nothing, and the next finite step is taken."""
 
 from functools import cache
 from typing import Any

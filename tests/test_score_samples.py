@@ -1,9 +1,8 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: where no KL is known, the scores of fresh draws have the Fisher as their covariance, whatever the ELBO draws.
+"""Where no KL is known, the Fisher matrix is the covariance of the scores of fresh draws, for every ELBO.
 
-Flows, mixtures and annealed guides; at the end, that their fits come down.
-"""
+Flows, mixtures and annealed guides are such guides; at the end, their fits reduce the loss."""
 
 from typing import Any
 

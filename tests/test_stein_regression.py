@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: the regression of gradients on draws is exact for quadratics, and its sums may be moved to any frame."""
+"""The regression of gradients on draws is exact for quadratics, and its sums can change their frame."""
 
 import jax
 import jax.numpy as jnp

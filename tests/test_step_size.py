@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: a step is as long as the rule and the KL radius allow, and the rule tells signal from noise."""
+"""The step size follows its rule and the trust-region radius, and the rule separates signal from noise."""
 
 import itertools
 

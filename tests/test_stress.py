@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: where things are hard the defaults still arrive, and no state of theirs is ever no number."""
+"""Fits of hard problems with default options reach the optimum, and every state on the way is finite."""
 
 from typing import Any, NamedTuple
 

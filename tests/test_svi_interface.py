@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: in ``SVI`` it is an optimizer like any other; however the same steps are asked for, they are the same."""
+"""In ``SVI`` the optimizer behaves like any other: equal steps are equal, whichever interface takes them."""
 
 import pickle
 from functools import cache

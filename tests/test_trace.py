@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: what is heard in a loss function is what guide and loss were told, whichever of the two is exchanged."""
+"""The trace of a loss function finds the arguments, particles and kind of loss that guide and loss were given."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,8 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Laws: weights are NumPyro's own losses, weighted moments are the posterior's, linear response is exact for Gaussians,
-and advice follows from the numbers."""
+"""Weights equal NumPyro's losses, weighted moments equal the posterior's, linear response is exact for Gaussians.
+
+The recommendation follows from these figures."""
 
 import math
 import re
