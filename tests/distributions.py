@@ -3,7 +3,8 @@
 """A table of the distributions that have a closed form, and expectations under them that use no formula of theirs.
 
 Expectations are integrals by the trapezoidal rule on a stretched real line (the error is below 1e-8 where the density
-is smooth), sums over counts, or means over draws, with a standard error."""
+is smooth), sums over counts, or means over draws, with a standard error.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Oracles of the tests: dense algebra, NumPyro's own distributions, and the loss as ``SVI`` gives it to optimizers.
 
-Nothing here uses the package under test."""
+Nothing here uses the package under test.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A fit with default options ends at the best ELBO of the guide's family.
 
-This holds for every kind of guide, for any order of the latents, and for minibatches."""
+This holds for every kind of guide, for any order of the latents, and for minibatches.
+"""
 
 from typing import Any, NamedTuple
 

@@ -3,7 +3,8 @@
 """One step of length 1 reaches the posterior of a linear regression, or its projection onto the guide's family.
 
 With known noise the posterior is N(m*, H⁻¹), H = XᵀX/s² + prior precision. The member of a smaller family with the
-least KL to it has the same mean and the diagonal blocks of H."""
+least KL to it has the same mean and the diagonal blocks of H.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -3,7 +3,8 @@
 """The fit of the count-regression example, whose rates are latent, agrees with the likelihood without latent rates.
 
 With its rates summed out the model is a negative-binomial regression. SciPy maximises that likelihood together with the
-priors, and the guide's means have to be near the maximum."""
+priors, and the guide's means have to be near the maximum.
+"""
 
 import importlib
 import pathlib

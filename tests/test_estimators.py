@@ -4,7 +4,8 @@
 
 The target is f(z) = Σ exp(aᵢᵀz) − yᵢ aᵢᵀz + ½|z|²/τ², for which E[∇f] and E[∇²f] are known under any Gaussian.
 Velocities are taken in (m, Σ):  dm/dρ = −Σ E[∇f],  dΣ/dρ = Σ − Σ E[∇²f] Σ  (its diagonal, for a mean-field guide).
-With A = 0 the posterior is N(0, τ²)."""
+With A = 0 the posterior is N(0, τ²).
+"""
 
 from functools import cache
 from typing import Any, NamedTuple

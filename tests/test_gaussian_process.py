@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """With a Gaussian likelihood one step of length 1 is Titsias' (2009) optimal q(u); classification nears its optimum.
 
-"VGP and SVGP with a natural-gradient step of length 1 are GPR and SGPR": Salimbeni, Eleftheriadis & Hensman (2018)."""
+"VGP and SVGP with a natural-gradient step of length 1 are GPR and SGPR": Salimbeni, Eleftheriadis & Hensman (2018).
+"""
 
 import runpy
 import sys

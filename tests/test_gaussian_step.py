@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whitened closed forms of a Gaussian step agree with dense algebra and with NumPyro's KL.
 
-S₊ = S + ρ K⁻ᵀ M K⁻¹,   m₊ = m − ρ S₊⁻¹ K⁻ᵀ g"""
+S₊ = S + ρ K⁻ᵀ M K⁻¹,   m₊ = m − ρ S₊⁻¹ K⁻ᵀ g
+"""
 
 from typing import NamedTuple
 

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Hessian of the guide's KL to itself, computed through the loss, is the Fisher matrix JᵀFJ of the textbook.
 
-It is exact where NumPyro knows the KL, and right in the mean over draws where it does not."""
+It is exact where NumPyro knows the KL, and right in the mean over draws where it does not.
+"""
 
 from functools import cache
 from typing import Any, NamedTuple

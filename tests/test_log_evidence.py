@@ -4,7 +4,8 @@
 
 The models are rescaled, masked, conditioned, reparameterised, scanned, or have an improper prior. Every one is linear
 and Gaussian, so that its evidence is a normal density; where a factor is raised to a power or the prior is improper,
-the evidence is a Gaussian integral by quadrature."""
+the evidence is a Gaussian integral by quadrature.
+"""
 
 from typing import Any, NamedTuple
 

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark on posteriordb reads its data, computes its densities, its scores and its conclusions correctly.
 
-No checkout is needed: the tests write small ones."""
+No checkout is needed: the tests write small ones.
+"""
 
 import itertools
 import json

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where no KL is known, the Fisher matrix is the covariance of the scores of fresh draws, for every ELBO.
 
-Flows, mixtures and annealed guides are such guides; at the end, their fits reduce the loss."""
+Flows, mixtures and annealed guides are such guides; at the end, their fits reduce the loss.
+"""
 
 from typing import Any
 

@@ -3,7 +3,8 @@
 """In the topic-model example a natural step is the published step of stochastic variational inference.
 
 The oracle is Hoffman, Blei, Wang & Paisley (2013), token by token as they write it: φ of every word of a document, γ
-from φ over and over, then λ ← (1 − ρ) λ + ρ (η + N/B Σ n φ)."""
+from φ over and over, then λ ← (1 − ρ) λ + ρ (η + N/B Σ n φ).
+"""
 
 import importlib
 import inspect

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights equal NumPyro's losses, weighted moments equal the posterior's, linear response is exact for Gaussians.
 
-The recommendation follows from these figures."""
+The recommendation follows from these figures.
+"""
 
 import math
 import re
