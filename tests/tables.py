@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of cases that the tests share: forms of a Gaussian site, and guides."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import pytest
 from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
@@ -25,6 +26,12 @@ from numpyro.infer.autoguide import (
     AutoNormal,
 )
 from oracles import spd, tapped
+
+
+def tiers(cases: Iterable[Any], *laws: Any) -> list[Any]:
+    """Parameters of a test, of which only ``laws`` run in the first tier."""
+    values = lambda case: case if isinstance(case, tuple) else (case,)
+    return [case if case in laws else pytest.param(*values(case), marks=pytest.mark.slow) for case in cases]
 
 
 class GaussianForm(NamedTuple):

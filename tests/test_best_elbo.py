@@ -19,7 +19,7 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal
 from oracles import assert_close, kl, root_eps, spd
 from scipy import optimize, stats
-from tables import DATA, GUIDES, positive
+from tables import DATA, GUIDES, positive, tiers
 from test_estimators import TAU, full, mean_field, model
 
 from numpyro_natgrad import NaturalGradient
@@ -111,7 +111,7 @@ FITS = {
 }
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", tiers(FITS, "full", "independent", "low rank"))
 def test_default_options_reach_the_best_elbo_of_the_guide(name, x64, monkeypatch):
     """Of 1000 steps, what the last half of them returns is on average as good as the rule promises."""
     fit = FITS[name]
@@ -158,6 +158,7 @@ def test_beta_bernoulli_example_of_svi_reaches_the_exact_posterior():
 # --- data that a step sees a part of ---
 
 
+@pytest.mark.slow
 def test_minibatch_steps_reach_the_posterior_of_all_data(x64):
     """Linear regression, 40 of 800 data a step. One step's estimate has N/B times the posterior's covariance, and the
     returned average is over half of the T steps: 2 KL ~ 2N/(BT) χ² with as many degrees as the guide has parameters."""

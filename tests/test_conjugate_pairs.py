@@ -16,6 +16,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import SVI, Trace_ELBO
 from oracles import assert_close, root_eps, spd
 from scipy import special
+from tables import tiers
 
 from numpyro_natgrad import NaturalGradient
 
@@ -264,7 +265,10 @@ def wishart(name: str, given: dict[str, Any]) -> tuple[float, np.ndarray]:
     return float(given["concentration"]), np.linalg.inv(matrix) if name.startswith("Wishart (scale)") else matrix
 
 
-@pytest.mark.parametrize("name", ["Beta, Bernoulli", "InverseGamma, Normal (variance)", SCALAR, VECTOR, MATRIX, REAL])
+@pytest.mark.parametrize(
+    "name",
+    tiers(["Beta, Bernoulli", "InverseGamma, Normal (variance)", SCALAR, VECTOR, MATRIX, REAL], SCALAR, MATRIX),
+)
 def test_default_options_reach_the_conjugate_posterior_in_ten_steps(name):
     pair, layout = PAIRS[name], LAYOUTS["one"]
     assert nats(name, fitted(pair, layout, 10).found, exact(pair, layout)) < 0.01
@@ -311,6 +315,7 @@ def test_masked_low_rank_gaussian_uses_the_hessian_of_kl():
     np.testing.assert_allclose(result.params["loc"][0], 1.0, atol=0.3)
 
 
+@pytest.mark.slow
 def test_masked_rows_of_a_gaussian_do_not_change_and_the_others_converge():
     """A masked Gaussian goes by the curvature of KL, from fourteen standard deviations away."""
     pair, layout = PAIRS[REAL], LAYOUTS["mask"]

@@ -47,6 +47,7 @@ def test_negative_binomial_oracle_equals_the_likelihood_of_the_model(example):
     assert abs(np.exp(-best[-1]) - fit.value[-1]) < 0.2 * fit.error[-1]
 
 
+@pytest.mark.slow
 def test_guide_means_equal_the_negative_binomial_mode(example, monkeypatch):
     monkeypatch.setattr(example, "DRAWS", 10)
     data = example.read(100)

@@ -81,6 +81,7 @@ def test_enumerated_ising_chain_reaches_the_mean_field_fixed_point():
     np.testing.assert_allclose(magnetisation(result.params), mean_field(), atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", [in_logits, in_probs])
 def test_sampled_ising_chain_is_nearer_to_mean_field_than_with_adam(guide):
     """With score-function gradients of 64 draws, nearer in root mean square than Adam's best rate as fast."""
@@ -154,6 +155,7 @@ def emissions(y: Any) -> None:
     )
 
 
+@pytest.mark.slow
 def test_enumerated_hidden_markov_model_reaches_the_posterior_mean():
     """The posterior mean of the emission means, by quadrature over the forward algorithm; q is nearly exact here."""
     y = np.array([-1.2, -0.8, 1.1, 0.9, 1.3])

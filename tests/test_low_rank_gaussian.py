@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The O(d r²) algebra of N(m, D(I + WWᵀ)D) agrees with dense algebra, and its fits are optima of the family."""
 
+import itertools
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoBatchedLowRankMultivariateNormal, AutoLowRankMultivariateNormal
 from oracles import assert_close, kl, root_eps, spd
 from scipy import optimize
+from tables import tiers
 
 from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.distributions import exponential_family, low_rank_gaussian
@@ -174,18 +176,26 @@ def gaussian(guide: Any, params: Any) -> tuple[np.ndarray, np.ndarray]:
 WIDE, NARROW = 150, 12
 
 
-@pytest.mark.parametrize(("d", "make", "rank"), [(WIDE, "auto", 3), (WIDE, "hand", 3), (NARROW, "auto", 3)])
-def test_low_rank_fit_reaches_a_member_of_the_family(d, make, rank, dtype):
+CASES = itertools.product([(WIDE, "auto"), (WIDE, "hand"), (NARROW, "auto")], ("float32", "float64"))
+
+
+@pytest.mark.parametrize(
+    ("d", "make", "dtype"),
+    tiers([(*case, dtype) for case, dtype in CASES], (WIDE, "hand", "float32"), (NARROW, "auto", "float32")),
+    indirect=["dtype"],
+)
+def test_low_rank_fit_reaches_a_member_of_the_family(d, make, dtype):
     """From W = 0, to 0.01 nats; scales over a decade, common directions of 9 to some hundred times the variance."""
     m, s, w = member(10, d, 2, 1.5)
     model = target(m, s, w)
-    guide = AutoLowRankMultivariateNormal(model, rank=rank) if make == "auto" else by_hand(d, rank)
+    guide = AutoLowRankMultivariateNormal(model, rank=3) if make == "auto" else by_hand(d, 3)
     svi, states = fit(model, guide, 40)
     assert "closed form, " in svi.optim.report(svi, states[-1])
     assert np.abs(states[0].optim_state[1].params["auto_cov_factor" if make == "auto" else "factor"]).max() > 0
     assert kl(gaussian(guide, svi.get_params(states[-1])), (m, covariance(s, w))) < 0.01
 
 
+@pytest.mark.slow
 def test_low_rank_fit_is_an_optimum_of_the_family(x64):
     """Four common directions, two columns for them: SciPy, started at the fit, finds nothing 0.01 nats better."""
     m, s, w = member(16, WIDE, 4)
@@ -218,6 +228,7 @@ def sizes(jaxpr: Any) -> Any:
                 yield from sizes(body)
 
 
+@pytest.mark.parametrize("dtype", tiers(("float32", "float64"), "float32"), indirect=True)
 def test_batched_low_rank_fit_reaches_every_rows_posterior(dtype):
     """Two latents a row, 100 rows: every row's posterior is a member of the family."""
     x = np.random.default_rng(12).normal(size=100) * 3
@@ -238,6 +249,7 @@ def test_batched_low_rank_fit_reaches_every_rows_posterior(dtype):
     assert sum(nats) < 0.01
 
 
+@pytest.mark.slow
 def test_permuting_the_latents_permutes_the_fit():
     m, s, w = member(13, WIDE, 2, 1.5)
     order = np.random.default_rng(14).permutation(WIDE)
@@ -250,7 +262,7 @@ def test_permuting_the_latents_permutes_the_fit():
     assert kl((mean[order], cov[np.ix_(order, order)]), (mean_p, cov_p)) < 0.01
 
 
-@pytest.mark.parametrize("d", [WIDE, NARROW])
+@pytest.mark.parametrize("d", tiers([WIDE, NARROW], NARROW))
 def test_max_kl_bounds_every_low_rank_step(d, x64):
     m, s, w = member(15, d, 2)
     guide = AutoLowRankMultivariateNormal(target(m, s, w), rank=2)

@@ -83,6 +83,7 @@ def test_conjugate_step_on_a_minibatch_is_exact_for_its_replicated_data(x64):
         np.testing.assert_allclose(params["b"], 1 + N, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_minibatches_of_one_percent_reach_the_fixed_point_of_all_data():
     """After T steps of B rows the mean's error is that of N/(BT) of its variance; 4 standard errors are allowed."""
     svi = SVI(located, AutoNormal(located), NaturalGradient(), Trace_ELBO(4))
@@ -135,6 +136,7 @@ def test_only_gathered_rows_change():
             assert 1 <= np.sum(before[name] != after[name]) <= PARTICLES * BATCH  # every particle has rows of its own
 
 
+@pytest.mark.slow
 def test_local_latents_reach_the_mean_field_of_all_rows():
     """Locals: the exact mean field's means and scales; the global mean: to a posterior sd, of N/(BT) of its noise."""
     params = fitted()[-1]

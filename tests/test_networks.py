@@ -19,7 +19,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDAIS, AutoNormal
 from numpyro.optim import Adam
 from oracles import assert_close, root_eps, spd
-from tables import positive
+from tables import positive, tiers
 
 from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.blocks.fisher import network
@@ -97,7 +97,7 @@ def fitted(
     return rms((q.loc - mean) / scale), rms(np.log(q.scale / scale)), svi, state
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", tiers(ENCODERS, "param"))
 def test_amortised_guide_approaches_every_rows_posterior(name):
     """A batch of an eighth of the rows a step. Means to less than a posterior sd in 100 steps, however it is written."""
     loc, scale, svi, state = fitted(ENCODERS[name], NaturalGradient(), 100)
@@ -108,6 +108,7 @@ def test_amortised_guide_approaches_every_rows_posterior(name):
     )
 
 
+@pytest.mark.slow
 def test_amortised_guide_is_nearer_to_every_posterior_than_with_adam():
     loc, scale, *_ = fitted(plain, NaturalGradient(), 200)
     adams = [fitted(plain, Adam(rate), 200)[:2] for rate in (0.03, 0.01, 0.003)]
@@ -115,6 +116,7 @@ def test_amortised_guide_is_nearer_to_every_posterior_than_with_adam():
     assert scale < min(theirs for _, theirs in adams)
 
 
+@pytest.mark.slow
 def test_amortised_guide_is_fitted_on_all_rows():
     assert fitted(plain, NaturalGradient(), 100, ROWS)[0] < 0.4
 
@@ -137,6 +139,7 @@ def shortfall(center: float, noise: float) -> float:
     return log_likelihood(SEEN.mean(), SEEN.var()) - log_likelihood(center, 1 + noise**2)
 
 
+@pytest.mark.parametrize("dtype", tiers(("float32", "float64"), "float32"), indirect=True)
 def test_model_parameters_reach_the_maximum_marginal_likelihood(dtype):
     """The guide is exact, so that the bound's maximum is the likelihood's. It starts a hundred nats below."""
     svi = SVI(random_effects, AutoNormal(random_effects), NaturalGradient(), Trace_ELBO(8))
@@ -179,6 +182,7 @@ def test_conjugate_gradients_of_zero_are_zero(dtype):
 # --- both at once ---
 
 
+@pytest.mark.slow
 def test_vae_example_needs_a_quarter_of_adams_steps():
     """On a third of the digits, in an eighth of the steps: 60 natural ones against 240 of Adam at the best of its rates."""
     data = vae.Digits(*(images[:512] for images in vae.digits()))

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits of hard problems with default options reach the optimum, and every state on the way is finite."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from jax import random
 from numpyro.infer import SVI, Trace_ELBO
 from scipy import stats
+from tables import tiers
 
 from benchmarks import hard_cases
 from benchmarks.hard_cases import GUIDES
@@ -43,7 +45,11 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    tiers(itertools.product(ROWS, ("float32", "float64")), ("scales, independent", "float32")),
+    indirect=["dtype"],
+)
 def test_default_options_reach_the_optimum_of_stress_cases(name, dtype):
     row = ROWS[name]
     case = row.case()
