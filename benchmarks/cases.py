@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The models of the benchmark, each with its data, in the default dtype of the run."""
+"""The models of ``python -m benchmarks``, each with its data, in the default dtype of the run."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 
 
 class Case(NamedTuple):
-    """A model with its data; ``gap`` and ``loose`` are distances in nats to the best ELBO, done and half-way there."""
+    """A model with its data; fits are compared at the distances ``gap`` and ``loose`` to the best ELBO, nats."""
 
     title: str
     model: Callable[..., Any]
@@ -92,7 +92,7 @@ def conjugate_posterior(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cheap(d: int) -> Case:
-    """d latents, each observed once: a likelihood that costs nothing beside the guide."""
+    """d latents, each observed once: a likelihood that costs little beside the guide."""
 
     def model(y: Any) -> None:
         z = numpyro.sample("z", dist.Normal(0, 1).expand([d]).to_event(1))

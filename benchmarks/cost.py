@@ -1,9 +1,9 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""What a step costs beside Adam's on the same guide: milliseconds, memory, and the time to the first step.
+"""Cost of a step beside Adam's on the same guide: milliseconds, memory, and the time to the first step.
 
-The two are timed in turns, so that a noisy machine disturbs both; ratios are of medians over the turns. Memory is
-XLA's own count for the compiled step: arguments, results and temporaries.
+The two optimizers are timed alternately, so that other load on the machine affects both. Ratios compare medians.
+Memory is XLA's count for the compiled step: arguments, results and temporaries.
 """
 
 import subprocess
@@ -44,12 +44,12 @@ def svi_of(case: Case, guide: Any, name: str) -> SVI:
 
 
 def warm_up() -> None:
-    """JAX's own start-up is nobody's first step."""
+    """Start JAX before the clock runs."""
     jax.block_until_ready(jax.jit(lambda key: jax.random.normal(key, (3,)) @ jnp.ones(3))(jax.random.key(0)))
 
 
 def step_cost(case: Case, guide: Any, turns: int) -> dict[str, tuple[float, float]]:
-    """Median milliseconds and megabytes of a step, per optimizer, timed in turns."""
+    """Median milliseconds and megabytes of a step, per optimizer, timed alternately."""
     compiled, states = {}, {}
     times: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
     for name in OPTIMIZERS:
@@ -70,7 +70,7 @@ def _megabytes(compiled: Any) -> float:
 
 
 def first_step(case: str, name: str) -> tuple[float, float]:
-    """Seconds from ``SVI(...)`` to the first step done, and of the step's share in it, in a new process."""
+    """Seconds from ``SVI(...)`` to the end of the first update, and of that update alone, in a new process."""
     code = FIRST_STEP.format(case=case, name=name, x64=jnp.zeros(()).dtype == jnp.float64)
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     whole, step = map(float, out.split())

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Conjugate Gaussian regression: KL(guide ‖ posterior) after one exact step, and along a run as shipped."""
+"""Conjugate Gaussian regression: KL(guide ‖ posterior) after one step of size 1, and along a default run."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def divergences(optimizer: NaturalGradient, steps: int) -> np.ndarray:
 
 
 def kl(m: np.ndarray, lower: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> float:
-    """KL(N(m, LLᵀ) ‖ N(mean, cov)) in nats, from the whitened difference so that nothing cancels at zero."""
+    """KL(N(m, LLᵀ) ‖ N(mean, cov)) in nats, from the whitened difference, to avoid cancellation near zero."""
     root = np.linalg.cholesky(cov)
     a = np.linalg.solve(root, lower.astype(np.float64))
     shift = np.linalg.solve(root, m.astype(np.float64) - mean)
@@ -44,7 +44,7 @@ def kl(m: np.ndarray, lower: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> f
 
 
 def report() -> str:
-    """The rows of the table, in the run's dtype."""
+    """The table, in the dtype of the run."""
     dtype = jnp.zeros(()).dtype
     one = divergences(NaturalGradient(step_size=1, max_kl=None), 1)[:, 0]
     shipped = divergences(NaturalGradient(), 60)
@@ -57,7 +57,7 @@ def report() -> str:
             "| --- | --- | --- |",
             f"| one step, `step_size=1, max_kl=None` | {np.median(one):.1e} | {one.max():.1e} |",
             *(
-                f"| as shipped, step {t} | {median[t - 1]:.1e} | {shipped[:, t - 1].max():.1e} |"
+                f"| default options, step {t} | {median[t - 1]:.1e} | {shipped[:, t - 1].max():.1e} |"
                 for t in (10, 20, 40, 60)
             ),
             "",

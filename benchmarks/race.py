@@ -1,13 +1,13 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Steps and seconds to the best ELBO: ``NaturalGradient()`` as shipped against Adam at ten settings.
+"""Steps and seconds to the best ELBO: ``NaturalGradient()`` with default options against Adam at ten settings.
 
-Every fit of a case is scored on one common set of draws, in double precision. *Reached* is the first step (after which
-seconds) at which the parameters that ``get_params`` returns are within the case's gap of the best ELBO that any fit of
-the run found, a long run with 64 particles included. Seconds are of the compiled loop; with compilation, its tracing
-and compiling is added. Adam's settings are five rates, each constant and with a cosine decay over its steps; *best* is
-the one that reaches the gap in the fewest steps in the median over seeds, or ends lowest if none does: a choice that
-nobody has in practice.
+Every fit of a case is scored on one common set of draws, in double precision. *Steps* count up to the first step at
+which the parameters that ``get_params`` returns are within the case's gap of the best ELBO that any fit of the run
+found, including a long run with 64 particles. *Seconds* are those of the compiled loop; *with compilation* adds tracing
+and compiling. Adam's settings are five rates, each constant and with a cosine decay over its steps. *Best Adam* is the
+setting that reaches the gap in the fewest steps (median over seeds), or ends lowest if none does; it is chosen with
+hindsight.
 """
 
 import time
@@ -41,18 +41,18 @@ class Fit(NamedTuple):
     compiling: float
 
     def reached(self, target: float) -> np.ndarray:
-        """First step within the target, per seed; infinity where there is none."""
+        """First step within the target, per seed; infinity if there is none."""
         hit = self.losses <= target
         return np.where(hit.any(1), self.marks[hit.argmax(1)], np.inf)
 
 
 def marks(steps: int) -> np.ndarray:
-    """Where a fit is scored: every step up to 60, then every 3 %."""
+    """Steps at which a fit is scored: every step up to 60, then steps 3 % apart."""
     return np.unique(np.r_[1:61, np.geomspace(60, steps, 80).astype(int)])
 
 
 def race(case: Case, steps: int = 100, adam_steps: int = 1000) -> tuple[list[Fit], float]:
-    """All fits of a case, and the best loss known."""
+    """All fits of a case, and the best loss of any."""
     svi = SVI(case.model, AutoMultivariateNormal(case.model), NaturalGradient(), Trace_ELBO(PARTICLES))
     svi.init(jax.random.key(0), *case.data)
     fits = [_fit("NaturalGradient()", case, svi, lambda _: NaturalGradient(), [0.0], steps)[0]]
@@ -98,8 +98,8 @@ def _fit(
 def scorer(case: Case, svi: SVI) -> Callable[[Any], jax.Array]:
     """−ELBO of a path of parameters on one common set of draws, in double precision.
 
-    In single precision log q of a nearly singular covariance, which Adam's first steps make, is any number: one of
-    −10²² nats was the best loss of a race once.
+    In single precision log q of a nearly singular covariance, which Adam's first steps can make, is meaningless: it was
+    −10²² nats in one run.
     """
     elbo = Trace_ELBO(DRAWS)
 
@@ -116,7 +116,7 @@ def scorer(case: Case, svi: SVI) -> Callable[[Any], jax.Array]:
 
 
 def best_adam(fits: list[Fit], best: float, case: Case) -> Fit:
-    """The setting that nobody has in practice: first within the gap, else first half-way, else lowest at the end."""
+    """Adam's best setting: first within the gap, else first within the loose gap, else lowest at the end."""
     adam = [f for f in fits if f.name.startswith("Adam")]
 
     def rank(fit: Fit) -> tuple[float, ...]:
@@ -159,10 +159,10 @@ def report(case: Case) -> str:
     dtype = jnp.zeros(()).dtype
     return "\n".join(
         [
-            f"### {case.title}, {dtype}: within {case.gap} nats (best −ELBO known {best:.3f})",
+            f"### {case.title}, {dtype}: within {case.gap} nats of the best −ELBO ({best:.3f})",
             "",
             "| method | steps, median | steps, worst seed | seconds | with compilation "
-            f"| seconds to within {case.loose:g} nats | ms a step | last gap, nats |",
+            f"| seconds to within {case.loose:g} nats | ms per step | final gap, nats |",
             "| --- " * 8 + "|",
             *(row(fit, best, case) for fit in shown),
             "",

@@ -1,13 +1,13 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks.stopping [case …]``: is a fit that stops where ``fit`` says it is?
+"""``python -m benchmarks.stopping [case …]``: the true gap of a fit at the step where ``fit`` stops.
 
 With ``--checkout PATH`` (of posteriordb) the cases are its posteriors, by (parts of) their names, in float64.
 
-Fits of :data:`STEPS` steps from several seeds are looked at every :data:`.CHUNK` steps, by the
-rule that ``fit`` stops by; the true gap there is the loss beyond the reference's on the same :data:`DRAWS` draws. The
-reference is the best of the seeds' means over the last half of the fits with the most particles. A stop is *right* if
-the true gap is below twice the tolerance; *needed* are the steps until it first is.
+The stopping rule of ``fit`` is applied every :data:`.CHUNK` steps to fits of :data:`STEPS` steps from several seeds.
+The true gap is the loss minus that of the reference, on the same :data:`DRAWS` draws. The reference is the best of the
+seeds' mean iterates over the last half of the fits with the most particles. A stop is *right* if the true gap is below
+twice the tolerance; *steps needed* count until it first is.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from numpyro_natgrad.infer.convergence import converged
 from numpyro_natgrad.infer.loop import CHUNK
 
 from .cases import Case, eight_schools, gaussian
-from .hard_cases import HardCase, centred_schools
+from .stress_cases import StressCase, centred_schools
 
 SEEDS, STEPS, DRAWS = 10, 300, 4096
 PARTICLES = (32, 8, 2)
@@ -36,21 +36,21 @@ TOLERANCES = (0.05, 0.01)
 
 
 class Effort(NamedTuple):
-    """Particles of the fits, the most first, and draws that they are scored on."""
+    """Numbers of particles, the greatest first, and the number of draws that fits are scored on."""
 
     particles: tuple[int, ...]
     draws: int
 
 
 class Fits(NamedTuple):
-    """Per seed the history, and the true gaps every ``CHUNK`` steps, nats, ``(seeds, STEPS/CHUNK)``."""
+    """The history of each seed, and the true gaps every ``CHUNK`` steps, nats, ``(seeds, STEPS/CHUNK)``."""
 
     histories: list[History]
     gaps: np.ndarray
 
 
 class Stops(NamedTuple):
-    """Per seed: where a fit stops (infinity: nowhere), the true gap there, nats, and the steps that were needed."""
+    """Per seed: the step where a fit stops (infinity: never), the true gap there, nats, and the steps needed."""
 
     steps: np.ndarray
     gaps: np.ndarray
@@ -71,7 +71,7 @@ def logistic() -> Case:
 
 
 def poisson() -> Case:
-    """Counts in ten groups, three each, with a log rate of their own."""
+    """Counts in ten groups of three, each group with its own log rate."""
     draw = np.random.default_rng(2)
     y = draw.poisson(np.exp(1 + 0.7 * draw.normal(size=10))[:, None], (10, 3))
 
@@ -96,7 +96,7 @@ def funnel() -> Case:
     return Case("funnel", model, (), 0.1, 1.0)
 
 
-CASES: dict[str, Callable[[], Case | HardCase]] = {
+CASES: dict[str, Callable[[], Case | StressCase]] = {
     "gaussian": gaussian,
     "eight": eight_schools,
     "centred": centred_schools,
@@ -108,7 +108,7 @@ GUIDES: dict[str, Callable[..., Any]] = {"full": AutoMultivariateNormal, "mean f
 
 
 def fits(model: Callable[..., Any], guide: Any, data: tuple[Any, ...], effort: Effort) -> Iterator[tuple[int, Fits]]:
-    """Of one model and guide, for every number of particles."""
+    """The fits of one model and guide, for every number of particles."""
     key = jax.random.key(0)
     svi = SVI(model, guide, NaturalGradient(), Trace_ELBO(effort.draws))
     svi.init(key, *data)
@@ -127,7 +127,7 @@ def _settled(x: np.ndarray) -> np.ndarray:
 
 
 def _runs(svi: SVI, data: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Losses and reports of every step, and parameters every ``CHUNK`` steps; ``(seeds, …)``."""
+    """Loss and ``StepInfo`` of every step, and parameters every ``CHUNK`` steps; ``(seeds, …)``."""
     svi.init(jax.random.key(0), *data)
 
     def step(state: Any, _: None) -> tuple[Any, Any]:
@@ -150,7 +150,7 @@ def _history(records: Any) -> History:
 
 
 def stops(fitted: Fits, tolerance: float) -> Stops:
-    """Where fits with this tolerance stop."""
+    """The stops of all seeds at this tolerance."""
     found = [_stop(history, gaps, tolerance) for history, gaps in zip(*fitted, strict=True)]
     return Stops(*(np.array(x) for x in zip(*found, strict=True)))
 
@@ -164,7 +164,7 @@ def _stop(history: History, gaps: np.ndarray, tolerance: float) -> tuple[float, 
 
 
 def row(title: str, guide: str, particles: int, found: Stops, tolerance: float) -> str:
-    """Of the table."""
+    """One line of the table."""
     stopped = np.isfinite(found.steps)
     right = int(np.sum(found.gaps[stopped] < 2 * tolerance))
     worst = f"{found.gaps[stopped].max():.3f}" if stopped.any() else "–"
@@ -176,13 +176,13 @@ def row(title: str, guide: str, particles: int, found: Stops, tolerance: float) 
 
 
 HEAD = (
-    "| case | guide | particles | tolerance | right stops | worst gap | steps at stop | needed |\n"
+    "| case | guide | particles | tolerance | right stops | worst gap | steps at stop | steps needed |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
 def table(cases: Iterable[tuple[str, str, Callable[..., Any], Any, tuple[Any, ...]]], effort: Effort) -> Iterator[str]:
-    """The lines of the table, one after the other, over ``(title, guide's name, model, guide, data)``."""
+    """The lines of the table, for cases ``(title, name of the guide, model, guide, data)``."""
     yield HEAD
     everything: dict[float, list[Stops]] = {tolerance: [] for tolerance in TOLERANCES}
     for title, name, model, guide, data in cases:
@@ -196,7 +196,7 @@ def table(cases: Iterable[tuple[str, str, Callable[..., Any], Any, tuple[Any, ..
 
 
 def summary(tolerance: float, found: list[Stops]) -> str:
-    """Of all fits with this tolerance."""
+    """A sentence over all fits at this tolerance."""
     steps, gaps, needed = (np.concatenate(x) for x in zip(*found, strict=True))
     stopped = np.isfinite(steps)
     right = gaps[stopped] < 2 * tolerance
@@ -205,7 +205,7 @@ def summary(tolerance: float, found: list[Stops]) -> str:
     return (
         f"tolerance {tolerance} nats: {stopped.sum()} of {steps.size} fits stop within {STEPS} steps, "
         f"{right.mean():.1%} of them with a true gap below {2 * tolerance}; of those {within:.0%} within twice the "
-        f"steps needed, in the median after {middle:.1f} times.\n"
+        f"steps needed, and in the median after {middle:.1f} times the steps needed.\n"
     )
 
 
@@ -228,8 +228,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stopping", description=__doc__)
     parser.add_argument("case", nargs="*")
     parser.add_argument("--checkout", type=pathlib.Path, help="checkout of posteriordb")
-    parser.add_argument("--particles", default=",".join(map(str, PARTICLES)), help="with commas, the most first")
-    parser.add_argument("--draws", type=int, default=DRAWS, help="that fits are scored on")
+    parser.add_argument(
+        "--particles",
+        default=",".join(map(str, PARTICLES)),
+        help="with commas, the greatest first",
+    )
+    parser.add_argument("--draws", type=int, default=DRAWS, help="draws that fits are scored on")
     options = parser.parse_args()
     if options.checkout:
         jax.config.update("jax_enable_x64", True)

@@ -20,7 +20,7 @@ MODULES = [m.name for m in pkgutil.walk_packages(numpyro_natgrad.__path__, "nump
 
 @pytest.mark.parametrize(
     ("document", "least"),
-    [("README.md", 3), ("docs/your_own_distribution.md", 4), ("docs/geometry.md", 3), ("docs/verdict.md", 3)],
+    [("README.md", 2), ("docs/your_own_distribution.md", 4), ("docs/fisher.md", 3), ("docs/diagnostics.md", 3)],
 )
 def test_code_blocks_of_a_document_run(document, least, capsys):
     text = (ROOT / document).read_text()

@@ -13,8 +13,8 @@ from numpyro.infer import SVI, Trace_ELBO
 from scipy import stats
 from tables import tiers
 
-from benchmarks import hard_cases
-from benchmarks.hard_cases import GUIDES
+from benchmarks import stress_cases
+from benchmarks.stress_cases import GUIDES
 from numpyro_natgrad import NaturalGradient
 
 SEEDS, DRAWS = 2, 1024
@@ -36,12 +36,12 @@ SAMPLED = 0.5 * stats.chi2.ppf(1 - 1e-4, 5) * 100 / BATCHES
 
 # One nat after a thousand steps is what the benchmark calls no failure; in small there are fewer steps, not more nats.
 ROWS = {
-    "scales": Row(hard_cases.scales, "AutoMultivariateNormal", 100),
-    "scales, independent": Row(hard_cases.scales, "AutoNormal", 100),
-    "1 % of the data": Row(hard_cases.subsampled, "AutoMultivariateNormal", BATCHES, SAMPLED),
-    "an edge": Row(hard_cases.edge, "AutoMultivariateNormal", 300),
-    "tails": Row(hard_cases.tails, "AutoNormal", 100),
-    "60 dimensions, fewer rows": Row(lambda: hard_cases.wide(60), "AutoNormal", 60),
+    "scales": Row(stress_cases.scales, "AutoMultivariateNormal", 100),
+    "scales, independent": Row(stress_cases.scales, "AutoNormal", 100),
+    "1 % of the data": Row(stress_cases.subsampled, "AutoMultivariateNormal", BATCHES, SAMPLED),
+    "an edge": Row(stress_cases.edge, "AutoMultivariateNormal", 300),
+    "tails": Row(stress_cases.tails, "AutoNormal", 100),
+    "60 dimensions, fewer rows": Row(lambda: stress_cases.wide(60), "AutoNormal", 60),
 }
 
 

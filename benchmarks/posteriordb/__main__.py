@@ -1,11 +1,11 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks.posteriordb --checkout PATH``: run what is missing of a whole benchmark, resumable.
+"""``python -m benchmarks.posteriordb --checkout PATH``: run the missing fits of the whole benchmark.
 
-``reference`` first draws from the posteriors that no draws are published of; ``table`` writes docs/posteriordb.md of
-the results there are, ``figures`` their pictures; ``ablation`` takes the rule apart, into docs/ablation.md, and
-``compiling`` says how long XLA takes, in docs/compiling.md. Models and methods are chosen by (parts of) their names,
-with commas.
+``reference`` samples the posteriors for which no reference draws are published, and has to run first. ``table`` writes
+posteriordb.md in docs/benchmarks, and ``figures`` its figures, from the stored results. ``ablation`` removes one
+ingredient of the step-size rule at a time (ablation.md), and ``compiling`` times XLA (compiling.md). Models and methods
+are chosen by their names, or parts of them, separated by commas.
 """
 
 import argparse
@@ -28,7 +28,9 @@ def main() -> None:
     if options.command in ("table", "figures"):
         _document(options.command, options.results)
     elif options.checkout is None:
-        raise SystemExit("`--checkout`: expected the folder of a checkout of posteriordb, got nothing.")
+        raise SystemExit(
+            "`--checkout`: expected the folder of a checkout of posteriordb. Clone https://github.com/stan-dev/posteriordb."
+        )
     elif options.command in ("ablation", "compiling"):
         _study(options)
     elif options.command == "reference":
@@ -37,7 +39,7 @@ def main() -> None:
         for job in jobs(options):
             run.run_here(plan, job)
     elif failed := run.run(plan, jobs(options)):
-        raise SystemExit("\n".join(["These did not come to an end:", *map(str, failed)]))
+        raise SystemExit("\n".join(["These jobs failed:", *map(str, failed)]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,20 +52,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", default="", help="methods; all if left out")
     parser.add_argument("--precisions", default=",".join(run.PRECISIONS), help="x64, float32")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--draws", type=int, default=20_000, help="draws that Gaussians are scored on, at most")
+    parser.add_argument("--draws", type=int, default=20_000, help="most draws to score a Gaussian on")
     parser.add_argument("--steps", type=int, default=1000, help="steps of the natural gradient")
     parser.add_argument("--adam-steps", type=int, default=5000, help="steps of Adam")
     return parser
 
 
 def jobs(options: argparse.Namespace) -> list[run.Job]:
-    """Every model, guide and precision that is asked for, with the methods that hold the guide's family."""
+    """Every chosen model, guide and precision, with the methods that fit the guide's family."""
     from .guides import GUIDES
     from .methods import METHODS
 
-    guides, asked = _chosen(options.guides, GUIDES), _chosen(options.methods, METHODS)
+    guides, methods = _chosen(options.guides, GUIDES), _chosen(options.methods, METHODS)
     precisions = _chosen(options.precisions, dict.fromkeys(run.PRECISIONS))
-    able = {g: [m for m in asked if GUIDES[g].family in METHODS[m].families] for g in guides}
+    able = {g: [m for m in methods if GUIDES[g].family in METHODS[m].families] for g in guides}
     return [
         run.Job(model, guide, precision, tuple(m for m in able[guide] if precision in METHODS[m].precisions))
         for model, guide, precision in itertools.product(_models(options), guides, precisions)

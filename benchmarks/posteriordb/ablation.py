@@ -1,9 +1,9 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks.posteriordb ablation``: the rule with one ingredient removed at a time.
+"""``python -m benchmarks.posteriordb ablation``: the step-size rule with one ingredient removed at a time.
 
-Each cell is the seeds' median of the first step within 0.1 nats of the best ELBO that the finished benchmark knows, or
-the gap that is left after all steps, with as many particles and from the same starts as there.
+Each cell is the first step within 0.1 nats of the best ELBO of the finished benchmark, or the gap after all steps if
+there is none: the median over seeds, with the particles and the starts of that benchmark.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from .results import GAPS, load
 from .table import markdown
 from .target import starts, target
 
-OUTPUT = pathlib.Path("docs/ablation.md")
+OUTPUT = pathlib.Path("docs/benchmarks/ablation.md")
 STEPS, SEEDS, DRAWS = 200, 3, 4000
 MARKS = np.unique(np.r_[1:61, np.geomspace(60, STEPS, 20).astype(int)])
 CASES = (
@@ -45,8 +45,17 @@ CASES = (
 )
 
 
+_HOW = """# Ablation: the step-size rule with one ingredient removed
+
+Written by `python -m benchmarks.posteriordb ablation`. Steps to 0.1 nats from the best ELBO, or the gap after {steps}
+steps; medians over {seeds} seeds, float64, 8 particles. The ingredients are explained in
+[step-size rule](../step_size_rule.md).
+
+"""
+
+
 class Ablation(NamedTuple):
-    """What is changed: constants of the rule, options of the optimizer, and functions (module, name, value)."""
+    """What one row changes: constants of the rule, options of the optimizer, and functions (module, name, value)."""
 
     constants: Mapping[str, Any] = MappingProxyType({})
     options: Mapping[str, Any] = MappingProxyType({})
@@ -54,41 +63,39 @@ class Ablation(NamedTuple):
 
 
 ABLATIONS = {
-    "as shipped": Ablation(),
-    "Hessian-vector products, no regression": Ablation(options={"estimator": "second_order"}),
-    "draws do not lose weight with distance": Ablation(functions=((stein_regression, "worth", lambda kl, far: 1.0),)),
-    "draws count for ever": Ablation(functions=((stein_regression, "lasting", lambda sums, new, d: sums),)),
-    "influence of a draw is not truncated": Ablation({"influence_max": float("inf")}),
-    "a hundred times the ridge": Ablation({"ridge": 20.0}),
-    "every direction by every draw": Ablation(functions=((antithetic, "parts", lambda d, particles: 1),)),
-    "one radius a step": Ablation({"radius_trials": 1}),
-    "no forgetting with distance": Ablation({"forgetting_kl": float("inf")}),
-    "noise by the running mean alone": Ablation({"recent_factor": 1e9}),
-    "drift counts as noise": Ablation({"drift_max": 1.0}),
-    "no noise threshold": Ablation({"noise_threshold": 1e-9, "noise_threshold_per_latent": 0.0}),
-    "no floor of the step size": Ablation({"step_size_floor": 0.0}),
-    "the floor holds whatever the noise": Ablation({"floor_noise": float("inf")}),
-    "the floor holds up to a nat of noise per latent": Ablation({"floor_noise": 1.0}),
-    "outliers are not shortened": Ablation({"outlier": float("inf")}),
-    "the last iterate, not the average": Ablation({"average_decay": 1e9}),
-    "steps of size 1/2, whatever the noise": Ablation(options={"step_size": 0.5}),
-    "no KL limit": Ablation(options={"max_kl": None}),
-    "first order": Ablation(options={"estimator": "first_order"}),
-    "every site by itself, no full-covariance proxy": Ablation({"joint_limit": 0}),
+    "the full rule": Ablation(),
+    "Hessian-vector products in place of regression": Ablation(options={"estimator": "second_order"}),
+    "regression: old draws keep their weight": Ablation(functions=((stein_regression, "worth", lambda kl, far: 1.0),)),
+    "regression: window length unbounded": Ablation(functions=((stein_regression, "lasting", lambda sums, new, d: sums),)),
+    "regression: no bound on outliers": Ablation({"influence_max": float("inf")}),
+    "regression: ridge × 100": Ablation({"ridge": 20.0}),
+    "antithetic draws: no sharing of directions": Ablation(functions=((antithetic, "parts", lambda d, particles: 1),)),
+    "one trust-region trial per step": Ablation({"radius_trials": 1}),
+    "statistics never discounted with distance": Ablation({"forgetting_kl": float("inf")}),
+    "noise not bounded by the last three steps": Ablation({"recent_factor": 1e9}),
+    "no drift correction": Ablation({"drift_max": 1.0}),
+    "noise threshold τ = 0": Ablation({"noise_threshold": 1e-9, "noise_threshold_per_latent": 0.0}),
+    "no step-size floor": Ablation({"step_size_floor": 0.0}),
+    "step-size floor at any noise": Ablation({"floor_noise": float("inf")}),
+    "step-size floor up to 1 nat of noise per latent": Ablation({"floor_noise": 1.0}),
+    "no Huber weight": Ablation({"outlier": float("inf")}),
+    "last iterate in place of the average": Ablation({"average_decay": 1e9}),
+    "constant step size 1/2": Ablation(options={"step_size": 0.5}),
+    "no trust region": Ablation(options={"max_kl": None}),
+    "first-order estimator": Ablation(options={"estimator": "first_order"}),
+    "no full-covariance proxy": Ablation({"joint_limit": 0}),
 }
 
 
 def write(checkout: pathlib.Path, results: pathlib.Path) -> str:
-    """The table, as a document."""
+    """Run all rows and write the document."""
     best = {(e.model, e.guide): e.best for e in load(results)}
     if missing := [f"{model}, {guide}" for model, guide in CASES if (named(model), guide) not in best]:
         raise SystemExit(f"`{results}`: expected results of {'; '.join(missing)}. Run the benchmark on them first.")
     columns = [_column(checkout, named(model), guide, best) for model, guide in tqdm(CASES)]
     rows = [(name, *(column[name] for column in columns)) for name in ABLATIONS]
     titles = [f"{model}, {GUIDES[guide].family}" for model, guide in CASES]
-    how = f"Steps to 0.1 nats, or what is left after {STEPS}; medians over {SEEDS} seeds, float64, eight particles."
-    head = "# The rule with one ingredient removed\n\nWritten by `python -m benchmarks.posteriordb ablation`. "
-    OUTPUT.write_text(f"{head}{how}\n\n" + markdown(("", *titles), rows))
+    OUTPUT.write_text(_HOW.format(steps=STEPS, seeds=SEEDS) + markdown(("", *titles), rows))
     return f"wrote {OUTPUT}"
 
 
@@ -109,18 +116,21 @@ def _cell(problem: svi.Problem, judge: Judge, best: float, changed: Ablation) ->
     for seed in range(SEEDS):
         params = jax.device_get(compiled(*svi.start(problem, seed)))
         gaps.append(best - judge.elbos(*problem.guide.gaussian(problem.target, params)))
-    return _told(np.nan_to_num(np.array(gaps), nan=np.inf))
+    return _cell_text(np.nan_to_num(np.array(gaps), nan=np.inf, posinf=np.inf))
 
 
-def _told(gaps: np.ndarray) -> str:
+def _cell_text(gaps: np.ndarray) -> str:
     near = gaps <= GAPS[0]
     steps = np.median(np.where(near.any(1), MARKS[near.argmax(1)], np.inf))
-    return f"{steps:.0f}" if np.isfinite(steps) else f"{np.median(gaps[:, -1]):.3g} nats"
+    if np.isfinite(steps):
+        return f"{steps:.0f}"
+    left = float(np.median(gaps[:, -1]))
+    return f"{left:.3g} nats" if np.isfinite(left) else "diverged"
 
 
 @contextlib.contextmanager
 def _patched(changed: Ablation) -> Iterator[None]:
-    """The constants are those of optimizers made meanwhile; functions are looked up when a step is traced."""
+    """Optimizers created in this context use the constants; functions are looked up when a step is traced."""
     with contextlib.ExitStack() as stack:
         constants = options.RuleConstants()._replace(**changed.constants)
         stack.enter_context(mock.patch.object(options, "CONSTANTS", constants))

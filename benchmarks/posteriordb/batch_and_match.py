@@ -9,8 +9,9 @@ match them, with λ weighing the batch against KL to q (their Algorithm 1; bars 
     Σ' U Σ' + Σ' = V                 μ' = μ/(1+λ) + λ/(1+λ) (Σ'ḡ + z̄)
 
 with C and Γ the batch's covariances of z and g. Batch sizes 8 and 32 and λ = B d/(t+1), t from 0, are what the authors
-use on posteriordb (Section 5.2). Their code adds 10⁻⁶ to the diagonal, and goes back where Σ' is not positive definite.
-Solved by roots, as below, Σ' cannot lose it, and narrow posteriors keep their width; steps not finite are undone.
+use on posteriordb (Section 5.2). Their code adds 10⁻⁶ to the diagonal and undoes a step if Σ' is not positive definite.
+Solved with matrix roots, as below, Σ' stays positive definite and narrow posteriors keep their width. Non-finite steps
+are undone.
 """
 
 import functools
@@ -63,7 +64,7 @@ def _walk(f: Callable[[jax.Array], jax.Array], size: int, dtype: Any, batch: int
 
 
 def match(q: Gaussian, z: jax.Array, g: jax.Array, rate: Any) -> Gaussian:
-    """The Gaussian matching the scores ``g`` (B, d) at ``z`` (B, d), near q as λ = ``rate`` asks for.
+    """The Gaussian that matches the scores ``g`` (B, d) at ``z`` (B, d), with the weight λ = ``rate`` on the batch.
 
     With V = LLᵀ and Σ' = LXLᵀ the equation is XAX + X = I for A = LᵀUL. If U = GᵀG, and GL has the singular values s
     and right singular vectors W, then X = I − W (1 − x) Wᵀ with x = 2/(1 + √(1 + 4s²)). Its root is I − W (1 − √x) Wᵀ.

@@ -2,16 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """BlackJAX's variational inference: ``fullrank_vi`` and ``meanfield_vi`` with Adam, and Pathfinder from several starts.
 
-Adam's rate of 0.01 and 100 draws a step are those of BlackJAX's book (``Variational_Inference``) and of its own tests;
-the approximation starts where the other methods' do, not at BlackJAX's N(0, I).
+Adam's rate of 0.01 and 100 draws per step come from BlackJAX's book (``Variational_Inference``) and its tests. The
+approximation starts where the other methods start, not at BlackJAX's N(0, I).
 
 Pathfinder (Zhang, Carpenter, Gelman and Vehtari 2022, JMLR 23(306), arXiv:2108.03782) runs from 20 starts, as in the
-paper, with its own ``approximate`` and ``sample``. The package runs all starts as one batch, in which none stops before
-the last one does and all of their ELBOs are in memory at once; here they run one after the other, which leaves every
-path as it is. Its answer is reported twice: as the Gaussian of the path whose ELBO is highest, and as the mean and
-covariance under the Pareto-smoothed importance weights of all draws, which is what resampling has on average.
-Where the paper's Gaussian has the mean x − H∇f the package's, at release 1.7.1, has x + H∇f: it is taken as it ships.
-Its gradients are counted while it runs a second time, untimed. A value without a gradient counts as a third of one.
+paper, with the package's ``approximate`` and ``sample``. The package runs all starts as one batch, as long as the
+slowest start, and holds all ELBOs in memory; here they run one after the other, which gives the same paths. The answer
+is reported twice: as the Gaussian of the path with the highest ELBO, and as the mean and covariance under the
+Pareto-smoothed importance weights of all draws, which resampling has on average. The paper's Gaussian has the mean
+x − H∇f; the package, at release 1.7.1, uses x + H∇f, and is measured as it is. Its gradients are counted in a second,
+untimed run. A value without a gradient counts as a third of a gradient.
 """
 
 import functools
@@ -34,11 +34,11 @@ from .walk import Walk, prepare, timed_compile
 
 Potential = Callable[[jax.Array], jax.Array]
 
-#: Adam's: the documented one, and one to each side of it.
+#: Adam's rates: the documented one, and one to each side of it.
 RATES = (0.1, 0.01, 0.001)
-#: Iterations of L-BFGS for each start: the package's 30 cut hard posteriors short.
+#: Iterations of L-BFGS for each start: the package's 30 are too few for hard posteriors.
 ITERATIONS = 100
-#: Draws for the ELBO of each point of a path, as many as Stan takes, and for the weights from each path.
+#: Draws for the ELBO of each point of a path (Stan's number), and for the weights of each path.
 ELBO_DRAWS, DRAWS = 25, 100
 
 
@@ -100,7 +100,7 @@ def pathfinder(f: Potential, loc: Any, scale: Any, key: jax.Array, *, paths: int
 
     :param f: −log p, (d,) → scalar, nats.
     :param loc: where the first path starts, (d,); the others start uniformly in (−2, 2).
-    :param scale: not used: a path is one of points.
+    :param scale: unused, because a path consists of points.
     """
     return _path(f, jnp.asarray(loc), key, paths, lambda found: _best(found.path_states), 0)
 
@@ -131,7 +131,7 @@ def _log_scale(loc: jax.Array, scale: Any) -> jax.Array:
 
 
 class Search(NamedTuple):
-    """Compiled, with the seconds it took: all paths, and the number of gradients that they ask for."""
+    """The compiled search over all paths, a count of its gradient evaluations, and the seconds of compilation."""
 
     run: Callable[[jax.Array, jax.Array], Found]
     gradients: Callable[[jax.Array, jax.Array], int]
@@ -174,7 +174,7 @@ def _weighted(paths: package_multipath.MultipathfinderState) -> tuple[Any, Any]:
 
 
 def _counter(f: Potential) -> Callable[[jax.Array, jax.Array], int]:
-    """Counts how often the search asks for a gradient: line searches take as many as they need."""
+    """Count the gradient evaluations of the search, whose line searches take a varying number."""
     calls: list[None] = []
     counted = jax.custom_vjp(f)
 

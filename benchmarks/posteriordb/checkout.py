@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a checkout of the public `posteriordb`: data and reference draws, as its folders lay them out."""
+"""Read data and reference draws from a checkout of `posteriordb`."""
 
 import json
 import pathlib

@@ -1,11 +1,10 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks.posteriordb compiling``: how long XLA takes, and what a step costs by how it was compiled.
+"""``python -m benchmarks.posteriordb compiling``: compile time, and the cost of a step by how it was compiled.
 
-Adam and the natural gradient, each compiled as ``SVI.run`` does (``jax.jit``) and as :func:`numpyro_natgrad.fit` does
-(:mod:`numpyro_natgrad.compilation`): the same loop of the same length, traced, lowered and compiled with nothing
-remembered of the one before, one after the other. ``table`` takes Adam's seconds as ``SVI.run`` and the natural
-gradient's as ``fit`` from here.
+Adam and the natural gradient are each compiled as ``SVI.run`` does (``jax.jit``) and as :func:`numpyro_natgrad.fit`
+does (:mod:`numpyro_natgrad.infer.compilation`): the same loop of the same length, one after the other, with empty
+caches. ``table`` uses Adam's seconds as ``SVI.run`` and the natural gradient's as ``fit``.
 """
 
 import itertools
@@ -30,7 +29,7 @@ from .results import COMPILING, Timed, remembered
 from .table import markdown
 from .target import starts, target
 
-OUTPUT = pathlib.Path("docs/compiling.md")
+OUTPUT = pathlib.Path("docs/benchmarks/compiling.md")
 STEPS = 60
 GUIDES_TIMED = ("AutoMultivariateNormal", "AutoNormal")
 OPTIMIZERS = {"adam": lambda: optax_to_numpyro(optax.adam(0.01)), "natural_gradient": NaturalGradient}
@@ -38,22 +37,22 @@ COMPILERS = {"SVI.run": jax.jit, "fit": quickly}
 
 _HEAD = (
     "posterior", "guide", "Adam, as SVI.run", "Adam, as fit", "natural gradient, as SVI.run",
-    "natural gradient, as fit", "fit / SVI.run with Adam", "both as fit", "a step, as fit / as SVI.run",
+    "natural gradient, as fit", "fit / SVI.run with Adam", "both as fit", "step: as fit / as SVI.run",
 )  # fmt: skip
-_HOW = """# Seconds of compilation
+_HOW = """# Compile time
 
-Written by `python -m benchmarks.posteriordb compiling`: tracing, lowering and XLA, float64, eight particles, one loop
-of {steps} steps. *As SVI.run* is `jax.jit`; *as fit* is how [`fit`](../numpyro_natgrad/compilation.py) compiles. The
-first ratio is what a user sees who goes from `SVI.run` with Adam to `fit`; the second what is left if Adam were
-compiled like that as well, which
-`XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"` does. The last one is the price:
-the seconds of a step. JAXlib 0.12 does not know the first of these flags (and does not start with it): there all
-columns are as SVI.run.
+Written by `python -m benchmarks.posteriordb compiling`. Seconds of tracing, lowering and XLA for one loop of {steps}
+steps; float64, 8 particles. *As SVI.run* is `jax.jit`. *As fit* is how `fit` compiles: it asks XLA for less
+optimization. The first ratio is what a user sees who changes from `SVI.run` with Adam to `fit`. The second compares
+both compiled as `fit` does, which
+`XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"` does for Adam. The last column is
+the price: the seconds of a step. jaxlib 0.12 does not accept the first of these flags and refuses to start with it;
+there, `fit` compiles as `SVI.run` does.
 """
 
 
 def write(checkout: pathlib.Path, results: pathlib.Path, models: list[str]) -> str:
-    """The table, as a document, of these posteriors and of those timed before, whose seconds lie beside the results."""
+    """Time these posteriors, add those that were timed before (kept beside the results), and write the document."""
     results.mkdir(parents=True, exist_ok=True)
     timed = remembered(results / COMPILING)
     for place in tqdm(list(itertools.product(models, GUIDES_TIMED))):

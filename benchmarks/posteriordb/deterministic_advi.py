@@ -6,9 +6,9 @@
 
 by SciPy's trust-region Newton method with conjugate gradients (``trust-ncg``), Hessians entering by their products
 only, as the authors do. L is a diagonal e^ρ, with M = 30 (their setting on all models), or lower triangular with e^ρ on
-its diagonal. The latter needs more: if M ≤ d some w ∈ R^(d+1) is orthogonal to all (ε_m, 1), multiples of it added to
-the last row of L and μ widen q without moving a draw, and there is no minimum (the authors' reason to leave large
-families alone). With M draws a Gaussian posterior is missed by d(d+3)/(4M) nats on average, 1/(2M) for each of the
+its diagonal. The latter needs more draws: if M ≤ d, some w ∈ R^(d+1) is orthogonal to all (ε_m, 1). Multiples of w
+added to the last row of (L, μ) widen q without moving a draw, so that there is no minimum (the authors' reason to avoid
+large families). With M draws a Gaussian posterior is missed by d(d+3)/(4M) nats on average, 1/(2M) for each of the
 d(d+3)/2 parameters: M = 5 d(d+3) leaves 0.05 nats.
 
 One step is one iteration of Newton's method. A product costs two gradients of each draw (forward over reverse).
@@ -28,7 +28,7 @@ from scipy.optimize import minimize
 from .path import Path
 from .walk import timed_compile
 
-#: Expected loss by the fixed draws, nats, that the full Gaussian's number of draws is chosen for.
+#: Expected excess loss due to the fixed draws, nats, which sets the full Gaussian's number of draws.
 LOSS = 0.05
 
 
@@ -46,7 +46,7 @@ class Block(NamedTuple):
 
 
 class _Over(Exception):  # noqa: N818
-    """Nothing more to be had: the budget is spent, or there is no finite number to go on with."""
+    """The budget is spent, or a value is not finite."""
 
 
 MEAN_FIELD = Block(lambda loc, rho: (loc, rho), lambda p: jnp.exp(p[1]), lambda d: 30)
@@ -148,7 +148,7 @@ class _Descent:
             return
 
     def _value(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        """Infinite where it is not a number: the region of trust then shrinks, and the gradient is not looked at."""
+        """A non-finite value becomes infinity: the trust region then shrinks, and the gradient is not used."""
         value, gradient = self._objective.value_and_grad(self._spend(x, 1), self._epsilon)
         finite, first = bool(np.isfinite(value)), self._gradients == len(self._epsilon)
         if not np.isfinite(gradient).all() and (finite or first):
@@ -156,7 +156,7 @@ class _Descent:
         return float(value) if finite else np.inf, np.asarray(gradient, float)
 
     def _hessp(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Conjugate gradients would turn in circles for ever where it is not finite."""
+        """Stop if the product is not finite, because conjugate gradients would not end."""
         direction = np.asarray(v, self._dtype)
         product = np.asarray(self._objective.product(self._spend(x, 2), direction, self._epsilon), float)
         if not np.isfinite(product).all():

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of the results: the gap against steps and seconds, a panel each posterior, and a performance profile."""
+"""Draws the gap against steps and seconds, one panel for each posterior, and a performance profile."""
 
 import pathlib
 from typing import Any
@@ -8,16 +8,16 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
+from .comparison import GUIDES, NATURAL
 from .methods import METHODS
 from .models import MODELS
 from .results import GAPS, Entry, load, oracle
-from .targets import GUIDES, NATURAL
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 FOLDER = pathlib.Path("docs/figures")
-#: Okabe and Ito's colours, which the colour-blind can tell apart.
+#: Okabe and Ito's palette, which is safe for colour blindness.
 COLOURS = {NATURAL: "#0072B2", "adam": "#D55E00", "batch_and_match": "#009E73", "deterministic_advi": "#CC79A7",
            "deterministic_mean_field": "#CC79A7", "blackjax_fullrank": "#E69F00", "blackjax_meanfield": "#E69F00",
            "pathfinder": "#56B4E9"}  # fmt: skip
@@ -28,7 +28,7 @@ FLOOR = 1e-3
 
 
 def draw(results: pathlib.Path) -> str:
-    """All figures, from the results there are."""
+    """Draw all figures from the stored results."""
     entries = [e for e in load(results) if e.precision == "x64" and e.method in COLOURS]
     FOLDER.mkdir(parents=True, exist_ok=True)
     written = []
@@ -85,7 +85,7 @@ def _gaps(entries: list[Entry], x: str, title: str) -> Any:
 
 
 def _line(axis: Any, entry: Entry, x: str, colour: str, label: str) -> None:
-    """The median over seeds with the range; what is not finite is off the scale."""
+    """The median over seeds with the range. Non-finite gaps lie above the axis."""
     length = min(len(fit["elbos"]) for fit in entry.fits)
     at = np.median([fit[x][:length] for fit in entry.fits], 0)
     elbos = np.array([fit["elbos"][:length] for fit in entry.fits])

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The guides, and the Gaussian that each one's parameters stand for."""
+"""The guides, and the Gaussian that the parameters of each describe."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,10 +21,10 @@ Params = dict[str, Any]
 class Guide(NamedTuple):
     """One guide.
 
-    :ivar make: of a model.
-    :ivar family: whose Gaussians it holds: methods of the same family share a best ELBO.
-    :ivar place: parameters of the mean at z, (d,).
-    :ivar gaussian: loc (n, d) and factor (n, d, d) or (n, d) of n settings of its parameters.
+    :ivar make: builds the guide for a model.
+    :ivar family: family of Gaussians; methods of the same family share a best ELBO.
+    :ivar place: initial parameters with the mean z, (d,).
+    :ivar gaussian: loc (n, d) and factor (n, d, d) or (n, d) of n sets of parameters.
     """
 
     make: Callable[..., Any]

@@ -1,14 +1,13 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""How good a Gaussian q = N(loc, LLᵀ) is, in double precision and on one set of draws ε that all methods share.
+"""Score a Gaussian q = N(loc, LLᵀ) against a posterior, in double precision, on one set of draws ε for all methods.
 
     ELBO = mean log w,     log w = −f(loc + Lε) − log q(loc + Lε)
 
-The draws are mirrored, and whitened to have covariance I, so that ELBOs of a quadratic f carry no noise, and neither
-does the difference of two Gaussians' near each other, to second order. Standard errors come from mirrored pairs, with
-the lower tail of log w replaced by the generalised Pareto distribution fitted to it (Vehtari et al. 2024,
-arXiv:1507.02646): the few draws of a heavy tail would show too small an error. As they do not know of the whitening
-they are upper bounds. k̂ is that of the weights w. Few draws are enough for Gaussians that are nats away from the best.
+The draws are antithetic and whitened to have covariance I. ELBOs of a quadratic f therefore have no Monte-Carlo noise,
+and differences between nearby Gaussians have none to second order. Standard errors come from antithetic pairs, with the
+lower tail of log w replaced by a fitted generalized Pareto distribution (Vehtari et al. 2024, arXiv:1507.02646): the
+few draws of a heavy tail underestimate it. They ignore the whitening and are upper bounds.
 """
 
 from collections.abc import Callable
@@ -26,11 +25,11 @@ from .target import Target
 
 #: Draws evaluated at a time: a few megabytes for thousands of observations.
 CHUNK = 100
-#: Gaussians scored at a time, so that paths of all lengths are compiled for once.
+#: Gaussians scored at a time: with a fixed number, paths of all lengths share one compilation.
 BLOCK = 15
-#: Draws that a Gaussian is scored on first, and how near to the best one so far, in nats, all draws are asked.
+#: Draws for a first score, and the distance from the best score so far (nats) within which all draws are used.
 ROUGH, NEAR = 400, 3.0
-#: Numbers of the data, times draws, of one score. Posteriors of many data are nearly Gaussian: few draws suffice.
+#: Entries of the data × draws per score. Posteriors with much data are nearly Gaussian, and need few draws.
 WORK = 2_000_000
 
 
@@ -56,7 +55,7 @@ class Moments(NamedTuple):
 
 
 def base_draws(size: int, draws: int) -> np.ndarray:
-    """ε (draws, size): mirrored, second moments exactly I where there are more pairs than dimensions."""
+    """ε (draws, size): antithetic; second moments are exactly I if there are more pairs than dimensions."""
     half = np.random.default_rng(2026).standard_normal((draws // 2, size))
     if draws // 2 > size:
         root = np.linalg.cholesky(half.T @ half / len(half))
@@ -65,7 +64,7 @@ def base_draws(size: int, draws: int) -> np.ndarray:
 
 
 def enough(arguments: Data, most: int) -> int:
-    """How many draws a posterior is scored on: at least 1000, in whole chunks of pairs, unless ``most`` is fewer."""
+    """Number of draws to score a posterior on: at least 1000, in whole chunks of pairs, and at most ``most``."""
     numbers = max(np.size(x) for x in arguments.values())
     return min(max(WORK // numbers // (2 * CHUNK), 5) * 2 * CHUNK, most)
 
@@ -127,7 +126,7 @@ def _mean_weights(target: Target, epsilon: np.ndarray) -> Callable[[jax.Array, j
 
 
 def _in_blocks(score: Callable[[jax.Array, jax.Array], jax.Array], locs: Any, factors: Any) -> np.ndarray:
-    """All in blocks of one size; the last of them repeated where a block has room."""
+    """Score in blocks of one size; the last block is padded with copies of the last Gaussian."""
     n = len(locs)
     padded = np.minimum(np.arange(-(-n // BLOCK) * BLOCK), n - 1).reshape(-1, BLOCK)
     with jax.enable_x64(True):
@@ -136,13 +135,13 @@ def _in_blocks(score: Callable[[jax.Array, jax.Array], jax.Array], locs: Any, fa
 
 
 def summary(log_w: np.ndarray) -> Score:
-    """Of the log weights of mirrored draws (the second half mirrors the first)."""
+    """Score from the log weights of antithetic draws (the second half mirrors the first)."""
     if not np.isfinite(log_w).all():
         return Score(float("nan"), float("nan"), float("nan"))
     pairs = log_w.reshape(2, -1).mean(0)
-    short = np.max(pairs) - pairs  # how much a pair is short of the best one: positive, with the heavy tail upwards
+    short = np.max(pairs) - pairs  # positive, with the heavy tail upwards
     tiny = np.finfo(float).eps * (1.0 + np.abs(log_w).max())
-    if np.std(log_w) <= 1e3 * tiny:  # an exact fit: its weights have no tail to speak of
+    if np.std(log_w) <= 1e3 * tiny:  # an exact fit has constant weights
         return Score(float(pairs.mean()), 0.0, float("-inf"))
     smoothed = np.exp(psis(np.log(short + tiny))[0]) * short.sum()
     return Score(float(pairs.mean()), float(smoothed.std() / np.sqrt(pairs.size)), float(psis(log_w)[1]))
@@ -151,8 +150,8 @@ def summary(log_w: np.ndarray) -> Score:
 def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Pareto-smoothed, normalised log weights and k̂.
 
-    Where there is no tail to fit, its values all the same or too few, weights stay as they are and k̂ is infinite:
-    what ArviZ 0.23 does, and ArviZ 1 raises at.
+    If the tail is constant or too short to fit, the weights stay as they are and k̂ is infinite, as in ArviZ 0.23
+    (ArviZ 1 raises).
     """
     try:
         smoothed, khat = arviz_compat.psis(log_weights)

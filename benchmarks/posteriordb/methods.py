@@ -1,9 +1,9 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""All methods in one table, by the name that results are stored under.
+"""Table of all methods, by the name that results are stored under.
 
-What does not go through NumPyro's ``SVI`` is a module with ``fit(f, loc, scale, key, …) -> Path``: f is −log p of the
-unconstrained z, ``loc`` (d,) and ``scale`` the Gaussian to start from.
+A method that does not use NumPyro's ``SVI`` is a module with ``fit(f, loc, scale, key, …) -> Path``: f is −log p of the
+unconstrained z, and ``loc`` (d,) and ``scale`` describe the initial Gaussian.
 """
 
 import importlib
@@ -18,9 +18,9 @@ Options = dict[str, Any]
 
 
 class Method(NamedTuple):
-    """``run`` fits the problem for every setting and seed.
+    """One method: ``run`` fits the problem for every setting and seed.
 
-    ``families`` are those that it can hold, ``precisions`` those that it is run in: of rivals, the one that suits them.
+    ``families`` are the families of Gaussians that it fits. Methods other than the natural gradient run in float64.
     """
 
     title: str
@@ -30,7 +30,7 @@ class Method(NamedTuple):
 
 
 def _fitted(module: str, function: str = "fit", **settings: Options) -> Callable[[Problem], Iterator[Attempt]]:
-    """A baseline with its settings, imported when it is run: some need packages of their own."""
+    """A baseline with its settings, imported when it runs, because some need further packages."""
 
     def run(problem: Problem) -> Iterator[Attempt]:
         fit = getattr(importlib.import_module(f".{module}", __package__), function)

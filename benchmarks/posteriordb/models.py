@@ -3,8 +3,8 @@
 """Twelve posteriors as NumPyro models: the densities of their Stan programs, flat (improper) priors included.
 
 A model's sites and deterministics bear the names of Stan's parameters where the reference draws do. Its arguments are
-made of Stan's data by ``data``. One density is not Stan's to the last digit: where the precision at hand cannot hold
-the Gaussian process' jitter of 1e-10, the smallest that it can hold takes its place.
+made of Stan's data by ``data``. One density differs slightly from Stan's: if the precision cannot represent the jitter
+of 1e-10 of the Gaussian process, the smallest jitter that it can represent replaces it.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class Model(NamedTuple):
 
 
 def _same(*names: str) -> Callable[[Data], Data]:
-    """Arguments that are Stan's data as they are."""
+    """Stan's data, unchanged, as arguments."""
     return lambda stan: {name: np.asarray(stan[name]) if np.ndim(stan[name]) else stan[name] for name in names}
 
 

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""What a method leaves behind: the Gaussians along its way, and what each had cost."""
+"""The path of a fit: its Gaussians at some of the steps, with their costs."""
 
 from typing import NamedTuple
 

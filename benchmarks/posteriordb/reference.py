@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Reference draws: the published ones, and where there are none a long run of NUTS in double precision, kept."""
+"""Reference draws: the published ones, or else a stored long run of NUTS in double precision."""
 
 import pathlib
 from typing import Any
@@ -14,13 +14,13 @@ from .checkout import arguments, published
 from .measure import scalars
 from .models import MODELS
 
-#: Unless the model says otherwise. Four chains.
+#: Defaults, which ``Model.nuts`` overrides.
 SETTINGS = {"dense_mass": True, "target_accept_prob": 0.9, "num_warmup": 1000, "num_samples": 5000}
 CHAINS = 4
 
 
 def reference_draws(checkout: pathlib.Path, results: pathlib.Path, posterior: str) -> dict[str, np.ndarray] | None:
-    """Draws of each scalar parameter, by Stan's name; None if neither published nor drawn."""
+    """Draws of each scalar parameter, by Stan's name; None if there are neither published nor stored ones."""
     known = published(checkout, posterior)
     kept = file(results, posterior)
     if known is None and kept.exists():
@@ -30,12 +30,12 @@ def reference_draws(checkout: pathlib.Path, results: pathlib.Path, posterior: st
 
 
 def file(results: pathlib.Path, posterior: str) -> pathlib.Path:
-    """Where the draws of a posterior are kept."""
+    """File of the stored draws of a posterior."""
     return results / posterior / "reference.npz"
 
 
 def draw(checkout: pathlib.Path, results: pathlib.Path, posterior: str) -> str:
-    """Run NUTS where no draws are published or kept; says how well it went."""
+    """Run NUTS if there are no reference draws, and return a line of diagnostics."""
     if reference_draws(checkout, results, posterior) is not None:
         return f"{posterior}: has reference draws"
     settings = {**SETTINGS, **MODELS[posterior].nuts}

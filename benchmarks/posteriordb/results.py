@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""What a finished run says, method by method: what it took to come near the best ELBO, and who is whom's rival."""
+"""Stored results by method: the cost of reaching the best ELBO, and the best settings of Adam."""
 
 import json
 import pathlib
@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-#: How near is near, nats.
+#: Gaps to the best ELBO at which costs are compared, nats.
 GAPS = (0.1, 0.01)
-#: Further than this from the best ELBO at the end is a failure, nats.
+#: A fit that never comes within this gap is a failure, nats.
 FAILED = 1.0
-#: Seconds of compilation that were measured side by side, if they were (:mod:`.compiling`), and how whom compiles.
+#: File of compile times measured side by side (:mod:`.compiling`), and how each method is compiled in the tables.
 COMPILING = "compiling.json"
 COMPILED_AS = {"adam": "SVI.run", "natural_gradient": "fit"}
 COSTS = ("steps", "gradients", "seconds", "total")
@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     """One method with one setting on one posterior with one guide: its fits, a seed each.
 
     :ivar fits: as stored; see :mod:`.run`.
-    :ivar draws: that all results were scored on, at most.
+    :ivar draws: most draws that results were scored on.
     :ivar best: the best ELBO of any method and precision on this posterior with this guide's family.
     """
 
@@ -44,28 +44,28 @@ class Entry(NamedTuple):
     best: float
 
     def reached(self, cost: str, gap: float) -> np.ndarray:
-        """What each seed had spent at the first mark within ``gap`` nats; infinity where there is none.
+        """Cost of each seed up to the first mark within ``gap`` nats; infinity if there is none.
 
         ``total`` is seconds with compilation.
         """
         return np.array([self._reached(fit, cost, gap) for fit in self.fits])
 
     def median(self, cost: str, gap: float) -> float:
-        """The seeds' median of what it took."""
+        """Median over seeds of the cost."""
         return float(np.median(self.reached(cost, gap)))
 
     def gap(self) -> np.ndarray:
-        """What each seed is short of at its end, nats; infinity where it is not finite."""
+        """Final gap of each seed, nats; infinity if it is not finite."""
         ends = np.array([fit["elbos"][-1] for fit in self.fits])
         return np.where(np.isfinite(ends), self.best - ends, np.inf)
 
     def failures(self) -> int:
-        """Seeds that never came within a nat, or ended where nothing is finite."""
+        """Number of seeds that never came within a nat or ended with a non-finite ELBO."""
         never = ~np.isfinite(self.reached("steps", FAILED))
         return int(np.sum(never | ~np.isfinite(self.gap())))
 
     def middle(self, name: str) -> float:
-        """The seeds' median of a figure of their ends: ``error``, ``khat``, or one of the moments' errors."""
+        """Median over seeds of a final score: ``error``, ``khat``, or an error of the moments."""
         return float(np.median([fit["moments"].get(name, fit.get(name, np.nan)) for fit in self.fits]))
 
     def _reached(self, fit: dict[str, Any], cost: str, gap: float) -> float:
@@ -79,12 +79,12 @@ class Entry(NamedTuple):
 def load(results: pathlib.Path) -> list[Entry]:
     """All entries of a folder of results.
 
-    :raises SystemExit: if there are none, or if they were not scored on the same draws.
+    :raises SystemExit: if there are none, or if they were scored on different numbers of draws.
     """
     stored = [json.loads(path.read_text()) for path in sorted(results.glob("*/*.json"))]
     _time_compilation(stored, results / COMPILING)
     if len({about["draws"] for about in stored}) != 1:
-        raise SystemExit(f"`{results}`: expected results scored on as many draws at most; got {len(stored)} files.")
+        raise SystemExit(f"`{results}`: expected results of one `--draws`; found {len(stored)} files.")
     best: dict[tuple[str, str], float] = defaultdict(lambda: -np.inf)
     for about in stored:
         elbos = np.concatenate([fit["elbos"] for fit in about["fits"]])
@@ -104,7 +104,7 @@ def _time_compilation(stored: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def remembered(path: pathlib.Path) -> dict[tuple[str, str], dict[tuple[str, str], Timed]]:
-    """Per posterior and guide, per optimizer and compiler, what has been timed."""
+    """Stored compile times, by posterior and guide, then by optimizer and compiler."""
     timed: dict[tuple[str, str], dict[tuple[str, str], Timed]] = {}
     for model, guide, optimizer, how, *seconds in json.loads(path.read_text()) if path.exists() else []:
         timed.setdefault((model, guide), {})[optimizer, how] = Timed(*seconds)
@@ -120,18 +120,18 @@ def _entries(about: dict[str, Any], best: float) -> list[Entry]:
 
 
 def rank(entry: Entry) -> tuple[float, ...]:
-    """The order of settings: first within 0.1 nats, else first within one, else lowest at the end."""
+    """Sort key of settings: cost to 0.1 nats, then cost to 1 nat, then the final gap."""
     near, far = (entry.median("gradients", gap) for gap in (GAPS[0], FAILED))
     return near, far, float(np.median(entry.gap()))
 
 
 def oracle(entries: list[Entry]) -> Entry:
-    """The best of a method's settings on one posterior: a choice that nobody has in practice."""
+    """The best of a method's settings on one posterior, chosen with hindsight."""
     return min(entries, key=rank)
 
 
 def best_single(entries: list[Entry]) -> str:
-    """The one setting over all posteriors: within 0.1 nats on most of them, then with the fewest gradients."""
+    """The best setting over all posteriors: it reaches 0.1 nats on most of them, then with the fewest gradients."""
     settings = sorted({entry.setting for entry in entries})
 
     def order(setting: str) -> tuple[float, float]:

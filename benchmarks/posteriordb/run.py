@@ -1,9 +1,9 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Runs what has not been run yet: model × guide × method × precision, each model and guide in a process of its own.
+"""Run every missing combination of model, guide, method and precision, each model and guide in its own process.
 
-One pair of files for each: ``.json`` with what was measured, ``.npz`` with the Gaussians that every fit ended at. Files
-that have the seeds and draws asked for are left alone, so that a run goes on where it was stopped.
+Each combination leaves two files: ``.json`` with the measurements, and ``.npz`` with the final Gaussian of every fit.
+Files that have the requested seeds and draws are kept, so that an interrupted run continues where it stopped.
 """
 
 import json
@@ -31,7 +31,7 @@ class Job(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is asked for.
+    """Options of a run.
 
     :ivar checkout: of posteriordb.
     :ivar results: the folder of the results.
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
         return self.results / job.model / f"{job.guide}-{method}-{job.precision}.json"
 
     def missing(self, job: Job) -> Job:
-        """What of a job is still to be done."""
+        """The job with only those methods that have no stored results."""
         return job._replace(methods=tuple(m for m in job.methods if not self._done(self.file(job, m))))
 
     def _done(self, path: pathlib.Path) -> bool:
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 
 
 def run(plan: Plan, jobs: list[Job]) -> list[Job]:
-    """Do what is missing; the jobs that did not come to an end are returned."""
+    """Run the missing jobs and return those that failed."""
     todo = [job for job in map(plan.missing, jobs) if job.methods]
     failed = []
     for job in (bar := tqdm(todo, unit="job")):
@@ -73,12 +73,12 @@ def run(plan: Plan, jobs: list[Job]) -> list[Job]:
 
 
 def _flags(plan: Plan, job: Job) -> list[str]:
-    asked = {
+    options = {
         "checkout": plan.checkout, "results": plan.results, "seeds": plan.seeds, "draws": plan.draws,
         "steps": plan.steps[0], "adam-steps": plan.steps[1], "models": job.model, "guides": job.guide,
         "methods": ",".join(job.methods), "precisions": job.precision,
     }  # fmt: skip
-    return [word for name, value in asked.items() for word in (f"--{name}", str(value))]
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def run_here(plan: Plan, job: Job) -> None:
@@ -108,19 +108,19 @@ def run_here(plan: Plan, job: Job) -> None:
 
 
 def _judged(attempts: Iterator[Any], judge: Any, known: Any) -> Iterator[tuple[dict[str, Any], Any]]:
-    """What is stored of each fit: its path in numbers, its end in figures and as it is."""
+    """The stored record of each fit (costs and ELBOs along its path, scores of its end), and its final Gaussian."""
     for setting, seed, path in attempts:
         elbo = judge.elbos(path.loc, path.factor)
         end = path.loc[-1], path.factor[-1]
         score = judge.score(*end)._asdict()
         moments = judge.moments(*end, known)._asdict() if known and np.isfinite(elbo[-1]) else {}
         costs = {name: np.asarray(getattr(path, name), float).tolist() for name in ("steps", "gradients", "seconds")}
-        told = {"setting": setting, "seed": seed, "compiling": path.compiling, **costs, "elbos": elbo.tolist()}
-        yield {**told, **score, "moments": moments}, end
+        record = {"setting": setting, "seed": seed, "compiling": path.compiling, **costs, "elbos": elbo.tolist()}
+        yield {**record, **score, "moments": moments}, end
 
 
 def _store(plan: Plan, job: Job, method: str, fits: list[tuple[dict[str, Any], Any]]) -> None:
-    """The JSON file last, and in one go: where it is, the run was complete."""
+    """Write the JSON file last and atomically: if it exists, the run is complete."""
     path = plan.file(job, method)
     path.parent.mkdir(parents=True, exist_ok=True)
     ends: dict[str, list[Any]] = defaultdict(list)

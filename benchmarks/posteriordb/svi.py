@@ -1,13 +1,12 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""``NaturalGradient()`` as shipped, and Adam at ten settings, through NumPyro's ``SVI`` with eight particles.
+"""``NaturalGradient()`` with default options, and Adam at ten settings, through NumPyro's ``SVI`` with 8 particles.
 
-Gradients are those of one draw's log density. A step of Adam evaluates one for each particle. Of the natural gradient
-every particle takes one, and a third for each value of the loss at a point tried, as if every step tried as many as it
-may (most try one, or none); where the step is not made of gradients alone, two more for each of its products with a
-Hessian (forward over reverse costs about two gradients). Adam's settings and seeds run as one batch, and the seconds of
-a step are those of a run by itself. The natural gradient is compiled as ``fit`` compiles it, Adam as ``SVI.run`` does;
-:mod:`.compiling` has all four.
+Gradient evaluations count gradients of one draw's log density. A step of Adam takes one for each particle. A step of
+the natural gradient takes one for each particle, two for each Hessian-vector product and particle (forward over
+reverse), and a third of one for each value of the loss at a trial point; every step is charged with the largest number
+of trials, although most steps need one or none. Adam's settings and seeds run as one batch, and its seconds are those
+of a separate run. The natural gradient is compiled as ``fit`` compiles it, Adam as ``SVI.run`` does.
 """
 
 import itertools
@@ -58,7 +57,7 @@ class Problem(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """One fit: a method's setting (``""`` if it has one only), its seed, and where it went."""
+    """One fit: the method's setting (``""`` if it has only one), the seed, and the path."""
 
     setting: str
     seed: int
@@ -66,14 +65,14 @@ class Attempt(NamedTuple):
 
 
 def natural_gradient(problem: Problem) -> Iterator[Attempt]:
-    """As shipped."""
+    """Fits with default options."""
     steps = problem.steps[0]
     marks = np.unique(np.minimum(np.r_[1:61, np.geomspace(60, max(steps, 60), 40).astype(int)], steps))
     yield from _natural(problem, marks, PARTICLES, range(len(problem.starts)))
 
 
 def reference(problem: Problem) -> Iterator[Attempt]:
-    """A long run with many particles, which only says how good an ELBO can be."""
+    """A long run with many particles, for the best ELBO."""
     marks = np.array([REFERENCE_STEPS // 4, REFERENCE_STEPS // 2, REFERENCE_STEPS])
     yield from _natural(problem, marks, REFERENCE_PARTICLES, range(1))
 
@@ -90,7 +89,7 @@ def _natural(problem: Problem, marks: np.ndarray, particles: int, seeds: range) 
 
 
 def products(problem: Problem, particles: int) -> int:
-    """With the Hessian, a step and particle, by the report."""
+    """Hessian-vector products per step and particle, read from the report."""
     guide, optimizer = problem.guide.make(problem.function), NaturalGradient()
     svi = SVI(problem.function, guide, optimizer, Trace_ELBO(particles))
     state = svi.init(jax.random.key(0), **problem.arguments)
@@ -115,7 +114,7 @@ def adam(problem: Problem) -> Iterator[Attempt]:
 
 
 def decaying_adam(rate: Any, cosine: Any, total: int) -> Any:
-    """Adam at a rate that stays, or decays by a cosine over ``total`` steps; both may be traced."""
+    """Adam at a constant rate, or with a cosine decay over ``total`` steps; both arguments may be traced."""
 
     def schedule(step: Any) -> Any:
         decayed = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(step / total, 1.0)))
@@ -125,7 +124,7 @@ def decaying_adam(rate: Any, cosine: Any, total: int) -> Any:
 
 
 def _seconds_of_adam(problem: Problem) -> tuple[float, float]:
-    """Seconds of a step, and to compile, of one run by itself: the median of three."""
+    """Seconds per step (median of three runs) and of compilation."""
     steps = min(500, problem.steps[1])
     walk = walker(problem, np.array([steps]), PARTICLES)
     begun = start(problem, 0)
@@ -134,7 +133,7 @@ def _seconds_of_adam(problem: Problem) -> tuple[float, float]:
 
 
 def step_seconds(compiled: Callable[..., Any], example: tuple[Any, ...], steps: int) -> list[float]:
-    """Seconds of a step in each of three runs of so many."""
+    """Seconds per step in each of three runs."""
     taken = []
     for _ in range(3):
         begin = time.perf_counter()
@@ -175,7 +174,7 @@ def compile_timed(
 
 
 def start(problem: Problem, seed: int) -> tuple[jax.Array, jax.Array]:
-    """Where a seed starts, and its key."""
+    """Initial mean and key of a seed."""
     return jnp.asarray(problem.starts[seed], jnp.zeros(()).dtype), jax.random.key(seed)
 
 

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""A posterior as every method sees it: f(z) = −log p(z, y) of a flat, unconstrained z, and where a fit of it starts."""
+"""A posterior as f(z) = −log p(z, y) of a flat, unconstrained z, and the starts of its fits."""
 
 import copy
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Target(NamedTuple):
 
     :ivar potential: f, (d,) → scalar, nats; Jacobians of the transforms included.
     :ivar constrain: (d,) → the model's sites and deterministics by name.
-    :ivar shapes: of the sites' unconstrained values, in the order in which they stand in z (that of NumPyro's guides).
+    :ivar shapes: of the sites' unconstrained values, in their order in z (the order of NumPyro's guides).
     """
 
     potential: Callable[[jax.Array], jax.Array]
@@ -38,8 +38,8 @@ class Target(NamedTuple):
 
 
 def target(function: Callable[..., None], arguments: Data) -> Target:
-    """The posterior in the precision at hand."""
-    # Of its own arrays: JAX remembers an index array in the precision in which it met it first.
+    """The posterior in the current precision."""
+    # A copy, because JAX caches an index array in the precision of its first use.
     arguments = copy.deepcopy(arguments)
     info = initialize_model(jax.random.key(0), function, model_kwargs=arguments)
     shapes = {name: jnp.shape(x) for name, x in info.param_info.z.items()}
@@ -50,9 +50,9 @@ def target(function: Callable[..., None], arguments: Data) -> Target:
 
 
 def starts(function: Callable[..., None], arguments: Data, seeds: int) -> np.ndarray:
-    """Where the fits of each seed start, (seeds, d): uniform in (−2, 2) and finite in value and gradient.
+    """Initial means, (seeds, d): uniform in (−2, 2), with finite value and gradient.
 
-    It is what ``init_to_uniform`` gives, and the same for every method, guide and precision.
+    They equal those of ``init_to_uniform``, for every method, guide and precision.
     """
     with jax.enable_x64(True):
         keys = jax.vmap(jax.random.key)(jnp.arange(seeds))

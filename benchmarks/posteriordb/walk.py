@@ -1,9 +1,9 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""A method that takes the same step over and over, as one compiled loop that keeps its Gaussians at some of the steps.
+"""A method that repeats one step, as one compiled loop that keeps its Gaussians at some of the steps.
 
-Seconds are those of the whole loop, shared out evenly among the steps: a clock between them would cost more than they.
-What a loop compiles to is kept, by the caller, for its other seeds.
+Seconds are those of the whole loop, divided evenly among the steps: a clock between steps would cost more than a step.
+The caller keeps the compiled loop for its other seeds.
 """
 
 import time
@@ -33,7 +33,7 @@ class Walk(NamedTuple):
     compiling: float
 
     def __call__(self, state: State, key: jax.Array, gradients: int) -> Path:
-        """The Gaussians along the way, where a step evaluates so many gradients."""
+        """The path from this state; ``gradients`` are those that one step evaluates."""
         at = marks(self.steps)
         begin = time.perf_counter()
         loc, factor = jax.device_get(jax.block_until_ready(self.loop(state, key)))
@@ -48,7 +48,7 @@ def prepare(
 
     :param step: (index from 0, state, key) → state.
     :param gaussian: state → loc (d,) and factor.
-    :param state: of the shapes and precision that will be walked with.
+    :param state: example with the shapes and dtypes of later calls.
     """
 
     def loop(state: State, key: jax.Array) -> Any:
@@ -65,7 +65,7 @@ def prepare(
 
 
 def timed_compile(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], float]:
-    """The function compiled for such arguments, and the seconds it took."""
+    """The function compiled for these arguments, and the seconds of compilation."""
     begin = time.perf_counter()
     compiled = jax.jit(function).lower(*arguments).compile()
     return compiled, time.perf_counter() - begin

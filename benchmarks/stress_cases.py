@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Models on which a step length that was tuned elsewhere fails, each with its oracle where one exists.
+"""Models on which a step size tuned elsewhere fails, each with its optimum if there is a closed form.
 
     y ~ N(X z, σ²), z_j ~ N(0, s_j²):    posterior N(P⁻¹Xᵀy/σ², P⁻¹),    P = S⁻² + XᵀX/σ²
 
@@ -27,12 +27,12 @@ GUIDES = {
 }
 
 
-class HardCase(NamedTuple):
+class StressCase(NamedTuple):
     """A model with its data.
 
-    :ivar batch: rows a step sees, of a subsampled plate; ``None``: all.
-    :ivar start: where the guide's means start: NumPyro's ``init_loc_fn``.
-    :ivar optimum: parameters of the best guide of this name, in closed form; empty where there is none.
+    :ivar batch: rows of a minibatch, if the plate is subsampled; ``None``: all rows.
+    :ivar start: initial means of the guide (NumPyro's ``init_loc_fn``).
+    :ivar optimum: parameters of the best guide of each name, in closed form; empty if there is none.
     """
 
     title: str
@@ -46,8 +46,8 @@ class HardCase(NamedTuple):
     seeds: int = 5
 
 
-def centred_schools() -> HardCase:
-    """Rubin (1981), centred: given τ the effects' scale is τ, a funnel."""
+def centred_schools() -> StressCase:
+    """Rubin (1981), centred: the effects have scale τ given τ, which makes a funnel."""
     sigma = jnp.array([15.0, 10, 16, 11, 9, 11, 10, 18])
 
     def model(y: Any, batch: int | None = None) -> None:
@@ -57,11 +57,11 @@ def centred_schools() -> HardCase:
             theta = numpyro.sample("theta", dist.Normal(mu, tau))
             numpyro.sample("y", dist.Normal(theta, sigma), obs=y)
 
-    return HardCase("funnel: eight schools, centred", model, (jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12]),))
+    return StressCase("funnel: eight schools, centred", model, (jnp.array([28.0, 8, -3, 7, -1, 1, 18, 12]),))
 
 
-def separated() -> HardCase:
-    """Forty rows that one covariate separates: the likelihood has no maximum, and N(0, 10²) alone holds the slope."""
+def separated() -> StressCase:
+    """Forty rows, separated by one covariate: the likelihood has no maximum; the prior N(0, 10²) bounds the slope."""
     draw = np.random.default_rng(3)
     x = np.column_stack([np.ones(40), draw.normal(size=(40, 2))])
 
@@ -70,22 +70,22 @@ def separated() -> HardCase:
         with numpyro.plate("rows", 40):
             numpyro.sample("y", dist.Bernoulli(logits=x @ beta), obs=y)
 
-    return HardCase("separation: logistic regression", model, (jnp.array(x), jnp.array(x[:, 1] > 0, float)))
+    return StressCase("separation: logistic regression", model, (jnp.array(x), jnp.array(x[:, 1] > 0, float)))
 
 
-def noncentred_schools(particles: int) -> HardCase:
-    """Eight schools with as many draws a step."""
+def noncentred_schools(particles: int) -> StressCase:
+    """Eight schools with this number of particles."""
     schools = eight_schools()
 
     def model(y: Any, batch: int | None = None) -> None:
         schools.model(y)
 
     many = "1 particle" if particles == 1 else f"{particles} particles"
-    return HardCase(f"{many}: eight schools", model, schools.data, particles)
+    return StressCase(f"{many}: eight schools", model, schools.data, particles)
 
 
-def regression(title: str, x: np.ndarray, prior: np.ndarray, **options: Any) -> HardCase:
-    """Linear regression on ``x`` with prior standard deviations ``prior`` and noise ½: all in closed form."""
+def regression(title: str, x: np.ndarray, prior: np.ndarray, **options: Any) -> StressCase:
+    """Linear regression on ``x`` with prior standard deviations ``prior`` and noise ½, in closed form."""
     draw = np.random.default_rng(5)
     y = x @ (prior * draw.normal(size=prior.size)) + 0.5 * draw.normal(size=len(x))
     scale = jnp.array(prior)
@@ -93,15 +93,15 @@ def regression(title: str, x: np.ndarray, prior: np.ndarray, **options: Any) -> 
     def model(x: Any, y: Any, batch: int | None = None) -> None:
         z = numpyro.sample("z", dist.Normal(0, scale).to_event(1))
         with numpyro.plate("rows", len(y), subsample_size=batch):
-            rows, seen = (numpyro.subsample(a, d) for a, d in ((x, 1), (y, 0)))
-            numpyro.sample("y", dist.Normal(rows @ z, 0.5), obs=seen)
+            rows, values = (numpyro.subsample(a, d) for a, d in ((x, 1), (y, 0)))
+            numpyro.sample("y", dist.Normal(rows @ z, 0.5), obs=values)
 
     # In units of the prior's scales, since theirs may differ by 1e12.
     precision = np.eye(prior.size) + 4 * (x * prior).T @ (x * prior)
     mean = prior * np.linalg.solve(precision, 4 * (x * prior).T @ y)
     factor = prior[:, None] * np.linalg.cholesky(np.linalg.inv(precision))
     optimum = _optimum(mean, prior / np.sqrt(np.diag(precision)), factor)
-    return HardCase(title, model, (jnp.array(x), jnp.array(y)), optimum=optimum, **options)
+    return StressCase(title, model, (jnp.array(x), jnp.array(y)), optimum=optimum, **options)
 
 
 def _optimum(mean: np.ndarray, scale: np.ndarray, factor: np.ndarray) -> dict[str, dict[str, Any]]:
@@ -113,28 +113,28 @@ def _optimum(mean: np.ndarray, scale: np.ndarray, factor: np.ndarray) -> dict[st
     }
 
 
-def wide(d: int = 1000) -> HardCase:
-    """More coefficients than rows: half of the directions are known by the prior alone."""
+def wide(d: int = 1000) -> StressCase:
+    """More coefficients than rows: only the prior informs half of the directions."""
     x = np.random.default_rng(7).normal(size=(d // 2, d)) / np.sqrt(d)
     guides = ("AutoNormal", "AutoLowRankMultivariateNormal", "AutoMultivariateNormal")
     return regression(f"{d} dimensions: linear regression", x, np.ones(d), guides=guides, seeds=2)
 
 
-def scales() -> HardCase:
-    """Coefficients of sizes 1e-6, 1e-5, …, 1e6; the start, within ±2, is a million sizes away from the first."""
+def scales() -> StressCase:
+    """Coefficients of scales 1e-6, 1e-5, …, 1e6: a start within ±2 is a million scales away from the first."""
     prior = np.logspace(-6, 6, 13)
     x = np.random.default_rng(11).normal(size=(30, 13)) / prior
     return regression("scales 1e-6 to 1e6: linear regression", x, prior)
 
 
-def subsampled() -> HardCase:
-    """One row of a hundred a step."""
+def subsampled() -> StressCase:
+    """Each step uses one row of a hundred."""
     x = np.random.default_rng(13).normal(size=(10_000, 5))
     return regression("1 % of the data: linear regression", x, np.ones(5), batch=100)
 
 
-def far() -> HardCase:
-    """Poisson log-rates from 20 posterior standard deviations above each coefficient."""
+def far() -> StressCase:
+    """Poisson log-rates that start 20 posterior standard deviations above each coefficient."""
     draw = np.random.default_rng(17)
     x = np.column_stack([np.ones(30), draw.normal(size=(30, 2))])
     y = draw.poisson(np.exp(x @ np.array([1.0, 0.5, -0.5]))).astype(float)
@@ -147,7 +147,7 @@ def far() -> HardCase:
             numpyro.sample("y", dist.Poisson(jnp.exp(x @ beta)), obs=y)
 
     init = init_to_value(values={"beta": jnp.array(start)})
-    return HardCase("start 20 sd away: Poisson regression", model, (jnp.array(x), jnp.array(y)), start=init)
+    return StressCase("start 20 sd away: Poisson regression", model, (jnp.array(x), jnp.array(y)), start=init)
 
 
 def _poisson_mode(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,9 +160,11 @@ def _poisson_mode(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return beta, precision
 
 
-def edge() -> HardCase:
-    """N(0, 0.1²) in two dimensions, −∞ beyond z₁ + z₂ = 1, seven posterior sd away; the start is 0.7 of the guide's sd
-    before it, so that nearly every step has a draw beyond."""
+def edge() -> StressCase:
+    """N(0, 0.1²) in two dimensions, with log density −∞ beyond z₁ + z₂ = 1, seven posterior standard deviations away.
+
+    The start is 0.7 of the guide's standard deviation from that edge: nearly every step has a draw beyond it.
+    """
 
     def model(batch: int | None = None) -> None:
         z = numpyro.sample("z", dist.Normal(0, 0.1).expand([2]).to_event(1))
@@ -170,18 +172,18 @@ def edge() -> HardCase:
 
     init = init_to_value(values={"z": jnp.array([0.45, 0.45])})
     optimum = _optimum(np.zeros(2), np.full(2, 0.1), 0.1 * np.eye(2))
-    return HardCase("−∞ beyond an edge", model, (), start=init, optimum=optimum)
+    return StressCase("−∞ beyond an edge", model, (), start=init, optimum=optimum)
 
 
-def tails(d: int = 10) -> HardCase:
-    """Independent Student-t of 3 degrees of freedom, sizes 0.1 to 10."""
+def tails(d: int = 10) -> StressCase:
+    """Independent Student-t with 3 degrees of freedom and scales from 0.1 to 10."""
     sizes = np.logspace(-1, 1, d)
     scale = sizes * _tails_scale()
 
     def model(batch: int | None = None) -> None:
         numpyro.sample("z", dist.StudentT(3, jnp.array(2 * sizes), jnp.array(sizes)).to_event(1))
 
-    return HardCase("tails: Student-t, 3 degrees", model, (), optimum=_optimum(2 * sizes, scale, np.diag(scale)))
+    return StressCase("tails: Student-t, 3 degrees", model, (), optimum=_optimum(2 * sizes, scale, np.diag(scale)))
 
 
 def _tails_scale() -> float:
@@ -194,7 +196,7 @@ def _tails_scale() -> float:
     return float(optimize.minimize_scalar(kl, bounds=(0.3, 3), method="bounded").x)
 
 
-CASES: dict[str, Callable[[], HardCase]] = {
+CASES: dict[str, Callable[[], StressCase]] = {
     "funnel": centred_schools,
     "separation": separated,
     "one": lambda: noncentred_schools(1),

@@ -1,14 +1,13 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Where things are hard: ``NaturalGradient()`` as shipped on the models of :mod:`.hard_cases`, beside Adam.
+"""``python -m benchmarks.stress_tests``: default options on the models of :mod:`.stress_cases`, beside Adam.
 
-Every fit is scored at marks on one common set of 4096 draws, on all of the data. *Best* is the lowest −ELBO known: of
-the optimum if known, else of a run with 64 particles, or of any fit of the table. *Steps* are those to the first mark
-within 0.1 nats of it. A fit *failed* if it is not within 1 nat after 1000 steps. Adam's rate is the one that
-ends lowest of four (a choice that nobody has in practice), with a cosine decay over its 5000 steps.
+Every fit is scored at marks on one common set of 4096 draws, on all of the data. *Best −ELBO* is the lowest one known:
+that of the optimum if there is a closed form, else of a run with 64 particles, or of any fit of the table. *Steps* are
+those to the first mark within 0.1 nats of it. A fit is a *failure* if it is not within 1 nat after all of its steps.
+Adam's rate is the one of four that ends lowest, with a cosine decay over its 5000 steps.
 
-``python -m benchmarks.hard`` prints the table, each precision in a process of its own; ``--x64`` with names of cases
-prints rows of it.
+Without names of cases the whole table is printed, each precision in its own process; ``--x64`` is double precision.
 """
 
 import argparse
@@ -27,18 +26,19 @@ from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient
 
-from .hard_cases import CASES, GUIDES, HardCase
+from .stress_cases import CASES, GUIDES, StressCase
 
 RATES, ADAM_STEPS, STEPS, DRAWS = (0.1, 0.03, 0.01, 0.003), 5000, 1000, 4096
 DONE, FAILED = 0.1, 1.0
 HEADS = (
-    *("case", "guide", "dtype", "best −ELBO", "steps, median", "worst", "gap at 100", "at 300", "at 1000"),
-    *("skipped", "NaN", "failures", "Adam's rate", "its steps", "its gap at 5000", "its failures"),
+    *("case", "guide", "dtype", "best −ELBO", "steps, median", "steps, worst seed"),
+    *("gap at 100 steps", "gap at 300", "gap at 1000", "skipped steps", "marks with NaN", "failures"),
+    *("Adam's rate", "Adam's steps", "Adam's gap at 5000", "Adam's failures"),
 )
 
 
 class Fits(NamedTuple):
-    """Fits over the seeds: marks (steps), −ELBO (seed, mark) in nats, steps skipped (seed,), marks without a number."""
+    """Fits of all seeds: marks (steps), −ELBO (seed, mark), nats, skipped steps (seed,), number of non-finite marks."""
 
     marks: np.ndarray
     losses: np.ndarray
@@ -46,7 +46,7 @@ class Fits(NamedTuple):
     nans: int
 
     def reached(self, target: float) -> np.ndarray:
-        """First mark within the target, per seed; infinity where there is none."""
+        """First mark within the target, per seed; infinity if there is none."""
         hit = self.losses <= target
         return np.where(hit.any(1), self.marks[hit.argmax(1)], np.inf)
 
@@ -55,12 +55,12 @@ class Fits(NamedTuple):
         return float(np.median(self.losses[:, np.searchsorted(self.marks, mark)])) - best
 
     def failures(self, best: float) -> int:
-        """Fits that do not end within a nat."""
+        """Number of fits that do not end within a nat."""
         return int((~(self.losses[:, -1] <= best + FAILED)).sum())
 
 
 def marks(steps: int) -> np.ndarray:
-    """Where a fit is scored: every eighth more, with 100, 300 and 1000 among them."""
+    """Steps at which a fit is scored: geometric with ratio 9/8, and 100, 300 and the last."""
     return np.unique(np.r_[np.geomspace(5, steps, round(8 * np.log(steps / 5))).astype(int), 100, 300, steps])
 
 
@@ -71,7 +71,7 @@ class Fitted(NamedTuple):
     score: Callable[[Any], jax.Array]
 
 
-def fitted(case: HardCase, guide: str, optimizer: Any, particles: int) -> Fitted:
+def fitted(case: StressCase, guide: str, optimizer: Any, particles: int) -> Fitted:
     """The case with a guide of this name."""
     auto = GUIDES[guide](case.model, init_loc_fn=case.start)
     elbo, key = Trace_ELBO(DRAWS), jax.random.key(2026)
@@ -79,7 +79,7 @@ def fitted(case: HardCase, guide: str, optimizer: Any, particles: int) -> Fitted
     return Fitted(SVI(case.model, auto, optimizer, Trace_ELBO(particles)), score)
 
 
-def fits(case: HardCase, guide: str, optimizer: Any, steps: int, *, seeds: int, particles: int) -> Fits:
+def fits(case: StressCase, guide: str, optimizer: Any, steps: int, *, seeds: int, particles: int) -> Fits:
     """One fit for every seed, compiled once."""
     svi, score = fitted(case, guide, optimizer, particles)
 
@@ -104,21 +104,21 @@ def _skipped(svi: SVI, state: Any) -> int:
     return int(svi.optim.info(state).skipped_total) if isinstance(svi.optim, NaturalGradient) else 0
 
 
-def natural(case: HardCase, guide: str, steps: int = STEPS) -> tuple[Fits, float]:
-    """The fits as shipped, and the best loss known without Adam."""
+def natural(case: StressCase, guide: str, steps: int = STEPS) -> tuple[Fits, float]:
+    """Fits with default options, and the best loss known without Adam."""
     shipped = fits(case, guide, NaturalGradient(), steps, seeds=case.seeds, particles=case.particles)
     return shipped, min(best(case, guide, steps), float(shipped.losses.min()))
 
 
-def best(case: HardCase, guide: str, steps: int = STEPS) -> float:
-    """−ELBO of the optimum where it is known, else of a run with 64 particles."""
+def best(case: StressCase, guide: str, steps: int = STEPS) -> float:
+    """−ELBO of the optimum if there is a closed form, else of a run with 64 particles."""
     if guide in case.optimum:
         _, score = fitted(case, guide, NaturalGradient(), 1)
         return float(score(case.optimum[guide]))
     return float(fits(case, guide, NaturalGradient(), steps, seeds=1, particles=64).losses.min())
 
 
-def adam(case: HardCase, guide: str) -> tuple[float, Fits]:
+def adam(case: StressCase, guide: str) -> tuple[float, Fits]:
     """The rate that ends lowest, and its fits."""
 
     def at(rate: float) -> Fits:
@@ -128,7 +128,7 @@ def adam(case: HardCase, guide: str) -> tuple[float, Fits]:
     return min(((rate, at(rate)) for rate in RATES), key=lambda pair: float(np.median(pair[1].losses[:, -1])))
 
 
-def row(case: HardCase, guide: str) -> str:
+def row(case: StressCase, guide: str) -> str:
     """One line of the table."""
     ours, known = natural(case, guide)
     rate, theirs = adam(case, guide)
@@ -155,14 +155,14 @@ def _nats(x: float) -> str:
 
 def main() -> None:
     """The chosen rows, or the whole table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hard", description=__doc__)
-    parser.add_argument("cases", nargs="*", help=f"of: {', '.join(CASES)}; all, in both precisions, if left out")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stress_tests", description=__doc__)
+    parser.add_argument("cases", nargs="*", help=f"some of: {', '.join(CASES)}; default: all, in both precisions")
     parser.add_argument("--x64", action="store_true", help="double precision")
     options = parser.parse_args()
     if not options.cases:
         print("\n".join([f"| {' | '.join(HEADS)} |", "| --- " * len(HEADS) + "|"]), flush=True)
         for flags in ([], ["--x64"]):
-            subprocess.run([sys.executable, "-m", "benchmarks.hard", *CASES, *flags], check=True)
+            subprocess.run([sys.executable, "-m", "benchmarks.stress_tests", *CASES, *flags], check=True)
         return
     jax.config.update("jax_enable_x64", options.x64)
     for case in (CASES[name]() for name in options.cases):
