@@ -66,7 +66,9 @@ ABLATIONS = {
     "the full rule": Ablation(),
     "Hessian-vector products in place of regression": Ablation(options={"estimator": "second_order"}),
     "regression: old draws keep their weight": Ablation(functions=((stein_regression, "worth", lambda kl, far: 1.0),)),
-    "regression: window length unbounded": Ablation(functions=((stein_regression, "lasting", lambda sums, new, d: sums),)),
+    "regression: window length unbounded": Ablation(
+        functions=((stein_regression, "lasting", lambda sums, new, d: sums),)
+    ),
     "regression: no bound on outliers": Ablation({"influence_max": float("inf")}),
     "regression: ridge × 100": Ablation({"ridge": 20.0}),
     "antithetic draws: no sharing of directions": Ablation(functions=((antithetic, "parts", lambda d, particles: 1),)),
@@ -78,6 +80,7 @@ ABLATIONS = {
     "no step-size floor": Ablation({"step_size_floor": 0.0}),
     "step-size floor at any noise": Ablation({"floor_noise": float("inf")}),
     "step-size floor up to 1 nat of noise per latent": Ablation({"floor_noise": 1.0}),
+    "stationarity threshold 1 in place of 5": Ablation(functions=((options.RuleConstants, "nonstationarity", 1.0),)),
     "no Huber weight": Ablation({"outlier": float("inf")}),
     "last iterate in place of the average": Ablation({"average_decay": 1e9}),
     "constant step size 1/2": Ablation(options={"step_size": 0.5}),
