@@ -23,6 +23,7 @@ from benchmarks.posteriordb import ablation, checkout, comparison, compiling, me
 from benchmarks.posteriordb.guides import GUIDES
 from benchmarks.posteriordb.models import MODELS, named
 from benchmarks.posteriordb.target import Target, starts, target
+from numpyro_natgrad import options
 
 SCHOOLS = "eight_schools-eight_schools_noncentered"
 RNG = np.random.default_rng(0)
@@ -293,9 +294,10 @@ def test_failed_benchmark_job_is_reported(small, tmp_path, monkeypatch):
 
 
 def test_every_ablated_ingredient_exists():
-    changed = [constant for how in ablation.ABLATIONS.values() for constant in how.constants]
-    assert changed
-    assert all(hasattr(module, name) for module, name, _ in changed)
+    constants = {name for how in ablation.ABLATIONS.values() for name in how.constants}
+    assert constants
+    assert constants <= set(options.RuleConstants._fields)
+    assert all(hasattr(module, name) for how in ablation.ABLATIONS.values() for module, name, _ in how.functions)
 
 
 def test_compile_seconds_are_those_timed_side_by_side(tmp_path):
