@@ -33,6 +33,7 @@ from numpyro.infer.autoguide import (
 from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.step import natural_step
 
 from . import cases
 
@@ -223,9 +224,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trajectories", description=__doc__)
     parser.add_argument("action", choices=("record", "compare"))
     parser.add_argument("file", help="of arrays, .npz")
+    parser.add_argument("--seed", type=int, help="seed of the blocks' probes; by default, that of each run")
     parser.add_argument("--only", nargs="*", help="names of fits; all by default")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
+    if options.seed is not None:
+        natural_step.run_seed = lambda loss, step, seed: jnp.array(options.seed, jnp.uint32)
     chosen = {name: fit for name, fit in fits().items() if not options.only or name in options.only}
     found = {name: trajectory(fit) for name, fit in tqdm(chosen.items())}
     flat = {f"{name}|{key}": x for name, arrays in found.items() for key, x in arrays.items()}

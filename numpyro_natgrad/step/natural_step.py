@@ -88,6 +88,39 @@ class Search(NamedTuple):
     is_open: jax.Array
 
 
+class Curve(NamedTuple):
+    """All steps from a state, by their KL radius: the blocks keep the ratio of their largest step sizes along it."""
+
+    context: Context
+    state: NaturalGradientState
+    tangents: list[Any]
+    memory: Memory
+    largest: jax.Array
+    gradient: Params
+
+    def within(self, radius: jax.Array) -> Proposal:
+        """The longest step within a radius, nats."""
+        pairs = list(zip(self.context.partition.blocks, self.tangents, strict=True))
+
+        def kl(fraction: jax.Array) -> jax.Array:
+            return _stack(block.forward_kl(v, fraction * self.largest[k]) for k, (block, v) in enumerate(pairs))
+
+        fraction = trust_region.longest(lambda f: jnp.sum(kl(f)), jnp.ones((), self.largest.dtype), radius)
+        rho, params, memory = fraction * self.largest, self.state.params, self.memory
+        for k, (block, v) in enumerate(pairs):
+            params, memory = block.retract(params, memory, v, rho[k])
+        reverse_kl = jnp.sum(_stack(block.reverse_kl(v, rho[k]) for k, (block, v) in enumerate(pairs)))
+        unowned = tuple(self.context.partition.unowned)
+        params, fallback = self.context.fallback.step(params, self.gradient, self.state.fallback, unowned)
+        return Proposal(params, memory, fallback, rho, kl(fraction), reverse_kl, fraction < 1, radius)
+
+    def stay(self, radius: jax.Array) -> Proposal:
+        """No step."""
+        none = jnp.zeros_like(self.largest)
+        params, fallback = self.state.params, self.state.fallback
+        return Proposal(params, self.memory, fallback, none, none, jnp.sum(none), jnp.array(False), radius)
+
+
 def natural_step(
     fn: Loss, context: Context, step: jax.Array, carried: NaturalGradientState
 ) -> tuple[LossInfo, NaturalGradientState]:
@@ -101,11 +134,21 @@ def natural_step(
     partition = context.partition
     state = unpack(carried, partition, context.options.constants)
     loss_info = evaluate_loss(fn, state.params, partition.request, partition.particles)
+    state = state._replace(seed=run_seed(loss_info.loss, step, state.seed))
     gradients = natural_gradients(loss_info, partition, step, state)
     statistics = update_statistics(gradients, context, state)
     largest = choose_step_sizes(gradients, statistics.estimate, context, step)
-    search = search_trust_region(loss_info, gradients, statistics.memory, largest, context, state)
+    curve = Curve(context, state, gradients.tangents, statistics.memory, largest, loss_info.gradient)
+    search = search_trust_region(curve, loss_info, gradients)
     return loss_info, pack(finish(gradients, statistics, search, context, state), carried)
+
+
+def run_seed(loss: jax.Array, step: jax.Array, seed: jax.Array) -> jax.Array:
+    """The seed of the blocks' probes: the bits of the first loss, which depends on the key of the run by its draws.
+
+    An optimizer is not given a key. A constant seed would give all runs, and all rows of a ``vmap``, the same probes.
+    """
+    return jnp.where(step == 0, lax.bitcast_convert_type(loss.astype(jnp.float32), jnp.uint32), seed)
 
 
 def natural_gradients(
@@ -113,7 +156,7 @@ def natural_gradients(
 ) -> NaturalGradients:
     """v = F⁻¹g of every block, of the loss rescaled to where squares are finite."""
     rescaled, scale = rescale_loss(loss_info._replace(stuck=state.info.skipped), partition.request.modes)
-    randomness = Randomness(jax.random.key(0), step)
+    randomness = Randomness(jax.random.key(state.seed), step)
     tangents = [b.natural_gradient(rescaled, state.params, state.memory, randomness) for b in partition.blocks]
     squared_norms = _stack(b.squared_norm(v) for b, v in zip(partition.blocks, tangents, strict=True))
     ok = finite((loss_info.loss, loss_info.gradient, squared_norms))
@@ -148,29 +191,22 @@ def choose_step_sizes(
     return jnp.where(gradients.own_step_sizes > 0, gradients.own_step_sizes, largest)
 
 
-def search_trust_region(
-    loss_info: LossInfo,
-    gradients: NaturalGradients,
-    memory: Memory,
-    largest: jax.Array,
-    context: Context,
-    state: NaturalGradientState,
-) -> Search:
+def search_trust_region(curve: Curve, loss_info: LossInfo, gradients: NaturalGradients) -> Search:
     """The step of the best radius: smaller radii while the loss is not reduced, larger ones while that pays.
 
     A trial costs one value of the loss, a step its gradient and Hessian-vector products as well. Where draws do not
     follow the parameters the difference of two losses is noise, and the first proposal is accepted.
     """
-    propose = partial(_propose, loss_info, gradients, memory, largest, context, state)
+    context, carried = curve.context, curve.state.radius
     start = trust_region.initial_radius(context.options, context.partition.latents)
-    radius = jnp.where(state.radius > 0, state.radius, start)
+    radius = jnp.where(carried > 0, carried, start)
     uncompared = Acceptance(jnp.array(True), jnp.array(False), jnp.zeros_like(loss_info.loss))
     trials = jnp.array(0, jnp.int32)
     if not context.options.adaptive or not context.partition.paired:
-        return Search(propose(radius), uncompared, radius, trials, jnp.array(False))
+        return Search(curve.within(radius), uncompared, radius, trials, jnp.array(False))
 
     def body(search: Search) -> Search:
-        proposal = propose(search.next_radius)
+        proposal = curve.within(search.next_radius)
         result = _compare(loss_info, proposal, gradients.scale, context)
         widening = (search.trials > 0) & search.result.accepted
         better = result.accepted & (result.reduction > search.result.reduction)
@@ -184,35 +220,7 @@ def search_trust_region(
     def is_open(search: Search) -> jax.Array:
         return search.is_open & (search.trials < context.options.constants.radius_trials)
 
-    none = jnp.zeros_like(largest)
-    stay = Proposal(state.params, memory, state.fallback, none, none, jnp.sum(none), jnp.array(False), radius)
-    return lax.while_loop(is_open, body, Search(stay, uncompared, radius, trials, gradients.ok))
-
-
-def _propose(
-    loss_info: LossInfo,
-    gradients: NaturalGradients,
-    memory: Memory,
-    largest: jax.Array,
-    context: Context,
-    state: NaturalGradientState,
-    radius: jax.Array,
-) -> Proposal:
-    """The longest step within the radius, along the curve on which all blocks keep the ratio of their step sizes."""
-    pairs = list(zip(context.partition.blocks, gradients.tangents, strict=True))
-
-    def kl(fraction: jax.Array) -> jax.Array:
-        return _stack(block.forward_kl(v, fraction * largest[k]) for k, (block, v) in enumerate(pairs))
-
-    fraction = trust_region.longest(lambda f: jnp.sum(kl(f)), jnp.ones((), largest.dtype), radius)
-    rho = fraction * largest
-    params = state.params
-    for k, (block, v) in enumerate(pairs):
-        params, memory = block.retract(params, memory, v, rho[k])
-    reverse_kl = jnp.sum(_stack(block.reverse_kl(v, rho[k]) for k, (block, v) in enumerate(pairs)))
-    unowned = tuple(context.partition.unowned)
-    params, fallback = context.fallback.step(params, loss_info.gradient, state.fallback, unowned)
-    return Proposal(params, memory, fallback, rho, kl(fraction), reverse_kl, fraction < 1, radius)
+    return lax.while_loop(is_open, body, Search(curve.stay(radius), uncompared, radius, trials, gradients.ok))
 
 
 def _compare(loss_info: LossInfo, proposal: Proposal, scale: jax.Array, context: Context) -> Acceptance:
@@ -276,6 +284,7 @@ def finish(
         decrement,
         radius,
         _choose(taken, proposal.fallback, state.fallback),
+        state.seed,
         _info(gradients, statistics.estimate, proposal, taken, remaining, state.info),
     )
 

@@ -93,6 +93,7 @@ class NaturalGradientState(NamedTuple):
     :ivar DecrementState decrement: what the Newton decrement depends on.
     :ivar jax.Array radius: trust-region radius, nats; zero before the first step.
     :ivar Any fallback: the state of the fallback optimizer.
+    :ivar jax.Array seed: seed of the blocks' probes, set in the first step, uint32.
     :ivar StepInfo info: the last step in numbers.
     """
 
@@ -103,6 +104,7 @@ class NaturalGradientState(NamedTuple):
     decrement: DecrementState
     radius: jax.Array
     fallback: Any
+    seed: jax.Array
     info: StepInfo
 
 
@@ -115,10 +117,10 @@ def initial(params: Params, fallback: Any, constants: RuleConstants) -> NaturalG
     dtype = jnp.result_type(*leaves)
     latents = min(sum(jnp.size(x) for x in leaves) // 2, constants.joint_limit)
     joint, statistics, decrement = allocated(latents, len(params), constants, dtype)
-    zero, no = jnp.zeros((), dtype), jnp.array(False)
+    zero, no, seed = jnp.zeros((), dtype), jnp.array(False), jnp.array(0, jnp.uint32)
     info = StepInfo(zero, zero, zero, zero, zero, zero, zero, no, no, jnp.array(0, jnp.int32))
     memory = Memory(jax.tree.map(jnp.zeros_like, params), joint)
-    return NaturalGradientState(params, params, memory, statistics, decrement, zero, fallback, info)
+    return NaturalGradientState(params, params, memory, statistics, decrement, zero, fallback, seed, info)
 
 
 def allocated(
