@@ -36,16 +36,29 @@ def _linear(y):
     _model(y, link=lambda x: x)
 
 
-def _evidence(guide, particles):
-    """The family, what one step shows, the parameters, and the draw of every particle."""
+def _evaluated(guide, particles):
+    """The block of the Gaussian sites, the parameters, and a compiled function of a factor K.
+
+    The function returns the draw of every particle and what the block learns of the Hessian in the frame K.
+    """
     auto, elbo = guide(_model), Trace_ELBO(particles)
     svi = SVI(_model, auto, NaturalGradient(), elbo)
     params = svi.optim.get_params(svi.init(random.key(0), 1.0).optim_state)
     fn = lambda x: (elbo.loss(random.key(5), svi.constrain_fn(x), _model, auto, 1.0), None)
     partition = partition_parameters(fn, params, checked(None, "adaptive", None, True), False)
-    (family,) = partition.blocks
-    loss_info = evaluate_loss(fn, params, partition.request, particles)
-    return family, loss_info, params, joint.particles(loss_info, family.sites)[0]
+    (block,) = partition.blocks
+
+    @jax.jit
+    def learned(factor):
+        loss_info = evaluate_loss(fn, params, partition.request, particles)
+        draws = joint.particles(loss_info, block.sites)[0]
+        return draws, *block._learned(loss_info, params, _mean(block, params), factor)
+
+    return block, params, learned
+
+
+def _mean(block, params):
+    return jnp.concatenate([params[s.loc].ravel() for s in block.sites])
 
 
 def _potential(z):
@@ -56,11 +69,10 @@ def _potential(z):
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
 @pytest.mark.parametrize("particles", [4, 9])
 def test_each_column_uses_the_mean_hessian_of_its_group_of_pairs(x64, guide, particles):
-    family, loss_info, params, draws = _evidence(guide, particles)
-    loc = jnp.concatenate([params[s.loc].ravel() for s in family.sites])
-    factor = jnp.tril(random.normal(random.key(1), (D, D)))
-    curvature, correction = family._learned(loss_info, params, loc, factor)
-    hessians, groups = jax.vmap(jax.hessian(_potential))(draws), parts(D, particles)
+    block, params, learned = _evaluated(guide, particles)
+    loc, factor = _mean(block, params), jnp.tril(random.normal(random.key(1), (D, D)))
+    draws, curvature, correction = learned(factor)
+    hessians, groups = jax.jit(jax.vmap(jax.hessian(_potential)))(draws), parts(D, particles)
     assert groups == 2
     group = np.arange(particles) % (particles // 2) % groups
     for i in range(D):
@@ -73,8 +85,8 @@ def test_each_column_uses_the_mean_hessian_of_its_group_of_pairs(x64, guide, par
 @pytest.mark.parametrize("particles", [2, 5])
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
 def test_draws_are_antithetic_pairs(guide, particles):
-    family, _, params, draws = _evidence(guide, particles)
-    offsets, half = draws - jnp.concatenate([params[s.loc].ravel() for s in family.sites]), particles // 2
+    block, params, learned = _evaluated(guide, particles)
+    offsets, half = learned(jnp.eye(D))[0] - _mean(block, params), particles // 2
     np.testing.assert_allclose(offsets[:half], -offsets[half : 2 * half], rtol=1e-5, atol=1e-6)
     apart = offsets[:, None] - offsets
     assert float(jnp.min(jnp.abs(apart).max(-1) + jnp.eye(particles))) > 1e-3
