@@ -35,13 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
-    """For laws about precision: both are on trial."""
+    """Both precisions, for tests about precision or dtypes."""
     with jax.enable_x64(request.param == "float64"):
         yield request.param
 
 
 @pytest.fixture
 def x64():
-    """For laws whose oracle needs the digits."""
+    """Double precision, for tests whose oracle needs the digits."""
     with jax.enable_x64(True):
         yield

@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
     :ivar make: the distribution, from its arguments.
     :ivar arguments: their values.
-    :ivar over: ``"line"``, ``"counts"`` or ``"draws"``: how expectations are taken.
+    :ivar over: ``"line"``, ``"counts"`` or ``"draws"``: how expectations are computed.
     :ivar constraints: of arguments that ``make`` does not take as NumPyro's class does.
     """
 

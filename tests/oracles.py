@@ -16,7 +16,7 @@ from numpyro.optim import _NumPyroOptim
 
 
 def root_eps(dtype) -> float:
-    """√ε: what is left of a result after a computation that loses half of its digits."""
+    """√ε: the relative error of a computation that loses half of its digits."""
     return float(np.sqrt(np.finfo(dtype).eps))
 
 
@@ -48,7 +48,7 @@ def spd(seed: int, d: int, *, low: float = 0.5, high: float = 5.0) -> np.ndarray
     return (basis * np.geomspace(low, high, d)) @ basis.T
 
 
-class Tap(_NumPyroOptim):
+class CapturingOptimizer(_NumPyroOptim):
     """An optimizer that takes no step and keeps the function that ``SVI`` gives to its optimizer."""
 
     def __init__(self) -> None:
@@ -65,13 +65,13 @@ class Tap(_NumPyroOptim):
         return (jnp.zeros(()), None), state
 
 
-def tapped(model, guide, loss, *args, seed: int = 0, **kwargs):
+def captured_loss(model, guide, loss, *args, seed: int = 0, **kwargs):
     """(at, params): ``at(key)`` is the loss at that key as an optimizer of ``SVI`` sees it, params are the start.
 
     ``at(key, other, given)`` is another loss of the same model and guide, at other arguments.
     """
-    perturbation = Tap()
-    svi = SVI(model, guide, perturbation, loss)
+    optimizer = CapturingOptimizer()
+    svi = SVI(model, guide, optimizer, loss)
     init = lambda key: svi.init(key, *args, **kwargs)
     # An autoguide keeps what it traces; everything else is initialised by one program instead of a hundred.
     start = (init if isinstance(guide, AutoGuide) else jax.jit(init))(random.key(seed))
@@ -79,7 +79,7 @@ def tapped(model, guide, loss, *args, seed: int = 0, **kwargs):
     def at(key, other=None, given=None):
         svi.loss = other or loss
         svi.update(start._replace(rng_key=key), *(args if given is None else given), **kwargs)
-        return perturbation.fn
+        return optimizer.fn
 
     return at, start.optim_state
 

@@ -25,7 +25,7 @@ from numpyro.infer.autoguide import (
     AutoMultivariateNormal,
     AutoNormal,
 )
-from oracles import spd, tapped
+from oracles import captured_loss, spd
 
 
 def tiers(cases: Iterable[Any], *laws: Any) -> list[Any]:
@@ -110,16 +110,16 @@ FORMS = {
 
 
 class GuideCase(NamedTuple):
-    """A guide, and how its parameters are to be understood.
+    """A guide, and the block that each of its parameters belongs to.
 
     :ivar model: the model; it takes ``DATA``.
     :ivar make: the guide, from the model.
-    :ivar gaussian: site → (mean parameter, covariance parameter) of what is to be known in closed form.
-    :ivar low_rank: site → (mean, factor, scale): the same, where Hessian products are to be had.
-    :ivar natural: parameters of an exponential family, to be moved in natural parameters.
-    :ivar curved: parameters to be moved by the curvature of KL.
-    :ivar point: parameters that no distribution owns.
-    :ivar likely: parameters to be moved by the Fisher of the likelihood.
+    :ivar gaussian: site → (mean parameter, covariance parameter) of the sites whose natural gradient has a closed form.
+    :ivar low_rank: site → (mean, factor, scale) of low-rank sites, which need Hessian-vector products.
+    :ivar natural: parameters of an exponential family, stepped in natural parameters.
+    :ivar kl_hessian: parameters stepped with the Hessian of KL.
+    :ivar point: parameters without a Fisher matrix.
+    :ivar likely: parameters stepped with the Fisher matrix of the likelihood.
     """
 
     model: Callable[..., None]
@@ -244,7 +244,7 @@ def gamma(x: Any) -> None:
 
 
 def pinned(x: Any) -> None:
-    """A mean that the loss also meets outside of its site."""
+    """A mean that enters the loss outside of its site too."""
     loc = numpyro.param("m1", 0.1)
     numpyro.sample("z1", dist.Normal(loc, positive("s1")))
     numpyro.sample("z2", dist.Delta(loc))
@@ -301,6 +301,6 @@ GUIDES = {
 
 @cache
 def started(name: str, precision: str) -> tuple[Any, Any]:
-    """(at, params) of a guide, as :func:`.oracles.tapped` gives them; ask for it in that precision."""
+    """(at, params) of a guide, as :func:`.oracles.captured_loss` gives them; call it in that precision."""
     case = GUIDES[name]
-    return tapped(case.model, case.make(case.model), Trace_ELBO(), jnp.asarray(DATA))
+    return captured_loss(case.model, case.make(case.model), Trace_ELBO(), jnp.asarray(DATA))

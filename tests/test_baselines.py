@@ -76,7 +76,7 @@ def assert_sound(path: Path, dtype: str) -> None:
 
 
 def test_batch_and_match_update_solves_its_quadratic_matrix_equation(x64: Any) -> None:
-    """Σ'UΣ' + Σ' = V and the mean, as the paper states them, with fewer draws than dimensions and with more."""
+    """Σ'UΣ' + Σ' = V and the mean, as the paper states them, with fewer and with more draws than dimensions."""
     rng = np.random.default_rng(0)
     for batch, rate in ((3, 15.0), (12, 0.2)):
         z, g = rng.normal(size=(2, batch, D))
@@ -133,7 +133,7 @@ def test_full_deterministic_advi_finds_the_minimum_on_its_draws(dtype: str) -> N
 
 
 def test_loss_by_fixed_draws_equals_its_derivation(x64: Any) -> None:
-    """The mean over keys is within four standard errors of d(d+3)/(4M), of which 1/M more is cut off."""
+    """The mean over keys is within four standard errors of d(d+3)/(4M), whose next term is smaller by D²/M."""
     draws = deterministic_advi.FULL.draws(D)
     keys = jax.random.split(KEY, 200)
     losses = []
@@ -156,7 +156,7 @@ def test_mean_field_deterministic_advi_is_stationary_on_its_draws(dtype: str) ->
 
 
 def test_deterministic_advi_counts_its_gradients(x64: Any) -> None:
-    """Against counts on the objective written by hand: a product is one sweep, counted as two gradients."""
+    """The counts are those of the objective written by hand; a Hessian-vector product counts as two gradients."""
     target, M = counted(), 30
     path = deterministic_advi.mean_field(target.potential, start(), 0.1, KEY)
     jax.effects_barrier()
@@ -183,7 +183,7 @@ def test_deterministic_advi_counts_its_gradients(x64: Any) -> None:
 
 
 def test_deterministic_advi_stops_at_nan_and_at_its_budget(x64: Any) -> None:
-    """Where there is no number, and when its budget is spent: what there was is what is returned."""
+    """Both return the iterates so far: where the density is NaN, and when the budget is spent."""
     np.testing.assert_array_equal(deterministic_advi.fit(nowhere, start(), 0.1, KEY, draws=30).loc, np.zeros((1, D)))
     path = deterministic_advi.mean_field(f, start(), 0.1, KEY, budget=200)
     assert path.gradients[-1] <= 200 + 2 * 30
@@ -207,7 +207,7 @@ def test_fullrank_vi_is_exact_on_a_gaussian(blackjax_vi: Any, dtype: str) -> Non
 
 
 def test_meanfield_vi_finds_the_best_diagonal_gaussian(blackjax_vi: Any, dtype: str) -> None:
-    """Variances 1/P_ii. Noise does not vanish there: Adam at rate r wanders by about r in units of its parameters."""
+    """Variances 1/P_ii. Noise does not vanish there: Adam at rate r fluctuates by about r in units of its parameters."""
     path = blackjax_vi.meanfield_vi(f, start(), 0.1, KEY, rate=0.03, draws=20)
     assert_sound(path, dtype)
     np.testing.assert_allclose(np.log(path.factor[-1] ** 2 * np.diag(PRECISION)), 0, atol=4 * 0.03)
@@ -223,7 +223,7 @@ def test_blackjax_counts_its_gradients(blackjax_vi: Any) -> None:
 
 
 def test_pathfinder_approximates_a_gaussian(blackjax_vi: Any, x64: Any) -> None:
-    """Weighted by importance, 2000 draws have the loss of their own moments, d(d+3)/(4n), for n that are worth as many."""
+    """The moments of weighted draws lose d(d+3)/(4n) nats, n being their effective number; 200 of 2000 are required."""
     weighted = blackjax_vi.pathfinder_resampled(f, start(), 0.1, KEY)
     best = blackjax_vi.pathfinder(f, start(), 0.1, KEY)
     assert loss(weighted) < 4 * D * (D + 3) / (4 * 200)

@@ -28,7 +28,7 @@ from numpyro_natgrad.options import RuleConstants
 # A Poisson regression whose posterior is strongly correlated: independent components lose 0.9 nats.
 A = np.array([[1.0, 0.9], [0.8, 1.0], [0.9, 0.5]])
 Y = np.array([4.0, 6.0, 2.0])
-#: Nats that steps of length ρ leave on average where v nats of noise are let pass: ½ v ρ/(2 − ρ), at 8 draws a step.
+#: Steps of length ρ leave ½ v ρ/(2 − ρ) nats on average where v nats of noise are tolerated; 8 draws a step.
 RHO = 8 / (8 + 2)
 LEFT = 0.5 * RuleConstants().noise_threshold * RHO / (2 - RHO)
 
@@ -89,7 +89,7 @@ def of_conditional(p: Any) -> tuple[Any, Any]:
 
 
 class Fit(NamedTuple):
-    """A guide, its mean and a factor of its covariance, and how it is fitted; ``limit``: the widest joint step."""
+    """A guide, its mean and a factor of its covariance, and how it is fitted; ``limit`` is the joint limit."""
 
     guide: Any
     moments: Any
@@ -113,7 +113,7 @@ FITS = {
 
 @pytest.mark.parametrize("name", tiers(FITS, "full", "independent", "low rank"))
 def test_default_options_reach_the_best_elbo_of_the_guide(name, x64, monkeypatch):
-    """Of 1000 steps, what the last half of them returns is on average as good as the rule promises."""
+    """Over the last 500 of 1000 steps the mean gap to the best ELBO is below the nats that the rule promises."""
     fit = FITS[name]
     monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=fit.limit))
     svi, args = SVI(model, fit.guide, NaturalGradient(**fit.options), fit.loss), (jnp.asarray(A), jnp.asarray(Y))
@@ -132,7 +132,7 @@ def test_default_options_reach_the_best_elbo_of_the_guide(name, x64, monkeypatch
 
 
 def test_beta_bernoulli_example_of_svi_reaches_the_exact_posterior():
-    """The docstring of ``SVI``, its Adam replaced: Beta(10 + 6, 10 + 4) is the exact answer."""
+    """The model is that of ``SVI``'s docstring; its posterior is Beta(10 + 6, 10 + 4)."""
 
     def coin(data):
         f = numpyro.sample("latent_fairness", dist.Beta(10, 10))
@@ -150,18 +150,21 @@ def test_beta_bernoulli_example_of_svi_reaches_the_exact_posterior():
     fitted, exact = dist.Beta(params["alpha_q"], params["beta_q"]), dist.Beta(16.0, 14.0)
     assert dist.kl_divergence(fitted, exact) < LEFT
     draws = Predictive(guide, params=params, num_samples=2000)(random.key(1), data=None)["latent_fairness"]
-    # Four standard errors of the mean of 2000 draws, beside the bias that so many nats allow (Pinsker in sd's).
+    # Four standard errors of the mean of 2000 draws, beside the bias that ``LEFT`` nats allow: √(2 LEFT) standard deviations.
     sd = np.sqrt(exact.variance)
     assert abs(draws.mean() - exact.mean) < sd * (4 / np.sqrt(2000) + np.sqrt(2 * LEFT))
 
 
-# --- data that a step sees a part of ---
+# --- minibatches ---
 
 
 @pytest.mark.slow
 def test_minibatch_steps_reach_the_posterior_of_all_data(x64):
-    """Linear regression, 40 of 800 data a step. One step's estimate has N/B times the posterior's covariance, and the
-    returned average is over half of the T steps: 2 KL ~ 2N/(BT) χ² with as many degrees as the guide has parameters."""
+    """Linear regression with 40 of 800 rows a step.
+
+    The estimate of one step has N/B times the posterior's covariance, and the returned average is over half of the T
+    steps: 2 KL ~ 2N/(BT) χ², with as many degrees of freedom as the guide has parameters.
+    """
     n, b, d, steps = 800, 40, 3, 2000
     rng = np.random.default_rng(0)
     x = rng.normal(size=(n, d))
@@ -192,7 +195,7 @@ def test_parameters_of_rows_outside_the_minibatch_do_not_change():
     np.testing.assert_array_equal(np.asarray(after["scale"] != before["scale"]).any(1), moved)
 
 
-# --- order ---
+# --- permutations ---
 
 D = 4
 
@@ -214,7 +217,7 @@ def independent(centre: Any, precision: Any) -> None:
 
 @pytest.mark.parametrize("guide", [unordered, independent])
 def test_permuting_the_latents_permutes_the_fit(guide, x64):
-    """Half-way steps on a Gaussian target, where two draws leave no noise."""
+    """Steps of length 1/2 on a Gaussian target, where two draws leave no noise."""
     svi = SVI(gaussian, guide, NaturalGradient(0.5, max_kl=None), Trace_ELBO(num_particles=2))
     centre, precision, order = np.arange(D) - 1.0, spd(5, D, low=0.3, high=10.0), np.array([2, 0, 3, 1])
     start = svi.init(random.key(0), centre, precision)

@@ -20,7 +20,7 @@ from tables import tiers
 
 from numpyro_natgrad import NaturalGradient
 
-#: Models side by side, observations of each, and draws a step. The first natural gradient is a regression on the draws,
+#: The number of models in a batch, observations of each, and draws a step. The first natural gradient is a regression on the draws,
 #: which needs as many numbers as a site has natural parameters: four at most, of a Wishart, and a draw is one number.
 GROUPS, N, PARTICLES = 3, 6, 8
 RNG = np.random.default_rng(0)
@@ -38,7 +38,7 @@ class Pair(NamedTuple):
     :ivar likelihood: the distribution of one observation.
     :ivar data: ``(N, GROUPS, ...)``.
     :ivar posterior: its arguments in the posterior, each ``(GROUPS, ...)``.
-    :ivar constraints: of arguments whose constraint NumPyro leaves open.
+    :ivar constraints: of arguments whose constraint NumPyro does not fix.
     """
 
     family: Any
@@ -146,9 +146,9 @@ class Layout(NamedTuple):
     """How one site of guide and model is written.
 
     :ivar rows: batch shape of the guide's parameters.
-    :ivar draws: batch shape of the draws, a model each; where they share parameters, they see the same data.
-    :ivar wrapped: what is done to the site's distribution.
-    :ivar plated: it stands in a plate.
+    :ivar draws: batch shape of the draws, one model each; models that share parameters share their data.
+    :ivar wrapped: a function of the site's distribution.
+    :ivar plated: whether the site is in a plate.
     """
 
     rows: tuple[int, ...] = (GROUPS,)
@@ -181,7 +181,7 @@ class Fit(NamedTuple):
 
 
 def fitted(pair: Pair, layout: Layout, steps: int, masked: Any = None, **options: Any) -> Fit:
-    """The guide's arguments before and after some steps; ``masked``: which models' data is to be left out."""
+    """The guide's arguments before and after some steps; ``masked``: the mask over models."""
     data = jnp.asarray(pair.data if layout.rows else pair.data[:, :1] if layout.draws else pair.data[:, 0])
 
     def site(arguments: dict[str, Any]) -> Any:
@@ -234,11 +234,11 @@ def test_one_step_is_the_conjugate_posterior_in_float32(name):
     assert_close(fitted(pair, layout, 1, **WHOLE).found, exact(pair, layout), root_eps("float32"))
 
 
-WAYS = [("plate", SCALAR), ("plate", MATRIX), ("plate, shared parameters", SCALAR), ("to_event", REAL)]
-WAYS += [("to_event", VECTOR), ("expand", SCALAR), ("expand", VECTOR)]
+NESTED = [("plate", SCALAR), ("plate", MATRIX), ("plate, shared parameters", SCALAR), ("to_event", REAL)]
+NESTED += [("to_event", VECTOR), ("expand", SCALAR), ("expand", VECTOR)]
 
 
-@pytest.mark.parametrize(("how", "name"), WAYS)
+@pytest.mark.parametrize(("how", "name"), NESTED)
 def test_one_step_is_the_conjugate_posterior_in_every_layout(how, name, x64):
     pair, layout = PAIRS[name], LAYOUTS[how]
     assert_close(fitted(pair, layout, 1, **WHOLE).found, exact(pair, layout), root_eps("float64"))
@@ -260,7 +260,7 @@ def nats(name: str, q: dict[str, Any], p: dict[str, Any]) -> np.ndarray:
 
 
 def wishart(name: str, given: dict[str, Any]) -> tuple[float, np.ndarray]:
-    """Degrees of freedom and rate, of the Wishart or of the one that the inverse has."""
+    """Degrees of freedom and rate of the Wishart, or of the Wishart of the inverse."""
     matrix = given.get("rate_matrix", given.get("scale_matrix"))
     return float(given["concentration"]), np.linalg.inv(matrix) if name.startswith("Wishart (scale)") else matrix
 
@@ -274,11 +274,11 @@ def test_default_options_reach_the_conjugate_posterior_in_ten_steps(name):
     assert nats(name, fitted(pair, layout, 10).found, exact(pair, layout)) < 0.01
 
 
-@pytest.mark.parametrize(("route", "name"), [("kl_hessian", SCALAR), ("monte_carlo", VECTOR)])
-def test_other_fisher_methods_reach_the_conjugate_posterior(route, name):
-    """In NumPyro's own parameters, in 60 steps and single precision."""
+@pytest.mark.parametrize(("method", "name"), [("kl_hessian", SCALAR), ("monte_carlo", VECTOR)])
+def test_other_fisher_methods_reach_the_conjugate_posterior(method, name):
+    """These methods step NumPyro's own parameters: 60 steps in single precision."""
     pair, layout = PAIRS[name], LAYOUTS["one"]
-    fit = fitted(pair, layout, 60, fisher=route)
+    fit = fitted(pair, layout, 60, fisher=method)
     assert nats(name, fit.found, exact(pair, layout)) < 0.01
     assert "natural parameters" not in fit.report
 
@@ -293,7 +293,7 @@ def test_masked_rows_do_not_change_and_the_others_are_exact(how, name, x64):
 
 
 def test_masked_low_rank_gaussian_uses_the_hessian_of_kl():
-    """Its density is not in the loss where it is masked: Price's identity would widen it for ever."""
+    """Its masked density is not in the loss, so that Price's identity would widen it without bound."""
     seen = jnp.array([True, False])
 
     def model():
@@ -317,7 +317,7 @@ def test_masked_low_rank_gaussian_uses_the_hessian_of_kl():
 
 @pytest.mark.slow
 def test_masked_rows_of_a_gaussian_do_not_change_and_the_others_converge():
-    """A masked Gaussian goes by the curvature of KL, from fourteen standard deviations away."""
+    """A masked Gaussian uses the Hessian of KL; it starts fourteen standard deviations away."""
     pair, layout = PAIRS[REAL], LAYOUTS["mask"]
     fit, best = fitted(pair, layout, 200, SEEN), exact(pair, layout)
     for a, x in fit.found.items():

@@ -55,7 +55,7 @@ def pieces(model: Any) -> Any:
 
 
 def mixed(x: Any, y: Any) -> None:
-    """A covariance matrix for w, scales for v, means and all shaped as the plate has them."""
+    """A covariance matrix for w and scales for v; every parameter has the plate's shape."""
     cov = numpyro.param("cov", jnp.tile(jnp.eye(2), (GROUPS, 1, 1)), constraint=constraints.positive_definite)
     loc, means = numpyro.param("loc", jnp.zeros((GROUPS, 2))), numpyro.param("means", jnp.ones(GROUPS))
     with numpyro.plate("group", GROUPS):
@@ -106,7 +106,7 @@ def of_mixed(_: Any, p: Any) -> tuple[Any, Any]:
 
 
 def owned(*groups: list[int]) -> np.ndarray:
-    """Which entries of the precision a family has: those within a group of latents."""
+    """The entries of the precision that a family represents: those within a group of latents."""
     mask = np.zeros((6, 6))
     for group in groups:
         mask[np.ix_(group, group)] = 1
@@ -117,7 +117,7 @@ ALONE = owned(*[[i] for i in range(6)])
 
 
 class Exact(NamedTuple):
-    """A guide, its parameters as mean and covariance, and which entries of the precision its family has."""
+    """A guide, its parameters as mean and covariance, and the entries of the precision that its family represents."""
 
     make: Callable[[Any], Any]
     dense: Callable[[Any, Any], tuple[Any, Any]]
@@ -171,7 +171,7 @@ def test_one_step_is_exact_for_any_number_of_particles_and_other_elbos(x64):
 
 
 def test_one_particle_is_exact_after_two_steps(x64):
-    """The first step leaves the noise of its draw in the mean; at the posterior's precision the next one has none."""
+    """The first step leaves the noise of its draw in the mean; at the posterior's precision the second has none."""
     assert gap("AutoMultivariateNormal", Trace_ELBO(), steps=2) < TOLERANCE["float64"]
 
 
@@ -181,7 +181,7 @@ def test_full_gaussian_above_the_joint_limit_is_exact_with_enough_probes(x64, mo
 
 
 def test_mean_field_above_the_joint_limit_is_exact_after_two_steps_on_independent_latents(x64, monkeypatch):
-    """Probes see the diagonal of a diagonal Hessian without noise; the path gradient then has none either."""
+    """Random probes estimate a diagonal Hessian without noise; the path gradient then has none either."""
     monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=2))
     orthogonal = np.linalg.qr(X)[0] * np.array([1, 3, 1, 0.3, 1, 1])
     options = {"steps": 2, "x": orthogonal, "estimator": "second_order"}
@@ -190,7 +190,7 @@ def test_mean_field_above_the_joint_limit_is_exact_after_two_steps_on_independen
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal])
 def test_constrained_sites_are_exact_after_one_step(guide, x64):
-    """Gaussian is its logarithm, and what draws tell of its mean: prior N(1, ½²), one observation 2 ± 1."""
+    """The logarithm is Gaussian: the prior is N(1, ½²), and one observation is 2 ± 1."""
 
     def positive_site() -> None:
         rate = numpyro.sample("rate", dist.LogNormal(1.0, 0.5))

@@ -42,7 +42,7 @@ def test_negative_binomial_oracle_equals_the_likelihood_of_the_model(example):
     fit = example.maximum_likelihood(data)
     x = np.append(fit.value[:-1], -np.log(fit.value[-1]))
     best = optimize.minimize(negative_log_posterior, x, args=(data,), tol=1e-6).x
-    # Priors are worth little beside 200 rows.
+    # Beside 200 rows the priors change little.
     assert np.all(np.abs(best[:-1] - fit.value[:-1]) < 0.05 * fit.error[:-1])
     assert abs(np.exp(-best[-1]) - fit.value[-1]) < 0.2 * fit.error[-1]
 
@@ -54,18 +54,20 @@ def test_guide_means_equal_the_negative_binomial_mode(example, monkeypatch):
     curve = example.follow("natural", NaturalGradient(), data, 60)
     mine, fit = example.estimates(curve.params), example.maximum_likelihood(data)
     apart = np.abs(mine.value - fit.value) / fit.error
-    # Mean field costs the coefficients a share of their standard errors and of their sds, and more of the dispersion.
+    # Mean field shifts the coefficients by a part of their standard errors and narrows them; the dispersion shifts more.
     assert np.all(apart[:-1] < 0.4)
     assert apart[-1] < 1
     assert np.all((mine.error[:-1] > 0.75 * fit.error[:-1]) & (mine.error[:-1] < 1.05 * fit.error[:-1]))
-    # ... and are longer than those that ignore that persons differ.
+    # Standard errors of a Poisson regression ignore overdispersion and are much shorter.
     assert np.all(mine.error[:-1] > 1.5 * example.poisson_errors(data))
     assert curve.elbo[-1] > curve.elbo[0] + 100
 
 
 def test_one_step_reaches_the_conditional_posterior_of_every_rate(example, x64):
-    """Given β and α the posterior of a rate is Gamma(α + y, α exp(−xβ) + 1), and draws leave no noise where they are enough to
-    tell the Fisher matrix of each of 101 sites."""
+    """Given β and α the posterior of a rate is Gamma(α + y, α exp(−xβ) + 1).
+
+    There are enough draws to determine the natural gradient of each site without noise.
+    """
     data, alpha = example.read(200), 0.8
     beta = np.linspace(-0.3, 0.5, data.design.shape[1])
     known = {"beta": jnp.asarray(beta), "alpha": jnp.asarray(alpha)}

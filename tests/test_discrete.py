@@ -19,7 +19,7 @@ from tables import positive
 
 from numpyro_natgrad import NaturalGradient
 
-# Losses of discrete sites are not affine in log q, and that is said.
+# Losses of discrete sites are not affine in log q, about which the optimizer warns.
 pytestmark = pytest.mark.filterwarnings("ignore:NaturalGradient. the loss is not affine")
 
 SPINS, COUPLING = 6, 0.3
@@ -75,7 +75,7 @@ def one_by_one() -> None:
 
 
 def test_enumerated_ising_chain_reaches_the_mean_field_fixed_point():
-    """Nothing is drawn, so that it does so to the precision of the arithmetic."""
+    """Nothing is drawn, so that the fit is limited by rounding alone."""
     svi = SVI(ising_one_by_one, one_by_one, NaturalGradient(), TraceEnum_ELBO())
     result = svi.run(random.key(0), 30, progress_bar=False)
     np.testing.assert_allclose(magnetisation(result.params), mean_field(), atol=1e-3)
@@ -84,7 +84,7 @@ def test_enumerated_ising_chain_reaches_the_mean_field_fixed_point():
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", [in_logits, in_probs])
 def test_sampled_ising_chain_is_nearer_to_mean_field_than_with_adam(guide):
-    """With score-function gradients of 64 draws, nearer in root mean square than Adam's best rate as fast."""
+    """The gradients are score functions of 64 draws; the error is a root mean square, Adam's rate the better of two."""
 
     def error(optimizer: Any) -> float:
         result = SVI(ising, guide, optimizer, TraceGraph_ELBO(64)).run(random.key(0), 100, progress_bar=False)

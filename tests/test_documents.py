@@ -4,6 +4,7 @@
 
 import doctest
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import re
@@ -43,10 +44,11 @@ def test_doctests_of_all_modules_pass():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_module_opens_with_its_idea(name):
-    head = importlib.import_module(name).__doc__
-    assert head is not None
-    assert len(head.splitlines()[0]) > 20
+def test_every_module_opens_with_a_sentence(name):
+    """The first paragraph of the docstring starts with a capital, a name in backquotes or a formula, and ends."""
+    opening = inspect.cleandoc(importlib.import_module(name).__doc__).split("\n\n")[0]
+    assert re.fullmatch(r"(?s)[A-Z`:].*\w.*[.:?]", opening)
+    assert len(opening.split()) > 3
 
 
 def test_distribution_space_example_writes_its_figure(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ EXACT = {"step_size": 1.0, "max_kl": None}
 
 
 def target() -> None:
-    """Two sites, so that a guide may have two of everything."""
+    """Two sites, so that a guide may have two blocks of every kind."""
     numpyro.sample("x", dist.Normal(MEAN, SD).to_event(1))
     numpyro.sample("y", dist.Normal(-MEAN, SD).to_event(1))
 
@@ -55,13 +55,13 @@ def test_two_full_gaussians_above_the_joint_limit_are_exact_after_one_step(x64, 
 def test_two_mean_fields_above_the_joint_limit_are_exact_after_one_second_order_step(x64, monkeypatch):
     monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=1))
     params, _ = run(target, AutoNormal(target), 1, estimator="second_order", **EXACT)
-    # The Hessian is diagonal: one random probe sees it all.
+    # The Hessian is diagonal: one random probe determines it.
     np.testing.assert_allclose(params["x_auto_scale"], SD, rtol=1e-8)
     np.testing.assert_allclose(params["y_auto_scale"], SD, rtol=1e-8)
 
 
 def test_parameter_with_a_positive_lower_bound_stays_at_its_bound():
-    """The optimum, 0.05, is outside: the guide ends at its bound, and the means move all the same."""
+    """The optimum, 0.05, is outside of the constraint: the scale ends at its bound, and the mean converges all the same."""
 
     def guide() -> None:
         s = numpyro.param("s", 0.5, constraint=constraints.greater_than(0.1))
@@ -70,12 +70,12 @@ def test_parameter_with_a_positive_lower_bound_stays_at_its_bound():
     params, report = run(lambda: numpyro.sample("z", dist.Normal(1.0, 0.05)), guide, 200)
     assert "Hessian of KL" in report
     assert abs(params["m"] - 1) < 0.02
-    # The bound itself, in single precision, once what is above it is below a rounding of it.
+    # In single precision the value is the bound itself once its excess is below a rounding.
     assert np.float32(0.1) <= params["s"] < 0.11
 
 
 def test_scalar_mean_of_a_multivariate_normal_is_fitted(x64):
-    """NumPyro's KL of a MultivariateNormal does not broadcast its mean; in the model and in the guide it stays valid."""
+    """NumPyro's KL of a MultivariateNormal does not broadcast its mean, though the distribution is valid."""
     cov = np.array([[2.0, 0.5], [0.5, 1.0]])
     model = lambda: numpyro.sample("z", dist.MultivariateNormal(1.0, jnp.asarray(cov)))
 
@@ -111,7 +111,7 @@ def test_particles_evaluated_in_batches_are_counted(batch):
 
 @pytest.mark.parametrize("sd", [1e-5, 1e-6])
 def test_max_kl_bounds_the_step_towards_a_narrow_posterior(sd):
-    """The whole way is 5e11 nats; KL is in closed form here, for the guide's own numbers."""
+    """A full step would have 5e11 nats; the KL of the step is computed in closed form."""
     start, limit = 0.1, 0.5
 
     def guide() -> None:
@@ -124,7 +124,7 @@ def test_max_kl_bounds_the_step_towards_a_narrow_posterior(sd):
 
 
 def test_discrete_guide_takes_natural_steps_within_max_kl():
-    """Bernoulli in its logit: a step is held to max_kl in exact nats, which the quadratic model would miss."""
+    """A Bernoulli by its logit: ``max_kl`` bounds the exact KL, which the quadratic model would miss."""
 
     def model() -> None:
         z = numpyro.sample("z", dist.Bernoulli(0.5))
@@ -175,7 +175,7 @@ def test_warns_when_second_order_falls_back_to_first_order():
 
 
 def test_constraint_that_depends_on_data_uses_the_hessian_of_kl():
-    """Whether it lets every valid value through is not known before there are data."""
+    """Whether the constraint admits every valid value is not known before there are data."""
 
     def guide(x):
         lower = dist.constraints.greater_than(0 * jnp.max(x))

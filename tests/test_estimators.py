@@ -20,7 +20,7 @@ from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from oracles import assert_close, root_eps, tapped
+from oracles import assert_close, captured_loss, root_eps
 from tables import positive
 
 from numpyro_natgrad import NaturalGradient
@@ -50,7 +50,7 @@ def mean_field(a: Any, y: Any) -> None:
 
 
 class Row(NamedTuple):
-    """An estimator: of which guide, from which loss, by which options; ``limit`` is the widest joint step."""
+    """An estimator: its guide, loss and options; ``limit`` is the joint limit."""
 
     guide: Any
     loss: Any
@@ -72,7 +72,7 @@ ROWS = {
     "independent, first order": Row(mean_field, Trace_ELBO(num_particles=2), FIRST),
     "independent, wide": Row(mean_field, Trace_ELBO(num_particles=2), SECOND, limit=1),
 }
-# What keeps the score term keeps its noise.
+# Gradients with the score term keep its noise.
 NOISY = {"full, first order, plain"}
 
 
@@ -96,7 +96,7 @@ def moments(row: Row, params: Any) -> tuple[jax.Array, jax.Array]:
 def sampler(name: str) -> Any:
     """(params, keys, a, y) → ``Sample``, compiled."""
     row = ROWS[name]
-    at, start = tapped(model, row.guide, row.loss, jnp.asarray(A), jnp.asarray(Y))
+    at, start = captured_loss(model, row.guide, row.loss, jnp.asarray(A), jnp.asarray(Y))
 
     def one(key, params, a, y):
         fn = at(key, given=(a, y))
@@ -150,7 +150,7 @@ def test_natural_gradient_has_no_variance_at_a_gaussian_posterior(name):
 
 @pytest.mark.parametrize("name", ["full, second order, 1 draw", "full, second order, 3 draws"], indirect=True)
 def test_hessian_of_the_loss_is_the_mean_over_draws(name):
-    """dS/dρ = (1/n) Σ ∇²f(z_s) − S at the very draws of the loss, which NumPyro's handlers repeat, and their mirrors."""
+    """dS/dρ = (1/n) Σ ∇²f(z_s) − S, over the draws of the loss, which NumPyro's handlers repeat, and their antitheses."""
     start, many = sampler(name)
     keys = random.split(random.key(2), KEYS)
     seen = many(keys, start, jnp.asarray(A), jnp.asarray(Y)).cov[:5]

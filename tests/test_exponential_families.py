@@ -29,7 +29,7 @@ def fisher(make: Any, x: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("name", CASES)
 def test_registered_fisher_is_the_covariance_of_scores(name, x64):
-    """And it has a closed form at all. Draws are allowed five standard errors: there are a few hundred entries."""
+    """The closed form exists. Draws are allowed five standard errors, because there are a few hundred entries."""
     case = CASES[name]
     x, make = case.start()
 
@@ -88,7 +88,7 @@ def natural(fn: Any) -> tuple[ExponentialFamily, jax.Array, dict[str, Any]]:
 def test_registered_family_has_the_density_of_an_exponential_family(name, x64):
     """∇_η log q(z) + ∇A(η) = T(z) whatever η; η ↔ arguments is a bijection; KL is the mean log-ratio.
 
-    (By the support where it can be summed over, else by E[T] = ∇A, which the first law makes sure of.)
+    KL is a sum over the support where that is possible, and else uses E[T] = ∇A.
     """
     case = CASES[name]
     x, make = case.start()
@@ -157,8 +157,10 @@ def wide(family: ExponentialFamily, eta: jax.Array, n: int) -> tuple[jax.Array, 
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if "Wishart" not in n])
 def test_natural_step_stays_in_the_domain(name, dtype):
-    """Three thousand starts and changes each: the new arguments are valid, and so are their unconstrained values; and
-    these can be left again, because a gradient still reaches them."""
+    """For 3000 starts and changes each the new arguments and their unconstrained values are valid.
+
+    The gradient of the transform does not vanish there, so that later steps can leave them.
+    """
     x, make = CASES[name].start()
     base = wrappers.base_distribution(make(x))
     family, eta, _ = natural(base)
@@ -220,7 +222,7 @@ def test_inverse_fisher_product_does_not_cancel_in_float32(name):
 
 @pytest.mark.parametrize("degrees", [5.0, 1e2, 1e4, 1e6])
 def test_inverse_fisher_product_of_a_wishart_does_not_cancel(degrees):
-    """In single precision against a dense solve in double precision; n of 10⁶ leaves 10⁻¹² of the matrix' scale there."""
+    """Single precision against a dense solve in double precision, whose smallest relative eigenvalue is 10⁻¹² at n = 10⁶."""
     family = exponential_family.find_exponential_family(dist.WishartCholesky)
     eta = np.r_[degrees, degrees * np.array([1.0, 0.3, 2.0, -0.2, 0.5, 1.5])]
     gradient = np.array([0.3, 1.0, -0.4, 0.2, 0.7, -1.0, 0.5])
@@ -232,7 +234,7 @@ def test_inverse_fisher_product_of_a_wishart_does_not_cancel(degrees):
 
 @pytest.mark.parametrize("kappa", [1e2, 1e3, 1e4])
 def test_concentrated_von_mises_keeps_its_fisher(kappa, dtype):
-    """A″ = 1/(2κ²) + 1/(4κ³) + O(κ⁻⁴) beside A′/κ; what rounds A′/κ rounds A″ 2κ times as much."""
+    """A″ = 1/(2κ²) + 1/(4κ³) + O(κ⁻⁴) beside A′/κ, whose rounding is 2κ times as large relative to A″."""
     r = np.array([np.cos(0.7), np.sin(0.7)])
     family, eta = exponential_family.find_exponential_family(dist.VonMises), jnp.asarray(kappa * r)
     curvature = 1 / (2 * kappa**2) + 1 / (4 * kappa**3)
@@ -259,7 +261,7 @@ COPIES = {"expand": 12, "mask": 2, "to_event": 6, "all": 0, "batch": 6}
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_wrappers_multiply_the_fisher_of_their_base(name, x64):
-    """It is as many times that of one element as there are elements that count; its KL has the wrapper's batch shape."""
+    """The Fisher matrix is that of one element times the number of unmasked elements; KL has the wrapper's batch shape."""
     made, at = WRAPPED[name](0.3, 0.7), jnp.array([0.3, 0.7])
     assert jax.eval_shape(lambda: wrappers.closed_form_kl(WRAPPED[name](0.3, 0.7))).shape == made.batch_shape
     single = jax.jit(jax.hessian(lambda x: wrappers.closed_form_kl(dist.Cauchy(*x))))(at)

@@ -20,7 +20,7 @@ from numpyro_natgrad import NaturalGradient
 
 STEPS = 30
 X = jnp.asarray(DATA, jnp.float32)
-ORDINARY = {
+OPTIMIZERS = {
     "optax": (optax.chain(optax.clip(1.0), optax.sgd(0.1, momentum=0.5)),) * 2,
     "numpyro": (optim.Adam(5e-2), optim.Adam(5e-2)),
 }
@@ -38,9 +38,9 @@ def fit(optimizer: Any) -> tuple[dict[str, Any], Any]:
     return result.params, result.losses
 
 
-@pytest.mark.parametrize("name", ORDINARY)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_point_guide_is_fitted_by_the_fallback_optimizer(name):
-    given, alone = ORDINARY[name]
+    given, alone = OPTIMIZERS[name]
     params, losses = fit(NaturalGradient(fallback_optimizer=given))
     expected, expected_losses = fit(alone)
     assert_close(losses, expected_losses, root_eps("float32"))
@@ -49,7 +49,7 @@ def test_point_guide_is_fitted_by_the_fallback_optimizer(name):
 
 @cache
 def beside(name: str) -> tuple[list[Any], list[Any]]:
-    """Iterates of a guide with a ``param`` of the model beside it, and the gradients that it met."""
+    """Iterates of a guide beside a ``param`` of the model, and NumPyro's gradients there."""
     optimizer = NaturalGradient(fallback_optimizer=OTHERS[name])
     return walk(SVI(with_model_param, AutoNormal(with_model_param), optimizer, Trace_ELBO(2)), (X,), 5)
 
@@ -58,7 +58,7 @@ OTHERS = {"adam": optax.adam(1e-2), "still": optax.sgd(0.0)}
 
 
 def test_model_parameter_takes_the_steps_of_the_fallback_optimizer_alone():
-    """Adam, fed the very gradients that NumPyro computes at the iterates, makes the very same moves."""
+    """Adam takes the same steps on the gradients that NumPyro computes at the iterates."""
     params, slopes = beside("adam")
     mine, adam = {"noise": params[0]["noise"]}, optax.adam(1e-2)
     state = adam.init(mine)
@@ -70,7 +70,7 @@ def test_model_parameter_takes_the_steps_of_the_fallback_optimizer_alone():
 
 
 def test_fallback_optimizer_does_not_change_parameters_of_gaussian_sites():
-    """In the first step, where the model is still the same, they go where they go without it."""
+    """In the first step, where the model is the same, they are those of a fit whose fallback optimizer does nothing."""
     with_adam, without = beside("adam")[0], beside("still")[0]
     for name in with_adam[0]:
         if name != "noise":

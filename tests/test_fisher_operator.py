@@ -87,7 +87,7 @@ def test_fisher_operator_of_a_structured_guide_is_the_mean_over_draws(x64):
     found, second = operator.diagonal(), 0.5**2 + 1
     error = np.sqrt((3 + 6 * 0.25 + 0.25**2 - second**2) / 2000) / 0.7**2
     assert abs(found["slope"] - second / 0.7**2) < 4 * error
-    np.testing.assert_allclose(found["m"], 1.0)  # E over z₂ | z₁ of its own score only: m reaches it by no parameter
+    np.testing.assert_allclose(found["m"], 1.0)  # of its own score only: z₂ | z₁ does not depend on m
     np.testing.assert_allclose(found["s"], 2.0)  # of log s
 
 

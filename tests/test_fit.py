@@ -48,7 +48,7 @@ def assert_same(a, b):
 
 
 def test_fit_takes_the_steps_of_svi_run(svi, whole):
-    """13 steps: two chunks and a part of one. Losses and parameters, at any tolerance that is not reached."""
+    """13 steps are two chunks and a part of one; losses and parameters are equal while the tolerance is not reached."""
     run = svi.run(random.key(0), 13, Y, progress_bar=False)
     assert_same((whole.params, whole.losses), (run.params, run.losses))
     assert whole.state.optim_state[0] == 13
@@ -57,7 +57,7 @@ def test_fit_takes_the_steps_of_svi_run(svi, whole):
 
 
 def test_resumed_fit_equals_one_fit_and_is_not_traced_again(svi, whole, monkeypatch):
-    """Each part has a chunk that is not full; nothing is traced again, by the count of calls to the optimizer."""
+    """Each part ends in a chunk that is not full; a count of the optimizer's calls shows that nothing is traced again."""
     calls = []
     traced = NaturalGradient.eval_and_update
     monkeypatch.setattr(NaturalGradient, "eval_and_update", lambda *a, **k: calls.append(1) or traced(*a, **k))
@@ -78,7 +78,7 @@ def test_unknown_compiler_options_are_not_used(monkeypatch):
 
 
 def test_fit_on_batches_takes_the_steps_of_svi_update(svi):
-    """Two shapes, read lazily, to their end; against a loop over ``svi.update``."""
+    """Batches of two shapes come from an iterator; the oracle is a loop over ``svi.update``."""
     batches = [(Y[:2],), (Y[2:],), (Y,), (Y,), (Y[1:3],)] * 2
     left = iter(batches)
     result = fit(svi, random.key(0), batches=left, tolerance=0, progress_bar=False)
@@ -92,7 +92,7 @@ def test_fit_on_batches_takes_the_steps_of_svi_update(svi):
 
 
 def test_fit_stops_when_the_remaining_gain_is_below_the_tolerance(svi, capsys):
-    """The gain of ten times as many steps is within the claim: twice the tolerance."""
+    """Ten times as many steps gain at most twice the tolerance."""
     result = fit(svi, random.key(1), Y, tolerance=0.05)
     assert result.converged
     assert len(result.losses) <= 60
@@ -145,7 +145,7 @@ def test_batch_may_be_a_list_or_a_tuple(svi):
 
 
 def test_exchanged_optimizer_of_an_svi_takes_the_next_steps():
-    """The same ``SVI``, the same arguments: what was compiled for the other one is not taken."""
+    """The program compiled for the first optimizer is not used for the second one."""
     svi = make()
     fit(svi, random.key(0), Y, max_steps=2, tolerance=0, progress_bar=False)
     svi.optim = NaturalGradient(max_kl=1e-4)
@@ -239,7 +239,7 @@ def test_fit_refuses_other_optimizers():
 
 
 def followed(key, rho, steps=60, d=40, noise=0.5):
-    """Noisy steps towards the optimum of a Gaussian target: the certificate, and ½‖a‖² as it is."""
+    """Noisy steps towards the optimum of a Gaussian target: the estimated Newton decrement, and the true ½‖a‖²."""
 
     def step(carry, inputs):
         x, m, a, seen = carry
@@ -265,14 +265,14 @@ def followed(key, rho, steps=60, d=40, noise=0.5):
 
 @pytest.mark.parametrize("rho", [lambda t: 0.3 + 0 * t, lambda t: 0.8 / (t / 5 + 1)], ids=["constant", "decaying"])
 def test_newton_decrement_estimates_the_gap_of_the_average(rho, x64):
-    """On a quadratic, over 400 repetitions; not below it by more than noise, nor, as Jensen costs, above by a half."""
+    """The mean over 400 repetitions is not below the truth by more than noise; Jensen's inequality allows half above."""
     claimed, true = jax.jit(jax.vmap(lambda k: followed(k, rho)))(random.split(random.key(0), 400))
     error = 4 * jnp.sqrt((jnp.var(claimed) + jnp.var(true)) / 400)
     assert true.mean() - error <= claimed.mean() <= 1.5 * true.mean() + error
 
 
 def test_newton_decrement_forgets_the_noise_of_early_steps(dtype):
-    """Twenty steps after natural gradients that erred by 10¹⁵ nats: unit noise does not show ‖m‖² = 1 by itself."""
+    """Twenty steps after errors of 10¹⁵ nats, unit noise alone does not explain ‖m‖² = 1."""
     state, far = DecrementState(jnp.zeros((3, 3, 1)), jnp.zeros((2, 1)), jnp.ones(1)), [1e15, 1e12, 1e8, 1e4]
     observe = jax.jit(newton_decrement.observe)
     for t, noise in enumerate(far + 20 * [1.0], 1):
@@ -292,7 +292,7 @@ def test_newton_decrement_is_nan_without_fisher_parameters():
 
 
 def flat(**changes):
-    """A history of forty steps that are done, but for the changes."""
+    """A history of forty converged steps, but for the changes."""
     loss = 5 + np.random.default_rng(0).normal(size=40)
     done = dict.fromkeys(History._fields, np.zeros(40)) | {"loss": loss, "newton_decrement": np.full(40, 0.004)}
     return History(**done | {"limited": np.zeros(40, bool), "skipped": np.zeros(40, bool)} | changes)
@@ -336,7 +336,7 @@ def test_interval_prints_one_digit_of_the_error(value, error, text):
 
 
 def test_outlook_names_the_steps_or_particles_that_reach_the_tolerance():
-    """Noise falls as one over steps: from 0.04 to 0.01 nats it takes four times the steps, or the particles."""
+    """Noise falls as one over steps: from 0.04 to 0.01 nats needs four times the steps or the particles."""
     history = flat(newton_decrement=np.full(40, 0.04))
     assert "about 120 further steps, or 4 times the particles" in convergence.outlook(history, 0.01, 0.04, 20.0)
     assert "on its way" in convergence.outlook(history, 0.01, 0.001, 20.0)

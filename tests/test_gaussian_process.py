@@ -88,7 +88,7 @@ def small(batch: int | None = None) -> tuple[gp.Problem, gp.Split, gp.Split, jax
 
 
 def test_hyperparameters_take_the_steps_of_optax_alone():
-    """Adam, fed the gradients that NumPyro computes at the iterates, makes the very same moves."""
+    """Adam takes the same steps on the gradients that NumPyro computes at the iterates."""
     problem, *_ = small()
     adam = optax.adam(0.1)
     iterates, slopes = walk(problem.svi(NaturalGradient(fallback_optimizer=adam)), problem.args, 4)
@@ -159,7 +159,7 @@ def test_gp_classification_approaches_the_best_gaussian(name, nats):
 def test_gp_classification_predicts_as_well_as_laplace():
     """Log predictive densities differ by less than two standard errors of their mean difference, or are better.
 
-    Four of five rows are told right, to two standard errors of their share (at the optimum 79.96 % of 1647 are).
+    Four of five rows are classified correctly, to two standard errors (at the optimum 79.96 % of 1647 are).
     """
     _, train, test, inducing = small()
     ours = np.asarray(gp.probability(fitted("adapted"), test.x, inducing), float)

@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 from numpyro.infer import Trace_ELBO
-from oracles import assert_close, root_eps, spd, tapped
+from oracles import assert_close, captured_loss, root_eps, spd
 from scipy import optimize
 from tables import FORMS, gram
 
@@ -35,15 +35,15 @@ def guide() -> None:
 
 
 @cache
-def heard(precision: str):
-    at, params = tapped(model, guide, Trace_ELBO())
+def traced_sites(precision: str):
+    at, params = captured_loss(model, guide, Trace_ELBO())
     trace = trace_loss(at(random.key(0)), params)
     return {name: gaussian_sites.read_gaussian_site(name, trace) for name in FORMS}, params
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_site_moments_equal_numpyros_mean_and_covariance(form, dtype):
-    sites, params = heard(dtype)
+    sites, params = traced_sites(dtype)
     loc, factor = sites[form].read(params)
     cov = factor**2 if FORMS[form].diagonal else gram(np.asarray(factor, np.float64))
     q = FORMS[form].at(params[f"{form}_loc"], params[f"{form}_cov"])
@@ -56,7 +56,7 @@ def test_site_moments_equal_numpyros_mean_and_covariance(form, dtype):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_parameters_survive_a_round_trip_through_moments(form, dtype):
-    sites, params = heard(dtype)
+    sites, params = traced_sites(dtype)
     blank = {name: jnp.zeros_like(x) for name, x in params.items()}
     written = sites[form].write(blank, *sites[form].read(params))
     mine = {f"{form}_loc", f"{form}_cov"}
@@ -68,7 +68,7 @@ def test_parameters_survive_a_round_trip_through_moments(form, dtype):
 @pytest.mark.parametrize("form", FORMS)
 def test_moments_survive_a_round_trip_through_parameters(form, dtype):
     """At another point than the start; a covariance or precision matrix squares the condition number of K."""
-    site, params = heard(dtype)[0][form], heard(dtype)[1]
+    site, params = traced_sites(dtype)[0][form], traced_sites(dtype)[1]
     widest = 3.0 if "matrix" in form else 1e3
     spread = np.geomspace(1 / widest, widest, site.size).reshape(site.shape)
     factor = spread if FORMS[form].diagonal else np.tril(spread[..., None] * FORMS[form].factor)
@@ -111,10 +111,12 @@ def within(factors):
 @cache
 def projection():
     with jax.enable_x64(True):
-        sites = tuple(heard("float64")[0][name] for name in PROJECTED)
+        sites = tuple(traced_sites("float64")[0][name] for name in PROJECTED)
         precision = jnp.asarray(spd(11, sum(s.size for s in sites), low=0.1, high=20.0))
         root = jnp.linalg.cholesky(precision).T  # any P with PᵀP = S
-        return gaussian_sites.project(root, sites, [site.read(heard("float64")[1])[1] for site in sites]), precision
+        return gaussian_sites.project(
+            root, sites, [site.read(traced_sites("float64")[1])[1] for site in sites]
+        ), precision
 
 
 def test_projection_keeps_the_diagonal_blocks_of_the_precision(x64):
@@ -141,7 +143,7 @@ def test_projection_has_the_least_kl_of_the_family(x64):
 
 
 def test_projection_of_a_family_member_is_itself(dtype):
-    sites, params = heard(dtype)
+    sites, params = traced_sites(dtype)
     chosen = tuple(sites[name] for name in PROJECTED)
     own = [site.read(params)[1] for site in chosen]
     root = jnp.linalg.inv(jnp.linalg.cholesky(covariances(own)))
@@ -151,14 +153,14 @@ def test_projection_of_a_family_member_is_itself(dtype):
 # --- the registry is open ---
 
 
-class Sharpness(dist.Normal):
+class PrecisionNormal(dist.Normal):
     """A Normal by its precision, known only after it has been registered."""
 
-    arg_constraints = {"loc": constraints.real, "sharpness": constraints.positive}
+    arg_constraints = {"loc": constraints.real, "precision": constraints.positive}
 
-    def __init__(self, loc, sharpness):
-        self.sharpness = sharpness
-        super().__init__(loc, sharpness**-0.5)
+    def __init__(self, loc, precision):
+        self.precision = precision
+        super().__init__(loc, precision**-0.5)
 
 
 def test_registered_distribution_class_is_treated_as_gaussian(x64, monkeypatch):
@@ -169,9 +171,9 @@ def test_registered_distribution_class_is_treated_as_gaussian(x64, monkeypatch):
 
     def guide():
         loc = numpyro.param("loc", 0.0)
-        numpyro.sample("z", Sharpness(loc, numpyro.param("w", 1.0, constraint=constraints.positive)))
+        numpyro.sample("z", PrecisionNormal(loc, numpyro.param("w", 1.0, constraint=constraints.positive)))
 
-    at, params = tapped(model, guide, Trace_ELBO(num_particles=2))
+    at, params = captured_loss(model, guide, Trace_ELBO(num_particles=2))
 
     def step():
         optimizer = NaturalGradient(1.0, max_kl=None)
@@ -180,7 +182,9 @@ def test_registered_distribution_class_is_treated_as_gaussian(x64, monkeypatch):
 
     report, _ = step()
     assert "Hessian of KL" in report
-    register_gaussian(Sharpness, forms={"sharpness": CovarianceForm(lambda w: w**-0.5, lambda k: k**-2, diagonal=True)})
+    register_gaussian(
+        PrecisionNormal, forms={"precision": CovarianceForm(lambda w: w**-0.5, lambda k: k**-2, diagonal=True)}
+    )
     report, params = step()
     assert "closed form" in report
     assert_close(params, {"loc": np.float64(2.0), "w": np.log(100.0)}, root_eps("float64"))

@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro import distributions as dist
 from numpyro.distributions import biject_to, constraints
 from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from oracles import assert_close, form, root_eps, spd, tapped
+from oracles import assert_close, captured_loss, form, root_eps, spd
 from scipy.special import polygamma
 from tables import GUIDES, started
 
@@ -84,7 +84,7 @@ SAMPLED = [name for name, family in FAMILIES.items() if not family.exact]
 
 
 def model() -> None:
-    """Anything with the same latents: the curvature must not hear it."""
+    """Any model with the same latents: the Hessian of KL does not depend on it."""
     for name, family in FAMILIES.items():
         support = family.cls(**{a: v for a, (_, v) in family.arguments.items()}).support
         size = (len(CONCENTRATION),) if name == "Dirichlet" else ()
@@ -126,7 +126,7 @@ def fisher(fn: Any, params: Any, names: list[str], densities: Any) -> jax.Array:
 @cache
 def fishers(precision: str, particles: int) -> tuple[Any, Any]:
     """Of every family, at 40 keys."""
-    at, params = tapped(model, guide, Trace_ELBO(num_particles=particles))
+    at, params = captured_loss(model, guide, Trace_ELBO(num_particles=particles))
 
     @jax.jit
     def all_of(key):
@@ -159,7 +159,7 @@ def test_outer_product_of_scores_is_unbiased_for_the_fisher_matrix(name, particl
     sample, expected = found[name], textbook(name, params)
     error = sample.std(0) / np.sqrt(len(sample))
     assert (np.abs(sample.mean(0) - expected) <= 4.5 * error + root_eps("float64")).all()
-    # No sample leaves the cone, not even that of a single draw.
+    # Every sample is positive semidefinite, even that of a single draw.
     assert np.linalg.eigvalsh(sample).min() >= -root_eps("float64") * np.abs(sample).max()
 
 
@@ -240,7 +240,7 @@ def test_zero_row_of_the_fisher_matrix_leaves_other_parameters_finite(dtype):
     np.testing.assert_allclose(v, [1.0, 0.0, 1.0] / damped, rtol=root_eps(dtype))
 
 
-# --- the whole way ---
+# --- fits ---
 
 
 def poisson(y: Any) -> None:
@@ -257,7 +257,7 @@ def gamma_guide(y: Any) -> None:
 
 @pytest.mark.parametrize("limit", [512, 0], ids=["dense", "conjugate gradients"])
 def test_gamma_guide_by_kl_hessian_reaches_the_poisson_posterior(limit, x64, monkeypatch):
-    """Gamma(2 + Σy, 1/2 + n). The path gradient has no noise there, so that the fit closes in to any precision."""
+    """Gamma(2 + Σy, 1/2 + n). The path gradient has no noise at the posterior, so that the fit converges to any precision."""
     monkeypatch.setattr(kl_hessian, "DENSE_LIMIT", limit)
     y = jnp.array([3.0, 5.0, 4.0, 7.0, 2.0, 6.0])
     svi = SVI(poisson, gamma_guide, NaturalGradient(fisher="kl_hessian"), Trace_ELBO(num_particles=8))

@@ -86,7 +86,7 @@ def fit(model: Any, guide: Any, steps: int, *data: Any, start: Any = None, loss:
 
 @pytest.mark.parametrize("name", DEVIANCE)
 def test_maximum_likelihood_step_equals_irls(name, x64):
-    """w₊ = (XᵀWX)⁻¹ Xᵀ(W η − ∂(−log p)), iteratively reweighted least squares, and ends at SciPy's optimum in 8."""
+    """w₊ = (XᵀWX)⁻¹ Xᵀ(W η − ∂(−log p)): iteratively reweighted least squares, at SciPy's optimum after 8 steps."""
     deviance, weights = DEVIANCE[name]
     y = DATA[name]
     one = fit(regression(name), nothing, 1, X, y, step_size=1.0, max_kl=None, start={"w": 0.3 * TRUTH})
@@ -120,7 +120,7 @@ def test_point_guide_reaches_the_posterior_mode(dtype):
 
 
 def test_fisher_scoring_is_invariant_to_column_scales():
-    """In float32, with features from 1e-6 to 1e6, the losses are those of the standardised ones."""
+    """In float32 the losses with features from 1e-6 to 1e6 are those of standardised features."""
     scales = np.array([1.0, 1e-6, 1e6, 1e3])
     plain, scaled = (fit(regression("logistic"), nothing, 8, x, DATA["logistic"]).losses for x in (X, X * scales))
     np.testing.assert_allclose(scaled, plain, rtol=1e-3)
@@ -134,7 +134,7 @@ def test_separable_data_keep_parameters_finite(dtype):
 
 
 def test_empirical_fisher_step_uses_observed_gradients(x64):
-    """v = (Σ gᵢgᵢᵀ)⁻¹ Σ gᵢ, but for the damping of 3e-3 of its scale; it is another step than Fisher scoring."""
+    """v = (Σ gᵢgᵢᵀ + damping)⁻¹ Σ gᵢ, with a damping of 3e-3 relative to the diagonal."""
     y, start = DATA["logistic"], 0.3 * TRUTH
     step = fit(
         regression("logistic"), nothing, 1, X, y, step_size=1.0, max_kl=None, fisher="empirical", start={"w": start}
@@ -148,7 +148,7 @@ def test_empirical_fisher_step_uses_observed_gradients(x64):
 
 
 def test_monte_carlo_fisher_reaches_the_optimum_of_the_closed_form(x64):
-    """Its steps end where those of the closed form end: a metric changes the way, not the optimum."""
+    """Both end at the same optimum: a metric changes the path, not the optimum."""
     closed, drawn = (
         fit(regression("Poisson"), nothing, n, X, DATA["Poisson"], fisher=f).params[-1]["w"]
         for n, f in ((8, "closed_form"), (25, "monte_carlo"))
@@ -162,7 +162,7 @@ def batched(x: Any, y: Any) -> None:
 
 
 def test_minibatch_fisher_scoring_averages_to_the_full_data_optimum():
-    """A quarter of the rows a step; the optimum's standard error from 200 steps of 50 rows is a tenth of its own."""
+    """A quarter of the rows a step: 200 steps of 50 rows have a tenth of the optimum's own standard error."""
     full = fit(regression("logistic"), nothing, 8, X, DATA["logistic"]).params[-1]["w"]
     hessian = X.T @ (DEVIANCE["logistic"][1](X @ full)[:, None] * X)
     error = np.sqrt(np.diag(np.linalg.inv(hessian)))
@@ -179,9 +179,9 @@ def factored(x: Any, y: Any) -> None:
 
 
 def test_method_of_each_parameter_follows_from_model_and_options():
-    """Without a site of the model, or where an optimizer is given: the ordinary one; else the likelihood's Fisher."""
+    """Parameters outside of all sites use the fallback optimizer, as do all where it is given; others Fisher scoring."""
     y, given = DATA["logistic"], {"point_optimizer": optax.adam(0.1)}
-    for model, guide, options, way in (
+    for model, guide, options, method in (
         (latent, AutoNormal(latent), {}, "Fisher of the likelihood"),
         (latent, AutoNormal(latent), given, "none: fallback optimizer"),
         (latent, AutoNormal(latent), {**given, "fisher": "closed_form"}, "none: fallback optimizer"),
@@ -189,7 +189,7 @@ def test_method_of_each_parameter_follows_from_model_and_options():
         (regression("logistic"), nothing, given, "none: fallback optimizer"),
         (regression("logistic"), nothing, {**given, "fisher": "closed_form"}, "Fisher of the likelihood"),
     ):
-        assert way in fit(model, guide, 1, X, y, **options).report
+        assert method in fit(model, guide, 1, X, y, **options).report
 
 
 def cauchy_mixture(x: Any, y: Any) -> None:
@@ -198,7 +198,7 @@ def cauchy_mixture(x: Any, y: Any) -> None:
 
 
 class OneWay(transforms.ParameterFreeTransform):
-    """x + x³, without its inverse: a density is known where a draw has been made, and nowhere else."""
+    """x + x³ without its inverse: the density is known at draws and nowhere else."""
 
     domain = codomain = constraints.real
 
@@ -225,9 +225,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_unavailable_fisher_method_is_refused_by_name(case):
-    model, guide, route, message = REFUSED[case]
-    with pytest.raises(StructureError, match=f"fisher='{route}'.*{message}"):
-        fit(model, guide, 1, X, DATA["logistic"], fisher=route)
+    model, guide, method, message = REFUSED[case]
+    with pytest.raises(StructureError, match=f"fisher='{method}'.*{message}"):
+        fit(model, guide, 1, X, DATA["logistic"], fisher=method)
 
 
 def test_unknown_fisher_method_is_quoted_in_the_error():
@@ -235,17 +235,17 @@ def test_unknown_fisher_method_is_quoted_in_the_error():
         NaturalGradient(fisher="diagonal")
 
 
-@pytest.mark.parametrize("route", ["closed_form", "kl_hessian", "monte_carlo"])
-def test_forced_fisher_method_reaches_the_conjugate_posterior(route):
-    """And end at the posterior of the conjugate model: mean Σy/(1 + N), precision 1 + N, noise 1."""
+@pytest.mark.parametrize("method", ["closed_form", "kl_hessian", "monte_carlo"])
+def test_forced_fisher_method_reaches_the_conjugate_posterior(method):
+    """The posterior of the conjugate model has mean Σy/(1 + N) and precision 1 + N."""
 
     def known(x: Any, y: Any) -> None:
         numpyro.sample("y", dist.Normal(numpyro.sample("z", dist.Normal(0, 1)), 1.0).expand([N]), obs=y)
 
     y = DATA["linear"]
-    result = fit(known, AutoNormal(known), 60, X, y, fisher=route, loss=Trace_ELBO(16))
+    result = fit(known, AutoNormal(known), 60, X, y, fisher=method, loss=Trace_ELBO(16))
     word = {"closed_form": "closed form", "kl_hessian": "Hessian of KL (closed form)", "monte_carlo": "Monte Carlo"}
-    assert word[route] in result.report
+    assert word[method] in result.report
     scale = 1 / np.sqrt(1 + N)
     np.testing.assert_allclose(result.params[-1]["z_auto_loc"], y.sum() / (1 + N), atol=0.2 * scale)
     np.testing.assert_allclose(result.params[-1]["z_auto_scale"], scale, rtol=0.2)

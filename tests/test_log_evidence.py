@@ -69,7 +69,7 @@ def transformed() -> None:
 
 
 def innovations() -> None:
-    """A state-space model whose shocks are drawn at once."""
+    """A state-space model that draws all its shocks at once."""
     shocks = numpyro.sample("shocks", dist.Normal(0, 1).expand([T]).to_event(1))
 
     def step(x: Any, now: Any) -> tuple[Any, None]:
@@ -81,7 +81,7 @@ def innovations() -> None:
 
 
 def states() -> None:
-    """The same, its states drawn one after the other."""
+    """The same model, which draws its states one after the other."""
 
     def step(x: Any, y: Any) -> tuple[Any, None]:
         x = numpyro.sample("x", dist.Normal(DECAY * x, 1.0))
@@ -165,7 +165,7 @@ def test_loss_ends_at_the_negative_log_evidence(name):
 
 
 def test_point_guide_of_a_scanned_model_reaches_the_smoothed_mean():
-    """Which is the smoothed mean, by dense algebra."""
+    """The smoothed mean comes from dense algebra."""
     params, _, report = fitted(states, AutoDelta(states), 20)
     prior = RESPONSE @ RESPONSE.T
     np.testing.assert_allclose(params["x_auto_loc"], prior @ np.linalg.solve(STATES, Y), atol=1e-3)
@@ -204,7 +204,7 @@ def rate_guide() -> dict[str, Any]:
 
 
 def test_mixed_guide_reaches_exact_posteriors_and_the_mode():
-    """Each in the way of its own: the Gaussian and the Gamma are exact, and the point is at its mode."""
+    """The Gaussian and the Gamma end at their exact posteriors, and the point at its mode."""
     guide = AutoGuideList(parts_model)
     only = lambda *hidden: handlers.block(handlers.seed(parts_model, 0), hide=[*hidden])
     guide.append(AutoMultivariateNormal(only("rate", "c")))
@@ -232,7 +232,7 @@ def same_scale() -> None:
 
 
 def test_parameter_shared_by_two_sites_minimises_the_sum_of_kls():
-    """Σ KL(N(m, s) ‖ N(m_i, s_i)) is least where 2/s² = Σ 1/s_i²; 0.05 nats of it are allowed."""
+    """Σ KL(N(m, s) ‖ N(m_i, s_i)) is least where 2/s² = Σ 1/s_i²; the fit may be 0.05 nats above."""
     params, _, _ = fitted(uneven, same_scale, 200)
 
     def nats(x: float, z: float, s: float) -> float:

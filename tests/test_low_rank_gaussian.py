@@ -108,7 +108,7 @@ def test_low_rank_projection_is_stationary_and_nearer_than_the_diagonal(x64):
 
 
 def test_full_steps_descend_to_a_stationary_point(x64):
-    """With T all of space: towards a Gaussian that is no member of the family."""
+    """The probes span the whole space; the target is a Gaussian outside of the family."""
     precision, (_, s, w) = spd(8, D), member(9, r=1)
     rest = np.random.default_rng(1).normal(size=(D, D - 1))
 
@@ -185,7 +185,7 @@ CASES = itertools.product([(WIDE, "auto"), (WIDE, "hand"), (NARROW, "auto")], ("
     indirect=["dtype"],
 )
 def test_low_rank_fit_reaches_a_member_of_the_family(d, make, dtype):
-    """From W = 0, to 0.01 nats; scales over a decade, common directions of 9 to some hundred times the variance."""
+    """The fit starts at W = 0 and ends within 0.01 nats; the common directions have 9 to some hundred times the variance."""
     m, s, w = member(10, d, 2, 1.5)
     model = target(m, s, w)
     guide = AutoLowRankMultivariateNormal(model, rank=3) if make == "auto" else by_hand(d, 3)
@@ -197,7 +197,7 @@ def test_low_rank_fit_reaches_a_member_of_the_family(d, make, dtype):
 
 @pytest.mark.slow
 def test_low_rank_fit_is_an_optimum_of_the_family(x64):
-    """Four common directions, two columns for them: SciPy, started at the fit, finds nothing 0.01 nats better."""
+    """The target has four common directions, the guide rank 2: from the fit SciPy gains less than 0.01 nats."""
     m, s, w = member(16, WIDE, 4)
     w = np.linalg.qr(w)[0] * np.array([10.0, 6.0, 3.0, 2.0])
     guide = AutoLowRankMultivariateNormal(target(m, s, w), rank=2)
@@ -219,7 +219,7 @@ def test_no_value_has_d_squared_entries():
 
 
 def sizes(jaxpr: Any) -> Any:
-    """Of all values in a program and in the programs within it."""
+    """Sizes of all values in a program and in the programs within it."""
     for eqn in jaxpr.eqns:
         yield from (v.aval.size for v in eqn.outvars if hasattr(v.aval, "size"))
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
@@ -230,7 +230,7 @@ def sizes(jaxpr: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", tiers(("float32", "float64"), "float32"), indirect=True)
 def test_batched_low_rank_fit_reaches_every_rows_posterior(dtype):
-    """Two latents a row, 100 rows: every row's posterior is a member of the family."""
+    """Of two latents in each of 100 rows every posterior is a member of the family."""
     x = np.random.default_rng(12).normal(size=100) * 3
 
     def model(x: Any) -> None:

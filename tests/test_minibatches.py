@@ -22,7 +22,7 @@ Y = np.random.default_rng(0).normal(1.0, 2.0, N)
 
 
 def located(y: Any) -> None:
-    """Normal data of known noise 2, in minibatches that are arguments."""
+    """Normal data with noise 2, whose minibatches are arguments."""
     mu = numpyro.sample("mu", dist.Normal(0, 10))
     with numpyro.plate("rows", N, subsample_size=len(y)):
         numpyro.sample("y", dist.Normal(mu, 2), obs=y)
@@ -58,7 +58,7 @@ def test_full_step_on_a_minibatch_is_exact_for_its_replicated_data(guide, x64):
 
 @pytest.mark.parametrize("weight", [20.0, np.float32(20.0), jnp.array(20.0), "argument"], ids=str)
 def test_scaled_likelihood_is_treated_as_a_minibatch(weight):
-    """Draws of a batch are not remembered as those of all the data are, whoever computed how many rows it stands for."""
+    """Draws of a minibatch are not remembered, however the weight of its rows is computed."""
 
     def model(y: Any, scale: Any) -> None:
         mu = numpyro.sample("mu", dist.Normal(0, 10))
@@ -85,7 +85,7 @@ def test_conjugate_step_on_a_minibatch_is_exact_for_its_replicated_data(x64):
 
 @pytest.mark.slow
 def test_minibatches_of_one_percent_reach_the_fixed_point_of_all_data():
-    """After T steps of B rows the mean's error is that of N/(BT) of its variance; 4 standard errors are allowed."""
+    """After T steps of B rows the mean's variance is N/(BT) of the posterior's; 4 standard errors are allowed."""
     svi = SVI(located, AutoNormal(located), NaturalGradient(), Trace_ELBO(4))
     batches = jnp.asarray(Y, jnp.float32)[random.randint(random.key(1), (1000, 10), 0, N)]
 
@@ -138,7 +138,7 @@ def test_only_gathered_rows_change():
 
 @pytest.mark.slow
 def test_local_latents_reach_the_mean_field_of_all_rows():
-    """Locals: the exact mean field's means and scales; the global mean: to a posterior sd, of N/(BT) of its noise."""
+    """Local latents reach the exact mean field; the global mean is within a posterior standard deviation."""
     params = fitted()[-1]
     precision = np.diag(np.r_[1 / 100 + ROWS, np.full(ROWS, 5.0)])
     precision[0, 1:] = precision[1:, 0] = -1

@@ -20,7 +20,7 @@ import pytest
 from jax import random
 from numpyro import distributions as dist
 from numpyro.infer import Trace_ELBO
-from oracles import assert_close, root_eps, spd, tapped
+from oracles import assert_close, captured_loss, root_eps, spd
 from tables import FORMS, GaussianForm
 
 from numpyro_natgrad import NaturalGradient
@@ -32,7 +32,7 @@ Site = tuple[jax.Array, jax.Array]  # mean and covariance parameter, unconstrain
 
 
 class Probe(NamedTuple):
-    """What one step did, form by form and raveled.
+    """The outcome of one step, raveled, for every form.
 
     :ivar start: φ.  :ivar moved: φ(ρ) at ``LENGTHS``.  :ivar velocity: dφ/dρ at ρ = 0.
     :ivar gradient: NumPyro's gradient of the same draws (first order only).  :ivar norm: ‖v‖, of all forms together.
@@ -93,7 +93,7 @@ def joint(form: GaussianForm, site: Site) -> Any:
 
 @cache
 def probe(estimator: str, precision: str) -> Probe:
-    at, params = tapped(model, guide, Trace_ELBO(num_particles=2))
+    at, params = captured_loss(model, guide, Trace_ELBO(num_particles=2))
     fn = at(random.key(1))
     by_form = lambda tree: {name: flat(of(tree, name)) for name in FORMS}
 
@@ -173,7 +173,7 @@ def test_squared_norm_of_a_step_equals_the_hessian_form_of_kl(dtype):
 
 
 def test_second_order_norm_is_that_of_the_full_gaussian(x64):
-    """Smaller families are lifted: with p = N(μ, P⁻¹), ‖v‖² = ∇_mᵀ Σ ∇_m + ½ tr((ΣP − I)²)."""
+    """The norm is that of the full-covariance proxy: with p = N(μ, P⁻¹), ‖v‖² = ∇_mᵀ Σ ∇_m + ½ tr((ΣP − I)²)."""
     expected = 0.0
     for form in FORMS.values():
         q, goal = joint(form, parameters(form)), target(form)
@@ -203,7 +203,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_step_is_invariant_to_the_parameterisation_of_the_scale(group, x64):
-    """Mean and covariance after a step without noise are those of every other form, however its parameters bend."""
+    """Without noise all forms of the scale have the same mean and covariance after a step."""
 
     def reached(name):
         form, moved = FORMS[name], probe("second_order", "float64").moved[name]

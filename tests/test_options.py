@@ -21,6 +21,7 @@ from oracles import assert_close, root_eps, spd
 from tables import positive
 
 from numpyro_natgrad import NaturalGradient, fit
+from numpyro_natgrad.options import checked
 
 D, STEPS = 3, 25
 PRECISION, CENTRE = spd(0, D, low=1.0, high=100.0), np.arange(1.0, D + 1)
@@ -54,7 +55,7 @@ def gamma() -> None:
 
 
 class Walk(NamedTuple):
-    """The iterates, the start included, constrained; and what was reported of each step."""
+    """The iterates, the start included, in constrained space, and the ``StepInfo`` of each step."""
 
     params: dict[str, np.ndarray]
     info: Any
@@ -85,7 +86,7 @@ def nats(guide: Any, params: dict[str, np.ndarray]) -> np.ndarray:
 
 
 class Bounded(NamedTuple):
-    """A fit with a fixed KL limit; ``excess``: what the KL may exceed it by, relative."""
+    """A fit with a fixed KL limit; ``excess`` is the relative excess that is allowed."""
 
     model: Any
     guide: Any
@@ -120,7 +121,7 @@ def test_no_step_has_more_kl_than_max_kl(name, x64):
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_limited_step_uses_max_kl_in_full(name, x64):
-    """To the 1 % of the bisection in ρ: 2 % where KL is quadratic, a few more where a growing variance makes it steeper."""
+    """Bisection finds ρ to 1 %, hence KL to 2 % where it is quadratic, and to 5 % where a growing variance makes it steeper."""
     case, (params, info) = LIMITS[name], limited(name)
     moved = nats(case.guide, params)
     assert info.limited[:5].all()
@@ -144,7 +145,7 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_fixed_step_size_is_used_as_given(rule, x64):
-    """ρ is reported, and it is the share of the way in the precision: S ← (1−ρ) S + ρ H on a Gaussian target."""
+    """ρ is reported, and on a Gaussian target the precision is S ← (1−ρ) S + ρ H."""
     given, expected = RULES[rule]
     params, info = walk(gaussian, full, NaturalGradient(given, max_kl=None))
     rho = np.array([expected(t) for t in range(STEPS)])
@@ -162,7 +163,7 @@ def test_fixed_step_size_is_used_as_given(rule, x64):
     [(None, 4, 1.0), ("second_order", 4, 1.0), ("second_order", 3, 3 / (3 + 2)), ("second_order", 2, 2 / (2 + 2))],
 )
 def test_default_step_size_stays_between_zero_and_one(x64, estimator, particles, whole):
-    """The whole way is that to the fit of a regression, or to what two pairs' Hessians say; S/(S + 2) of it for one."""
+    """The largest step is 1 for a regression and for two pairs of draws, and S/(S + 2) for S independent draws."""
     params, info = walk(gaussian, full, NaturalGradient(estimator=estimator), Trace_ELBO(num_particles=particles))
     assert (info.step_size[~info.skipped] > 0).all()
     assert (info.step_size <= whole + root_eps("float64")).all()
@@ -179,7 +180,7 @@ def test_warns_and_uses_first_order_when_the_loss_is_no_elbo(x64):
     assert np.isfinite(info.natural_gradient_norm).all()
 
 
-# --- what cannot be used is named ---
+# --- unusable options ---
 
 BAD = {
     "negative step": (ValueError, {"step_size": -0.5}, "-0.5"),
@@ -216,8 +217,10 @@ def test_option_errors_quote_the_argument(name):
 @pytest.mark.parametrize(
     "x", [1, 0.5, np.float32(0.5), jnp.asarray(0.5), optax.constant_schedule(0.1), None], ids=lambda x: type(x).__name__
 )
-def test_numpy_and_jax_scalars_are_accepted_as_numbers(x):
-    NaturalGradient(x)
+def test_numbers_of_any_type_schedules_and_none_are_kept_as_given(x):
+    assert checked(x, "adaptive", None, True).step_size is x
+    if not callable(x):
+        assert checked(None, x, None, True).max_kl is x
 
 
 def test_options_but_the_step_size_are_keyword_only():

@@ -131,7 +131,7 @@ def model(y):
 
 @pytest.mark.parametrize("name", GUIDES)
 def test_gaussian_of_a_benchmark_guide_equals_numpyros(name, x64):
-    """Median and spread, in the model's own space, are those that NumPyro draws of the guide."""
+    """Median and spread in constrained space equal those of NumPyro's draws from the guide."""
     posterior, z = target(model, {"y": 0.3}), starts(model, {"y": 0.3}, 2)[1]
     guide = GUIDES[name].make(model)
     svi = SVI(model, guide, numpyro.optim.Adam(0.1), Trace_ELBO())
@@ -264,7 +264,7 @@ def test_comparisons_with_infinite_costs(mine, adam, values):
 
 
 def test_second_benchmark_run_keeps_existing_results(small, tmp_path, monkeypatch):
-    """The first measures and stores; the next finds it; more seeds are another matter."""
+    """The first run stores its results, the second keeps them, and a run with more seeds measures again."""
     plan = run.Plan(small, tmp_path / "results", seeds=1, draws=20, steps=(4, 4))
     job = run.Job(SCHOOLS, "AutoNormal", "float32", ("natural_gradient",))
     called = []
@@ -301,7 +301,7 @@ def test_every_ablated_ingredient_exists():
 
 
 def test_compile_seconds_are_those_timed_side_by_side(tmp_path):
-    """Adam's as ``SVI.run`` compiles, ours as ``fit`` does; those of other places stay as they were run."""
+    """Adam compiles as in ``SVI.run``, natural gradients as in ``fit``; other methods keep the seconds of their own run."""
     timed = [["m", "AutoNormal", *way, seconds, 0.01] for way, seconds in zip(WAYS, (1.0, 2.0, 3.0, 4.0), strict=True)]
     (tmp_path / results.COMPILING).write_text(json.dumps(timed))
     assert compiling.remembered(tmp_path / results.COMPILING)["m", "AutoNormal"][WAYS[2]].compiling == 3.0

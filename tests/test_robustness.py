@@ -53,7 +53,7 @@ def _(primals, tangents):
 
 
 def model(bad: jax.Array) -> None:
-    """A Gamma and a Gaussian that know of each other, and all that can go wrong."""
+    """A Gamma and a Gaussian latent that depend on each other, and every kind of failure."""
     x = numpyro.sample("x", dist.Gamma(2.0, 1.0))
     z = numpyro.sample("z", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
     numpyro.factor("likelihood", -0.5 * jnp.sum((z - jnp.array([1.0, -1.0])) ** 2 * x) - z[0] * z[1] * 0.3)
@@ -81,7 +81,7 @@ def low_rank(bad: jax.Array) -> None:
     numpyro.sample("z", dist.LowRankMultivariateNormal(loc, factor, diagonal))
 
 
-# Guides with what each needs of the loss: Hessian products of Gaussians, beside other blocks; gradients of all others.
+# Guides by the derivatives that their blocks use: Hessian-vector products, with and without other blocks, or gradients.
 FITS = {
     "full and natural parameters": (full, {}, KINDS),
     "curvature of KL": (full, {"fisher": "kl_hessian"}, KINDS[:4]),
@@ -135,7 +135,7 @@ def test_nonfinite_step_is_skipped_and_the_next_one_is_taken(fit, kind):
     ("guide", "limit"), [(full, 128), (full, 1), (low_rank, 1)], ids=["dense", "probes", "low rank"]
 )
 def test_falls_back_to_the_gradient_when_the_hessian_stays_nan(guide, limit, monkeypatch):
-    """Skipped once; then along the slope, the covariance as it is."""
+    """The first step is skipped; later ones follow the gradient and keep the covariance."""
     monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=limit))
     svi = SVI(model, guide, NaturalGradient(), Trace_ELBO(num_particles=2))
     state, update = svi.init(random.key(0), NONE), jax.jit(svi.stable_update)
@@ -170,7 +170,7 @@ def test_consecutive_skipped_steps_are_counted(fit):
     assert same(state.optim_state[1].params, params)
     assert svi.optim.info(state).skipped_total == total + 12
     assert finite(state.optim_state)
-    # ... after which the radius is small, not zero.
+    # Afterwards the radius is small, not zero.
     assert svi.optim.info(state).radius > 0
     state, _ = update(state, NONE)
     assert not svi.optim.info(state).skipped
@@ -178,7 +178,7 @@ def test_consecutive_skipped_steps_are_counted(fit):
 
 @pytest.mark.parametrize("fit", FITS)
 def test_nan_start_changes_no_parameter(fit):
-    """Nor does anything hang (an eigensolver would) or raise."""
+    """Nothing raises, and nothing hangs as an eigensolver would."""
     svi, update, state = started(fit)
     good = state.optim_state[1].params
     start = {**good, "loc": jnp.array([0.0, jnp.nan])}
@@ -192,14 +192,14 @@ def test_nan_start_changes_no_parameter(fit):
 
 
 def run(model: Any, guide: Any, steps: int, **options: Any) -> tuple[dict[str, np.ndarray], np.ndarray, Any]:
-    """Parameters returned, losses, and what was said of the last step."""
+    """The returned parameters, the losses, and the ``StepInfo`` of the last step."""
     svi = SVI(model, guide, NaturalGradient(**options), Trace_ELBO(num_particles=8))
     result = svi.run(random.key(0), steps, progress_bar=False)
     return jax.tree.map(np.asarray, result.params), np.asarray(result.losses), svi.optim.info(result.state)
 
 
 def test_draws_outside_of_the_support_are_survived():
-    """A likelihood of −∞ above 1: a draw beyond makes the loss infinite, and only those steps are skipped."""
+    """The likelihood is −∞ above 1: a draw beyond makes the loss infinite, and only such steps are skipped."""
 
     def edge():
         z = numpyro.sample("z", dist.Normal(0, 1))
@@ -211,7 +211,7 @@ def test_draws_outside_of_the_support_are_survived():
     params, losses, info = run(edge, guide, 60)
     assert np.isinf(losses).sum() <= info.skipped_total < 60
     assert finite(params)
-    # It got where the density is: N(0.49, 0.128) but for an edge four standard deviations away.
+    # The target is N(0.49, 0.128) but for an edge four standard deviations away.
     assert abs(params["loc"] - 60 * 0.5 / 61) < 0.128
     assert 0.05 < params["scale"] < 0.26
 
@@ -221,7 +221,7 @@ SCALES = np.geomspace(1e-6, 1e6, 5)
 
 @pytest.mark.parametrize("family", ["full", "independent"])
 def test_scales_from_1e_minus_6_to_1e6_are_fitted_in_float32(family):
-    """Twelve orders of magnitude in one Gaussian posterior, correlated, three standard deviations off the start."""
+    """A correlated Gaussian posterior with scales over twelve orders of magnitude, three standard deviations from the start."""
     correlation = spd(2, 5, low=0.5, high=2.0)
     precision = np.linalg.inv(correlation) / np.outer(SCALES, SCALES)
     whitened = jnp.asarray(np.linalg.inv(correlation), jnp.float32)
@@ -249,7 +249,7 @@ def test_scales_from_1e_minus_6_to_1e6_are_fitted_in_float32(family):
 
 
 def test_start_with_a_loss_of_1e5_nats_reaches_the_optimum():
-    """Poisson counts by a log-rate that starts at 12: a loss of 1e5 nats. The optimum's oracle is SciPy on the ELBO."""
+    """The log-rate of Poisson counts starts at 12, with a loss of 1e5 nats; SciPy finds the best ELBO."""
     y, prior = 3.0, 10.0
 
     def counts():
@@ -265,13 +265,13 @@ def test_start_with_a_loss_of_1e5_nats_reaches_the_optimum():
 
     best = optimize.minimize(negative_elbo, [1.0, -0.5], tol=1e-10)
     params, losses, _ = run(counts, guide, 100)
-    # Within a hundredth of a nat, which is what the rule leaves.
+    # The rule leaves about a hundredth of a nat.
     assert negative_elbo([params["loc"], np.log(params["scale"])]) - best.fun < 0.01
     assert losses[0] > 1e5
 
 
 def test_unscaled_regression_reaches_least_squares_in_forty_steps():
-    """A regression as it comes, flat priors, covariates unscaled: natural gradients change a thousandfold on the way.
+    """A regression with flat priors and unscaled covariates, whose natural gradients change a thousandfold.
 
     The posterior's mean is least squares, and its covariance nearly σ̂²(XᵀX)⁻¹, by NumPy in double precision.
     """
@@ -297,7 +297,7 @@ def test_unscaled_regression_reaches_least_squares_in_forty_steps():
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
 def test_loss_whose_square_overflows_is_reduced(guide):
-    """Rates of e^60, in single precision: 1e26 nats, whose squares are none."""
+    """Rates of e^60 in single precision: the square of 1e26 nats overflows."""
 
     def counts() -> None:
         slope = numpyro.sample("slope", dist.Normal(0, 10))
@@ -316,7 +316,16 @@ def test_loss_is_rescaled_as_a_whole_only_beyond_the_bound():
     def loss_info(loss: float) -> LossInfo:
         gradient = {"a": jnp.array([1.0, 2.0])}
         means = {"detached": jnp.array([5.0]), "per particle": jnp.array([[[3.0]], [[4.0]]])}
-        return LossInfo(jnp.array(loss), None, gradient, means, *[lambda t: t] * 5, False, 1)
+        functions = ("hessian_product", "hessian_product_per_draw", "tilt", "value", "fn")
+        return LossInfo(
+            loss=jnp.array(loss),
+            aux=None,
+            gradient=gradient,
+            means=means,
+            forward=False,
+            particles=1,
+            **dict.fromkeys(functions, lambda tangent: tangent),
+        )
 
     modes = {"detached": DensityMode.DETACHED, "per particle": DensityMode.PER_PARTICLE}
     same, share = rescale_loss(loss_info(-MAX_LOSS), modes)
@@ -328,7 +337,7 @@ def test_loss_is_rescaled_as_a_whole_only_beyond_the_bound():
     np.testing.assert_allclose(share, 0.25)
     np.testing.assert_allclose(scaled.gradient["a"], [0.25, 0.5])
     np.testing.assert_allclose(scaled.hessian_product({"a": jnp.ones(2)})["a"], [0.25, 0.25])
-    # Draws are not the loss's.
+    # Draws are not rescaled, only the loss and its derivatives.
     np.testing.assert_allclose(scaled.means["detached"], [5.0])
     np.testing.assert_allclose(scaled.means["per particle"], [[[3.0]], [[1.0]]])
     assert scaled.loss == 4 * MAX_LOSS

@@ -25,7 +25,7 @@ from numpyro.infer.autoguide import (
     AutoSemiDAIS,
     AutoSurrogateLikelihoodDAIS,
 )
-from oracles import assert_close, form, root_eps, tapped
+from oracles import assert_close, captured_loss, form, root_eps
 from scipy import stats
 from tables import tiers
 
@@ -43,7 +43,7 @@ def banana() -> None:
     numpyro.factor("bend", dist.Normal(0, 1).log_prob(z[0]) + dist.Normal(z[0] ** 2, 0.5).log_prob(z[1]))
 
 
-# A flow's score.
+# --- the score of a flow ---
 
 
 def test_score_at_a_flows_own_draw_equals_that_by_its_inverse(x64):
@@ -67,13 +67,13 @@ def flow(guide: AutoIAFNormal, params: Any) -> Any:
         return guide._get_posterior()
 
 
-# Fresh draws.
+# --- fresh draws ---
 
 ROWS = 1500
 
 
 def gaussian_guide() -> None:
-    """A Gaussian of which the product of the scores is asked, and a scale that stands for three copies of a site."""
+    """A Gaussian under a scale of 3, which stands for three copies of the site."""
     loc = numpyro.param("loc", jnp.array([0.5, -1.0]))
     scale = numpyro.param("scale", jnp.array([0.4, 2.0]), constraint=constraints.positive)
     with numpyro.handlers.scale(scale=3.0):
@@ -88,7 +88,7 @@ def gaussian_model() -> None:
 def test_score_samples_are_unbiased_for_the_fisher(particles, batched):
     """In the unconstrained (loc, log σ) the Fisher is 3 diag(1/σ², 2): three copies, of every particle's own draw."""
     loss = Trace_ELBO(particles, vectorize_particles=batched)
-    at, params = tapped(gaussian_model, gaussian_guide, loss)
+    at, params = captured_loss(gaussian_model, gaussian_guide, loss)
     fn = at(random.key(3))
 
     def row(number: jax.Array) -> jax.Array:
@@ -105,7 +105,7 @@ def test_score_samples_are_unbiased_for_the_fisher(particles, batched):
 
 @pytest.mark.parametrize("particles", [1, 5, 100])
 def test_number_of_score_samples_does_not_depend_on_particles(particles):
-    at, params = tapped(gaussian_model, gaussian_guide, Trace_ELBO(particles))
+    at, params = captured_loss(gaussian_model, gaussian_guide, Trace_ELBO(particles))
     family = ScoreFisher(
         tuple(params), (("z", "Normal", FisherEstimate.MONTE_CARLO),), {p: x.size for p, x in params.items()}, 1, False
     )
@@ -123,7 +123,7 @@ def test_woodbury_solve_equals_the_dense_solve(p, s, dtype):
     assert_close(solve(u, jnp.array(0.3), g), dense.astype(u.dtype), root_eps(u.dtype))
 
 
-# Mixtures.
+# --- mixtures ---
 
 WEIGHTS, LOCS, SCALES = np.array([0.3, 0.7]), np.array([-2.0, 1.5]), np.array([0.5, 0.8])
 
@@ -172,7 +172,7 @@ def joint_fisher(params: Any, jacobian: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def mixture():
     """The enumerated loss, its parameters, and the Fisher of the joint in closed form."""
-    at, params = tapped(joint_model, joint_guide, TraceEnum_ELBO())
+    at, params = captured_loss(joint_model, joint_guide, TraceEnum_ELBO())
     jacobian = jax.jacfwd(numpyro.distributions.biject_to(constraints.simplex))(params["weights"])
     return at(random.key(0)), params, joint_fisher(params, np.asarray(jacobian))
 
@@ -190,9 +190,9 @@ def test_enumerated_mixture_has_the_fisher_of_the_joint(mixture):
 
 @pytest.mark.parametrize("guide", [marginal_guide, general_guide])
 def test_fisher_of_a_marginal_mixture_is_at_most_that_of_the_joint(mixture, guide):
-    """Against numerical integration; what is forgotten with the assignment is positive semi-definite."""
+    """The oracle is numerical integration; the information in the assignment is positive semidefinite."""
     _, params, joint = mixture
-    at, _ = tapped(mixture_model, guide, TraceGraph_ELBO(num_particles=8))
+    at, _ = captured_loss(mixture_model, guide, TraceGraph_ELBO(num_particles=8))
     fn = at(random.key(2))
 
     def rows(number: jax.Array) -> jax.Array:
@@ -221,7 +221,7 @@ def marginal_fisher(params: Any) -> np.ndarray:
     return np.einsum("n,ni,nj->ij", np.exp(value), score, score) * float(grid[1] - grid[0])
 
 
-# Fits.
+# --- fits ---
 
 
 def fitted(model: Any, guide: Any, steps: int, loss: Any) -> tuple[Any, np.ndarray, str]:
@@ -242,9 +242,9 @@ GUIDES = {
 
 @pytest.mark.parametrize("name", tiers(GUIDES, "IAF"))
 def test_fit_of_guides_without_closed_form_reduces_the_loss(name):
-    make, route, gap = GUIDES[name]
+    make, method, gap = GUIDES[name]
     state, losses, report = fitted(banana, make(banana), 60, Trace_ELBO(8))
-    assert route in report
+    assert method in report
     assert np.isfinite(ravel_pytree(state.optim_state)[0].astype(float)).all()
     assert losses[-10:].mean() < min(losses[:3].mean(), gap)  # the log evidence is zero
 
@@ -267,7 +267,7 @@ def known() -> None:
 
 
 def surrogate() -> None:
-    """Every other observation, with weights to be learned."""
+    """Every other observation, with weights that are parameters."""
     t, weight = located(), numpyro.param("weight", jnp.full(3, 2.0), constraint=constraints.positive)
     with numpyro.plate("n", 3), numpyro.handlers.scale(scale=weight):
         numpyro.sample("y", dist.Normal(t, 1.0), obs=jnp.asarray(EVEN[::2]))
@@ -289,11 +289,11 @@ ANNEALED = {
 
 @pytest.mark.parametrize("name", tiers(ANNEALED, "AutoSemiDAIS"))
 def test_base_of_an_annealed_guide_uses_the_hessian_of_kl(name):
-    """And the bound comes to within a nat and a half of the evidence, a normal density."""
+    """The bound ends within 1.5 nats of the evidence, a normal density."""
     model, make, cov = ANNEALED[name]
     _, losses, report = fitted(model, make(model), 40, Trace_ELBO(8))
-    way = {line.split()[0]: line for line in report.splitlines()[2:]}
-    assert {p for p in way if "Hessian of KL" in way[p]} == {"auto_z_0_loc", "auto_z_0_scale"}
+    method = {line.split()[0]: line for line in report.splitlines()[2:]}
+    assert {p for p in method if "Hessian of KL" in method[p]} == {"auto_z_0_loc", "auto_z_0_scale"}
     assert losses[-10:].mean() + stats.multivariate_normal(np.zeros(6), cov).logpdf(EVEN) < 1.5
 
 

@@ -34,7 +34,7 @@ def _sums(key, z, gradients, loc, factor):
     """Of draws z and gradients there, in the frame of N(loc, factor factorᵀ)."""
     x = jax.scipy.linalg.solve_triangular(factor, (z - loc).T, lower=True).T
     empty = stein_regression.nothing(D, z.dtype)._replace(loc=loc, factor=factor)
-    # A quadratic's own precision explains everything, so that no draw is pulled in.
+    # The precision of the quadratic explains every gradient, so that no draw is an outlier.
     return stein_regression.taken_in(empty, x, gradients @ factor, jnp.eye(D)), x
 
 
@@ -45,7 +45,7 @@ def test_regression_is_exact_for_a_quadratic(x64, seed):
     hessian, slope = _symmetric(random.fold_in(key, 2)), random.normal(random.fold_in(key, 3), (D,))
     z = loc + random.normal(random.fold_in(key, 4), (DRAWS, D)) @ factor.T
     sums, _ = _sums(key, z, (z - loc) @ hessian + slope, loc, factor)
-    # The ridge stands for a fifth of a draw: as many draws more make it as small as one likes.
+    # The ridge has the weight of a fifth of a draw; more draws make its effect small.
     many = sums._replace(gram=1e9 * sums.gram, cross=1e9 * sums.cross)
     found, curvature = stein_regression.fit(many, jnp.eye(D))
     np.testing.assert_allclose(curvature, factor.T @ hessian @ factor - jnp.eye(D), atol=1e-6)
@@ -53,7 +53,7 @@ def test_regression_is_exact_for_a_quadratic(x64, seed):
 
 
 def test_nan_gradient_makes_the_regression_nan():
-    """And meets no eigensolver, which would be kept busy by it."""
+    """No eigensolver is called on it, which might not terminate."""
     loc, factor = _frame(random.key(0))
     sums, _ = _sums(random.key(0), jnp.ones((DRAWS, D)), jnp.ones((DRAWS, D)).at[0, 0].set(jnp.nan), loc, factor)
     slope, _ = stein_regression.fit(sums, jnp.eye(D))
@@ -119,7 +119,7 @@ def _fitted(loss, model=_model, guide=AutoNormal, **options):
 
 
 def test_every_particle_has_its_draw_and_its_gradient(x64):
-    """Against the gradient of the model's own log density at the draws that the loss shows."""
+    """The oracle is the gradient of the model's log density at the draws that the loss reports."""
     y, n = jnp.array([0.5, -1.0, 2.0]), 4
     guide = AutoNormal(_model)
     svi = SVI(_model, guide, NaturalGradient(), Trace_ELBO(n))
@@ -165,7 +165,7 @@ def test_regression_is_used_only_for_separable_particles(taken, loss, changes):
 
 
 def test_batched_regression_equals_a_loop(x64):
-    """Particles are told apart inside of a batch of fits too."""
+    """Particles are separated inside of ``vmap`` too."""
     y = jnp.array([0.5, -1.0, 2.0])
     svi = SVI(_model, AutoMultivariateNormal(_model), NaturalGradient(), Trace_ELBO(4))
     start = svi.init(random.key(0), y)
@@ -181,7 +181,7 @@ def test_batched_regression_equals_a_loop(x64):
 
 
 def test_number_of_remembered_draws_grows_as_root_steps(dtype):
-    """d + 1 of them count in full; then n² = 2 (d + 1) S t, to the tenth that its discrete steps differ by."""
+    """The first d + 1 draws count in full; then n² = 2 (d + 1) S t, to 10 % because steps are discrete."""
     d, new = 4, 8
     sums, grown = stein_regression.nothing(d, jnp.zeros(()).dtype), []
     for _ in range(400):
@@ -193,7 +193,7 @@ def test_number_of_remembered_draws_grows_as_root_steps(dtype):
 
 
 def test_curved_valley_is_followed_to_its_optimum():
-    """Counts in groups, whose scale has to come down where the loss is flatter than the Fisher: within a nat of Hessian steps.
+    """The scale of grouped counts decreases where the loss is flatter than the Fisher matrix: within a nat of Hessian steps.
 
     (By draws that count for ever two and a half are left.)
     """

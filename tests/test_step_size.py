@@ -25,7 +25,7 @@ CONSTANTS = RuleConstants()
 
 @pytest.mark.parametrize("name", CASES)
 def test_longest_step_has_the_kl_of_the_radius(name, dtype):
-    """To the 1 % of the bisection in ρ: KL is at least linear and, where it is quadratic, 2 % wide."""
+    """Bisection finds ρ to 1 %, and so KL to 2 % where it is quadratic."""
     tangent = CASES[name]().tangent
 
     @jax.jit
@@ -68,7 +68,7 @@ def fresh(blocks: int) -> NoiseStatistics:
 
 @jax.jit
 def watch(samples):
-    """Shares of signal and estimates of noise when the rows are successive natural gradients, all in one frame."""
+    """Signal fractions and noise estimates when the rows are successive natural gradients in one frame."""
 
     def step(carry, v):
         statistics, mean = carry
@@ -94,7 +94,7 @@ def test_signal_fraction_of_a_constant_gradient_is_one(dtype):
 
 
 def chased(velocity, noise):
-    """Steps of the rule's own length towards an optimum that moves with each of them: shares of signal, distances."""
+    """Signal fractions and squared distances when the optimum moves by ``velocity`` with every step."""
     d = velocity.size
 
     def step(carry, draw):
@@ -113,7 +113,7 @@ def chased(velocity, noise):
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_drifting_optimum_is_followed(noise, dtype):
-    """Drift is no noise: the lag stays within three steps of the optimum's own (a step of length ρ leaves 1/ρ of them)."""
+    """The lag stays within three steps of the optimum; steps of length ρ leave 1/ρ of them."""
     velocity = jnp.ones(10)
     signal, distance = jax.jit(chased)(velocity, noise)
     assert jnp.median(signal[100:]) > 0.4
@@ -129,7 +129,7 @@ def test_noise_estimates_the_variance_of_one_natural_gradient(dtype):
 
 
 def test_noise_estimate_follows_a_decreasing_scale(dtype):
-    """Twenty steps a thousand times longer are no noise of the forty after them, of which the long mean would keep 10⁵."""
+    """Forty steps forget twenty that were a thousand times longer, of which a plain mean would keep 10⁵."""
     scale = jnp.where(jnp.arange(60) < 20, 1e3, 1.0)[:, None]
     _, noise = watch(scale * jax.random.normal(jax.random.key(2), (60, 20)))
     # The mean of the last squares, each of relative variance 2/20, is known to 4 √(2/60); ``recent_factor`` of it bounds the noise.
@@ -155,33 +155,33 @@ def test_statistics_are_forgotten_with_distance(dtype):
 
 
 def test_averaging_window_is_the_steps_dominated_by_noise(dtype):
-    """Where ‖m‖² is what noise foresees every step counts; where it is travel, two at most."""
-    still, travel = jnp.array([0.5]), jnp.array([1e4])
+    """Every step counts while ‖m‖² is as large as noise explains; where ‖m‖² is larger, two at most."""
+    stationary, progress = jnp.array([0.5]), jnp.array([1e4])
     statistics = fresh(1)
     for steps in range(2, 12):
-        statistics = step_size.count_stationary(statistics, jnp.array([0.5]), still, jnp.array([1.0]), CONSTANTS)
+        statistics = step_size.count_stationary(statistics, jnp.array([0.5]), stationary, jnp.array([1.0]), CONSTANTS)
         np.testing.assert_allclose(statistics.stationary[0], steps)
     for _ in range(3):
-        statistics = step_size.count_stationary(statistics, jnp.array([0.5]), travel, jnp.array([1.0]), CONSTANTS)
+        statistics = step_size.count_stationary(statistics, jnp.array([0.5]), progress, jnp.array([1.0]), CONSTANTS)
     assert statistics.stationary[0] < 2
 
 
 def test_one_outlier_does_not_decide_the_noise_estimate(dtype):
-    """A thousandfold outlier after 200 quiet steps leaves the noise within its bound (2² + 1 times what it was, and a good deal of chance)."""
+    """A thousandfold outlier after 200 steps raises the noise estimate at most 2² + 1 times, doubled here for chance."""
     clean = jax.random.normal(jax.random.key(1), (201, 10))
     dirty = clean.at[200].multiply(1000.0)
-    _, quiet = watch(clean)
+    _, before = watch(clean)
     _, after = watch(dirty)
-    assert after[-1] <= 10 * quiet[-2]
+    assert after[-1] <= 10 * before[-2]
 
 
 def test_blocks_keep_statistics_of_their_own(dtype):
-    """Noise in one of them shortens its steps, and not those of one that is all signal."""
+    """Noise in one block shortens its own steps and not those of a block without noise."""
     statistics = fresh(2)
     observe = jax.jit(lambda statistics, norms: step_size.observe(statistics, norms, CONSTANTS))
     for n in range(50):
-        quiet, noisy = jnp.array([1.0, 1.0]), jnp.array([0.0, 1.0 if n else 0.0])
-        statistics, seen = observe(statistics, SquaredNorms(jnp.array([1.0, 1e-3]), noisy, quiet))
+        norms, noisy = jnp.array([1.0, 1.0]), jnp.array([0.0, 1.0 if n else 0.0])
+        statistics, seen = observe(statistics, SquaredNorms(jnp.array([1.0, 1e-3]), noisy, norms))
     assert seen.signal[0] > 0.999
     assert seen.signal[1] < 0.01
 
@@ -206,7 +206,7 @@ def test_default_step_size_stays_below_one(particles, antithetic, threshold, dty
 
 
 def test_newton_steps_stay_long_until_noise_dominates_for_the_patience(dtype):
-    """3/√N after N such steps, of 0.8 at most, in noise that is borne; the rest of the rule may lengthen them."""
+    """After N noisy steps the step size is at least 3/√N of its largest value, 0.8, while noise is within its tolerance."""
 
     def rho(stationary: float, noise: float, signal: float = 1e-6, floor_noise: float = 2.0) -> jax.Array:
         estimate = NoiseEstimate(jnp.ones(()), *(jnp.array(x) for x in (signal, noise, 1.0, stationary)))
@@ -222,9 +222,9 @@ def test_newton_steps_stay_long_until_noise_dominates_for_the_patience(dtype):
 
 @pytest.mark.parametrize("directions", [6, 1000])
 def test_stationary_steps_are_not_taken_for_progress(directions, dtype):
-    """Squares of ``directions`` independent normals about what is foreseen: the average goes on.
+    """Squares of ``directions`` independent normals scatter about their expectation, and the count of steps goes on.
 
-    A slope as large as the noise holds it at a dozen steps, one of three times the noise ends it.
+    A drift as large as the noise keeps the count at a dozen, and one of three times the noise ends it.
     """
     statistics, slope, steep = fresh(1), fresh(1), fresh(1)
     step = jax.jit(lambda *arguments: step_size.count_stationary(*arguments, CONSTANTS))
@@ -256,7 +256,7 @@ def test_trust_region_radius_changes_fourfold_between_its_bounds(latents, dtype)
         resized(start, start / 100, good=True, limited=False, grows=False), start / 25, rtol=1e-6
     )
     np.testing.assert_allclose(resized(start, 0.0, good=True, limited=False, grows=False), floor, rtol=1e-6)
-    # Failures go below what noise decides, down to a bound; there every step that is not one comes back.
+    # Failures shrink the radius below the noise, down to a bound; there every success enlarges it.
     least = CONSTANTS.radius_min * floor
     np.testing.assert_allclose(resized(least, least, good=True, limited=True, grows=False), 4 * least, rtol=1e-6)
     np.testing.assert_allclose(resized(floor / 2, floor, good=True, limited=True, grows=False), floor, rtol=1e-6)

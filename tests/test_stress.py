@@ -21,7 +21,7 @@ SEEDS, DRAWS = 2, 1024
 
 
 class Row(NamedTuple):
-    """A case in small; ``steps`` after which it is within ``nats`` of the optimum that the case knows."""
+    """A small version of a stress case, and the ``steps`` after which the fit is within ``nats`` of the known optimum."""
 
     case: Any
     guide: str
@@ -29,8 +29,8 @@ class Row(NamedTuple):
     nats: float = 1.0
 
 
-# t batches of B of N independent rows tell a mean of 5 dimensions to a covariance of N/(Bt) posterior ones: the gap is
-# ½ χ²₅ N/(Bt) nats for whoever makes the best of them. One in ten thousand is above this.
+# From t batches of B of N independent rows the best estimate of a mean of 5 dimensions has N/(Bt) of the posterior's
+# covariance: its gap is ½ χ²₅ N/(Bt) nats. One in ten thousand is above this.
 BATCHES = 300
 SAMPLED = 0.5 * stats.chi2.ppf(1 - 1e-4, 5) * 100 / BATCHES
 

@@ -26,7 +26,7 @@ TRACES = []
 
 
 def model(x: Any, width: float = 1.0) -> None:
-    """A Normal of unknown mean and scale: not conjugate to the guide. Tells when it is traced."""
+    """A Normal of unknown mean and scale, not conjugate to the guide. It counts its traces."""
     TRACES.append(None)
     mean = numpyro.sample("mean", dist.Normal(0, 3))
     scale = numpyro.sample("scale", dist.HalfNormal(width))
@@ -60,7 +60,7 @@ def test_run_equals_repeated_update():
 
 
 def test_progress_bar_and_resumed_run_take_the_same_steps():
-    """Half of the run with a bar, the other half from its state with ``stable_update``."""
+    """The first half of the run has a bar; the second half continues from its state with ``stable_update``."""
     svi, _, _, states, losses = fitted()
     first = svi.run(random.key(0), STEPS // 2, X, progress_bar=True)
     second = svi.run(random.key(9), STEPS // 2, X, progress_bar=False, init_state=first.state, stable_update=True)
@@ -76,7 +76,7 @@ def test_evaluate_is_the_loss_at_the_returned_parameters():
 
 
 def test_returned_loss_is_that_before_the_step():
-    """At the iterate, not at its average."""
+    """The loss is evaluated at the iterate, not at its average."""
     svi, _, _, states, losses = fitted()
     for state, loss in zip(states, losses, strict=False):
         key, params = random.split(state.rng_key)[1], svi.constrain_fn(state.optim_state[1].params)
@@ -86,7 +86,7 @@ def test_returned_loss_is_that_before_the_step():
 def test_vmap_over_seeds_equals_a_loop():
     svi, _, _, (_, *_, start), _ = fitted()
     keys = random.split(random.key(7), 3)
-    # (From a state with a past: all that is remembered of a first step is used up by it, but for rounding.)
+    # (The state has taken steps: after the first step alone the memory is empty but for rounding.)
     states = [start._replace(rng_key=key) for key in keys]
     together, losses = jax.jit(jax.vmap(lambda key: svi.update(start._replace(rng_key=key), X)))(keys)
     for i, state in enumerate(states):
@@ -96,7 +96,7 @@ def test_vmap_over_seeds_equals_a_loop():
 
 
 def test_update_is_compiled_once():
-    """The model is not traced again: neither by a second update, nor by other data of the same shape."""
+    """Neither a second update nor other data of the same shape trace the model again."""
     _, _, update, states, _ = fitted()
     before = len(TRACES)
     update(states[0], X)
@@ -179,7 +179,7 @@ def test_forward_mode_takes_the_steps_of_reverse_mode(guide):
         svi = SVI(model, guide(model), NaturalGradient(), Trace_ELBO(num_particles=2))
         state = svi.init(random.key(0), X, 3)
         update = jax.jit(lambda s, steps: svi.update(s, X, steps, forward_mode_differentiation=forward))
-        # (All that is remembered of a first step is used up by it, but for rounding; the third has a past.)
+        # (Three steps: after the first one alone the memory is empty but for rounding.)
         for _ in range(3):
             state, loss = update(state, 3)
         return numbers(state), loss
@@ -193,7 +193,7 @@ def test_forward_mode_takes_the_steps_of_reverse_mode(guide):
 
 
 def test_mutable_state_is_updated_once_a_step():
-    """A counter and a running mean in the model: one step of each a step of the optimizer, as under any optimizer."""
+    """A counter in the model increases by one with every step, as under any optimizer."""
 
     def counting(x):
         count = numpyro.primitives.mutable("count", {"n": jnp.array(0.0)})

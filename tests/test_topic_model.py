@@ -33,7 +33,7 @@ def example():
 
 
 def documents() -> np.ndarray:
-    """Short documents of three topics, some of which lack most words."""
+    """Short documents of three topics; some topics have few words."""
     rng = np.random.default_rng(0)
     topics = rng.dirichlet(np.full(WORDS, 0.2), TOPICS)
     return np.stack([rng.multinomial(25, rng.dirichlet(np.full(TOPICS, 0.3)) @ topics) for _ in range(DOCUMENTS)])

@@ -9,7 +9,7 @@ import pytest
 from jax import random
 from numpyro import distributions as dist
 from numpyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from oracles import tapped
+from oracles import captured_loss
 from tables import GUIDES, started
 
 from numpyro_natgrad import NaturalGradient, StructureError
@@ -48,13 +48,13 @@ def test_trace_finds_parameters_particles_and_kind_of_loss(guide, loss):
         assert (trace.particles, trace.is_elbo) == (particles, is_elbo)
     read = {name: gaussian_sites.read_gaussian_site(name, trace) for name in trace.sites}
     found = {name: (g.loc, g.scale) for name, g in read.items() if g is not None}
-    # A parameter of two sites is read at both of them; that it is shared is the structure's affair.
+    # A parameter of two sites is found at both of them; the partition deals with its being shared.
     assert {n: p for n, p in found.items() if "both" not in p} == GUIDES[guide].gaussian
     low_rank = {name: read_low_rank_site(name, trace) for name in trace.sites}
     assert {name: site.params for name, site in low_rank.items() if site is not None} == GUIDES[guide].low_rank
 
 
-WAYS = ("closed form, ", "Hessian of KL", "fallback optimizer", "Fisher of the likelihood")
+METHODS = ("closed form, ", "Hessian of KL", "fallback optimizer", "Fisher of the likelihood")
 
 
 @pytest.mark.parametrize("estimator", [None, "first_order"])
@@ -64,16 +64,16 @@ def test_every_parameter_is_in_exactly_one_block(guide, estimator):
     optimizer = NaturalGradient(estimator=estimator)
     fn = at(random.key(0), Trace_ELBO(num_particles=2))
     lines = table(optimizer._partition(fn, params, False).rows()).splitlines()[2:]
-    way = {line.split()[0]: line for line in lines}
-    assert len(lines) == len(way)
-    assert set(way) == set(params)
-    case, found = GUIDES[guide], {word: {p for p in way if word in way[p]} for word in WAYS}
+    method = {line.split()[0]: line for line in lines}
+    assert len(lines) == len(method)
+    assert set(method) == set(params)
+    case, found = GUIDES[guide], {word: {p for p in method if word in method[p]} for word in METHODS}
     closed = {parameter for site in case.gaussian.values() for parameter in site} | case.natural
     products = {parameter for site in case.low_rank.values() for parameter in site}  # of the Hessian, or else none
     closed, kl_hessian = (
         (closed | products, case.kl_hessian) if estimator is None else (closed, case.kl_hessian | products)
     )
-    assert found == dict(zip(WAYS, (closed, kl_hessian, case.point, case.likely), strict=True))
+    assert found == dict(zip(METHODS, (closed, kl_hessian, case.point, case.likely), strict=True))
 
 
 def test_only_mean_field_elbo_has_analytic_densities():
@@ -90,7 +90,7 @@ def test_loss_with_score_function_terms_is_not_affine_in_log_densities():
     def guide():
         numpyro.sample("k", dist.Bernoulli(logits=numpyro.param("logit", 0.2)))
 
-    at, params = tapped(model, guide, TraceGraph_ELBO(num_particles=2))
+    at, params = captured_loss(model, guide, TraceGraph_ELBO(num_particles=2))
     assert not trace_loss(at(random.key(0)), params).is_elbo
 
 
@@ -103,12 +103,12 @@ def test_parameter_named_like_a_site_is_refused():
         u = numpyro.sample("u", dist.Normal(numpyro.param("m", 0.0), 1), infer={"is_auxiliary": True})
         numpyro.sample("z", dist.Delta(u))
 
-    at, params = tapped(model, guide, Trace_ELBO())
+    at, params = captured_loss(model, guide, Trace_ELBO())
     with pytest.raises(StructureError, match="`u`"):
         trace_loss(at(random.key(0)), params)
 
 
-# --- the state is one tree for good ---
+# --- the structure of the state ---
 
 CELLS = [(guide, "Trace_ELBO, 8", "float32") for guide in GUIDES]
 CELLS += [("AutoMultivariateNormal", loss, "float32") for loss in LOSSES if loss != "Trace_ELBO, 8"]
@@ -130,7 +130,7 @@ def test_step_keeps_tree_structure_shapes_and_dtypes(guide, loss, precision):
         assert set(floats) == {jnp.dtype(precision)}
 
 
-# --- where a value comes from ---
+# --- origins of values ---
 
 
 def follow(function, *args):

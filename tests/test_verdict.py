@@ -88,7 +88,7 @@ def test_log_weight_is_the_negative_loss_of_its_draw(x64):
 
 
 def test_exact_posterior_has_the_verdict_good():
-    """Its weights differ by rounding alone, which single precision has the most of."""
+    """Its weights differ by rounding alone, which is largest in single precision."""
     svi, params = full()
     found = verdict(svi, params, random.key(1), num_draws=1000)
     assert found.k_hat < 0.5
@@ -100,9 +100,9 @@ def test_exact_posterior_has_the_verdict_good():
 
 
 def test_weighted_moments_of_a_mean_field_guide_equal_the_posteriors():
-    """Standard errors in closed form: E_q[(p/q)² h²] = c·E[h²] under N(0, V), V = (2Λ − diag Λ)⁻¹, where that is there.
+    """Standard errors in closed form: E_q[(p/q)² h²] = c·E[h²] under N(0, V), V = (2Λ − diag Λ)⁻¹, where V exists.
 
-    Λ has a unit diagonal; its least eigenvalue is 0.7, of 1, along which the guide is the most wrong.
+    Λ has a unit diagonal and least eigenvalue 0.7, along whose eigenvector the guide is the most wrong.
     """
     precision = 1.1 * np.eye(D) - 0.1
     covariance, heavy = np.linalg.inv(precision), np.linalg.inv(2 * precision - np.eye(D))
@@ -135,7 +135,7 @@ def test_weighted_moments_of_a_mean_field_guide_equal_the_posteriors():
     "guide", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal]
 )
 def test_linear_response_is_exact_for_a_gaussian(guide):
-    """Wherever the guide is: the precision is the same everywhere. In double precision: the next two laws."""
+    """The precision of a Gaussian is the same everywhere, and so at every guide."""
     svi, params = started(gaussian, guide(gaussian, init_scale=0.5))
     found = linear_response(svi, params, random.key(1), num_particles=32)
     assert found.names == tuple(f"z[{i}]" for i in range(D))
@@ -152,7 +152,7 @@ def test_linear_response_is_exact_through_transforms_of_the_guide(x64, monkeypat
 
 
 def test_newton_decrement_equals_the_gain_of_a_newton_step(x64):
-    """Half of the squared Mahalanobis distance, of a guide with the right variances."""
+    """The gain is half of the squared Mahalanobis distance of a guide with the right variances."""
     away = np.array([2.0, -1.0, 0.5, 1.0])
     svi, params = full()
     params["loc"] = params["loc"] + away
@@ -172,7 +172,7 @@ def test_linear_response_raises_without_a_minimum():
 
 
 def test_unfinished_fit_is_advised_to_continue():
-    """A Student-t posterior; σ = 0.3 is far below what its own ELBO asks for."""
+    """The posterior is a Student t, and σ = 0.3 is far below the scale of the best ELBO."""
 
     def heavy() -> None:
         numpyro.sample("z", dist.StudentT(2.0, jnp.zeros(2), 1.0).to_event(1))
@@ -184,7 +184,7 @@ def test_unfinished_fit_is_advised_to_continue():
 
 
 def test_too_small_family_is_advised_a_larger_one():
-    """Correlations of 0.99, and the best of all mean-field guides."""
+    """The posterior has correlations of 0.99, and the guide is the best mean-field one."""
     covariance = 0.01 * np.eye(D) + 0.99
     scale = np.diag(np.linalg.inv(covariance)) ** -0.5
 
@@ -268,7 +268,7 @@ def test_values_of_zero_weight_may_be_nan():
 
 
 def test_tabulated_sites_do_not_change_the_verdict():
-    """A constant that is tabulated is no point of the guide, and a latent that is not is judged all the same."""
+    """A tabulated constant is no point of the guide, and a latent outside of the table still counts."""
 
     def model() -> None:
         z = numpyro.sample("z", dist.Normal(0.0, 1.0))
