@@ -21,7 +21,13 @@ MODULES = [m.name for m in pkgutil.walk_packages(numpyro_natgrad.__path__, "nump
 
 @pytest.mark.parametrize(
     ("document", "least"),
-    [("README.md", 2), ("docs/your_own_distribution.md", 4), ("docs/fisher.md", 3), ("docs/diagnostics.md", 3)],
+    [
+        ("README.md", 2),
+        ("docs/your_own_distribution.md", 4),
+        ("docs/guides.md", 1),
+        ("docs/fisher.md", 3),
+        ("docs/diagnostics.md", 3),
+    ],
 )
 def test_code_blocks_of_a_document_run(document, least, capsys):
     text = (ROOT / document).read_text()
@@ -57,3 +63,21 @@ def test_distribution_space_example_writes_its_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["distribution_space.py", "--steps", "3", "--output", str(picture)])
     runpy.run_path(str(ROOT / "examples" / "distribution_space.py"), run_name="__main__")
     assert picture.stat().st_size > 10_000
+
+
+def _anchors(document: pathlib.Path) -> set[str]:
+    """GitHub's anchors of the headings of a document."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "document", sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+)
+def test_links_between_documents_lead_to_files_and_headings(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
+        if "://" not in target:
+            name, _, anchor = target.partition("#")
+            path = (ROOT / document).parent / name if name else ROOT / document
+            assert path.exists(), target
+            assert not anchor or anchor in _anchors(path), target
