@@ -1,12 +1,10 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""What the examples share: fits followed on common draws, tables and k-hat from ArviZ, one figure.
+"""Shared by the examples: fits scored on common draws, tables and k-hat by ArviZ, and one figure.
 
-Every number rests on the log importance weights of a guide at its own draws,
+Learning curves and diagnostics use the log importance weights of a guide at its own draws,
 
-    w(z) = log p(x, z) - log q(z),   z ~ q,        ELBO = E[w]   (nats),
-
-so one function of a few lines serves the learning curves and the diagnostics alike.
+    w(z) = log p(x, z) - log q(z),   z ~ q,        ELBO = E[w]   (nats).
 """
 
 from __future__ import annotations
@@ -33,34 +31,33 @@ from numpyro.optim import Adam, _NumPyroOptim
 from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.diagnostics.arviz_compat import psis
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 
-# Okabe and Ito's palette, which the common forms of colour blindness keep apart.
+# Okabe and Ito's palette, which is safe for colour blindness.
 NATURAL = "#d55e00"
 OTHERS = ("#0072b2", "#009e73", "#cc79a7")
 
 FIT, EVALUATION = 0, 1  # seeds
 PARTICLES = 8
 DRAWS = 4000
-TIMED = 300  # steps that the clock runs for, at most: one costs what another costs
+TIMED = 300  # most steps to time, because all steps of a fit cost the same
 
 
 class Problem(NamedTuple):
-    """What is fitted: a model, a guide, and the arguments of both."""
+    """A model, a guide, and the arguments of both."""
 
     model: Callable[..., Any]
     guide: AutoGuide
     args: tuple[Array, ...]
 
     def svi(self, optimizer: _NumPyroOptim) -> SVI:
-        """The fit by `optimizer`, with as many particles for one as for the other."""
+        """The SVI with this optimizer; all optimizers use the same number of particles."""
         return SVI(self.model, self.guide, optimizer, Trace_ELBO(num_particles=PARTICLES))
 
 
 class Curve(NamedTuple):
-    """One fit, followed on its way.
+    """One fit, scored at checkpoints.
 
     :param label: the optimizer, as the legend names it.
     :param steps: steps taken at each checkpoint, shape `(n,)`.
@@ -82,13 +79,13 @@ class Curve(NamedTuple):
 def options(
     description: str, figure: str, *, steps: int, adam_steps: int, **sizes: tuple[int, str]
 ) -> argparse.Namespace:
-    """Read the command line that the comparisons have in common.
+    """Parse the command line that the comparisons share.
 
-    :param description: what the help text says of the example.
+    :param description: help text of the example.
     :param figure: file name of the figure under `docs/figures`.
     :param steps: default number of natural-gradient steps.
     :param adam_steps: default number of steps of each Adam.
-    :param sizes: further numbers that can be chosen, each with its default and its help text.
+    :param sizes: further integer options, each with its default and its help text.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=steps, help="natural-gradient steps")
@@ -109,11 +106,11 @@ def log_weights(
 ) -> Array:
     """Log importance weights `log p(x, z) - log q(z)` at `DRAWS` draws `z` of the guide, in nats.
 
-    The ELBO of one particle *is* the log weight of its draw, so any model and guide will do.
-    The same key gives the same underlying draws: differences between fits keep little noise.
+    The ELBO of one particle is the log weight of its draw, for any model and guide. The same key gives the same
+    underlying draws, so that differences between fits have little noise.
 
-    :param model: the model, which stands for `p`.
-    :param guide: the guide, which stands for `q`.
+    :param model: the model, `p`.
+    :param guide: the guide, `q`.
     :param params: the guide's parameters, as `svi.get_params` returns them.
     :param key: key of the draws.
     :param args: arguments of model and guide.
@@ -125,12 +122,17 @@ def log_weights(
     return jax.vmap(weight)(random.split(key, DRAWS))
 
 
-def khat(log_weight: Array) -> float:
-    """Pareto shape of the largest weights: below 0.7 the guide serves as importance proposal.
+def khat(log_weight: Array | np.ndarray) -> float:
+    """Pareto shape of the largest weights; below 0.7 the guide can be trusted as an importance proposal.
 
     :param log_weight: log importance weights.
     """
-    return psis(np.asarray(log_weight, dtype=np.float64))[1]
+    log_weight = np.asarray(log_weight, dtype=np.float64)
+    try:
+        from arviz_stats.base import array_stats
+    except ImportError:  # ArviZ 0.x
+        return float(az.psislw(log_weight)[1])
+    return float(array_stats.psislw(-log_weight)[1])
 
 
 def summary(draws: dict[str, Array], **labels: Any) -> str:
@@ -145,14 +147,14 @@ def summary(draws: dict[str, Array], **labels: Any) -> str:
 
 
 def follow(label: str, problem: Problem, optimizer: _NumPyroOptim, steps: int, judged: Problem | None = None) -> Curve:
-    """Take `steps` steps from the common start: for the clock, and once more for the ELBO.
+    """Take `steps` steps from the common start, once for the time and once for the ELBO.
 
     :param label: name of the fit.
-    :param problem: what to fit.
-    :param optimizer: what takes the steps.
-    :param steps: how many.
-    :param judged: the problem whose ELBO is followed, by default the one that is fitted; it has all the data where
-        the fit sees minibatches.
+    :param problem: the problem to fit.
+    :param optimizer: the optimizer.
+    :param steps: number of steps.
+    :param judged: the problem whose ELBO is scored, by default the fitted one; it has all of the data if the fit uses
+        minibatches.
     """
     svi, args = problem.svi(optimizer), problem.args
     whole = judged or problem
@@ -188,10 +190,10 @@ def report(problem: Problem, optimizer: NaturalGradient) -> str:
 
 
 def fastest(call: Callable[[], Any], times: int = 3) -> float:
-    """Seconds of the fastest of a few calls: other programs can only make one slower.
+    """Seconds of the fastest of several calls, because other programs can only slow a call down.
 
-    :param call: what to time, compiled already.
-    :param times: how often.
+    :param call: the function to time, already compiled.
+    :param times: number of calls.
     """
 
     def clock() -> float:
@@ -203,10 +205,10 @@ def fastest(call: Callable[[], Any], times: int = 3) -> float:
 
 
 def follow_adam(problem: Problem, steps: int) -> list[Curve]:
-    """Adam at two usual rates, and with its rate annealed.
+    """Adam at two common rates, and with a cosine decay.
 
-    :param problem: what to fit.
-    :param steps: how many steps each takes.
+    :param problem: the problem to fit.
+    :param steps: number of steps of each.
     """
     rates = {
         "Adam(0.1)": 0.1,
@@ -219,7 +221,7 @@ def follow_adam(problem: Problem, steps: int) -> list[Curve]:
 def posterior(problem: Problem, curve: Curve) -> dict[str, Array]:
     """Draws of the latent variables after a fit.
 
-    :param problem: what was fitted.
+    :param problem: the fitted problem.
     :param curve: the fit.
     """
     draw = partial(problem.guide.sample_posterior, sample_shape=(DRAWS,))
@@ -227,7 +229,7 @@ def posterior(problem: Problem, curve: Curve) -> dict[str, Array]:
 
 
 def scoreboard(curves: Sequence[Curve]) -> str:
-    """One line for each fit: what it cost, what it reached, how far its draws can be trusted.
+    """One line for each fit: its cost, its ELBO, and the k-hat of its draws.
 
     :param curves: the fits.
     """
@@ -245,7 +247,7 @@ def scoreboard(curves: Sequence[Curve]) -> str:
 def picture(curves: Sequence[Curve], title: str, *, depth: float) -> Figure:
     """ELBO against steps and against seconds.
 
-    :param curves: the fits, the one to look at first.
+    :param curves: the fits; the first one is drawn on top.
     :param title: headline of the figure.
     :param depth: how many nats below the best ELBO the axes reach.
     """
@@ -261,10 +263,10 @@ def draw_curves(axes: Sequence[Axes], curves: Sequence[Curve], *, depth: float) 
     """ELBO against steps on the first of two axes, against seconds on the second.
 
     :param axes: where to draw.
-    :param curves: the fits, the one to look at first.
+    :param curves: the fits; the first one is drawn on top.
     :param depth: how many nats below the best ELBO the axes reach.
     """
-    # Back to front: the first curve is drawn last.
+    # The first curve is drawn last, on top of the others.
     for curve, colour in reversed(list(zip(curves, (NATURAL, *OTHERS), strict=True))):
         look = {"color": colour, "label": curve.label, "marker": "o", "ms": 3.5, "lw": 1.8}
         axes[0].plot(curve.steps, curve.elbo, **look)
@@ -278,19 +280,19 @@ def draw_curves(axes: Sequence[Axes], curves: Sequence[Curve], *, depth: float) 
 
 
 def plain(axis: Axes) -> None:
-    """Leave only what is read: two spines and a light grid.
+    """Keep two spines and a light grid.
 
-    :param axis: what to clean.
+    :param axis: the axis.
     """
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure, and its folder if need be, and say where.
+    """Write the figure, create its folder if necessary, and print the path.
 
-    :param figure: what to write.
-    :param path: where to.
+    :param figure: the figure.
+    :param path: path of the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

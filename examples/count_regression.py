@@ -2,18 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Visits to physicians: a Gamma–Poisson hierarchy with a Gamma site for each of 2019 person-years.
 
-Counts of visits spread far wider than a Poisson regression allows, because persons differ by more than what is known
-of them. So each has a rate of its own, around what the regression expects:
+Counts of visits vary far more than a Poisson regression allows, because persons differ in ways that no covariate
+records. Each person-year therefore has its own rate, with the mean of the regression:
 
     rate_i ~ Gamma(α, α exp(−x_iᵀβ)),    visits_i ~ Poisson(rate_i)
 
-With the rates summed out this is the negative-binomial regression that statsmodels fits by maximum likelihood, which
-checks coefficients and dispersion 1/α. The guide has the rates independent of β. Written with rate_i = λ_i exp(x_iᵀβ)
-and λ_i independent of β instead, it would take the Poisson's information on β for the posterior's precision: its
-standard deviations would be a Poisson regression's, a third to a half of what they should be here.
+With the rates integrated out this is negative-binomial regression, which statsmodels fits by maximum likelihood: the
+coefficients and the dispersion 1/α are compared with it. In the guide, the rates are independent of β. With
+rate_i = λ_i exp(x_iᵀβ) and λ_i independent of β, its standard deviations would be those of a Poisson regression, a third
+to a half of the correct ones.
 
-Data: RAND Health Insurance Experiment (Manning et al. 1987), as shipped with statsmodels, every tenth row, so that few
-persons appear in more than one year. Covariates are standardised. JAX's gradient of Gamma draws is most of the time.
+Data: RAND Health Insurance Experiment (Manning et al. 1987), from statsmodels; every tenth row, so that few persons
+appear in more than one year. Covariates are standardized. Most of the time is JAX's gradient of Gamma draws.
 
 Run it with `python examples/count_regression.py`; `--help` lists what can be changed.
 """
@@ -52,7 +52,7 @@ class Data(NamedTuple):
 
     :param design: intercept and standardised covariates, shape `(n, k)`.
     :param visits: counts, shape `(n,)`.
-    :param names: of the columns.
+    :param names: names of the columns.
     """
 
     design: np.ndarray
@@ -63,7 +63,7 @@ class Data(NamedTuple):
 def read(every: int = EVERY) -> Data:
     """The data set.
 
-    :param every: one of so many rows is taken.
+    :param every: take every such row.
     """
     table = randhie.load_pandas().data.iloc[::every]
     covariates = table.drop(columns="mdvis")
@@ -72,7 +72,7 @@ def read(every: int = EVERY) -> Data:
 
 
 def model(design: Array, visits: Array) -> None:
-    """Negative-binomial regression, with each person-year's rate written out.
+    """Negative-binomial regression, with an explicit rate for each person-year.
 
     :param design: shape `(n, k)`.
     :param visits: shape `(n,)`.
@@ -100,13 +100,13 @@ def guide(design: Array, visits: Array) -> None:
 
 
 class Curve(NamedTuple):
-    """One fit, followed on its way.
+    """One fit, scored at checkpoints.
 
     :param label: the optimizer.
     :param steps: taken at each checkpoint, shape `(n,)`.
-    :param seconds: of the update that was fastest, times the steps, shape `(n,)`.
-    :param elbo: there, nats, on draws common to all fits, shape `(n,)`.
-    :param error: standard error of the last of them, nats.
+    :param seconds: seconds of the fastest update, times the steps, shape `(n,)`.
+    :param elbo: ELBO at each checkpoint, nats, on draws common to all fits, shape `(n,)`.
+    :param error: standard error of the last one, nats.
     :param params: at the last checkpoint.
     """
 
@@ -122,16 +122,16 @@ def follow(label: str, optimizer: _NumPyroOptim, data: Data, steps: int) -> Curv
     """Take `steps` steps from the common start.
 
     :param label: name of the fit.
-    :param optimizer: what takes them.
+    :param optimizer: the optimizer.
     :param data: the data.
-    :param steps: how many.
+    :param steps: number of steps.
     """
     args = jnp.asarray(data.design), jnp.asarray(data.visits)
     svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=PARTICLES))
 
     @jax.jit
     def elbo(params: Any) -> Array:
-        # The KL of a Gamma from a Gamma is known: only β, α and the likelihood are drawn.
+        # The KL between Gammas has a closed form; only β, α and the likelihood use draws.
         one = lambda key: -TraceMeanField_ELBO().loss(key, params, model, guide, *args)
         return jax.lax.map(one, random.split(random.key(1), DRAWS))
 
@@ -180,7 +180,7 @@ def maximum_likelihood(data: Data) -> Estimates:
 
 
 def poisson_errors(data: Data) -> np.ndarray:
-    """Standard errors of a Poisson regression, shape `(k,)`: what it would be to ignore that persons differ.
+    """Standard errors of a Poisson regression, which ignores that persons differ, shape `(k,)`.
 
     :param data: the data.
     """
@@ -188,11 +188,11 @@ def poisson_errors(data: Data) -> np.ndarray:
 
 
 def table(names: list[str], guide_: Estimates, likelihood: Estimates) -> str:
-    """One line for each number, and how far the two estimates are apart in standard errors.
+    """One line for each estimate, with the difference between both in standard errors.
 
     :param names: of the coefficients.
-    :param guide_: by variational inference.
-    :param likelihood: by maximum likelihood.
+    :param guide_: estimates by variational inference.
+    :param likelihood: estimates by maximum likelihood.
     """
     head = f"{'':<12}{'posterior ± sd':>18}{'statsmodels ± s.e.':>22}{'apart (s.e.)':>15}"
     lines = [head]
@@ -203,12 +203,12 @@ def table(names: list[str], guide_: Estimates, likelihood: Estimates) -> str:
 
 
 def draw_estimates(axis: Axes, names: list[str], guide_: Estimates, likelihood: Estimates, narrow: np.ndarray) -> None:
-    """Coefficients with two standard errors each way.
+    """Coefficients with two standard errors on each side.
 
     :param axis: where to draw.
     :param names: of the coefficients.
-    :param guide_: by variational inference.
-    :param likelihood: by maximum likelihood.
+    :param guide_: estimates by variational inference.
+    :param likelihood: estimates by maximum likelihood.
     :param narrow: standard errors of the Poisson regression.
     """
     place = np.arange(1, len(names))  # the intercept is far off

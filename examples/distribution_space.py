@@ -1,10 +1,10 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Parameter space is not distribution space: the pictures behind the natural gradient.
+"""Natural gradients in two dimensions: distances between parameters are not distances between distributions.
 
-Above, the means move by the same 4 units, between wide Gaussians and between narrow ones; the
-distributions do not move alike. Below, steepest descent as the parameters see it, and as the
-distributions see it. After A. Kristiadi's article "Natural Gradient Descent".
+The upper panels show two pairs of Gaussians whose means differ by 4 units: the KL between the narrow ones is larger.
+The lower panels show steepest descent in the parameters and in KL, towards the same target. After A. Kristiadi's
+article "Natural Gradient Descent".
 
 Run it with `python examples/distribution_space.py`; `--help` lists what can be changed.
 """
@@ -32,26 +32,26 @@ from numpyro_natgrad import NaturalGradient
 
 MEANS = (-2.0, 2.0)
 TARGET = dist.Normal(0.0, 0.5)
-# Narrower than the target and far from it: its mean cannot move a little without moving many nats.
+# Narrower than the target and far from it: a small change of its mean is a KL of many nats.
 START = (1.5, 0.1)  # mean, standard deviation
 RATE, MAX_KL = 0.1, 0.2
 FLOOR = 1e-4  # nats
 
 
 def model() -> None:
-    """A posterior that is known: a Normal."""
+    """A model whose posterior is a known Normal."""
     numpyro.sample("z", TARGET)
 
 
 def guide() -> None:
-    """The Normal to be fitted. NumPyro's optimizers see `loc` and `log scale`."""
+    """The Normal to be fitted. NumPyro's optimizers move `loc` and `log scale`."""
     loc = numpyro.param("loc", START[0])
     scale = numpyro.param("scale", START[1], constraint=dist.constraints.positive)
     numpyro.sample("z", dist.Normal(loc, scale))
 
 
 def kl_to_target(loc: Array, scale: Array) -> Array:
-    """Nats from the guide to the target: the loss.
+    """KL(q ‖ target), the loss, in nats.
 
     :param loc: means of the guide.
     :param scale: standard deviations of the guide.
@@ -60,22 +60,22 @@ def kl_to_target(loc: Array, scale: Array) -> Array:
 
 
 def kl(loc: Array, scale: Array) -> Array:
-    """Nats from the guide before each step to the guide after it: what `max_kl` limits.
+    """KL between the guides before and after each step, which `max_kl` limits, in nats.
 
-    :param loc: means on the way.
-    :param scale: standard deviations on the way.
+    :param loc: means along the path.
+    :param scale: standard deviations along the path.
     """
     before, after = dist.Normal(loc[:-1], scale[:-1]), dist.Normal(loc[1:], scale[1:])
     return dist.kl_divergence(before, after)
 
 
 def path(optimizer: _NumPyroOptim, steps: int) -> tuple[Array, Array]:
-    """Means and standard deviations on the way, the start included.
+    """Means and standard deviations along the path, including the start.
 
-    The loss is `TraceMeanField_ELBO`, here exactly the KL: no noise enters the picture.
+    The loss is `TraceMeanField_ELBO`, here exactly the KL, so that there is no noise.
 
-    :param optimizer: what takes the steps.
-    :param steps: how many.
+    :param optimizer: the optimizer.
+    :param steps: number of steps.
     """
     svi = SVI(model, guide, optimizer, TraceMeanField_ELBO())
 
@@ -88,7 +88,7 @@ def path(optimizer: _NumPyroOptim, steps: int) -> tuple[Array, Array]:
 
 
 def draw_pair(axis: Axes, variance: float) -> None:
-    """Two Gaussians whose means are 4 units apart, and the nats between them.
+    """Two Gaussians whose means are 4 units apart, and their KL.
 
     :param axis: where to draw.
     :param variance: variance of both.
@@ -105,10 +105,10 @@ def draw_pair(axis: Axes, variance: float) -> None:
 
 
 def draw_paths(axis: Axes, paths: dict[str, tuple[Array, Array]]) -> None:
-    """Both descents over contours of the loss, in the plane that NumPyro's optimizers see.
+    """Both paths over contours of the loss, in NumPyro's unconstrained parameters.
 
     :param axis: where to draw.
-    :param paths: means and standard deviations on the way of each optimizer.
+    :param paths: means and standard deviations along the path of each optimizer.
     """
     loc, log_scale = jnp.meshgrid(jnp.linspace(-0.6, 2.0, 200), jnp.linspace(-2.6, 0.3, 200))
     loss, levels = kl_to_target(loc, jnp.exp(log_scale)), np.geomspace(0.05, 20.0, 9)
@@ -123,24 +123,24 @@ def draw_paths(axis: Axes, paths: dict[str, tuple[Array, Array]]) -> None:
 
 
 def draw_moves(axis: Axes, paths: dict[str, tuple[Array, Array]]) -> None:
-    """How far each step goes, measured between distributions.
+    """The KL of each step.
 
     :param axis: where to draw.
-    :param paths: means and standard deviations on the way of each optimizer.
+    :param paths: means and standard deviations along the path of each optimizer.
     """
     for label, (means, scales) in paths.items():
-        moved = kl(means, scales)
-        moved = jnp.where(moved < FLOOR, jnp.nan, moved)  # arrived
-        axis.semilogy(1 + np.arange(len(moved)), moved, label=label, **look(label))
+        nats = kl(means, scales)
+        nats = jnp.where(nats < FLOOR, jnp.nan, nats)  # converged
+        axis.semilogy(1 + np.arange(len(nats)), nats, label=label, **look(label))
     axis.set(xlabel="step", ylabel="KL(q before ‖ q after) (nats)", ylim=(FLOOR, 1e3))
     axis.set_title("nats moved by each step")
     axis.legend(frameon=False)
 
 
 def look(label: str) -> dict[str, Any]:
-    """How the line of an optimizer looks.
+    """Style of the line of an optimizer.
 
-    :param label: its name.
+    :param label: name of the optimizer.
     """
     colour = NATURAL if "natural" in label else OTHERS[0]
     return {"color": colour, "marker": "o", "ms": 3.5, "lw": 1.8}
@@ -148,7 +148,7 @@ def look(label: str) -> dict[str, Any]:
 
 def main() -> None:
     """Compute both paths and draw the four panels."""
-    parser = argparse.ArgumentParser(description="Pictures of parameter and distribution space.")
+    parser = argparse.ArgumentParser(description="Natural gradients in two dimensions.")
     parser.add_argument("--steps", type=int, default=25, help="steps of each path")
     parser.add_argument("--output", type=Path, default=FIGURES / "distribution_space.png")
     chosen = parser.parse_args()

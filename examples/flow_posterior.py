@@ -1,14 +1,13 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""A posterior with the shape of a banana: what a Gaussian guide cannot follow and a normalizing flow can.
+"""A banana-shaped posterior, which a Gaussian guide cannot follow and a normalizing flow can.
 
-Data of mean a + b² tells a and b apart only through their priors, so the posterior lies along a
-parabola. With two latents it is known to all digits from a grid, its evidence included, and
+The data have the mean a + b² and identify a and b only through their priors, so that the posterior lies along a
+parabola. With two latents a grid gives it to all digits, with the log evidence log p(y). The distance of every guide is
 
     log p(y) - ELBO = KL(q ‖ posterior)      (nats)
 
-says how far every guide has come. A flow has no Fisher in closed form: `NaturalGradient` measures
-it by the scores of draws.
+A flow has no Fisher matrix in closed form: `NaturalGradient` estimates it from the scores of draws.
 
 Run it with `python examples/flow_posterior.py`; `--help` lists what can be changed.
 """

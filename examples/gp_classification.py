@@ -2,19 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse Gaussian-process classification: is a handwritten digit odd?
 
-Scikit-learn's digits by their first two principal components, so that the answer can be drawn. The
-bound is that of Hensman, Matthews & Ghahramani (2015): M inducing values u = f(Z) stand for all of f,
+The inputs are the first two principal components of scikit-learn's digits, so that the result can be drawn. The bound
+is that of Hensman, Matthews & Ghahramani (2015), with M inducing values u = f(Z):
 
     u ~ N(0, K_zz),   f(x) | u ~ N(K_xz K_zz⁻¹ u, k_xx - K_xz K_zz⁻¹ K_zx),   y ~ Bernoulli(σ(f)),
     ELBO = E_q(u) E_p(f|u) log p(y | f) - KL(q(u) ‖ p(u))      (nats)
 
-q(u) has a full covariance and takes natural-gradient steps; the kernel's variance and lengthscales are
-`numpyro.param`s of the model and move by optax, in the same step of one optimizer (the alternation of
-Salimbeni, Eleftheriadis & Hensman, 2018). Z is the centres of k-means and stays.
+q(u) has a full covariance and takes natural-gradient steps. The variance and the lengthscales of the kernel are
+`numpyro.param`s of the model and are fitted by optax, in the same step of one optimizer (Salimbeni, Eleftheriadis &
+Hensman 2018 alternate the two). Z are the centres of k-means, and are not fitted.
 
-The model writes u = Lv with K_zz = LLᵀ and v ~ N(0, I). To a natural gradient of q this makes no difference, as
-a Gaussian is moved alike in all linear coordinates; to Adam, and to hyper-parameters that move
-while q stands still, whitening is the better choice of the two.
+The model writes u = Lv with K_zz = LLᵀ and v ~ N(0, I). The natural gradient of q is the same in all linear
+coordinates and does not depend on this choice. Adam and the hyper-parameters converge faster with it.
 
 Run it with `python examples/gp_classification.py`; `--help` lists what can be changed.
 """
@@ -45,7 +44,7 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 
 from numpyro_natgrad import NaturalGradient
 
-# u is f(Z) seen through noise of this share of the variance. The ELBO remains a bound, and single precision suffices.
+# u is f(Z) plus noise with this fraction of the variance. The ELBO remains a bound, and single precision suffices.
 JITTER = 1e-4
 
 
@@ -88,7 +87,7 @@ def kernel(a: Array, b: Array, variance: Array, lengthscale: Array) -> Array:
 def conditional(x: Array, inducing: Array, variance: Array, lengthscale: Array) -> tuple[Array, Array]:
     """W and s with `f(x) | v ~ N(W v, s)`: W = K_xz L⁻ᵀ, shape `(n, m)`, and s, shape `(n,)`.
 
-    :param x: where f is asked for, shape `(n, d)`.
+    :param x: inputs at which f is evaluated, shape `(n, d)`.
     :param inducing: Z, shape `(m, d)`.
     :param variance: of the kernel.
     :param lengthscale: of the kernel, shape `(d,)`.
@@ -139,8 +138,8 @@ def probability(params: dict[str, Array], x: Array, inducing: Array) -> Array:
     weights, rest = conditional(x, inducing, params["variance"], params["lengthscale"])
     mean = weights @ params["auto_loc"]
     sd = jnp.sqrt(rest + jnp.sum((weights @ params["auto_scale_tril"]) ** 2, axis=1))
-    nodes, shares = np.polynomial.hermite_e.hermegauss(32)
-    return nn.sigmoid(mean[:, None] + sd[:, None] * nodes) @ (shares / shares.sum())
+    nodes, quadrature = np.polynomial.hermite_e.hermegauss(32)
+    return nn.sigmoid(mean[:, None] + sd[:, None] * nodes) @ (quadrature / quadrature.sum())
 
 
 def laplace(train: Split) -> GaussianProcessClassifier:

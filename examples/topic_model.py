@@ -1,21 +1,20 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Latent Dirichlet allocation in minibatches: stochastic variational inference as it was published is one option here.
+"""Latent Dirichlet allocation in minibatches, with stochastic variational inference as one choice of the step size.
 
-A natural step in λ, the parameters of Dirichlet topics, is the update of Hoffman, Blei, Wang & Paisley (2013),
+A natural-gradient step in λ, the parameters of Dirichlet topics, is the update of Hoffman, Blei, Wang & Paisley (2013),
 *Stochastic variational inference*, JMLR 14, eq. 27, with their rate ρ_t = (t + τ)^-κ:
 
     λ  ←  λ − ρ F⁻¹∇L  =  (1 − ρ) λ + ρ (η + N/B Σ_d n_dw φ_dwk)      φ_dwk ∝ exp(E[log θ_dk] + E[log β_kw])
 
-They take expectations in closed form. So does this guide: its "draw" is x̃ = exp(E[log x]), and the KLs are
-`TraceMeanField_ELBO`'s. Then the plain model's log-likelihood is their bound with φ at its best already,
+They use expectations in closed form, and so does this guide: its "draw" is x̃ = exp(E[log x]), and
+`TraceMeanField_ELBO` integrates the KLs. The log-likelihood of the model is then their bound at the optimal φ,
 
     Σ_w n_dw log Σ_k θ̃_dk β̃_kw  =  max_φ Σ_wk n_dw φ_dwk (E[log θ_dk] + E[log β_kw] − log φ_dwk)
 
-The corpus is the docstrings of the scientific Python stack: of all public functions and classes in the source files of
-five packages as installed, each docstring of 50 words or more is a document. Its words are runs of three or more lower
-case letters, without scikit-learn's English stop words, in at least 20 documents and in at most 15 % of them, and of
-those the 1000 most frequent.
+The corpus consists of docstrings: each docstring of 50 words or more of a public function or class of five installed
+packages is a document. Words are runs of three or more lower-case letters, without scikit-learn's English stop words,
+that occur in at least 20 documents and in at most 15 % of them; the 1000 most frequent ones are kept.
 
 Run it with `python examples/topic_model.py`; `--help` lists what can be changed.
 """
@@ -237,10 +236,10 @@ def minibatches(corpus: Corpus, size: int, passes: int) -> Iterator[np.ndarray]:
 
 
 class Curve(NamedTuple):
-    """One fit, followed on its way.
+    """One fit, scored at checkpoints.
 
     :param label: the optimizer.
-    :param documents: seen at each checkpoint.
+    :param documents: number of documents used up to each checkpoint.
     :param perplexity: of held-out documents there.
     :param lam: λ at the end, shape `(K, V)`.
     """
@@ -313,7 +312,7 @@ def scikit_learn(problem: TopicModel, batches: list[np.ndarray]) -> np.ndarray:
 
 
 def top_words(lam: np.ndarray, words: np.ndarray, number: int) -> list[tuple[float, list[str], np.ndarray]]:
-    """Of each topic, the largest first: its share of all words, its likeliest words and their probabilities.
+    """For each topic, the largest first: its fraction of all words, its most probable words and their probabilities.
 
     :param lam: parameters of the topics, shape `(K, V)`.
     :param words: the vocabulary.
@@ -328,7 +327,7 @@ def draw_topic(axis: Axes, share: float, words: list[str], probabilities: np.nda
     """One topic: its likeliest words, with bars for their probabilities.
 
     :param axis: where to draw.
-    :param share: of all words, that this topic has.
+    :param share: fraction of all words in this topic.
     :param words: the words.
     :param probabilities: of the words, given the topic.
     """

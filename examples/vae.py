@@ -4,10 +4,10 @@
 
     z ~ N(0, I),   x | z ~ Bernoulli(decoder(z)),        q(z | x) = N(encoder(x))        (Kingma & Welling 2014)
 
-Encoder and decoder take natural-gradient steps alike: the Fisher of q, and that of the likelihood, pulled back through
-each network over the minibatch. Nothing is set; Adam's rate is chosen among five, constant and with a cosine decay. The
-digits are scikit-learn's, 8 × 8 pixels, black where there are 8 of 16 levels of ink or more; a sixth of them is held
-out.
+Both networks take natural-gradient steps: the Fisher matrix of q for the encoder, and that of the likelihood for the
+decoder, pulled back through the network over the minibatch. `NaturalGradient` has default options; Adam's rate is one
+of five, constant and with a cosine decay. The digits are scikit-learn's, 8 × 8 pixels, black from 8 of 16 grey levels
+on; a sixth of them is held out.
 
 Run it with `python examples/vae.py`; `--help` lists what can be changed.
 """
@@ -67,7 +67,7 @@ class Decoder(nnx.Module):
 
 
 class Autoencoder(NamedTuple):
-    """Model and guide of `size` images, of which a batch is seen at a time."""
+    """Model and guide of `size` images, in minibatches."""
 
     encoder: Encoder
     decoder: Decoder

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""A verdict on a mean-field answer: its standard deviations are too small, and two corrections find the true ones.
+"""Diagnostics of a mean-field fit: its standard deviations are too small, and two corrections are compared with NUTS.
 
 Run it with `python examples/verdict.py`; `--help` lists what can be changed.
 """
@@ -28,10 +28,10 @@ SEEDS = {"data": 0, "fit": 1, "verdict": 2, "NUTS": 3}
 
 
 def model(design: Array, successes: Array) -> None:
-    """Logistic regression whose columns go together.
+    """Logistic regression with correlated columns.
 
     :param design: shape `(n, d)`.
-    :param successes: of ten trials in each row, shape `(n,)`.
+    :param successes: successes out of ten trials in each row, shape `(n,)`.
     """
     with numpyro.plate("coefficient", design.shape[-1]):
         beta = numpyro.sample("beta", dist.Normal(0.0, 2.0))
@@ -57,7 +57,7 @@ def chains(design: Array, successes: Array, samples: int) -> np.ndarray:
 
 
 def picture(judged: Verdict, reference: np.ndarray) -> Figure:
-    """Standard deviation of each coefficient by each way, as a share of that by NUTS.
+    """Standard deviations of each coefficient by three methods, relative to NUTS.
 
     :param judged: the verdict on the mean-field fit.
     :param reference: standard deviations by NUTS, shape `(d,)`.
@@ -83,7 +83,7 @@ def picture(judged: Verdict, reference: np.ndarray) -> Figure:
 
 def main() -> None:
     """Fit, judge, compare with NUTS, draw."""
-    parser = argparse.ArgumentParser(description="A verdict on a mean-field answer.")
+    parser = argparse.ArgumentParser(description="Diagnostics of a mean-field fit.")
     parser.add_argument("--steps", type=int, default=200, help="natural-gradient steps")
     parser.add_argument("--draws", type=int, default=10_000, help="draws of the guide, and of NUTS")
     parser.add_argument("--output", type=Path, default=FIGURES / "verdict.png", help="path of the figure")
