@@ -9,8 +9,8 @@ records. Each person-year therefore has its own rate, with the mean of the regre
 
 With the rates integrated out this is negative-binomial regression, which statsmodels fits by maximum likelihood: the
 coefficients and the dispersion 1/α are compared with it. In the guide, the rates are independent of β. With
-rate_i = λ_i exp(x_iᵀβ) and λ_i independent of β, its standard deviations would be those of a Poisson regression, a third
-to a half of the correct ones.
+rate_i = λ_i exp(x_iᵀβ) and λ_i independent of β, its standard deviations would be those of a Poisson regression, a
+third to a half of the correct ones.
 
 Data: RAND Health Insurance Experiment (Manning et al. 1987), from statsmodels; every tenth row, so that few persons
 appear in more than one year. Covariates are standardized. Most of the time is JAX's gradient of Gamma draws.
