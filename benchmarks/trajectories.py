@@ -62,7 +62,7 @@ def _positive(name: str, value: Any) -> jax.Array:
     return numpyro.param(name, value, constraint=constraints.positive)
 
 
-def _poisson(d: int, rows: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def poisson_regression(d: int, rows: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A regression of counts on d covariates: its Hessian varies."""
     x = _draw().normal(size=(rows, d)) / np.sqrt(d)
     y = _draw(1).poisson(np.exp(x @ _draw(2).normal(size=d) + 0.5))
@@ -162,7 +162,12 @@ def _switches_guide(y: Any) -> None:
 
 def fits() -> dict[str, Fit]:
     """Every block at least once."""
-    schools, wide, narrow, middle = _schools(), _poisson(150, 200), _poisson(20, 60), _poisson(40, 80)
+    schools, wide, narrow, middle = (
+        _schools(),
+        poisson_regression(150, 200),
+        poisson_regression(20, 60),
+        poisson_regression(40, 80),
+    )
     few, many, nets = _rows(40, 10), _rows(400, 50), _network(60)
     y = jnp.array([0.3, -1.2, 0.7, 2.0])
     guided = lambda guide: lambda model: guide

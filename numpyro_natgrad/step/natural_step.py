@@ -246,7 +246,7 @@ def _compare(loss_info: LossInfo, proposal: Proposal, scale: jax.Array, context:
     return result._replace(accepted=ok & (~compared | result.accepted))
 
 
-def _floor(context: Context) -> float:
+def _floor(context: Context) -> jax.Array:
     return trust_region.comparison_floor(context.partition.latents, context.options.constants)
 
 

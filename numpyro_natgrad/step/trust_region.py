@@ -50,9 +50,9 @@ def longest(kl: Callable[[jax.Array], jax.Array], largest: jax.Array, radius: ja
     return low
 
 
-def comparison_floor(latents: int, constants: RuleConstants) -> float:
+def comparison_floor(latents: int, constants: RuleConstants) -> jax.Array:
     """Nats of KL below which a step is not compared on its own draws, since noise would decide."""
-    return max(constants.comparison_kl, constants.comparison_kl_per_latent * latents)
+    return jnp.maximum(constants.comparison_kl, constants.comparison_kl_per_latent * latents)
 
 
 def accept(
@@ -61,7 +61,7 @@ def accept(
     *,
     large: jax.Array,
     limited: jax.Array,
-    floor: float,
+    floor: jax.Array,
     constants: RuleConstants,
 ) -> Acceptance:
     """Compare the actual reduction of the loss with the predicted one, both in nats.
@@ -74,7 +74,13 @@ def accept(
 
 
 def resize(
-    radius: jax.Array, result: Acceptance, *, kl: jax.Array, limited: jax.Array, floor: float, constants: RuleConstants
+    radius: jax.Array,
+    result: Acceptance,
+    *,
+    kl: jax.Array,
+    limited: jax.Array,
+    floor: jax.Array,
+    constants: RuleConstants,
 ) -> jax.Array:
     """The radius after a step of ``kl`` nats.
 
