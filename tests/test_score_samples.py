@@ -92,7 +92,7 @@ def test_score_samples_are_unbiased_for_the_fisher(particles, batched):
     fn = at(random.key(3))
 
     def row(number: jax.Array) -> jax.Array:
-        each = score_samples.scores(fn, params, params, frozenset({"z"}), particles, number)
+        each = score_samples.sample_scores(fn, params, params, frozenset({"z"}), particles, number)
         flat = jax.vmap(lambda tree: ravel_pytree(tree)[0])(each)
         return particles * flat.T @ flat
 
@@ -196,7 +196,7 @@ def test_fisher_of_a_marginal_mixture_is_at_most_that_of_the_joint(mixture, guid
     fn = at(random.key(2))
 
     def rows(number: jax.Array) -> jax.Array:
-        each = score_samples.scores(fn, params, params, frozenset({"z"}), 8, number)
+        each = score_samples.sample_scores(fn, params, params, frozenset({"z"}), 8, number)
         flat = 8 * jax.vmap(lambda tree: ravel_pytree(tree)[0])(each)
         return flat.T @ flat / 8
 

@@ -33,9 +33,15 @@ def _symmetric(key, d=D):
 def _sums(key, z, gradients, loc, factor):
     """Of draws z and gradients there, in the frame of N(loc, factor factorᵀ)."""
     x = jax.scipy.linalg.solve_triangular(factor, (z - loc).T, lower=True).T
-    empty = stein_regression.nothing(D, z.dtype)._replace(loc=loc, factor=factor)
+<<<<<<< HEAD
+    empty = stein_regression.empty_sums(D, z.dtype)._replace(loc=loc, factor=factor)
     # The precision of the quadratic explains every gradient, so that no draw is an outlier.
-    return stein_regression.taken_in(empty, x, gradients @ factor, jnp.eye(D)), x
+    return stein_regression.add_draws(empty, x, gradients @ factor, jnp.eye(D)), x
+=======
+    empty = stein_regression.empty_sums(D, z.dtype)._replace(loc=loc, factor=factor)
+    # A quadratic's own precision explains everything, so that no draw is pulled in.
+    return stein_regression.add_draws(empty, x, gradients @ factor, jnp.eye(D)), x
+>>>>>>> 68588e9 (The evaluation of the loss reads top to bottom; its fields, Stein regression and score samples carry the field's words)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -67,7 +73,7 @@ def test_regression_sums_change_frame_exactly(x64, seed):
     z = loc + random.normal(random.fold_in(key, 4), (DRAWS, D)) @ factor.T
     gradients = random.normal(random.fold_in(key, 5), (DRAWS, D))
     sums, x = _sums(key, z, gradients, loc, factor)
-    moved = stein_regression.moved(sums, far, wide)
+    moved = stein_regression.change_frame(sums, far, wide)
     # The same draws summed in the new frame, with the weights that they were given in the old one.
     influence = jnp.sum((gradients @ factor - x) ** 2, 1) * (1 + jnp.sum(x**2, 1))
     bound = jnp.maximum(stein_regression.OUTLIER * DRAWS * jnp.median(influence), 1.0)
@@ -84,7 +90,7 @@ def test_earlier_draws_of_the_same_gaussian_keep_their_weight(x64):
     loc, factor = _frame(random.key(0))
     z = loc + random.normal(random.key(1), (4000, D)) @ factor.T
     sums, _ = _sums(random.key(2), z, (z - loc) @ _symmetric(random.key(3)), loc, factor)
-    np.testing.assert_allclose(stein_regression.moved(sums, loc, factor).weight, sums.weight)
+    np.testing.assert_allclose(stein_regression.change_frame(sums, loc, factor).weight, sums.weight)
 
 
 def test_regression_slope_is_steins_expectation(x64):
@@ -183,9 +189,9 @@ def test_batched_regression_equals_a_loop(x64):
 def test_number_of_remembered_draws_grows_as_root_steps(dtype):
     """The first d + 1 draws count in full; then n² = 2 (d + 1) S t, to 10 % because steps are discrete."""
     d, new = 4, 8
-    sums, grown = stein_regression.nothing(d, jnp.zeros(()).dtype), []
+    sums, grown = stein_regression.empty_sums(d, jnp.zeros(()).dtype), []
     for _ in range(400):
-        kept = stein_regression.lasting(sums, new, d)
+        kept = stein_regression.forget(sums, new, d)
         sums = kept._replace(gram=kept.gram.at[0, 0].add(new))
         grown.append(float(sums.weight))
     assert grown[0] == new

@@ -65,9 +65,9 @@ class Ablation(NamedTuple):
 ABLATIONS = {
     "the full rule": Ablation(),
     "Hessian-vector products in place of regression": Ablation(options={"estimator": "second_order"}),
-    "regression: old draws keep their weight": Ablation(functions=((stein_regression, "worth", lambda kl, far: 1.0),)),
+    "regression: old draws keep their weight": Ablation(functions=((stein_regression, "frame_change_weight", lambda kl, far: 1.0),)),
     "regression: window length unbounded": Ablation(
-        functions=((stein_regression, "lasting", lambda sums, new, d: sums),)
+        functions=((stein_regression, "forget", lambda sums, new, d: sums),)
     ),
     "regression: no bound on outliers": Ablation({"influence_max": float("inf")}),
     "regression: ridge × 100": Ablation({"ridge": 20.0}),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_natgrad.estimators.derivatives import LossInfo
-from numpyro_natgrad.estimators.stein_regression import Sums
+from numpyro_natgrad.estimators.stein_regression import RegressionSums
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.options import RuleConstants
@@ -39,7 +39,7 @@ class JointMemory(NamedTuple):
     factor: jax.Array
     slope: jax.Array
     curvature: jax.Array
-    sums: Sums
+    sums: RegressionSums
 
 
 class Memory(NamedTuple):

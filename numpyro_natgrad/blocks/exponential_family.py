@@ -162,7 +162,7 @@ class ExponentialFamilyBlock(NamedTuple):
     def _unbiased(
         self, loss_info: LossInfo, params: Params, eta: jax.Array, running_mean: jax.Array, gradient: jax.Array
     ) -> jax.Array:
-        tilt = lambda w: self.site.pull(params, loss_info.tilt({self.site.name: w}))
+        tilt = lambda w: self.site.pull(params, loss_info.sampled_fisher_product({self.site.name: w}))
         innovation = lambda: running_mean + self.site.family.natural_gradient(eta, gradient - tilt(running_mean))
         if not self._regresses(loss_info.particles):
             return innovation()

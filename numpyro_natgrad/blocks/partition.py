@@ -299,14 +299,20 @@ def _gradient_request(
 ) -> GradientRequest:
     """What the blocks need of the loss, in one request."""
     modes = {name: mode for block in blocks for name, mode in block.density_modes.items()}
-    perturbations = {name: trace.sites[name].shape for name, mode in modes.items() if mode == DensityMode.DETACHED}
-    particles = {n: (2, int(trace.particles), *trace.sites[n].shape) for n, mode in modes.items() if mode.per_particle}
-    perturbations.update(particles)
-    perturbations.update({n.site.name: n.site.eta_shape for n in natural if n.tilted})
-    hessian_params = tuple(p for block in blocks for p in block.hessian_params)
-    centers = {g.name: g.loc for g in gaussians if modes.get(g.name) in (DensityMode.DETACHED, DensityMode.ANTITHETIC)}
-    differentiable = {n for n in scored if trace.sites[n].reparameterized and not trace.sites[n].analytic}
-    subtracted = frozenset(differentiable if options.path_gradient and trace.is_elbo else ())
-    draws = sum(trace.particles * s.size for s in trace.sites.values())
-    keep = draws <= options.constants.kept_draws
-    return GradientRequest(modes, perturbations, hessian_params, centers, subtracted, forward, keep)
+    detached = [name for name, mode in modes.items() if mode == DensityMode.DETACHED]
+    own = [name for name, mode in modes.items() if mode.per_particle]
+    centered = (DensityMode.DETACHED, DensityMode.ANTITHETIC)
+    noisy = {n for n in scored if trace.sites[n].reparameterized and not trace.sites[n].analytic}
+    return GradientRequest(
+        density_modes=modes,
+        perturbations={
+            **{name: trace.sites[name].shape for name in detached},
+            **{name: (2, int(trace.particles), *trace.sites[name].shape) for name in own},
+            **{n.site.name: n.site.eta_shape for n in natural if n.tilted},
+        },
+        hessian_params=tuple(p for block in blocks for p in block.hessian_params),
+        mean_params={g.name: g.loc for g in gaussians if modes.get(g.name) in centered},
+        score_sites=frozenset(noisy if options.path_gradient and trace.is_elbo else ()),
+        forward=forward,
+        cache_draws=sum(trace.particles * s.size for s in trace.sites.values()) <= options.constants.kept_draws,
+    )

@@ -1,10 +1,11 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""What one step learns from the loss: its value, its gradient, and products with its Hessian.
+"""What one step evaluates of the loss: its value, its gradient, and products with its Hessian, all at the same draws.
 
-Everything is a view of the same stochastic function ``fn`` at the same draws. With z = m + Kε, log q does not depend
-on m along the draws, so the Hessian of the loss with respect to m *is* the particles' mean of ∇²f (Price's identity
-says that this is what the covariance needs), and products with it cost one linearised gradient.
+With z = m + Kε, log q does not depend on m along the draws. The Hessian of the loss with respect to m is therefore the
+particles' mean of ∇²f, f = −log p, which Price's identity turns into the gradient with respect to the covariance:
+
+    ∇_Σ E[f(z)] = ½ E[∇²f(z)],       and a product with E[∇²f] costs one linearized gradient.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,194 +19,241 @@ from numpyro_natgrad.estimators.partial_evaluation import partially_evaluated
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import DensityMode, Frozen, Loss, PathGradient
 
-#: Nats beyond which a loss says nothing but where to flee: double precision can hardly tell its nats apart.
+#: Losses above this value (nats) are rescaled to it before anything is squared: the square of a natural gradient is
+#: then below 1e28, far from the 3e38 where single precision ends. Nothing is lost: at 1e14 nats the spacing of double
+#: precision is 0.016 nats, and no difference that the step size rule looks at can be resolved.
 MAX_LOSS = 1e14
 
 
 class LossInfo(NamedTuple):
-    """What the families may use.
+    """What the blocks may use of the loss.
 
     :ivar loss: the loss at the current parameters, nats.
     :ivar aux: ``fn``'s second output.
     :ivar gradient: of the loss (score terms of Gaussian sites removed), per unconstrained parameter.
-    :ivar means: for each silent site, the mean of its draws over the particles, ``site.shape``; for each split one, of
-        every particle its draw and the gradient of −log p there, over their number, ``(2, particles, *site.shape)``.
-    :ivar push: directional derivative of the gradient, linear: tangents of any of the means that asked for it in, and
-        by how much the draws of sites are stretched away from their means (the others stay where they are); of those
-        means' gradients out.
-    :ivar push_draws: the same draw by draw, linear: of mirrored sites a shift of every particle's draw in,
-        ``(particles, *site.shape)``; of the gradients of −log p there, over the number of particles, out.
-    :ivar tilt: for exponential families, linear: ⟨t, T⟩ added to log q in, its part of the gradient out: F̂t, with F̂ the
-        draws' own estimate of the Fisher.
-    :ivar value: the loss at other parameters and the same draws.
+    :ivar perturbation_gradients: for each detached site the mean of its draws over the particles, ``site.shape``; for
+        each per-particle or antithetic site the draws and the gradients of −log p there, over the number of particles,
+        ``(2, particles, *site.shape)`` (:class:`.PathGradient`).
+    :ivar hessian_product: ``(tangents, stretches={}) -> dict``, linear: the change of the gradient with respect to
+        :attr:`GradientRequest.hessian_params` by a change of these parameters, and by stretching the draws of detached
+        sites away from their means.
+    :ivar hessian_product_per_draw: ``shifts -> dict``, linear: of antithetic sites the change of the gradients of
+        −log p, over the number of particles, by a shift of every particle's draw; both ``(particles, *site.shape)``.
+    :ivar sampled_fisher_product: ``tilts -> dict``, linear, for tilted sites: ⟨t, T⟩ is added to log q, and its part of
+        the gradient is returned. That is F̂t, with F̂ the draws' own estimate of the Fisher matrix.
+    :ivar loss_at: the loss at other parameters and the same draws.
     :ivar fn: the loss function itself.
-    :ivar forward: forward-mode differentiation.
+    :ivar forward: whether to differentiate in forward mode only.
     :ivar particles: draws a step; infinity where nothing is drawn.
-    :ivar stuck: the step before was skipped; what is finite now is to be made use of.
+    :ivar previous_step_skipped: whether the step before was skipped, because something was not finite.
     """
 
     loss: jax.Array
     aux: Any
     gradient: Params
-    means: dict[str, jax.Array]
+    perturbation_gradients: Params
     hessian_product: Callable[..., Params]
     hessian_product_per_draw: Callable[[Params], Params]
-    tilt: Callable[[Params], Params]
-    value: Callable[[Params], jax.Array]
+    sampled_fisher_product: Callable[[Params], Params]
+    loss_at: Callable[[Params], jax.Array]
     fn: Loss
     forward: bool
     particles: float
-    stuck: jax.Array | bool = False
+    previous_step_skipped: jax.Array | bool = False
 
 
 class GradientRequest(NamedTuple):
-    """How the loss is to be looked at.
+    """How the loss is differentiated; static.
 
-    :ivar modes: how sites with a path gradient are seen (:class:`.PathGradient`).
-    :ivar taps: per silent site the shape of its draw, per split or mirrored site ``(2, particles, *shape)``, per tilted
-        site that of its natural parameters.
-    :ivar curved: the means along which Hessian products are asked (empty: none).
-    :ivar centers: the mean of every silent or mirrored site.
-    :ivar scored: the sites whose score term is subtracted from the gradient.
-    :ivar forward: forward-mode differentiation.
-    :ivar keep: hold on to what does not depend on the parameters (:mod:`.partial_evaluation`), the draws above all.
+    :ivar density_modes: how log q of guide sites enters the gradient.
+    :ivar perturbations: shapes of the perturbations of sites (:class:`.PathGradient`).
+    :ivar hessian_params: the mean parameters along which there are Hessian-vector products.
+    :ivar mean_params: the mean parameter of every detached or antithetic site.
+    :ivar score_sites: the sites whose score term is subtracted from the gradient.
+    :ivar forward: whether to differentiate in forward mode only.
+    :ivar cache_draws: compute what does not depend on the parameters, above all the draws, once a step
+        (:mod:`.partial_evaluation`).
     """
 
-    modes: Mapping[str, DensityMode]
+    density_modes: Mapping[str, DensityMode]
     perturbations: Mapping[str, tuple[int, ...]]
     hessian_params: tuple[str, ...]
-    centers: Mapping[str, str]
-    scored: frozenset[str]
+    mean_params: Mapping[str, str]
+    score_sites: frozenset[str]
     forward: bool
-    keep: bool
+    cache_draws: bool
+
+    def sites_in(self, mode: DensityMode) -> list[str]:
+        """The sites of one density mode."""
+        return [site for site, other in self.density_modes.items() if other == mode]
+
+
+class _Inputs(NamedTuple):
+    """All that the loss is differentiated by: parameters, perturbations, and stretches of draws (all of them zero)."""
+
+    params: Params
+    perturbations: Params
+    stretches: Params
+
+
+class _Directions(NamedTuple):
+    """What the gradient is linearized along: parameters, stretches, and shifts of the draws of antithetic sites."""
+
+    params: Params
+    stretches: Params
+    shifts: Params
+
+    def padded(self, params: Params, stretches: Params, shifts: Params) -> "_Directions":
+        """A tangent with zeros for what is not given."""
+        return _Directions(*(_padded(new, at) for new, at in zip((params, stretches, shifts), self, strict=True)))
+
+
+ProbedLoss = Callable[[_Inputs], tuple[jax.Array, tuple[jax.Array, Any]]]
 
 
 def evaluate_loss(fn: Loss, params: Params, request: GradientRequest, particles: float) -> LossInfo:
-    """Evaluate the loss once, with its gradient, and linearise the gradient along the parameters that ask for it."""
+    """Evaluate the loss once, with its gradient, and linearize the gradient where the request says so."""
+    inputs, probed = _inputs(params, request), _probed_loss(fn, request)
+    if request.cache_draws:
+        probed = partially_evaluated(probed, inputs)
+    (loss, aux), gradient, perturbation_gradients, products = _linearized_gradient(probed, inputs, request)
+    if request.score_sites:
+        gradient = jax.tree.map(jnp.subtract, gradient, _score(fn, params, request))
+    return LossInfo(
+        loss=loss,
+        aux=aux,
+        gradient=gradient,
+        perturbation_gradients=perturbation_gradients,
+        hessian_product=products[0],
+        hessian_product_per_draw=products[1],
+        sampled_fisher_product=_sampled_fisher_product(probed, inputs, request),
+        loss_at=_loss_at(fn, probed, inputs, request),
+        fn=fn,
+        forward=request.forward,
+        particles=particles,
+    )
+
+
+def _inputs(params: Params, request: GradientRequest) -> _Inputs:
     dtype = jnp.result_type(*jax.tree.leaves(params))
     perturbations = {name: jnp.zeros(shape, dtype) for name, shape in request.perturbations.items()}
-    still = {site: jnp.zeros((), dtype) for site, mode in request.modes.items() if mode == DensityMode.DETACHED}
+    stretches = {site: jnp.zeros((), dtype) for site in request.sites_in(DensityMode.DETACHED)}
+    return _Inputs(params, perturbations, stretches)
 
-    def view(inputs: tuple[Params, Params, Params]) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-        values, probes, by = inputs
-        with PathGradient(request.modes, probes, {site: values[p] for site, p in request.centers.items()}, by):
-            loss, aux = fn(values)
+
+def _probed_loss(fn: Loss, request: GradientRequest) -> ProbedLoss:
+    """The loss as a function of all its inputs, twice: for the derivative, and to be returned beside it."""
+
+    def probed(inputs: _Inputs) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        params, perturbations, stretches = inputs
+        means = {site: params[p] for site, p in request.mean_params.items()}
+        with PathGradient(request.density_modes, perturbations, means, stretches):
+            loss, aux = fn(params)
         return loss, (loss, aux)
 
-    viewed = partially_evaluated(view, (params, perturbations, still)) if request.keep else view
+    return probed
 
-    def slope(hessian_params: Params, stretch: Params, moved: Params) -> tuple[tuple[Params, Params], Any]:
-        along = derivative(lambda inputs: viewed((*inputs, stretch)), request.forward)
-        shifted = {site: jnp.stack([perturbations[site][0], x]) for site, x in moved.items()}
-        (gradient, means), out = along(({**params, **hessian_params}, {**perturbations, **shifted}))
-        slopes = {name: gradient[name] for name in hessian_params}, {site: means[site][1] for site in moved}
-        return slopes, (gradient, means, out)
 
-    hessian_params = {name: params[name] for name in request.hessian_params}
-    moved = {site: perturbations[site][1] for site, mode in request.modes.items() if mode == DensityMode.ANTITHETIC}
-    if hessian_params or moved:
-        _, linear, (gradient, means, (loss, aux)) = jax.linearize(slope, hessian_params, still, moved, has_aux=True)
+def _linearized_gradient(probed: ProbedLoss, inputs: _Inputs, request: GradientRequest) -> tuple[Any, ...]:
+    """(Loss, aux), the gradients by parameters and by perturbations, and the two kinds of Hessian-vector products."""
+    antithetic = request.sites_in(DensityMode.ANTITHETIC)
+    directions = _Directions(
+        {name: inputs.params[name] for name in request.hessian_params},
+        inputs.stretches,
+        {site: inputs.perturbations[site][1] for site in antithetic},
+    )
+
+    def gradients(along: _Directions) -> tuple[tuple[Params, Params], tuple[Any, ...]]:
+        shifted = {site: jnp.stack([inputs.perturbations[site][0], x]) for site, x in along.shifts.items()}
+        loss = lambda x: probed(_Inputs(x[0], x[1], along.stretches))
+        at = {**inputs.params, **along.params}, {**inputs.perturbations, **shifted}
+        (gradient, by_perturbation), out = derivative(loss, request.forward)(at)
+        slopes = {p: gradient[p] for p in along.params}, {site: by_perturbation[site][1] for site in along.shifts}
+        return slopes, (out, gradient, by_perturbation)
+
+    if directions.params or directions.shifts:
+        _, linear, found = jax.linearize(gradients, directions, has_aux=True)
     else:
-        _, (gradient, means, (loss, aux)) = slope(hessian_params, still, moved)
-        linear = lambda tangents, by, shifts: (tangents, shifts)
-    hessian_product, hessian_product_per_draw = (
-        _product(linear, hessian_params, still, moved),
-        _product_of_draws(linear, hessian_params, still, moved),
-    )
-    if request.scored:
-        gradient = jax.tree.map(jnp.subtract, gradient, score(fn, params, request))
-    tilted = {name: perturbations[name] for name, mode in request.modes.items() if mode == DensityMode.TILTED}
-    seen = lambda inputs: viewed((*inputs, still))
-    tilt = _tilt(seen, params, perturbations, tilted, request.forward) if tilted else lambda tangents: tangents
-    # But for mirrors a view changes gradients only. Where draws are not kept the bare loss holds fewer arrays.
-    same = request.keep or DensityMode.ANTITHETIC in request.modes.values()
-    value = (lambda values: seen((values, perturbations))[0]) if same else (lambda values: fn(values)[0])
-    return LossInfo(
-        loss,
-        aux,
-        gradient,
-        means,
-        hessian_product,
-        hessian_product_per_draw,
-        tilt,
-        value,
-        fn,
-        request.forward,
-        particles,
-    )
+        (_, found), linear = gradients(directions), lambda tangents: ({}, {})
+    return *found, _hessian_products(linear, directions)
 
 
-def rescale_loss(loss_info: LossInfo, modes: Mapping[str, DensityMode]) -> tuple[LossInfo, jax.Array]:
-    """The evidence of ``share`` times the loss, so that squares of natural gradients are numbers in single precision.
+def _hessian_products(linear: Callable, at: _Directions) -> tuple[Callable[..., Params], Callable[[Params], Params]]:
+    def hessian_product(tangents: Params, stretches: Params | None = None) -> Params:
+        return linear(at.padded(tangents, stretches or {}, {}))[0]
 
-    Rates of a log-linear model are e^50 where it starts, and a fit has to get away from there. The share is 1 up to
-    :data:`HUGE` nats.
-
-    :param modes: of the sites with a path gradient, as in :class:`Views`.
-    """
-    share = jnp.minimum(1.0, MAX_LOSS / jnp.abs(loss_info.loss))
-    scaled = lambda tree: jax.tree.map(lambda x: (share * x).astype(x.dtype), tree)
-    means = {
-        name: jnp.stack([x[0], scaled(x[1])]) if name in modes and modes[name].per_particle else x
-        for name, x in loss_info.means.items()
-    }
-    hessian_product = lambda *tangents: scaled(loss_info.hessian_product(*tangents))
-    hessian_product_per_draw = lambda shifts: scaled(loss_info.hessian_product_per_draw(shifts))
-    gradient = scaled(loss_info.gradient)
-    return loss_info._replace(
-        gradient=gradient,
-        means=means,
-        hessian_product=hessian_product,
-        hessian_product_per_draw=hessian_product_per_draw,
-    ), share
+    return hessian_product, lambda shifts: linear(at.padded({}, {}, shifts))[1]
 
 
-def _product(linear: Callable, hessian_params: Params, still: Params, moved: Params) -> Callable[..., Params]:
-    def hessian_product(tangents: Params, by: Params | None = None) -> Params:
-        return linear(_completed(tangents, hessian_params), _completed(by or {}, still), _completed({}, moved))[0]
+def _sampled_fisher_product(probed: ProbedLoss, inputs: _Inputs, request: GradientRequest) -> Callable:
+    tilts = {name: inputs.perturbations[name] for name in request.sites_in(DensityMode.TILTED)}
+    if not tilts:
+        return lambda tangents: {}
 
-    return hessian_product
+    def gradient(tilts: Params) -> Params:
+        loss = lambda x: probed(_Inputs(x[0], x[1], inputs.stretches))
+        return derivative(loss, request.forward)((inputs.params, {**inputs.perturbations, **tilts}))[0][0]
 
-
-def _product_of_draws(
-    linear: Callable, hessian_params: Params, still: Params, moved: Params
-) -> Callable[[Params], Params]:
-    return lambda shifts: linear(_completed({}, hessian_params), _completed({}, still), _completed(shifts, moved))[1]
-
-
-def _tilt(viewed: Callable, params: Params, perturbations: Params, tilted: Params, forward: bool) -> Callable:
-    def slope(tilts: Params) -> Params:
-        return derivative(viewed, forward)((params, {**perturbations, **tilts}))[0][0]
-
-    _, linear = jax.linearize(slope, tilted)
-    return lambda tangents: linear(_completed(tangents, tilted))
+    _, linear = jax.linearize(gradient, tilts)
+    return lambda tangents: linear(_padded(tangents, tilts))
 
 
-def _completed(tangents: Params, at: Params) -> Params:
-    """Zeros for what a family does not move, in the parameters' own types."""
+def _loss_at(fn: Loss, probed: ProbedLoss, inputs: _Inputs, request: GradientRequest) -> Callable:
+    # Only antithetic draws change the value of the loss. Where draws are not kept ``fn`` itself holds fewer arrays.
+    if request.cache_draws or request.sites_in(DensityMode.ANTITHETIC):
+        return lambda params: probed(inputs._replace(params=params))[0]
+    return lambda params: fn(params)[0]
+
+
+def _padded(tangents: Params, at: Params) -> Params:
+    """The tangents with zeros for the other parameters, in the parameters' own types."""
     return {p: tangents[p].astype(x.dtype) if p in tangents else jnp.zeros_like(x) for p, x in at.items()}
 
 
-def derivative(function: Callable, forward: bool) -> Callable:
-    """Gradient (first) and auxiliary output of a function, in the mode of differentiation asked for."""
-    return (jax.jacfwd if forward else jax.grad)(function, has_aux=True)
-
-
-def score(fn: Loss, params: Params, request: GradientRequest) -> Params:
+def _score(fn: Loss, params: Params, request: GradientRequest) -> Params:
     """∇_φ E[log q_φ(z)] at frozen draws: zero in expectation, and no small part of a gradient's noise."""
 
     def log_q(values: Params) -> tuple[jax.Array, None]:
-        with Frozen(dict.fromkeys(request.scored, lambda site, value: site.log_prob(value))):
+        with Frozen(dict.fromkeys(request.score_sites, lambda fn, value: fn.log_prob(value))):
             return fn(values)[0], None
 
     return derivative(log_q, request.forward)(params)[0]
 
 
+def rescale_loss(loss_info: LossInfo, modes: Mapping[str, DensityMode]) -> tuple[LossInfo, jax.Array]:
+    """The derivatives of ``scale`` times the loss, so that squared natural gradients are finite in single precision.
+
+    Rates of a log-linear model may be e^50 where a fit starts.
+
+    :param modes: as in :class:`GradientRequest`.
+    :return: the rescaled derivatives (the value stays as it is), and the scale: 1 up to :data:`MAX_LOSS` nats.
+    """
+    scale = jnp.minimum(1.0, MAX_LOSS / jnp.abs(loss_info.loss))
+    scaled = lambda tree: jax.tree.map(lambda x: (scale * x).astype(x.dtype), tree)
+    # Draws have no scale; the gradients beside them do.
+    own = {name for name, mode in modes.items() if mode.per_particle}
+    by_perturbation = {
+        name: jnp.stack([x[0], scaled(x[1])]) if name in own else x
+        for name, x in loss_info.perturbation_gradients.items()
+    }
+    return loss_info._replace(
+        gradient=scaled(loss_info.gradient),
+        perturbation_gradients=by_perturbation,
+        hessian_product=lambda *tangents: scaled(loss_info.hessian_product(*tangents)),
+        hessian_product_per_draw=lambda shifts: scaled(loss_info.hessian_product_per_draw(shifts)),
+    ), scale
+
+
+def derivative(function: Callable, forward: bool) -> Callable:
+    """Gradient (first) and auxiliary output of a function, in reverse mode or in forward mode."""
+    return (jax.jacfwd if forward else jax.grad)(function, has_aux=True)
+
+
 def finite(tree: Any) -> jax.Array:
-    """Whether every number in a tree is finite."""
+    """Whether every entry of a tree is finite."""
     return jnp.isfinite(sum((jnp.sum(jnp.abs(x) * 0) for x in jax.tree.leaves(tree)), jnp.zeros(())))
 
 
 def zero_unless(ok: jax.Array, tree: Any) -> Any:
-    """The tree, or zeros: what follows a failure must not meet a NaN (an eigensolver would never return)."""
+    """The tree, or zeros where ``ok`` is false: an eigensolver that meets a NaN would never return."""
     return jax.tree.map(lambda x: lax.select(ok, x, jnp.zeros_like(x)), tree)

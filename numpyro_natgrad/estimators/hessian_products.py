@@ -1,6 +1,11 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Products with the mean Hessian of a step's draws, the control variate that they make, and what stands in for them."""
+"""Products with the mean Hessian of a step's draws, and the control variate of the slope that is made of them.
+
+Leave-one-out: with H₋ₛ the mean Hessian of the particles other than s,
+
+    g = ∇f − (1/S) Σ_s H₋ₛ (z_s − m)        is an unbiased slope, and free of noise where f is quadratic.
+"""
 
 from collections.abc import Callable
 
@@ -11,56 +16,55 @@ from jax.scipy.linalg import solve_triangular
 from numpyro_natgrad.estimators.derivatives import finite
 
 
-def whitened_products(
+def whitened_hessian_products(
     hessian_product: Callable[[jax.Array, jax.Array], jax.Array],
     factor: jax.Array,
     shifts: jax.Array,
     offset: jax.Array | None,
     particles: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """KᵀH of each shift, ``(d, k)``, and what takes the noise of the draws' mean out of the slope Kᵀ∇f, ``(d,)``.
+    """KᵀH of each shift, ``(d, k)``, and the control variate of the slope Kᵀ∇f, to be added to it, ``(d,)``.
 
-    A single particle has no others (:func:`left_out`): it is given the current S (sticking the landing).
+    A single particle has no others: its control variate is the Gaussian's own precision times its offset, whitened,
+    which is the path gradient ("sticking the landing").
 
-    :param push: what a shift of the mean ``(d,)`` and a stretch of the draws away from it change in the gradient.
+    :param hessian_product: the change of the gradient by a shift of the mean ``(d,)`` and a stretch of the draws.
     :param factor: K, ``(d, d)``.
     :param shifts: of the mean, ``(d, k)``.
     :param offset: of the draws' mean from m, ``(d,)``; ``None`` where nothing is drawn.
     """
-    n, still = particles, jnp.zeros(shifts.shape[1], shifts.dtype)
+    no_stretch = jnp.zeros(shifts.shape[1], shifts.dtype)
     products = lambda *columns: factor.T @ jax.vmap(hessian_product, in_axes=(1, 0), out_axes=1)(*columns)
     if offset is None:
-        return products(shifts, still), jnp.zeros(len(factor), factor.dtype)
-    if n == 1:
-        return products(shifts, still), -solve_triangular(factor, offset, lower=True)
-    shift, stretch = left_out(offset, n)
-    both = products(jnp.concatenate([shifts, shift[:, None]], axis=1), jnp.append(still, stretch))
+        return products(shifts, no_stretch), jnp.zeros(len(factor), factor.dtype)
+    if particles == 1:
+        return products(shifts, no_stretch), -solve_triangular(factor, offset, lower=True)
+    shift, stretch = leave_one_out_tangent(offset, particles)
+    both = products(jnp.concatenate([shifts, shift[:, None]], axis=1), jnp.append(no_stretch, stretch))
     return both[:, :-1], both[:, -1]
 
 
-def left_out(offset: jax.Array, particles: float) -> tuple[jax.Array, float]:
-    """The shift of the mean and the stretch of the draws that change the gradient ∇f by its control variate.
+def leave_one_out_tangent(offset: jax.Array, particles: float) -> tuple[jax.Array, float]:
+    """The shift of the mean and the stretch of the draws along which the gradient changes by its control variate.
 
-    Leave-one-out: g = ∇f − (1/S) Σ_s H₋ₛ (z_s − m) with H₋ₛ the mean Hessian of the other particles, unbiased, and
-    without noise where f is quadratic. Σ_s H_s (z_s − m)/S is the derivative of E[∇f] as the draws are stretched, so
-    that it costs one more product.
+    The mean over s of H₋ₛ (z_s − m) needs Σ_s H_s (z_s − m)/S, which is the derivative of E[∇f] as the draws are
+    stretched away from m, and H̄ times the offset. Both together cost one product.
 
     :param offset: of the draws' mean from m.
     """
     return -particles / (particles - 1) * offset, 1 / (particles - 1)
 
 
-def usable(
-    stuck: jax.Array | bool, plain: jax.Array, slope: jax.Array, image: jax.Array
+def fall_back_to_gradient(
+    previous_step_skipped: jax.Array | bool, plain: jax.Array, slope: jax.Array, image: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Slope and M V, whitened; where they are no numbers for the second time, what gets away from there.
+    """Whitened slope and M V; the plain slope and M = 0 if they are non-finite in two consecutive steps.
 
-    A Poisson rate of e^-50 has a gradient, but its Hessian is 0/0 in single precision. The gradient alone is followed,
-    with the covariance as it is (M = 0), as far as the KL radius and the judge allow.
+    A Poisson rate of e^-50 has a gradient, but its Hessian is 0/0 in single precision. The step then follows the
+    gradient alone, with the covariance as it is, as far as the trust region allows.
 
-    :param stuck: the step before was skipped.
     :param plain: the slope without the control variate.
     :param image: M of the probes V.
     """
-    lost = jnp.asarray(stuck) & ~finite((slope, image))
+    lost = jnp.asarray(previous_step_skipped) & ~finite((slope, image))
     return jnp.where(lost, plain, slope), jnp.where(lost, 0.0, image)

@@ -1,11 +1,13 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Compute once what does not depend on the parameters: the random numbers above all.
+"""Compute what does not depend on the parameters, above all the random numbers, once a step.
 
-A step looks at the loss several times at the same draws: value, gradient, Hessian products, and the value again where
-the step leads. ``hoisted(fn, x)`` traces ``fn`` once and cuts its jaxpr in two, so that the equations which do not
-depend on ``x`` run once a step and are compiled once. Random-number generators are slow to compile and to run; for a
-small model they are most of the loss.
+A step evaluates the loss several times at the same draws: value, gradient, Hessian-vector products, and the value again
+where the step leads. ``partially_evaluated(fn, x)`` traces ``fn`` once and cuts its jaxpr in two, so that equations
+that do not depend on ``x`` are compiled once and run once. Random-number generators are slow to compile and to run; for
+a small model they are most of the loss.
+
+``jax.interpreters.partial_eval`` does the same cut, but is no public API; this module needs ``jax.extend.core`` only.
 """
 
 from collections.abc import Callable
@@ -14,9 +16,11 @@ from typing import Any
 import jax
 from jax.extend import core
 
+Values = dict[core.Var, Any]
+
 
 def partially_evaluated(fn: Callable, x: Any) -> Callable:
-    """``fn`` with everything that does not depend on its argument computed already.
+    """``fn`` with everything computed that does not depend on its argument.
 
     :param fn: a function of one tree of arrays.
     :param x: an argument of the shapes and dtypes that it will be called with.
@@ -33,8 +37,8 @@ def partially_evaluated(fn: Callable, x: Any) -> Callable:
     return remainder
 
 
-def _split(jaxpr: Any, known: dict[Any, Any]) -> tuple[dict[Any, Any], list[Any]]:
-    """Run the equations that can be run; return all values found, and the equations left."""
+def _split(jaxpr: core.Jaxpr, known: Values) -> tuple[Values, list[core.JaxprEqn]]:
+    """Run the equations whose operands are known; return all known values, and the other equations."""
     rest = []
     for eqn in jaxpr.eqns:
         if eqn.effects or not all(isinstance(v, core.Literal) or v in known for v in eqn.invars):
@@ -44,11 +48,11 @@ def _split(jaxpr: Any, known: dict[Any, Any]) -> tuple[dict[Any, Any], list[Any]
     return known, rest
 
 
-def _run(eqn: Any, values: dict[Any, Any]) -> None:
+def _run(eqn: core.JaxprEqn, values: Values) -> None:
     with eqn.ctx.manager:
         out = eqn.primitive.bind(*(_read(v, values) for v in eqn.invars), **eqn.primitive.get_bind_params(eqn.params))
     values.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
 
 
-def _read(atom: Any, values: dict[Any, Any]) -> Any:
+def _read(atom: core.Var | core.Literal, values: Values) -> Any:
     return atom.val if isinstance(atom, core.Literal) else values[atom]

@@ -1,16 +1,13 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Fresh draws of the guide, and the score of each of them: what a Monte-Carlo Fisher is made of.
+"""Score samples: fresh draws of the guide with the score of each, from which a Monte-Carlo Fisher matrix is made.
 
     u_s = ∇_φ log q_φ(z_s),   z_s ~ q_φ,        E[uuᵀ] = F
 
-The loss has its keys closed over and its particles averaged. Two handlers undo both: :class:`Redraw` gives the guide
-other keys, so that there are as many draws as wanted, whatever the loss takes; and it gives *every particle parameters
-of its own* (equal ones), so that one gradient with respect to all of them is one score for each particle.
+The loss has its keys closed over and averages over its particles. :class:`Resample` gives the guide other keys, so that
+there are as many draws as wanted, and gives *every particle a copy of the parameters*, so that one gradient with
+respect to all copies is one score for each particle.
 """
-
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,48 +16,48 @@ from jax.lax import stop_gradient
 from numpyro.distributions import biject_to, constraints
 from numpyro.primitives import Messenger
 
-from numpyro_natgrad.distributions.surrogate import Density
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Assigned, Frozen, Loss, Message, is_guide_site, mark_guide_site, per_particle
 
 
-def scores(
+def sample_scores(
     fn: Loss, params: Params, mine: Params, sites: frozenset[str], particles: int, number: jax.Array
-) -> dict[str, Any]:
+) -> Params:
     """∇_φ log q_φ(z_s)/particles of as many fresh draws as there are particles.
 
     :param fn: the loss.
-    :param params: all parameters, unconstrained.  :param mine: those among them that are asked about.
+    :param params: all parameters, unconstrained.
+    :param mine: those among them whose scores are wanted.
     :param sites: whose densities make up q.
-    :param particles: what the loss averages over.
-    :param number: of the set of draws; any other one gives other draws.
+    :param particles: the particles that the loss averages over.
+    :param number: of the set of draws; another number gives other draws.
     :return: like ``mine``, with ``(particles,)`` before each shape. Where the particles are not drawn in one batch
         (``lax.map``), the first row is the sum of all of them, and the other rows are zero.
     """
 
-    def log_q(copies: dict[str, Any]) -> jax.Array:
-        with Redraw(copies, number), Scored(sites):
+    def log_q(copies: Params) -> jax.Array:
+        with Resample(copies, number), ScoreDensities(sites):
             return fn(params)[0]
 
     return jax.grad(log_q)(jax.tree.map(lambda x: jnp.broadcast_to(x, (particles, *jnp.shape(x))), mine))
 
 
-class Redraw(Messenger):
+class Resample(Messenger):
     """Let the guide draw again, and give every particle its own copy of the parameters.
 
-    Every key gives way to the ``number``-th of those that follow from it. What the model draws stays as it is. (A plate
-    that the guide opens after a ``param`` has other rows than in the loss: telling particles apart takes a key.)
+    Every key is replaced by the ``number``-th of those that follow from it. Draws of the model stay as they are. (A
+    plate that the guide opens after a ``param`` has other rows than in the loss, because the copy needs a key.)
 
     :param copies: of the unconstrained parameters, one for each particle, ``(particles, *shape)``.
-    :param number: which draws.
+    :param number: of the set of draws.
     """
 
-    def __init__(self, copies: Mapping[str, Any], number: jax.Array) -> None:
+    def __init__(self, copies: Params, number: jax.Array) -> None:
         super().__init__()
         self.copies, self.number = copies, number
 
     def process_message(self, msg: Message) -> None:
-        # This handler is the outermost one, so that the host has put its key there by now.
+        # This handler is the outermost one: NumPyro has put its key there by now.
         if mark_guide_site(msg) and msg["kwargs"].get("rng_key") is not None:
             msg["kwargs"]["rng_key"] = jax.random.fold_in(msg["kwargs"]["rng_key"], self.number)
 
@@ -72,15 +69,15 @@ class Redraw(Messenger):
             msg["value"] = jax.tree.map(transform, mine)
 
 
-class Scored(Frozen):
+class ScoreDensities(Frozen):
     """The guide's log-densities at frozen draws.
 
-    A ``scale`` c stands for c independent copies of a site, whose Fisher is c times as large: its score counts √c.
+    A ``scale`` c stands for c independent copies of a site, whose Fisher matrix is c times as large, so that its score
+    is multiplied by √c.
     """
 
     def __init__(self, sites: frozenset[str]) -> None:
-        density: Density = lambda fn, value: fn.log_prob(value)
-        super().__init__(dict.fromkeys(sites, density))
+        super().__init__(dict.fromkeys(sites, lambda fn, value: fn.log_prob(value)))
 
     def postprocess_message(self, msg: Message) -> None:
         super().postprocess_message(msg)

@@ -155,8 +155,15 @@ def natural_gradients(
     loss_info: LossInfo, partition: Partition, step: jax.Array, state: NaturalGradientState
 ) -> NaturalGradients:
     """v = F⁻¹g of every block, of the loss rescaled to where squares are finite."""
-    rescaled, scale = rescale_loss(loss_info._replace(stuck=state.info.skipped), partition.request.modes)
+<<<<<<< HEAD
+    rescaled, scale = rescale_loss(loss_info._replace(previous_step_skipped=state.info.skipped), partition.request.density_modes)
     randomness = Randomness(jax.random.key(state.seed), step)
+=======
+    rescaled, scale = rescale_loss(
+        loss_info._replace(previous_step_skipped=state.info.skipped), partition.request.density_modes
+    )
+    randomness = Randomness(jax.random.key(0), step)
+>>>>>>> 68588e9 (The evaluation of the loss reads top to bottom; its fields, Stein regression and score samples carry the field's words)
     tangents = [b.natural_gradient(rescaled, state.params, state.memory, randomness) for b in partition.blocks]
     squared_norms = _stack(b.squared_norm(v) for b, v in zip(partition.blocks, tangents, strict=True))
     ok = finite((loss_info.loss, loss_info.gradient, squared_norms))
@@ -233,7 +240,7 @@ def _compare(loss_info: LossInfo, proposal: Proposal, scale: jax.Array, context:
     ok, floor = finite(proposal.params), _floor(context)
     large = (proposal.reverse_kl > floor) | (proposal.limited & (proposal.radius >= floor))
     compared = large | (not context.partition.exact_on_conjugate)
-    value = lax.cond(ok & compared, loss_info.value, lambda _: loss_info.loss, proposal.params)
+    value = lax.cond(ok & compared, loss_info.loss_at, lambda _: loss_info.loss, proposal.params)
     predicted = jnp.sum(proposal.kl / jnp.maximum(proposal.rho, jnp.finfo(proposal.rho.dtype).tiny)) / scale
     result = trust_region.accept(
         loss_info.loss - value,

@@ -128,7 +128,7 @@ def allocated(
 ) -> tuple[JointMemory, NoiseStatistics, DecrementState]:
     """Memory and statistics before the first step."""
     square, each = jnp.zeros((latents, latents), dtype), jnp.zeros(blocks, dtype)
-    joint = JointMemory(square, jnp.zeros(latents, dtype), square, stein_regression.nothing(latents, dtype))
+    joint = JointMemory(square, jnp.zeros(latents, dtype), square, stein_regression.empty_sums(latents, dtype))
     ones, recent = jnp.ones_like(each), jnp.zeros((constants.recent_steps, blocks), dtype)
     statistics = NoiseStatistics(each, recent, ones, ones, jnp.zeros((2, blocks), dtype))
     return joint, statistics, DecrementState(jnp.zeros((3, 3, blocks), dtype), jnp.zeros((2, blocks), dtype), ones)

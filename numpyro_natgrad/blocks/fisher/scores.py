@@ -66,7 +66,7 @@ class ScoreFisher(KLCurvature):
         names, calls = frozenset(name for name, _, _ in self.sites), -(-DRAWS // n)
 
         def drawn(number: jax.Array) -> jax.Array:
-            each = score_samples.scores(loss_info.fn, params, mine, names, n, number)
+            each = score_samples.sample_scores(loss_info.fn, params, mine, names, n, number)
             return jax.vmap(lambda tree: ravel_pytree(tree)[0])(each)
 
         u = jax.vmap(drawn)(jnp.arange(calls))

@@ -52,7 +52,7 @@ class DividedGaussian(JointGaussian):
         """H_s u_s/S of a shift for every draw, ``(S, d)``."""
         split = zip(self.sites, jnp.split(shifts, self._ends(), axis=1), strict=True)
         images = loss_info.hessian_product_per_draw(
-            {s.name: x.reshape(loss_info.means[s.name][1].shape) for s, x in split}
+            {s.name: x.reshape(loss_info.perturbation_gradients[s.name][1].shape) for s, x in split}
         )
         return jnp.concatenate([images[s.name].reshape(len(shifts), -1) for s in self.sites], axis=1)
 

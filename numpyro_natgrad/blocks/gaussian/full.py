@@ -19,7 +19,7 @@ from numpyro_natgrad.blocks.base import Memory, NoiseTolerance, Randomness, Scop
 from numpyro_natgrad.distributions import gaussian
 from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
-from numpyro_natgrad.estimators.hessian_products import usable, whitened_products
+from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, whitened_hessian_products
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
 from numpyro_natgrad.guide.handlers import DensityMode
 
@@ -120,14 +120,18 @@ class FullGaussian(NamedTuple):
     ) -> GaussianTangent:
         probes = sweep(self.site.size, min(PROBES, self.site.size), randomness.step).astype(factor.dtype)
         hessian_product, offset = partial(self._hessian_product, loss_info, params), self._offset(loss_info, params)
-        image, correction = whitened_products(hessian_product, factor, factor @ probes, offset, loss_info.particles)
-        slope, image = usable(loss_info.stuck, slope, slope + correction, image - probes)
+        image, correction = whitened_hessian_products(
+            hessian_product, factor, factor @ probes, offset, loss_info.particles
+        )
+        slope, image = fall_back_to_gradient(loss_info.previous_step_skipped, slope, slope + correction, image - probes)
         ok = jnp.all(jnp.isfinite(image))
         sketched = gaussian.sketched_tangent(slope, probes, jnp.where(ok, image, 0.0))
         return sketched._replace(values=jnp.where(ok, sketched.values, jnp.nan))
 
     def _offset(self, loss_info: LossInfo, params: Params) -> jax.Array | None:
-        return None if self.site.analytic else loss_info.means[self.site.name] - self.site.read(params)[0]
+        return (
+            None if self.site.analytic else loss_info.perturbation_gradients[self.site.name] - self.site.read(params)[0]
+        )
 
     def _hessian_product(self, loss_info: LossInfo, params: Params, shift: jax.Array, stretch: jax.Array) -> jax.Array:
         tangents = {self.site.loc: shift.reshape(params[self.site.loc].shape)}

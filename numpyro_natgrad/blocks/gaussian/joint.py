@@ -30,7 +30,7 @@ from numpyro_natgrad.blocks.base import (
 from numpyro_natgrad.distributions import gaussian
 from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
-from numpyro_natgrad.estimators.hessian_products import usable, whitened_products
+from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, whitened_hessian_products
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, project, visible_square
 from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite
@@ -111,7 +111,9 @@ class JointGaussian(NamedTuple):
         plain = factor.T @ self._flat({s.loc: loss_info.gradient[s.loc] for s in self.sites})
         curvature, correction = self._learned(loss_info, params, loc, factor)
         curvature = (curvature + curvature.T) / 2 - jnp.eye(self.size, dtype=curvature.dtype)
-        whitened, curvature = usable(loss_info.stuck, plain, plain + correction, curvature)
+        whitened, curvature = fall_back_to_gradient(
+            loss_info.previous_step_skipped, plain, plain + correction, curvature
+        )
         return Frame(tangent(whitened, curvature), curvature, loc, factor, self._spreads(params))
 
     def _learned(
@@ -119,7 +121,7 @@ class JointGaussian(NamedTuple):
     ) -> tuple[jax.Array, jax.Array]:
         """KᵀHK, to be made symmetric, and what takes the noise of the draws' mean out of the slope; whitened."""
         hessian_product, offset = partial(self._hessian_product, loss_info, params), self._offset(loss_info, loc)
-        return whitened_products(hessian_product, factor, factor, offset, loss_info.particles)
+        return whitened_hessian_products(hessian_product, factor, factor, offset, loss_info.particles)
 
     def squared_norm(self, v: Frame) -> jax.Array:
         return gaussian.squared_norm(v.tangent)
@@ -213,7 +215,7 @@ class JointGaussian(NamedTuple):
         """Of the draws' mean from m; ``None`` where nothing is drawn."""
         if any(s.analytic for s in self.sites):
             return None
-        return jnp.concatenate([loss_info.means[s.name].ravel() for s in self.sites]) - loc
+        return jnp.concatenate([loss_info.perturbation_gradients[s.name].ravel() for s in self.sites]) - loc
 
     def _hessian_product(self, loss_info: LossInfo, params: Params, shift: jax.Array, stretch: jax.Array) -> jax.Array:
         return self._flat(loss_info.hessian_product(self._shift(params, shift), {s.name: stretch for s in self.sites}))
@@ -243,4 +245,4 @@ def tangent(slope: jax.Array, curvature: jax.Array) -> GaussianTangent:
 def particles(loss_info: LossInfo, sites: Sequence[Any]) -> jax.Array:
     """Draws of sites whose particles are told apart, and gradients of −log p there, ``(2, S, d)``."""
     n = int(loss_info.particles)
-    return jnp.concatenate([n * loss_info.means[s.name].reshape(2, n, -1) for s in sites], axis=2)
+    return jnp.concatenate([n * loss_info.perturbation_gradients[s.name].reshape(2, n, -1) for s in sites], axis=2)

@@ -27,7 +27,7 @@ from numpyro_natgrad.blocks.base import Memory, NoiseTolerance, Randomness, Scop
 from numpyro_natgrad.distributions import low_rank_gaussian
 from numpyro_natgrad.distributions.low_rank_gaussian import LowRankTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo, finite
-from numpyro_natgrad.estimators.hessian_products import left_out, usable
+from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, leave_one_out_tangent
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite
@@ -172,7 +172,7 @@ class LowRankGaussian(NamedTuple):
         """The slope and (H − S)x, or what gets away from where they are no numbers."""
         _, (scale, factor) = self.site.read(params)
         residual = self._images(loss_info, params, scale, x, key) - _product(factor, x)
-        return usable(loss_info.stuck, plain, slope, residual)
+        return fall_back_to_gradient(loss_info.previous_step_skipped, plain, slope, residual)
 
     def _images(self, loss_info: LossInfo, params: Params, scale: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
         """Each batch element's own Hx for its x, ``(batch, d, n)``.
@@ -194,13 +194,13 @@ class LowRankGaussian(NamedTuple):
     def _control_variate(
         self, loss_info: LossInfo, params: Params, loc: jax.Array, scale: jax.Array, factor: jax.Array
     ) -> jax.Array:
-        """What takes the noise of the draws' mean out of the slope: :func:`.products.whitened_products`."""
+        """What takes the noise of the draws' mean out of the slope: :func:`.products.whitened_hessian_products`."""
         if self.site.analytic:
             return jnp.zeros_like(loc)
-        offset = loss_info.means[self.site.name].reshape(loc.shape) - loc
+        offset = loss_info.perturbation_gradients[self.site.name].reshape(loc.shape) - loc
         if loss_info.particles == 1:
             return -_product(factor, (offset / scale)[..., None])[..., 0]
-        return scale * self._hessian_product(loss_info, params, *left_out(offset, loss_info.particles))
+        return scale * self._hessian_product(loss_info, params, *leave_one_out_tangent(offset, loss_info.particles))
 
 
 def directions(own: jax.Array, spare: jax.Array, found: jax.Array, n: int) -> jax.Array:

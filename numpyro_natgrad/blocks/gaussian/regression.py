@@ -21,7 +21,7 @@ from numpyro_natgrad.blocks.gaussian.joint import JointGaussian, particles, tang
 from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators import stein_regression
 from numpyro_natgrad.estimators.derivatives import LossInfo
-from numpyro_natgrad.estimators.stein_regression import Sums
+from numpyro_natgrad.estimators.stein_regression import RegressionSums
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import DensityMode
 
@@ -34,7 +34,7 @@ class Fit(NamedTuple):
     loc: jax.Array
     factor: jax.Array
     spreads: list[Any]
-    sums: Sums
+    sums: RegressionSums
 
 
 class RegressedGaussian(JointGaussian):
@@ -52,9 +52,9 @@ class RegressedGaussian(JointGaussian):
         spread = block_diag(*[k for s in self.sites for k in s.dense(params)])
         inner = solve_triangular(factor, spread, lower=True) if self.lifted else jnp.eye(self.size, dtype=loc.dtype)
         draws, gradients = particles(loss_info, self.sites)
-        sums = stein_regression.moved(memory.joint.sums, loc, spread)
+        sums = stein_regression.change_frame(memory.joint.sums, loc, spread)
         x = solve_triangular(spread, (draws - loc).T, lower=True).T
-        sums = stein_regression.taken_in(sums, x, gradients @ spread, inner.T @ inner)
+        sums = stein_regression.add_draws(sums, x, gradients @ spread, inner.T @ inner)
         slope, curvature = stein_regression.fit(sums, inner.T @ inner)
         if self.lifted:
             back = solve_triangular(inner, jnp.eye(self.size, dtype=loc.dtype), lower=True)
