@@ -196,7 +196,7 @@ def test_visible_square_is_a_sum_over_diagonal_blocks(d, dtype):
     precision, change = spd(0, 6), spd(1, 6) - spd(2, 6)
     root = np.linalg.cholesky(precision).T
     whitened = np.linalg.solve(root.T, np.linalg.solve(root.T, change).T)
-    seen = gaussian_sites.visible_square(jnp.asarray(root, dtype), jnp.asarray(whitened, dtype), d)
+    seen = gaussian_sites.projected_square(jnp.asarray(root, dtype), jnp.asarray(whitened, dtype), d)
     blocks = [slice(i, i + d) for i in range(0, 6, d)]
     relative = [np.linalg.solve(precision[b, b], change[b, b]) for b in blocks]
     np.testing.assert_allclose(seen, sum(np.trace(x @ x) for x in relative), rtol=root_eps(dtype))

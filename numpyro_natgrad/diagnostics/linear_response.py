@@ -247,8 +247,8 @@ def _sites(trace: LossTrace) -> list[GaussianSite | LowRankSite]:
 def _factor(site: GaussianSite | LowRankSite, params: Params) -> jax.Array:
     """Standard deviations ``(d,)`` or K, ``(batch, d, d)``."""
     if isinstance(site, GaussianSite) and site.form.diagonal:
-        return site.spread(params).ravel()
-    return site.dense(params)
+        return site.covariance_factor(params).ravel()
+    return site.cholesky(params)
 
 
 def _spread(factors: list[jax.Array], noise: jax.Array) -> jax.Array:

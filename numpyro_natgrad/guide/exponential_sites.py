@@ -1,8 +1,8 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Natural parameters η of a guide site, read out of NumPyro's unconstrained parameters and written back.
+"""Natural parameters η of an exponential-family guide site, read from NumPyro's parameters and written back.
 
-params ──bijection of the constraint──▶ arguments ──natural──▶ η ──arguments──▶ … ──inverse bijection──▶ params
+unconstrained parameters ──bijection of the constraint──▶ arguments of the distribution ──natural──▶ η
 """
 
 import math
@@ -10,32 +10,37 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from numpyro import distributions as dist
 from numpyro.distributions import biject_to, constraints, transforms
 
 from numpyro_natgrad.distributions.exponential_family import ExponentialFamily, find_exponential_family
 from numpyro_natgrad.guide.gaussian_sites import CHOLESKY, Params, argument_parameter
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace
 
+#: A bijection is evaluated at ± this unconstrained value to find its range: exp and softplus are 0 or beyond 1e3 there.
+_FAR = 1e3
+
 
 class ExponentialFamilySite(NamedTuple):
     """A guide site of an exponential family whose arguments *are* parameters.
 
-    :ivar family: its family.  :ivar cls: its distribution class.
-    :ivar arguments: the names of the arguments, and in the same order
-    :ivar params: the parameters that they are,
-    :ivar transforms: the bijections from unconstrained to constrained values,
-    :ivar shapes: the shapes of the constrained values.
-    :ivar batch: batch shape of the arguments; ``eta_shape`` is ``(*batch, k)``.
-    :ivar copies: how many draws share each of them (a parameter outside of a plate).
+    :ivar family: its exponential family.
+    :ivar cls: its distribution class.
+    :ivar arguments: the names of the arguments that are parameters.
+    :ivar params: the parameter of each of them.
+    :ivar transforms: the bijection of each of them from unconstrained to constrained values.
+    :ivar shapes: the shape of each constrained value.
+    :ivar eta_shape: ``(*batch, k)``, with the batch shape of the arguments.
+    :ivar copies: how many draws share each natural parameter (a parameter outside of a plate).
     :ivar event_size: numbers in one draw.
     """
 
     name: str
     family: ExponentialFamily
-    cls: Any
+    cls: type[dist.Distribution]
     arguments: tuple[str, ...]
     params: tuple[str, ...]
-    transforms: tuple[Any, ...]
+    transforms: tuple[transforms.Transform, ...]
     shapes: tuple[tuple[int, ...], ...]
     eta_shape: tuple[int, ...]
     copies: int
@@ -47,7 +52,7 @@ class ExponentialFamilySite(NamedTuple):
         return self.family.natural(**dict(zip(self.arguments, values, strict=True))).reshape(self.eta_shape)
 
     def write(self, params: Params, eta: jax.Array) -> Params:
-        """The parameters with this site's replaced."""
+        """The parameters with those of this site replaced."""
         made = self.cls(**self.family.arguments(eta), validate_args=False)
         new = {}
         for argument, p, transform, shape in zip(
@@ -80,7 +85,7 @@ def read_exponential_site(name: str, trace: LossTrace) -> ExponentialFamilySite 
 
 
 def _determined(site: GuideSite, owned: set[str]) -> bool:
-    """Whether the other arguments, such as a Cholesky factor made of a covariance, depend on nothing else."""
+    """Whether all arguments, such as a Cholesky factor made of a covariance, depend on these parameters alone."""
     origins = site.arguments.values()
     return all(o.sources and o.params <= owned and len(o.params) == len(o.sources) for o in origins)
 
@@ -93,23 +98,28 @@ def _site(
     events = tuple(site.base.arg_constraints[a].event_dim for a in owned)
     batches = {shape[: len(shape) - n] for shape, n in zip(shapes, events, strict=True)}
     if {math.prod(b) for b in batches} != {math.prod(site.batch)}:
-        return None  # shared by some draws and not by others
+        return None  # some parameters are shared by several draws and others are not
     dtype = jnp.result_type(float)
     values = [jax.ShapeDtypeStruct((*site.batch, *s[len(s) - n :]), dtype) for s, n in zip(shapes, events, strict=True)]
     try:
         eta = jax.eval_shape(lambda v: family.natural(**dict(zip(owned, v, strict=True))), values)
     except TypeError:  # η needs an argument that is no parameter
         return None
-    event_size = site.event_size
-    copies = site.size // max(math.prod(site.batch) * event_size, 1)
+    copies = site.size // max(math.prod(site.batch) * site.event_size, 1)
     if site.masked and copies > 1:
-        return None  # as many times the base's Fisher as there are copies that count, which may change
+        return None  # the mask may change how many copies count, by which the base's Fisher matrix is multiplied
     return ExponentialFamilySite(
-        name, family, site.base, tuple(owned), tuple(owned.values()), maps, shapes, eta.shape, copies, event_size
+        name=name,
+        family=family,
+        cls=site.base,
+        arguments=tuple(owned),
+        params=tuple(owned.values()),
+        transforms=maps,
+        shapes=shapes,
+        eta_shape=eta.shape,
+        copies=copies,
+        event_size=site.event_size,
     )
-
-
-_FAR = 1e3
 
 
 def _order(site: GuideSite) -> int:
@@ -118,8 +128,8 @@ def _order(site: GuideSite) -> int:
     return math.isqrt(site.event_size) if is_matrix else 1
 
 
-def _covers(transform: Any, constraint: Any, order: int) -> bool:
-    """Whether the parameter's constraint lets every valid value of the argument through (an interval would not)."""
+def _covers(transform: transforms.Transform, constraint: constraints.Constraint, order: int) -> bool:
+    """Whether the parameter's constraint admits every valid value of the argument (an interval would not)."""
     transform, constraint = _elementwise(transform), _elementwise(constraint)
     if constraint in (constraints.positive_definite, constraints.lower_cholesky):
         parts = transform.parts if isinstance(transform, transforms.ComposeTransform) else [transform]
@@ -141,10 +151,10 @@ def _elementwise(x: Any) -> Any:
     return x
 
 
-def _range(transform: Any) -> tuple[float, float]:
+def _range(transform: transforms.Transform) -> tuple[float, float]:
     try:
         with jax.ensure_compile_time_eval():
             ends = transform(jnp.array([-_FAR, _FAR]))
             return float(ends[0]), float(ends[1])
-    except jax.errors.ConcretizationTypeError:  # a constraint that depends on the data covers nothing for sure
+    except jax.errors.ConcretizationTypeError:  # a constraint that depends on the data: unknown
         return math.nan, math.nan

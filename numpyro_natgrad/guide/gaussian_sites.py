@@ -1,15 +1,16 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""What NumPyro's parameters mean: reading (m, K) of a Gaussian site out of them, and writing it back.
+"""Mean and covariance factor (m, K), Σ = KKᵀ, of a Gaussian guide site: read from NumPyro's parameters, and written
+back.
 
-A *form* says how one argument of a distribution encodes K with Σ = KKᵀ. The registry is open:
-:func:`register_gaussian` makes a user's own location-scale Gaussian class known, the built-in ones take the same way.
+A :class:`CovarianceForm` says how one argument of a distribution encodes K. The registry is open:
+:func:`register_gaussian` adds a user's own location-scale class, as it adds the built-in ones.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,16 @@ Params = dict[str, Any]
 
 
 class CovarianceForm(NamedTuple):
-    """``read(argument) -> K`` and ``write(K) -> argument``; ``diagonal``: K is a vector of standard deviations."""
+    """How one argument of a Gaussian distribution encodes its covariance factor K, Σ = KKᵀ: a bijection.
 
-    read: Callable[[jax.Array], jax.Array]
-    write: Callable[[jax.Array], jax.Array]
+    :ivar forward: ``argument -> K``, lower triangular, ``(*batch, d, d)``; or the standard deviations, ``(*batch, d)``,
+        in a diagonal form.
+    :ivar inverse: ``K -> argument``.
+    :ivar diagonal: whether K is a vector of standard deviations.
+    """
+
+    forward: Callable[[jax.Array], jax.Array]
+    inverse: Callable[[jax.Array], jax.Array]
     diagonal: bool = False
 
 
@@ -41,7 +48,7 @@ def _inverse_gram(lower: jax.Array) -> jax.Array:
 
 
 def _factor_of_inverse(precision: jax.Array) -> jax.Array:
-    # S = CᵀC with C lower (a Cholesky factor of the flipped matrix, flipped back), K = C⁻¹.
+    # S = CᵀC with C lower triangular, the Cholesky factor of the flipped matrix, flipped back; K = C⁻¹.
     upper = jnp.linalg.cholesky(precision[..., ::-1, ::-1])[..., ::-1, ::-1]
     return inverse_lower(jnp.swapaxes(upper, -1, -2))
 
@@ -54,14 +61,32 @@ PRECISION = CovarianceForm(_factor_of_inverse, _inverse_gram)
 _REGISTRY: dict[type, tuple[str, Mapping[str, CovarianceForm]]] = {}
 
 
-def register_gaussian(cls: type, *, loc: str = "loc", forms: Mapping[str, CovarianceForm]) -> None:
-    """Tell how a Gaussian distribution class is parameterised.
+def register_gaussian(cls: type[dist.Distribution], *, loc: str = "loc", forms: Mapping[str, CovarianceForm]) -> None:
+    """Say how a Gaussian distribution class is parameterized, so that its sites move in natural parameters.
 
-    :param cls: the distribution class (exactly this class, no subclass).
-    :param loc: the name of its mean argument.
-    :param forms: for each argument that can hold the covariance, its :class:`Form`. It is used where the argument is a
-        parameter with NumPyro's constraint for it (positive, lower Cholesky, positive definite); one that is
-        unconstrained, or bounded otherwise, is moved by the curvature of KL.
+    The step is then exact on conjugate models (Khan & Rue 2023, section 5.1), whatever the parameterization.
+
+    :param type cls: the distribution class; subclasses are not included.
+    :param str loc: the name of its mean argument, of shape ``(*batch, d)`` or ``(*batch,)``.
+    :param dict forms: for each argument that can hold the covariance, its :class:`CovarianceForm`. A form is used where
+        the argument is a parameter with NumPyro's constraint for it (positive, lower Cholesky, positive definite). A
+        parameter that is unconstrained, or bounded otherwise, is moved by the Hessian of KL instead.
+    :return: ``None``; the class is known to every optimizer from now on.
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp
+        >>> from numpyro import distributions as dist
+        >>> from numpyro_natgrad import CovarianceForm, register_gaussian
+        >>> class PrecisionNormal(dist.Normal):
+        ...     arg_constraints = {"loc": dist.constraints.real, "precision": dist.constraints.positive}
+        ...     def __init__(self, loc, precision, *, validate_args=None):
+        ...         self.precision = precision
+        ...         super().__init__(loc, precision**-0.5, validate_args=validate_args)
+        >>> form = CovarianceForm(lambda w: w**-0.5, lambda k: k**-2, diagonal=True)
+        >>> register_gaussian(PrecisionNormal, forms={"precision": form})
+        >>> print(form.forward(jnp.array([4.0, 0.25])), form.inverse(jnp.array([0.5, 2.0])))
+        [0.5 2. ] [4.   0.25]
     """
     _REGISTRY[cls] = (loc, dict(forms))
 
@@ -73,10 +98,93 @@ register_gaussian(
 )
 
 
+Factor = TypeVar("Factor")
+
+
+class GaussianParameterization(Protocol[Factor]):
+    """What a step uses of a Gaussian site, in the coordinates (m, factor) of its family; D is the joint dimension.
+
+    The factor is K (:class:`GaussianSite`) or the pair (s, W) (:class:`.LowRankSite`).
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def loc(self) -> str:
+        """The mean parameter."""
+        ...
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """All parameters of the site."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(*batch, d)``: shape of a draw."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Numbers in a draw."""
+        ...
+
+    @property
+    def analytic(self) -> bool:
+        """Whether the loss integrates the site itself."""
+        ...
+
+    @property
+    def block_size(self) -> int:
+        """Dimensions that vary together."""
+        ...
+
+    @property
+    def full_covariance(self) -> bool:
+        """Whether the family is that of all Gaussians of its dimension."""
+        ...
+
+    def report_rows(self, how: str) -> list[tuple[str, str, str, str, str]]:
+        """The report's rows."""
+        ...
+
+    def read(self, params: Params) -> tuple[jax.Array, Factor]:
+        """m and the factor at unconstrained parameters."""
+        ...
+
+    def covariance_factor(self, params: Params) -> Factor:
+        """The factor at unconstrained parameters."""
+        ...
+
+    def write(self, params: Params, loc: jax.Array, factor: Factor) -> Params:
+        """The parameters with this site's mean and covariance replaced."""
+        ...
+
+    def cholesky(self, params: Params) -> jax.Array:
+        """K as lower triangular matrices, ``(batch, d, d)``."""
+        ...
+
+    def project(self, columns: jax.Array, start: Factor) -> Factor:
+        """The factor closest to a joint Gaussian (:func:`project`), from the site's columns of P with PᵀP = S, ``(D,
+        d)``.
+
+        :param start: where an iterative projection begins.
+        """
+        ...
+
+    def kl(self, before: Factor, after: Factor, shift: jax.Array) -> jax.Array:
+        """KL(N(m, before) ‖ N(m + shift, after)), nats."""
+        ...
+
+
 class GaussianSite(NamedTuple):
     """A guide site whose mean and covariance arguments *are* parameters.
 
     :ivar family: the name of the distribution's class.
+    :ivar loc: the mean parameter.
+    :ivar scale: the covariance parameter.
+    :ivar argument: of the distribution, which the covariance parameter is.
     :ivar shape: ``(*batch, d)``: shape of a draw; K is ``(*batch, d, d)``, or ``(*batch, d)`` in a diagonal form.
     :ivar scale_shape: the shape of the covariance argument's constrained value.
     """
@@ -87,7 +195,7 @@ class GaussianSite(NamedTuple):
     scale: str
     argument: str
     form: CovarianceForm
-    transform: Any
+    transform: transforms.Transform
     shape: tuple[int, ...]
     scale_shape: tuple[int, ...]
     analytic: bool
@@ -101,12 +209,12 @@ class GaussianSite(NamedTuple):
         return (self.loc, self.scale)
 
     @property
-    def block(self) -> int:
+    def block_size(self) -> int:
         """Dimensions that vary together."""
         return 1 if self.form.diagonal else self.shape[-1]
 
     @property
-    def whole(self) -> bool:
+    def full_covariance(self) -> bool:
         """Whether the family is that of all Gaussians."""
         return not self.form.diagonal and len(self.shape) == 1
 
@@ -120,16 +228,16 @@ class GaussianSite(NamedTuple):
 
     def read(self, params: Params) -> tuple[jax.Array, jax.Array]:
         """m and K at unconstrained parameters."""
-        return params[self.loc].reshape(self.shape), self.spread(params)
+        return params[self.loc].reshape(self.shape), self.covariance_factor(params)
 
-    def spread(self, params: Params) -> jax.Array:
+    def covariance_factor(self, params: Params) -> jax.Array:
         """K, from the covariance parameter."""
-        k = self.form.read(self.transform(params[self.scale]))
+        k = self.form.forward(self.transform(params[self.scale]))
         return k.reshape(self.shape if self.form.diagonal else (*self.shape, self.shape[-1]))
 
     def unconstrain(self, factor: jax.Array) -> jax.Array:
         """The covariance parameter from K."""
-        value = self.transform.inv(self.form.write(factor).reshape(self.scale_shape))
+        value = self.transform.inv(self.form.inverse(factor).reshape(self.scale_shape))
         return jnp.asarray(value, factor.dtype)
 
     def write(self, params: Params, loc: jax.Array, factor: jax.Array) -> Params:
@@ -141,9 +249,9 @@ class GaussianSite(NamedTuple):
             self.scale: self.unconstrain(factor).reshape(old[1].shape).astype(old[1].dtype),
         }
 
-    def dense(self, params: Params) -> jax.Array:
+    def cholesky(self, params: Params) -> jax.Array:
         """K as lower triangular matrices, ``(batch, d, d)``."""
-        factor = self.spread(params)
+        factor = self.covariance_factor(params)
         if self.form.diagonal:
             return jnp.diag(factor.ravel())[None]
         return factor.reshape(-1, *factor.shape[-2:])
@@ -176,16 +284,24 @@ def read_gaussian_site(name: str, trace: LossTrace) -> GaussianSite | None:
         scale = argument_parameter(argument, site)
         if loc and scale and _fits(loc, scale, form, site, trace):
             shape = site.shape or (1,)
-            heard = trace.params[scale]
+            param = trace.params[scale]
             return GaussianSite(
-                name, site.base.__name__, loc, scale, argument, form, heard.transform, shape, heard.shape or (),
-                site.analytic,
-            )  # fmt: skip
+                name=name,
+                family=site.base.__name__,
+                loc=loc,
+                scale=scale,
+                argument=argument,
+                form=form,
+                transform=param.transform,
+                shape=shape,
+                scale_shape=param.shape or (),
+                analytic=site.analytic,
+            )
     return None
 
 
 def argument_parameter(argument: str, site: GuideSite) -> str | None:
-    """The parameter that an argument is, up to its shape."""
+    """The parameter that an argument equals, up to its shape."""
     return site.arguments.get(argument, Origin()).param
 
 
@@ -194,10 +310,10 @@ def _fits(loc: str, scale: str, form: CovarianceForm, site: GuideSite, trace: Lo
     if mean.shape is None or cov.shape is None or not is_identity(mean.transform):
         return False
     entries = site.size if form.diagonal else site.size * (site.shape or (1,))[-1]
-    return math.prod(mean.shape) == site.size and math.prod(cov.shape) == entries and keeps(cov.transform, form)
+    return math.prod(mean.shape) == site.size and math.prod(cov.shape) == entries and covers(cov.transform, form)
 
 
-def is_identity(transform: Any) -> bool:
+def is_identity(transform: transforms.Transform) -> bool:
     while isinstance(transform, transforms.IndependentTransform):
         transform = transform.base_transform
     return isinstance(transform, transforms.IdentityTransform)
@@ -211,8 +327,8 @@ CHOLESKY = (
 )
 
 
-def keeps(transform: Any, form: CovarianceForm) -> bool:
-    """Whether the parameter's constraint lets every valid value through (an interval, say, would not)."""
+def covers(transform: transforms.Transform, form: CovarianceForm) -> bool:
+    """Whether the parameter's constraint admits every valid value of the argument (an interval, say, would not)."""
     while isinstance(transform, transforms.IndependentTransform):
         transform = transform.base_transform
     parts = transform.parts if isinstance(transform, transforms.ComposeTransform) else [transform]
@@ -221,28 +337,31 @@ def keeps(transform: Any, form: CovarianceForm) -> bool:
     return isinstance(parts[0], _POSITIVE if form.diagonal else CHOLESKY) and not narrow
 
 
-def project(precision_root: jax.Array, sites: Sequence[Any], starts: Sequence[Any]) -> list[Any]:
-    """The members of the guide's family closest to a joint Gaussian: what each site spreads by, from P with PᵀP = S.
+def project(
+    precision_root: jax.Array, sites: Sequence[GaussianParameterization[Any]], starts: Sequence[Any]
+) -> list[Any]:
+    """The factor of each site in the member of the guide's family closest to a joint Gaussian, from P with PᵀP = S.
 
     The minimiser of KL(guide ‖ N(m, S⁻¹)) has the joint precision's diagonal blocks: Σ_b = (S_bb)⁻¹, and
-    σᵢ = Sᵢᵢ^(−1/2) for independent components. A family without a closed form is searched from ``starts``.
+    σᵢ = Sᵢᵢ^(−1/2) for independent components. A projection without a closed form is iterated from ``starts``.
     """
     ends = list(accumulate(site.size for site in sites))
     columns = jnp.split(precision_root, ends[:-1], axis=1)
     return [site.project(x, start) for site, x, start in zip(sites, columns, starts, strict=True)]
 
 
-def visible_square(columns: jax.Array, curvature: jax.Array, d: int) -> jax.Array:
-    """Squared norm of what independent sites of d dimensions show of a change of the joint precision.
+def projected_square(columns: jax.Array, curvature: jax.Array, d: int) -> jax.Array:
+    """‖K_bᵀ ΔS_bb K_b‖², summed over blocks b: the square of a change ΔS of the joint precision, projected onto the
+    guide.
 
-    To second order a block Σ_b loses ¼‖K_bᵀ ΔS_bb K_b‖² nats by a change of S, whatever happens outside of the block.
+    To second order a block Σ_b moves by a quarter of it in nats, whatever happens outside of the block.
 
     :param columns: the sites' columns of P with PᵀP = S, ``(D, batch · d)``.
     :param curvature: P⁻ᵀ ΔS P⁻¹, ``(D, D)``.
     """
     blocks = _blocks(columns, d)
-    lengths = jnp.linalg.norm(blocks, axis=1, keepdims=True)
-    frame = blocks / lengths if d == 1 else blocks @ conditional_factors(columns, d)
+    norms = jnp.linalg.norm(blocks, axis=1, keepdims=True)
+    frame = blocks / norms if d == 1 else blocks @ conditional_factors(columns, d)
     return jnp.sum((jnp.swapaxes(frame, -1, -2) @ curvature @ frame) ** 2)
 
 

@@ -1,21 +1,22 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Reading (m, s, W) of a low-rank Gaussian site, Σ = D(I + WWᵀ)D with D = diag(s), out of NumPyro's parameters.
+"""Mean, scales and factor (m, s, W) of a low-rank Gaussian guide site, Σ = D(I + WWᵀ)D with D = diag(s).
 
-``LowRankMultivariateNormal`` takes V = DW and ψ = s². A guide may hand over parameters themselves or products of them:
+``LowRankMultivariateNormal`` takes V = DW and ψ = s². Both arguments may be products of parameters:
 
-    V = x_W x_s^a,   ψ = x_s^b           (0, 1) by hand;  (1, 2) in ``AutoLowRankMultivariateNormal``
+    V = x_W x_s^a,   ψ = x_s^b           (a, b) = (0, 1) by hand;  (1, 2) in ``AutoLowRankMultivariateNormal``
 
-which :class:`.Origin` has followed through the loss, so that no guide has to be known by its name.
+:class:`.Origin` gives the exponents, so that no guide has to be known by its name.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from numpyro import distributions as dist
+from numpyro.distributions import transforms
 
 from numpyro_natgrad.distributions import low_rank_gaussian
 from numpyro_natgrad.distributions.gaussian import lower_factor
@@ -24,21 +25,26 @@ from numpyro_natgrad.guide.gaussian_sites import (
     Params,
     argument_parameter,
     conditional_factors,
+    covers,
     is_identity,
-    keeps,
 )
 from numpyro_natgrad.guide.provenance import Origin
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace
 
-Spread = tuple[jax.Array, jax.Array]
+#: s, ``(batch, d)``, and W, ``(batch, d, r)``.
+LowRankFactor = tuple[jax.Array, jax.Array]
 
 
 class LowRankSite(NamedTuple):
     """A guide site ``LowRankMultivariateNormal`` whose arguments are products of parameters.
 
-    :ivar loc: the parameter m.  :ivar factor: x_W.  :ivar scale: x_s.  :ivar powers: (a, b).
+    :ivar loc: the parameter m.
+    :ivar factor: the parameter x_W.
+    :ivar scale: the parameter x_s.
+    :ivar powers: (a, b).
     :ivar transform: of x_s.
-    :ivar shape: ``(*batch, d)``: shape of a draw.  :ivar rank: r.
+    :ivar shape: ``(*batch, d)``: shape of a draw.
+    :ivar rank: r.
     """
 
     name: str
@@ -46,7 +52,7 @@ class LowRankSite(NamedTuple):
     factor: str
     scale: str
     powers: tuple[int, int]
-    transform: Any
+    transform: transforms.Transform
     shape: tuple[int, ...]
     rank: int
     scale_shape: tuple[int, ...]
@@ -61,13 +67,13 @@ class LowRankSite(NamedTuple):
         return (self.loc, self.factor, self.scale)
 
     @property
-    def block(self) -> int:
+    def block_size(self) -> int:
         """Dimensions that vary together."""
         return self.shape[-1]
 
     @property
-    def whole(self) -> bool:
-        """Whether the family is that of all Gaussians."""
+    def full_covariance(self) -> bool:
+        """Whether the family is that of all Gaussians of its dimension."""
         return False
 
     def report_rows(self, how: str) -> list[tuple[str, str, str, str, str]]:
@@ -78,41 +84,41 @@ class LowRankSite(NamedTuple):
         rows = zip(self.params, names, sizes, strict=True)
         return [(p, self.name, name, how, size) for p, name, size in rows]
 
-    def read(self, params: Params) -> tuple[jax.Array, Spread]:
+    def read(self, params: Params) -> tuple[jax.Array, LowRankFactor]:
         """m, ``(batch, d)``, and s and W, at unconstrained parameters."""
-        return params[self.loc].reshape(-1, self.shape[-1]), self.spread(params)
+        return params[self.loc].reshape(-1, self.shape[-1]), self.covariance_factor(params)
 
-    def spread(self, params: Params) -> Spread:
+    def covariance_factor(self, params: Params) -> LowRankFactor:
         """s, ``(batch, d)``, and W, ``(batch, d, r)``, with one batch axis."""
         (a, b), d = self.powers, self.shape[-1]
         x = self.transform(params[self.scale]).reshape(-1, d)
         factor = params[self.factor].reshape(-1, d, self.rank)
         return x ** (b / 2), factor * x[..., None] ** (a - b / 2)
 
-    def write(self, params: Params, loc: jax.Array, spread: Spread) -> Params:
+    def write(self, params: Params, loc: jax.Array, covariance: LowRankFactor) -> Params:
         """The parameters with this site's replaced."""
-        new = {self.loc: loc, **self._unspread(*spread)}
+        new = {self.loc: loc, **self._arguments(*covariance)}
         mine = {p: x.reshape(jnp.shape(params[p])).astype(params[p].dtype) for p, x in new.items()}
         return {**params, **mine}
 
-    def _unspread(self, scale: jax.Array, factor: jax.Array) -> Params:
+    def _arguments(self, scale: jax.Array, factor: jax.Array) -> Params:
         a, b = self.powers
         x = scale ** (2 / b)
         value = self.transform.inv(x.reshape(self.scale_shape))
         return {self.factor: factor * x[..., None] ** (b / 2 - a), self.scale: jnp.asarray(value, scale.dtype)}
 
-    def dense(self, params: Params) -> jax.Array:
+    def cholesky(self, params: Params) -> jax.Array:
         """K lower triangular with KKᵀ = Σ, ``(batch, d, d)``."""
-        scale, factor = self.spread(params)
+        scale, factor = self.covariance_factor(params)
         eye = jnp.broadcast_to(jnp.eye(scale.shape[-1], dtype=scale.dtype), (*scale.shape, scale.shape[-1]))
         return scale[..., None] * lower_factor(jnp.concatenate([eye, factor], axis=-1))
 
-    def project(self, columns: jax.Array, start: Spread) -> Spread:
+    def project(self, columns: jax.Array, start: LowRankFactor) -> LowRankFactor:
         """The s and W closest to a joint Gaussian, from the site's columns of P with PᵀP = S."""
         dense = conditional_factors(columns, self.shape[-1])
         return jax.vmap(low_rank_gaussian.project)(dense, *start)
 
-    def kl(self, before: Spread, after: Spread, shift: jax.Array) -> jax.Array:
+    def kl(self, before: LowRankFactor, after: LowRankFactor, shift: jax.Array) -> jax.Array:
         """KL(N(m, Σ) ‖ N(m + shift, Σ₊)) in nats."""
         (s, w), (s_new, w_new) = before, after
         return jnp.sum(jax.vmap(low_rank_gaussian.forward_kl)(w, w_new, s_new / s, shift.reshape(s.shape) / s))
@@ -130,11 +136,19 @@ def read_low_rank_site(name: str, trace: LossTrace) -> LowRankSite | None:
     rest = {p: n for p, n in factors.items() if p != scale}
     if list(rest.values()) != [1] or not _fits(loc, next(iter(rest)), scale, site, trace):
         return None
-    factor, heard = next(iter(rest)), trace.params[scale]
+    factor, param = next(iter(rest)), trace.params[scale]
     rank = math.prod(trace.params[factor].shape or ()) // site.size
-    powers = factors.get(scale, 0), b
     return LowRankSite(
-        name, loc, factor, scale, powers, heard.transform, site.shape, rank, heard.shape or (), site.analytic
+        name=name,
+        loc=loc,
+        factor=factor,
+        scale=scale,
+        powers=(factors.get(scale, 0), b),
+        transform=param.transform,
+        shape=site.shape,
+        rank=rank,
+        scale_shape=param.shape or (),
+        analytic=site.analytic,
     )
 
 
@@ -144,14 +158,14 @@ def _powers(argument: str, site: GuideSite) -> Mapping[str, int] | None:
 
 
 def _fits(loc: str, factor: str, scale: str, site: GuideSite, trace: LossTrace) -> bool:
-    """Whether every latent has a mean, a scale and a row of its own, and none is bounded where a Gaussian's is not.
+    """Whether every latent has its own mean, scale and row of W, and no constraint excludes a valid value.
 
-    Where r = d it is not known which of the two axes a scale has been multiplied along.
+    Where r = d, the axis along which a scale has been multiplied is ambiguous.
     """
-    heard = [trace.params[p] for p in (loc, factor, scale)]
-    if any(x.shape is None for x in heard):
+    found = [trace.params[p] for p in (loc, factor, scale)]
+    if any(x.shape is None for x in found):
         return False
-    sizes, d = [math.prod(x.shape or ()) for x in heard], site.shape[-1]
+    sizes, d = [math.prod(x.shape or ()) for x in found], site.shape[-1]
     rank = sizes[1] // site.size
     whole = sizes == [site.size, site.size * rank, site.size] and rank > 0 and (rank != d or d == 1)
-    return whole and all(is_identity(x.transform) for x in heard[:2]) and keeps(heard[2].transform, SCALE)
+    return whole and all(is_identity(x.transform) for x in found[:2]) and covers(found[2].transform, SCALE)

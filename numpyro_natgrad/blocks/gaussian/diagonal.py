@@ -57,7 +57,7 @@ class DiagonalGaussian(NamedTuple):
     def natural_gradient(
         self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness
     ) -> GaussianTangent:
-        scale = self.site.spread(params)
+        scale = self.site.covariance_factor(params)
         slope = scale * loss_info.gradient[self.site.loc].reshape(self.site.shape)
         if not self.second_order:
             gradient = loss_info.gradient[self.site.scale]

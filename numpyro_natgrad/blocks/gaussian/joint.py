@@ -31,9 +31,8 @@ from numpyro_natgrad.distributions import gaussian
 from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, whitened_hessian_products
-from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, project, visible_square
+from numpyro_natgrad.guide.gaussian_sites import GaussianParameterization, Params, project, projected_square
 from numpyro_natgrad.guide.handlers import DensityMode
-from numpyro_natgrad.guide.low_rank_sites import LowRankSite
 
 
 class Frame(NamedTuple):
@@ -53,7 +52,7 @@ class JointGaussian(NamedTuple):
     length tried; else it is that of the lifted Gaussian.
     """
 
-    sites: tuple[GaussianSite | LowRankSite, ...]
+    sites: tuple[GaussianParameterization[Any], ...]
     margin: float
     strict: bool
     particles: float
@@ -82,7 +81,7 @@ class JointGaussian(NamedTuple):
 
     @property
     def lifted(self) -> bool:
-        return len(self.sites) > 1 or not self.sites[0].whole
+        return len(self.sites) > 1 or not self.sites[0].full_covariance
 
     @property
     def size(self) -> int:
@@ -155,7 +154,9 @@ class JointGaussian(NamedTuple):
         """Squares of what the guide shows of curvatures; along the means it is the joint Gaussian that counts."""
         columns = jnp.split(gaussian.inverse_lower(factor), self._ends(), axis=1)
         parts = list(zip(self.sites, columns, strict=True))
-        return jax.vmap(lambda m: sum((visible_square(x, m, s.block) for s, x in parts), jnp.zeros(())))(curvatures)
+        return jax.vmap(lambda m: sum((projected_square(x, m, s.block_size) for s, x in parts), jnp.zeros(())))(
+            curvatures
+        )
 
     def own_step_size(self, v: Any) -> jax.Array | None:
         return None
@@ -174,11 +175,11 @@ class JointGaussian(NamedTuple):
         return self._write(params, v.spreads, loc, factor), memory._replace(joint=joint)
 
     def _spreads(self, params: Params) -> list[Any]:
-        return [s.spread(params) for s in self.sites]
+        return [s.covariance_factor(params) for s in self.sites]
 
     def _factor(self, params: Params, joint: JointMemory) -> jax.Array:
         """K: the guide's own, or the lifted one, which starts as the guide's."""
-        blocks = [k for s in self.sites for k in s.dense(params)]
+        blocks = [k for s in self.sites for k in s.cholesky(params)]
         if not self.lifted:
             return blocks[0]
         return jnp.where(
@@ -242,7 +243,7 @@ def tangent(slope: jax.Array, curvature: jax.Array) -> GaussianTangent:
     return spectrum._replace(values=jnp.where(ok, spectrum.values, jnp.nan))
 
 
-def particles(loss_info: LossInfo, sites: Sequence[Any]) -> jax.Array:
+def particles(loss_info: LossInfo, sites: Sequence[GaussianParameterization[Any]]) -> jax.Array:
     """Draws of sites whose particles are told apart, and gradients of −log p there, ``(2, S, d)``."""
     n = int(loss_info.particles)
     return jnp.concatenate([n * loss_info.perturbation_gradients[s.name].reshape(2, n, -1) for s in sites], axis=2)

@@ -49,7 +49,7 @@ class RegressedGaussian(JointGaussian):
     def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness) -> Fit:
         loc = jnp.concatenate([params[s.loc].ravel() for s in self.sites])
         factor = self._factor(params, memory.joint)
-        spread = block_diag(*[k for s in self.sites for k in s.dense(params)])
+        spread = block_diag(*[k for s in self.sites for k in s.cholesky(params)])
         inner = solve_triangular(factor, spread, lower=True) if self.lifted else jnp.eye(self.size, dtype=loc.dtype)
         draws, gradients = particles(loss_info, self.sites)
         sums = stein_regression.change_frame(memory.joint.sums, loc, spread)
