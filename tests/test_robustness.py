@@ -316,29 +316,15 @@ def test_loss_is_rescaled_as_a_whole_only_beyond_the_bound():
     def loss_info(loss: float) -> LossInfo:
         gradient = {"a": jnp.array([1.0, 2.0])}
         means = {"detached": jnp.array([5.0]), "per particle": jnp.array([[[3.0]], [[4.0]]])}
-<<<<<<< HEAD
-        functions = ("hessian_product", "hessian_product_per_draw", "tilt", "value", "fn")
-=======
->>>>>>> 68588e9 (The evaluation of the loss reads top to bottom; its fields, Stein regression and score samples carry the field's words)
+        functions = ("hessian_product", "hessian_product_per_draw", "sampled_fisher_product", "loss_at", "fn")
         return LossInfo(
             loss=jnp.array(loss),
             aux=None,
             gradient=gradient,
-<<<<<<< HEAD
-            means=means,
+            perturbation_gradients=means,
             forward=False,
             particles=1,
             **dict.fromkeys(functions, lambda tangent: tangent),
-=======
-            perturbation_gradients=means,
-            hessian_product=lambda tangents: tangents,
-            hessian_product_per_draw=lambda shifts: shifts,
-            sampled_fisher_product=lambda tilts: tilts,
-            loss_at=lambda params: jnp.array(loss),
-            fn=lambda params: (jnp.array(loss), None),
-            forward=False,
-            particles=1,
->>>>>>> 68588e9 (The evaluation of the loss reads top to bottom; its fields, Stein regression and score samples carry the field's words)
         )
 
     modes = {"detached": DensityMode.DETACHED, "per particle": DensityMode.PER_PARTICLE}
@@ -353,13 +339,7 @@ def test_loss_is_rescaled_as_a_whole_only_beyond_the_bound():
     np.testing.assert_allclose(share, 0.25)
     np.testing.assert_allclose(scaled.gradient["a"], [0.25, 0.5])
     np.testing.assert_allclose(scaled.hessian_product({"a": jnp.ones(2)})["a"], [0.25, 0.25])
-<<<<<<< HEAD
     # Draws are not rescaled, only the loss and its derivatives.
-    np.testing.assert_allclose(scaled.means["detached"], [5.0])
-    np.testing.assert_allclose(scaled.means["per particle"], [[[3.0]], [[1.0]]])
-=======
-    # Draws are not the loss's.
     np.testing.assert_allclose(scaled.perturbation_gradients["detached"], [5.0])
     np.testing.assert_allclose(scaled.perturbation_gradients["per particle"], [[[3.0]], [[1.0]]])
->>>>>>> 68588e9 (The evaluation of the loss reads top to bottom; its fields, Stein regression and score samples carry the field's words)
     assert scaled.loss == 4 * MAX_LOSS

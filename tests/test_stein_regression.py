@@ -33,15 +33,9 @@ def _symmetric(key, d=D):
 def _sums(key, z, gradients, loc, factor):
     """Of draws z and gradients there, in the frame of N(loc, factor factorᵀ)."""
     x = jax.scipy.linalg.solve_triangular(factor, (z - loc).T, lower=True).T
-<<<<<<< HEAD
     empty = stein_regression.empty_sums(D, z.dtype)._replace(loc=loc, factor=factor)
     # The precision of the quadratic explains every gradient, so that no draw is an outlier.
     return stein_regression.add_draws(empty, x, gradients @ factor, jnp.eye(D)), x
-=======
-    empty = stein_regression.empty_sums(D, z.dtype)._replace(loc=loc, factor=factor)
-    # A quadratic's own precision explains everything, so that no draw is pulled in.
-    return stein_regression.add_draws(empty, x, gradients @ factor, jnp.eye(D)), x
->>>>>>> 68588e9 (The evaluation of the loss reads top to bottom; its fields, Stein regression and score samples carry the field's words)
 
 
 @pytest.mark.parametrize("seed", range(3))

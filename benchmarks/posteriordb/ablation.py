@@ -65,7 +65,9 @@ class Ablation(NamedTuple):
 ABLATIONS = {
     "the full rule": Ablation(),
     "Hessian-vector products in place of regression": Ablation(options={"estimator": "second_order"}),
-    "regression: old draws keep their weight": Ablation(functions=((stein_regression, "frame_change_weight", lambda kl, far: 1.0),)),
+    "regression: old draws keep their weight": Ablation(
+        functions=((stein_regression, "frame_change_weight", lambda kl, far: 1.0),)
+    ),
     "regression: window length unbounded": Ablation(
         functions=((stein_regression, "forget", lambda sums, new, d: sums),)
     ),

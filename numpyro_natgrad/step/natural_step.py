@@ -155,15 +155,10 @@ def natural_gradients(
     loss_info: LossInfo, partition: Partition, step: jax.Array, state: NaturalGradientState
 ) -> NaturalGradients:
     """v = F⁻¹g of every block, of the loss rescaled to where squares are finite."""
-<<<<<<< HEAD
-    rescaled, scale = rescale_loss(loss_info._replace(previous_step_skipped=state.info.skipped), partition.request.density_modes)
-    randomness = Randomness(jax.random.key(state.seed), step)
-=======
     rescaled, scale = rescale_loss(
         loss_info._replace(previous_step_skipped=state.info.skipped), partition.request.density_modes
     )
-    randomness = Randomness(jax.random.key(0), step)
->>>>>>> 68588e9 (The evaluation of the loss reads top to bottom; its fields, Stein regression and score samples carry the field's words)
+    randomness = Randomness(jax.random.key(state.seed), step)
     tangents = [b.natural_gradient(rescaled, state.params, state.memory, randomness) for b in partition.blocks]
     squared_norms = _stack(b.squared_norm(v) for b, v in zip(partition.blocks, tangents, strict=True))
     ok = finite((loss_info.loss, loss_info.gradient, squared_norms))
