@@ -177,6 +177,7 @@ class Options(NamedTuple):
 
     @property
     def margin(self) -> float:
+        """Fraction of a precision that a step has to leave."""
         return self.constants.unlimited_margin if self.max_kl is None else self.constants.precision_margin
 
     @property
@@ -186,6 +187,7 @@ class Options(NamedTuple):
 
     @property
     def adaptive(self) -> bool:
+        """Whether the trust-region radius adapts."""
         return self.max_kl == "adaptive"
 
 

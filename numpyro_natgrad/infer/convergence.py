@@ -48,6 +48,7 @@ class History(NamedTuple):
 
     @property
     def steps(self) -> int:
+        """Number of steps."""
         return len(self.loss)
 
 

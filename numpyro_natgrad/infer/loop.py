@@ -147,6 +147,7 @@ class Feed:
 
     @property
     def fixed(self) -> bool:
+        """Whether all steps have the same arguments."""
         return self._batches is None
 
     def peek(self) -> tuple[Any, ...] | None:
