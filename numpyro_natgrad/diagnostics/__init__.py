@@ -1,3 +1,3 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Is the answer any good?"""
+"""How good the answer is: verdict, importance weights, linear response."""

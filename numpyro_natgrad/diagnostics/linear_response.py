@@ -185,6 +185,7 @@ class Placed(Messenger):
         self.draws = draws
 
     def process_message(self, msg: Any) -> None:
+        """Replace the distribution of a site that has a given draw."""
         if mark_guide_site(msg) and msg["name"] in self.draws:
             msg["fn"] = map_base(msg["fn"], lambda base: _Given(base, self.draws[msg["name"]]))
 
@@ -276,4 +277,5 @@ def _labels(guide: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
 
 
 def label(name: str, at: tuple[int, ...]) -> str:
+    """``site`` or ``site[i,j]``."""
     return f"{name}[{','.join(map(str, at))}]" if at else name

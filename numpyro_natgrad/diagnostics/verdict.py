@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-r"""A verdict on the answer, not on the optimiser: is q near enough to the posterior, and if not, what to do?
+r"""A verdict on the answer, not on the optimizer: how near q is to the posterior, and what to do if it is not near.
 
     w(z) = log p(x, z) − log q(z),  z ~ q:      k-hat of the tail of exp w,   ELBO = E[w],   log p(x) = log E[exp w]
 

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""One step, read from top to bottom:
+"""One step of the optimizer, from the loss to the new state.
 
     loss, gradient ──▶ natural gradients ──▶ noise ──▶ step sizes ──▶ trust region ──▶ new state
 
