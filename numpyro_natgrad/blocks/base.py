@@ -50,8 +50,7 @@ class Memory(NamedTuple):
 
 
 class SquaredNorms(NamedTuple):
-    """Squared Fisher norms, nats, of the three vectors that the noise is estimated from; scalars, or one for each
-    block.
+    """Squared Fisher norms, nats, of the vectors that the noise is estimated from; scalars, or one for each block.
 
     :ivar running_mean: of the running mean m of earlier natural gradients.
     :ivar innovation: of v − m.

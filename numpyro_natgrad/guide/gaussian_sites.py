@@ -1,7 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Mean and covariance factor (m, K), Σ = KKᵀ, of a Gaussian guide site: read from NumPyro's parameters, and written
-back.
+"""Mean and covariance factor (m, K), Σ = KKᵀ, of a Gaussian guide site, from NumPyro's parameters and back.
 
 A :class:`CovarianceForm` says how one argument of a distribution encodes K. The registry is open:
 :func:`register_gaussian` adds a user's own location-scale class, as it adds the built-in ones.
@@ -166,8 +165,7 @@ class GaussianParameterization(Protocol[Factor]):
         ...
 
     def project(self, columns: jax.Array, start: Factor) -> Factor:
-        """The factor closest to a joint Gaussian (:func:`project`), from the site's columns of P with PᵀP = S, ``(D,
-        d)``.
+        """The factor closest to a joint Gaussian (:func:`project`), from the site's columns ``(D, d)`` of P, PᵀP = S.
 
         :param start: where an iterative projection begins.
         """
@@ -351,8 +349,7 @@ def project(
 
 
 def projected_square(columns: jax.Array, curvature: jax.Array, d: int) -> jax.Array:
-    """‖K_bᵀ ΔS_bb K_b‖², summed over blocks b: the square of a change ΔS of the joint precision, projected onto the
-    guide.
+    """‖K_bᵀ ΔS_bb K_b‖², summed over blocks b: the square of a change ΔS of the joint precision that the guide shows.
 
     To second order a block Σ_b moves by a quarter of it in nats, whatever happens outside of the block.
 

@@ -142,7 +142,7 @@ class KLCurvature:
         return {**params, **unravel(mine + rho * v.step)}, memory
 
     def _mine(self, tree: Params) -> tuple[jax.Array, Any]:
-        """This block's part of a tree shaped like the parameters, raveled, and the way back."""
+        """The block's part of a tree shaped like the parameters, raveled, and the way back."""
         return ravel_pytree({p: tree[p] for p in self.params})
 
     def _product(self, loss_info: LossInfo, params: Params, randomness: Randomness) -> Any:
