@@ -29,7 +29,7 @@ class RuleConstants(NamedTuple):
     #: The same for each latent; it replaces the former beyond eight latents. 0.0025 nats a latent before averaging.
     noise_threshold_per_latent: float = 0.005
     #: τ, nats, where a unit step is exact on no model, so that noise is multiplied from step to step. Measured on one
-    #: random-effects model (docs/design.md).
+    #: random-effects model (docs/step_size_rule.md).
     noise_threshold_inexact: float = 0.01
     #: τ, nats, where the Fisher matrix is sampled: most of that noise lies in directions that damping keeps short.
     noise_threshold_scores: float = 0.5
@@ -40,7 +40,7 @@ class RuleConstants(NamedTuple):
     #: Nats of noise per latent up to which that floor holds, full data: beyond 10 successive guides hardly overlap.
     #: Ablation: without a bound GLMM takes 49 steps instead of 68, and four starts of twenty are lost instead of one.
     floor_noise: float = 10.0
-    #: The same in minibatches, which have optima of their own: one nat per latent is half a nat off (docs/design.md).
+    #: The same in minibatches, which have optima of their own: one nat per latent is half a nat off.
     floor_noise_minibatch: float = 1.0
     #: Antithetic draws from which on steps may have size 1; S/(S + 2) below. A single pair is too few for a curvature.
     full_step_draws: int = 4
@@ -60,7 +60,7 @@ class RuleConstants(NamedTuple):
     recent_steps: int = 3
     recent_factor: float = 1.3
     #: The running mean is corrected for lagging behind by at most this factor. Ablation: no effect on seven posteriors;
-    #: random effects beside parameters of the model need it (docs/design.md).
+    #: random effects beside parameters of the model need it (docs/step_size_rule.md).
     drift_max: float = 10.0
     #: Nats per latent after which the running means count for a single step: the guides hardly overlap. Ablation: GLMM
     #: takes 82 steps instead of 68 without forgetting.
