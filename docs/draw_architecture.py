@@ -4,12 +4,10 @@
 
 ``python docs/draw_architecture.py`` writes the picture; with ``--check`` it fails if the picture is not up to date.
 Rooms are ordered by the number of rooms that they import, directly or not. An arrow leads from a room to one that it
-imports, and is the wider the more imports there are.
+imports.
 """
 
 import argparse
-import collections
-import math
 import pathlib
 import sys
 import textwrap
@@ -24,14 +22,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6
 LEFT, WIDTH, GAP, LINE, TOP, ARC = 12, 430, 20, 17, 14, 30
 CHARACTERS = 62
 
-Imports = collections.Counter[tuple[str, str]]
+Imports = set[tuple[str, str]]
 
 
 def rooms() -> tuple[dict[str, list[str]], Imports]:
-    """The rooms from the highest to the lowest, each with its modules, and the number of imports between them."""
+    """The rooms from the highest to the lowest, each with its modules, and the pairs (room, imported room)."""
     graph = grimp.build_graph(PACKAGE, cache_dir=None)
     modules: dict[str, list[str]] = {}
-    imports: Imports = collections.Counter()
+    imports: Imports = set()
     for module in sorted(graph.modules):
         room, *inside = module.split(".")[1:] or [""]
         if room:
@@ -39,8 +37,7 @@ def rooms() -> tuple[dict[str, list[str]], Imports]:
             modules.setdefault(room, []).extend(["/".join(inside)] if leaf else [])
             for imported in graph.find_modules_directly_imported_by(module):
                 other = (imported.split(".")[1:] or [""])[0]
-                imports[room, other] += other not in ("", room)
-    imports = +imports
+                imports |= {(room, other)} if other not in ("", room) else set()
     return {room: modules[room] for room in sorted(modules, key=lambda r: (-len(_below(r, imports)), r))}, imports
 
 
@@ -67,7 +64,7 @@ def picture() -> str:
     ]
     for room in reversed(order):
         lower = sorted((other for upper, other in imports if upper == room), key=order.index)
-        parts += [_arrow(room, other, imports[room, other], order, boxes) for other in lower]
+        parts += [_arrow(room, other, order, boxes) for other in lower]
     for room, (top, height, lines) in boxes.items():
         parts.append(
             f'<rect x="{LEFT}" y="{top}" width="{WIDTH}" height="{height}" rx="6" fill="#f6f6f6" '
@@ -81,7 +78,7 @@ def picture() -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _arrow(room: str, other: str, count: int, order: list[str], boxes: dict[str, tuple[int, int, list[str]]]) -> str:
+def _arrow(room: str, other: str, order: list[str], boxes: dict[str, tuple[int, int, list[str]]]) -> str:
     """An arc at the right of the boxes: it starts in the lower half of one and ends in the upper half of the other."""
     upper, lower = order.index(room), order.index(other)
     x, reach = LEFT + WIDTH, 8 + ARC * (lower - upper)
@@ -89,9 +86,8 @@ def _arrow(room: str, other: str, count: int, order: list[str], boxes: dict[str,
     end = boxes[other][0] + boxes[other][1] * (0.08 + 0.95 * (lower - upper - 1) / len(order))
     colour = COLOURS[upper]
     bend = f"C {x + 1.33 * reach:.0f} {start:.0f}, {x + 1.33 * reach:.0f} {end:.0f}, {x + 9} {end:.0f}"
-    width = 0.8 + 0.7 * math.log2(count)
     return (
-        f'<path d="M {x} {start:.0f} {bend}" fill="none" stroke="{colour}" stroke-width="{width:.1f}"/>'
+        f'<path d="M {x} {start:.0f} {bend}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
         f'<path d="M {x + 1} {end:.0f} l 10 -5 l 0 10 z" fill="{colour}"/>'
     )
 
