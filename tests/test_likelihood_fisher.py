@@ -180,7 +180,7 @@ def factored(x: Any, y: Any) -> None:
 
 def test_method_of_each_parameter_follows_from_model_and_options():
     """Parameters outside of all sites use the fallback optimizer, as do all where it is given; others Fisher scoring."""
-    y, given = DATA["logistic"], {"point_optimizer": optax.adam(0.1)}
+    y, given = DATA["logistic"], {"fallback_optimizer": optax.adam(0.1)}
     for model, guide, options, method in (
         (latent, AutoNormal(latent), {}, "Fisher of the likelihood"),
         (latent, AutoNormal(latent), given, "none: fallback optimizer"),
