@@ -9,9 +9,9 @@ apart. Seconds are those of the compiled steps. The target is the ELBO of Adam a
 settings: five rates, each constant and with a cosine decay.
 """
 
+import argparse
 import copy
 import itertools
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -184,7 +184,9 @@ def _number(x: float, form: str) -> str:
 
 def main() -> None:
     """Print the table of the named cases, or of all."""
-    chosen = sys.argv[1:] or list(CASES)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.flows", description=__doc__)
+    parser.add_argument("case", nargs="*", help=f"some of: {'; '.join(CASES)}; default: all")
+    chosen = parser.parse_args().case or list(CASES)
     print(f"| {' | '.join(HEADS)} |\n{'| --- ' * len(HEADS)}|", flush=True)
     for name in chosen:
         print(row(name), flush=True)

@@ -9,7 +9,7 @@ The setting that ends best is then run from all three starts, and its final ELBO
 ELBOs (nats) use 400 draws common to all fits, at checkpoints 20 % apart. Seconds are those of the compiled steps.
 """
 
-import sys
+import argparse
 from typing import Any
 
 import jax.numpy as jnp
@@ -108,8 +108,11 @@ def line(name: str, setting: str, adam: Fit, natural: Fit) -> str:
 
 def main() -> None:
     """Print the table of the named cases, or of all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.low_rank", description=__doc__)
+    parser.add_argument("case", nargs="*", help=f"some of: {'; '.join(CASES)}; default: all")
+    chosen = parser.parse_args().case or list(CASES)
     print(f"| {' | '.join(HEADS)} |\n{'| --- ' * len(HEADS)}|", flush=True)
-    for name in sys.argv[1:] or CASES:
+    for name in chosen:
         print(row(name), flush=True)
 
 

@@ -9,6 +9,7 @@ its final ELBO on the training images. Batches of 128 of 1497 images, one partic
 25 steps; seconds are those of the compiled steps.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def row(seed: int, data: vae.Digits) -> str:
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(prog="python -m benchmarks.vae", description=__doc__).parse_args()
     print(f"| {' | '.join(HEADS)} |\n|{' --- |' * len(HEADS)}", flush=True)
     data = vae.digits()
     for seed in range(SEEDS):
