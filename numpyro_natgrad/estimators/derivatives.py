@@ -108,7 +108,9 @@ class _Directions(NamedTuple):
         return _Directions(*(_padded(new, at) for new, at in zip((params, stretches, shifts), self, strict=True)))
 
 
-ProbedLoss = Callable[[_Inputs], tuple[jax.Array, tuple[jax.Array, Any]]]
+LossAndAux = tuple[jax.Array, Any]
+ProbedLoss = Callable[[_Inputs], tuple[jax.Array, LossAndAux]]
+HessianProducts = tuple[Callable[..., Params], Callable[[Params], Params]]
 
 
 def evaluate_loss(fn: Loss, params: Params, request: GradientRequest, particles: float) -> LossInfo:
@@ -144,7 +146,7 @@ def _inputs(params: Params, request: GradientRequest) -> _Inputs:
 def _probed_loss(fn: Loss, request: GradientRequest) -> ProbedLoss:
     """The loss as a function of all its inputs, twice: for the derivative, and to be returned beside it."""
 
-    def probed(inputs: _Inputs) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    def probed(inputs: _Inputs) -> tuple[jax.Array, LossAndAux]:
         params, perturbations, stretches = inputs
         means = {site: params[p] for site, p in request.mean_params.items()}
         with PathGradient(request.density_modes, perturbations, means, stretches):
@@ -154,7 +156,9 @@ def _probed_loss(fn: Loss, request: GradientRequest) -> ProbedLoss:
     return probed
 
 
-def _linearized_gradient(probed: ProbedLoss, inputs: _Inputs, request: GradientRequest) -> tuple[Any, ...]:
+def _linearized_gradient(
+    probed: ProbedLoss, inputs: _Inputs, request: GradientRequest
+) -> tuple[LossAndAux, Params, Params, HessianProducts]:
     """(Loss, aux), the gradients by parameters and by perturbations, and the two kinds of Hessian-vector products."""
     antithetic = request.sites_in(DensityMode.ANTITHETIC)
     directions = _Directions(
@@ -163,7 +167,7 @@ def _linearized_gradient(probed: ProbedLoss, inputs: _Inputs, request: GradientR
         {site: inputs.perturbations[site][1] for site in antithetic},
     )
 
-    def gradients(along: _Directions) -> tuple[tuple[Params, Params], tuple[Any, ...]]:
+    def gradients(along: _Directions) -> tuple[tuple[Params, Params], tuple[LossAndAux, Params, Params]]:
         shifted = {site: jnp.stack([inputs.perturbations[site][0], x]) for site, x in along.shifts.items()}
         loss = lambda x: probed(_Inputs(x[0], x[1], along.stretches))
         at = {**inputs.params, **along.params}, {**inputs.perturbations, **shifted}
@@ -178,7 +182,7 @@ def _linearized_gradient(probed: ProbedLoss, inputs: _Inputs, request: GradientR
     return *found, _hessian_products(linear, directions)
 
 
-def _hessian_products(linear: Callable, at: _Directions) -> tuple[Callable[..., Params], Callable[[Params], Params]]:
+def _hessian_products(linear: Callable, at: _Directions) -> HessianProducts:
     def hessian_product(tangents: Params, stretches: Params | None = None) -> Params:
         return linear(at.padded(tangents, stretches or {}, {}))[0]
 

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 #: λ of the ridge, in draws: the weight of the present Gaussian against the draws. It keeps the least-squares problem
-#: well posed in directions that no draw has, and costs 0.2/n of the way to the fit of n draws, 2 % at eight draws.
-#: Measured: 20 takes 29, 44, 22, 26, 40 steps to 0.1 nats instead of 17, 17, 11, 9, 29 (docs/ablation.md).
+#: well posed in directions that no draw has, and costs 0.2/n of the way to the fit of n draws, 2 % at eight draws. On
+#: eight schools and 60 counts, full and mean field, 0.02 and 2 take 0.6 to 1.7 times the steps.
+#: Measured: 20 takes 29, 44, 22, 26, 40 steps to 0.1 nats instead of 17, 17, 11, 9, 29 (docs/benchmarks/ablation.md).
 RIDGE = 0.2
 #: Largest share of one draw in all influence so far: ‖e‖²(1 + ‖x‖²) beyond ``OUTLIER`` · n · (its mean) is winsorized
 #: (Huber 1964). A mean truncated at the root of n times the second moment has no heavy tail, and its bias vanishes as
-#: n grows (Catoni 2012). Without it all five fits of docs/ablation.md that use regression end 27 to 9e5 nats off.
+#: n grows (Catoni 2012). Without it all five regression fits of docs/benchmarks/ablation.md end 27 to 9e5 nats off.
 OUTLIER = 0.25
 #: Remembered draws whose mean square exceeds this multiple of its expectation (their dimension) lose weight with the
 #: square of the ratio. The multiple leaves room for chance: n draws of d dimensions scatter by √(2/(nd)), 0.16 for 8
@@ -88,7 +89,7 @@ def frame_change_weight(kl: jax.Array, spread: jax.Array) -> jax.Array:
     Here all draws share one weight. 1/(1 + κ) has the slope of exp(−κ) at κ = 0, and a longer tail, because a
     regression is exact for a quadratic f wherever the draws are: old draws lose relevance, not validity.
     Without the factor kidiq takes 187 steps to 0.1 nats instead of 17, arK 72 instead of 11, mesquite 87 instead of 29,
-    eight schools 13 instead of 17 (docs/ablation.md).
+    eight schools 13 instead of 17 (docs/benchmarks/ablation.md).
 
     :param kl: KL(q₊ ‖ q), nats.
     :param spread: :data:`SPREAD` times the expected mean square of draws, over that of these draws in the new frame.

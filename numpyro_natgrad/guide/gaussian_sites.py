@@ -177,7 +177,7 @@ class GaussianParameterization(Protocol[Factor]):
 
 
 class GaussianSite(NamedTuple):
-    """A guide site whose mean and covariance arguments *are* parameters.
+    """A guide site whose mean and covariance arguments *are* parameters: a :class:`GaussianParameterization`.
 
     :ivar family: the name of the distribution's class.
     :ivar loc: the mean parameter.
@@ -208,16 +208,13 @@ class GaussianSite(NamedTuple):
 
     @property
     def block_size(self) -> int:
-        """Dimensions that vary together."""
         return 1 if self.form.diagonal else self.shape[-1]
 
     @property
     def full_covariance(self) -> bool:
-        """Whether the family is that of all Gaussians."""
         return not self.form.diagonal and len(self.shape) == 1
 
     def report_rows(self, how: str) -> list[tuple[str, str, str, str, str]]:
-        """The report's rows."""
         shape = "×".join(map(str, self.shape))
         return [
             (self.loc, self.name, self.family, how, shape),
@@ -225,11 +222,9 @@ class GaussianSite(NamedTuple):
         ]
 
     def read(self, params: Params) -> tuple[jax.Array, jax.Array]:
-        """m and K at unconstrained parameters."""
         return params[self.loc].reshape(self.shape), self.covariance_factor(params)
 
     def covariance_factor(self, params: Params) -> jax.Array:
-        """K, from the covariance parameter."""
         k = self.form.forward(self.transform(params[self.scale]))
         return k.reshape(self.shape if self.form.diagonal else (*self.shape, self.shape[-1]))
 
@@ -239,7 +234,6 @@ class GaussianSite(NamedTuple):
         return jnp.asarray(value, factor.dtype)
 
     def write(self, params: Params, loc: jax.Array, factor: jax.Array) -> Params:
-        """The parameters with this site's mean and covariance replaced."""
         old = params[self.loc], params[self.scale]
         return {
             **params,
@@ -248,14 +242,12 @@ class GaussianSite(NamedTuple):
         }
 
     def cholesky(self, params: Params) -> jax.Array:
-        """K as lower triangular matrices, ``(batch, d, d)``."""
         factor = self.covariance_factor(params)
         if self.form.diagonal:
             return jnp.diag(factor.ravel())[None]
         return factor.reshape(-1, *factor.shape[-2:])
 
     def project(self, columns: jax.Array, start: jax.Array) -> jax.Array:
-        """The K closest to a joint Gaussian, from the site's columns of P with PᵀP = S: see :func:`project`."""
         if self.form.diagonal:
             return (1 / jnp.sqrt(jnp.sum(columns**2, axis=0))).reshape(self.shape)
         return conditional_factors(columns, self.shape[-1]).reshape(*self.shape, self.shape[-1])

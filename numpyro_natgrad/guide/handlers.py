@@ -41,7 +41,8 @@ from numpyro_natgrad.distributions.surrogate import (
 from numpyro_natgrad.distributions.wrappers import base_distribution, map_base, with_broadcast_loc, without_flow_inverse
 from numpyro_natgrad.options import StructureError
 
-Loss = Callable[[dict[str, Any]], tuple[jax.Array, Any]]
+Params = dict[str, Any]
+Loss = Callable[[Params], tuple[jax.Array, Any]]
 #: A message of NumPyro's effect handlers, :data:`numpyro.primitives.Message`.
 Message = dict[str, Any]
 
@@ -97,7 +98,7 @@ def per_particle(copies: jax.Array, key: jax.Array) -> jax.Array:
         return jnp.zeros((), int)
 
     @index.def_vmap
-    def _(size: int, batched: Any, key: jax.Array) -> tuple[jax.Array, bool]:
+    def _(size: int, batched: list[bool], key: jax.Array) -> tuple[jax.Array, bool]:
         # A batch of another size is one of chains or seeds, not of particles.
         return (jnp.arange(size) if size == len(copies) else jnp.zeros(size, int)), True
 
@@ -114,7 +115,7 @@ def antithetic_key(key: jax.Array) -> jax.Array:
 
 
 @antithetic_key.def_vmap
-def _(size: int, batched: Any, keys: jax.Array) -> tuple[jax.Array, bool]:
+def _(size: int, batched: list[bool], keys: jax.Array) -> tuple[jax.Array, bool]:
     half = size // 2
     return jnp.concatenate([keys[:half], keys[:half], keys[2 * half :]]), True
 
@@ -251,7 +252,9 @@ class Assigned(dist.Distribution):
         return self.density
 
 
-def log_ratios(guide: Any, key: jax.Array, old: Any, new: Any, args: Any, kwargs: Any) -> jax.Array:
+def log_ratios(
+    guide: Callable, key: jax.Array, old: Params, new: Params, args: tuple[Any, ...], kwargs: Params
+) -> jax.Array:
     """log q_old(z) − log q_new(z) at one draw z of q_old, nats; KL itself at sites where NumPyro knows it."""
     drawn = trace(seed(substitute(guide, data=old), key)).get_trace(*args, **kwargs)
     again = trace(seed(substitute(replay(guide, drawn), data=new), key)).get_trace(*args, **kwargs)

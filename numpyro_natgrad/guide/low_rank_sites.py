@@ -68,16 +68,13 @@ class LowRankSite(NamedTuple):
 
     @property
     def block_size(self) -> int:
-        """Dimensions that vary together."""
         return self.shape[-1]
 
     @property
     def full_covariance(self) -> bool:
-        """Whether the family is that of all Gaussians of its dimension."""
         return False
 
     def report_rows(self, how: str) -> list[tuple[str, str, str, str, str]]:
-        """The report's rows."""
         shape, kind = "×".join(map(str, self.shape)), "LowRankMultivariateNormal"
         names = (kind, f"{kind} (cov_factor)", f"{kind} (cov_diag)")
         sizes = (shape, f"{shape}×{self.rank}", shape)
@@ -96,7 +93,6 @@ class LowRankSite(NamedTuple):
         return x ** (b / 2), factor * x[..., None] ** (a - b / 2)
 
     def write(self, params: Params, loc: jax.Array, covariance: LowRankFactor) -> Params:
-        """The parameters with this site's replaced."""
         new = {self.loc: loc, **self._arguments(*covariance)}
         mine = {p: x.reshape(jnp.shape(params[p])).astype(params[p].dtype) for p, x in new.items()}
         return {**params, **mine}
@@ -108,18 +104,15 @@ class LowRankSite(NamedTuple):
         return {self.factor: factor * x[..., None] ** (b / 2 - a), self.scale: jnp.asarray(value, scale.dtype)}
 
     def cholesky(self, params: Params) -> jax.Array:
-        """K lower triangular with KKᵀ = Σ, ``(batch, d, d)``."""
         scale, factor = self.covariance_factor(params)
         eye = jnp.broadcast_to(jnp.eye(scale.shape[-1], dtype=scale.dtype), (*scale.shape, scale.shape[-1]))
         return scale[..., None] * lower_factor(jnp.concatenate([eye, factor], axis=-1))
 
     def project(self, columns: jax.Array, start: LowRankFactor) -> LowRankFactor:
-        """The s and W closest to a joint Gaussian, from the site's columns of P with PᵀP = S."""
         dense = conditional_factors(columns, self.shape[-1])
         return jax.vmap(low_rank_gaussian.project)(dense, *start)
 
     def kl(self, before: LowRankFactor, after: LowRankFactor, shift: jax.Array) -> jax.Array:
-        """KL(N(m, Σ) ‖ N(m + shift, Σ₊)) in nats."""
         (s, w), (s_new, w_new) = before, after
         return jnp.sum(jax.vmap(low_rank_gaussian.forward_kl)(w, w_new, s_new / s, shift.reshape(s.shape) / s))
 

@@ -37,6 +37,8 @@ _AFFINE = _SHAPE_ONLY | {
 _BILINEAR = {"mul", "dot_general", "div", "select_n"}
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
+Atom = core.Var | core.Literal
+
 
 class LabelKind(StrEnum):
     """What a tagged value is."""
@@ -145,7 +147,7 @@ class TaggedValue(NamedTuple):
 Tags = dict[Label, TaggedValue]
 
 
-def tag(label: Label, value: Any) -> Any:
+def tag(label: Label, value: jax.Array) -> jax.Array:
     """Mark ``value`` (an array) with a label that survives tracing, batching and scanning."""
     return checkpoint_name(value, label.encode())
 
@@ -162,10 +164,10 @@ def origins(fn: Callable, *args: Any) -> tuple[Origin, Tags]:
     return outputs[0], tags
 
 
-def _walk(jaxpr: Any, inputs: Sequence[Origin], tags: Tags, repeats: int) -> list[Origin]:
+def _walk(jaxpr: core.Jaxpr, inputs: Sequence[Origin], tags: Tags, repeats: int) -> list[Origin]:
     known = dict(zip(jaxpr.invars, inputs, strict=True))
 
-    def past(atom: Any) -> Origin:
+    def past(atom: Atom) -> Origin:
         return Origin() if isinstance(atom, core.Literal) else known.get(atom, Origin())
 
     for eqn in jaxpr.eqns:
@@ -174,7 +176,7 @@ def _walk(jaxpr: Any, inputs: Sequence[Origin], tags: Tags, repeats: int) -> lis
     return [past(v) for v in jaxpr.outvars]
 
 
-def _equation(eqn: Any, inputs: list[Origin], tags: Tags, repeats: int) -> list[Origin]:
+def _equation(eqn: core.JaxprEqn, inputs: list[Origin], tags: Tags, repeats: int) -> list[Origin]:
     kind = eqn.primitive.name
     label = Label.decode(eqn.params["name"]) if kind == "name" else None
     if label:
@@ -191,15 +193,15 @@ def _equation(eqn: Any, inputs: list[Origin], tags: Tags, repeats: int) -> list[
     return [merged] * len(eqn.outvars)
 
 
-def _tagged(label: Label, past: Origin, out: Any, tags: Tags, repeats: int) -> Origin:
+def _tagged(label: Label, past: Origin, out: core.Var, tags: Tags, repeats: int) -> Origin:
     before = tags[label].sizes if label in tags else {}
-    tags[label] = TaggedValue(past, {**before, id(out): math.prod(out.aval.shape) * repeats}, repeats > 1)
+    tags[label] = TaggedValue(past, {**before, id(out): math.prod(_shape(out)) * repeats}, repeats > 1)
     if not label.kind.is_source:
         return past
     return Origin(frozenset([label]), {label: 1}, int(label.kind == LabelKind.DENSITY))
 
 
-def _scan(eqn: Any, inputs: list[Origin], tags: Tags, repeats: int) -> list[Origin]:
+def _scan(eqn: core.JaxprEqn, inputs: list[Origin], tags: Tags, repeats: int) -> list[Origin]:
     body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
     carry = _unstacked(eqn.outvars, body.outvars)
     consts = _unstacked(eqn.invars, body.invars) - carry
@@ -213,9 +215,13 @@ def _scan(eqn: Any, inputs: list[Origin], tags: Tags, repeats: int) -> list[Orig
     return outputs
 
 
-def _unstacked(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+def _unstacked(outer: Sequence[Atom], inner: Sequence[Atom]) -> int:
     """How many operands of a scan are not sliced along its axis: constants and carried values, which come first."""
-    return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))
+    return sum(len(_shape(a)) == len(_shape(b)) for a, b in zip(outer, inner, strict=True))
+
+
+def _shape(atom: Atom) -> tuple[int, ...]:
+    return getattr(atom.aval, "shape", ())
 
 
 def _union(inputs: list[Origin]) -> frozenset[Label]:
@@ -226,7 +232,7 @@ def _join(a: Origin, b: Origin) -> Origin:
     return Origin(a.sources | b.sources, a.powers if a.powers == b.powers else None, max(a.degree, b.degree))
 
 
-def _powers(eqn: Any, inputs: list[Origin]) -> Mapping[Label, int] | None:
+def _powers(eqn: core.JaxprEqn, inputs: list[Origin]) -> Mapping[Label, int] | None:
     kind, first = eqn.primitive.name, inputs[0].powers if inputs else None
     if first is None:
         return None

@@ -36,6 +36,7 @@ from numpyro_natgrad.guide.handlers import (
     Assigned,
     Loss,
     Message,
+    Params,
     is_enumerated,
     is_guide_site,
     is_summed,
@@ -145,7 +146,7 @@ class LossTrace(NamedTuple):
     scanned: frozenset[str]
 
 
-def trace_loss(fn: Loss, params: dict[str, Any]) -> LossTrace:
+def trace_loss(fn: Loss, params: Params) -> LossTrace:
     """Trace the loss, without running it, and say what stands in it.
 
     A loss that integrates a site's KL itself is traced once more with that KL hidden from it: the parameters' effect
@@ -182,11 +183,11 @@ def trace_loss(fn: Loss, params: dict[str, Any]) -> LossTrace:
 
 
 def _traced(
-    fn: Loss, params: dict[str, Any], *, opaque: bool, enumerated: frozenset[str] = frozenset()
+    fn: Loss, params: Params, *, opaque: bool, enumerated: frozenset[str] = frozenset()
 ) -> tuple["TraceHandler", Origin, Tags]:
     handler = TraceHandler(frozenset(params), opaque=opaque, enumerated=enumerated)
 
-    def loss(values: dict[str, Any]) -> jax.Array:
+    def loss(values: Params) -> jax.Array:
         with handler:
             return fn(values)[0]
 
