@@ -105,12 +105,17 @@ class RuleConstants(NamedTuple):
     kept_draws: int = 1_000_000
 
     # ---- Stein regression (:mod:`.stein_regression`) -----------------------------------------------------------------
-    #: Ridge, in draws. Ablation: a hundred times as much costs twice the steps.
+    #: Ridge λ, in draws: the weight of the present Gaussian against them. It keeps the regression well posed in
+    #: directions without draws, and holds back 0.2/n of the way to the fit of n draws. Eight schools and 60 counts,
+    #: full and mean field, take 0.6 to 1.7 times the steps with 0.02, 1 to 1.7 times with 2. Ablation: a hundred times
+    #: as much costs twice the steps.
     ridge: float = 0.2
-    #: A draw's influence is truncated at this fraction of all influence so far (Catoni 2012). Ablation: needed in all
-    #: five columns with a regression.
+    #: A draw's influence ‖e‖²(1 + ‖x‖²) is truncated at this fraction of all influence so far: a mean truncated at the
+    #: root of n times the second moment has no heavy tail, and its bias vanishes with n (Catoni 2012). Ablation: all
+    #: five fits with a regression end 27 to 9e5 nats off without it.
     influence_max: float = 0.25
-    #: Remembered draws with a mean square beyond this multiple of their dimension lose weight.
+    #: Remembered draws whose mean square exceeds this multiple of its expectation, their dimension d, lose weight. By
+    #: chance that of n draws scatters by √(2/nd): 0.16 for eight draws of ten dimensions.
     spread_max: float = 1.5
 
     # ---- Probes and products -----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.estimators import stein_regression
 from numpyro_natgrad.guide.handlers import DensityMode, PathGradient
+from numpyro_natgrad.options import CONSTANTS
 
 D, DRAWS = 5, 12
 
@@ -70,7 +71,7 @@ def test_regression_sums_change_frame_exactly(x64, seed):
     moved = stein_regression.change_frame(sums, far, wide)
     # The same draws summed in the new frame, with the weights that they were given in the old one.
     influence = jnp.sum((gradients @ factor - x) ** 2, 1) * (1 + jnp.sum(x**2, 1))
-    bound = jnp.maximum(stein_regression.OUTLIER * DRAWS * jnp.median(influence), 1.0)
+    bound = jnp.maximum(CONSTANTS.influence_max * DRAWS * jnp.median(influence), 1.0)
     weight = jnp.sqrt(jnp.minimum(1.0, bound / influence))[:, None]
     y = jax.scipy.linalg.solve_triangular(wide, (z - far).T, lower=True).T
     g, share = gradients @ wide, moved.weight / sums.weight

@@ -18,19 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-#: λ of the ridge, in draws: the weight of the present Gaussian against the draws. It keeps the least-squares problem
-#: well posed in directions that no draw has, and costs 0.2/n of the way to the fit of n draws, 2 % at eight draws. On
-#: eight schools and 60 counts, full and mean field, 0.02 and 2 take 0.6 to 1.7 times the steps.
-#: Measured: 20 takes 29, 44, 22, 26, 40 steps to 0.1 nats instead of 17, 17, 11, 9, 29 (docs/benchmarks/ablation.md).
-RIDGE = 0.2
-#: Largest share of one draw in all influence so far: ‖e‖²(1 + ‖x‖²) beyond ``OUTLIER`` · n · (its mean) is winsorized
-#: (Huber 1964). A mean truncated at the root of n times the second moment has no heavy tail, and its bias vanishes as
-#: n grows (Catoni 2012). Without it all five regression fits of docs/benchmarks/ablation.md end 27 to 9e5 nats off.
-OUTLIER = 0.25
-#: Remembered draws whose mean square exceeds this multiple of its expectation (their dimension) lose weight with the
-#: square of the ratio. The multiple leaves room for chance: n draws of d dimensions scatter by √(2/(nd)), 0.16 for 8
-#: draws of 10 dimensions.
-SPREAD = 1.5
+from numpyro_natgrad.options import CONSTANTS, RuleConstants
 
 
 class RegressionSums(NamedTuple):
@@ -61,7 +49,9 @@ def empty_sums(n: int, dtype: jnp.dtype) -> RegressionSums:
     return RegressionSums(*(jnp.zeros(shape, dtype) for shape in shapes))
 
 
-def change_frame(sums: RegressionSums, loc: jax.Array, factor: jax.Array) -> RegressionSums:
+def change_frame(
+    sums: RegressionSums, loc: jax.Array, factor: jax.Array, constants: RuleConstants = CONSTANTS
+) -> RegressionSums:
     """The sums in the frame x' = C'⁻¹(z − m') = R (x − δ), g' = R⁻ᵀg, with R = C'⁻¹C and δ = C⁻¹(m' − m).
 
     Draws lose weight (:func:`frame_change_weight`) with the KL divergence between the two Gaussians.
@@ -74,7 +64,9 @@ def change_frame(sums: RegressionSums, loc: jax.Array, factor: jax.Array) -> Reg
     shift = _solve(old, jnp.where(sums.weight > 0, loc - sums.loc, 0.0))
     affine = jnp.eye(loc.size + 1, dtype=loc.dtype).at[1:].set(jnp.column_stack([-ratio @ shift, ratio]))
     gram, cross = affine @ sums.gram @ affine.T, inverse.T @ sums.cross @ affine.T
-    spread = SPREAD * loc.size * sums.weight / jnp.maximum(jnp.trace(gram[1:, 1:]), jnp.finfo(gram.dtype).tiny)
+    spread = (
+        constants.spread_max * loc.size * sums.weight / jnp.maximum(jnp.trace(gram[1:, 1:]), jnp.finfo(gram.dtype).tiny)
+    )
     kl = 0.5 * (jnp.sum(inverse**2) - loc.size - 2 * jnp.sum(jnp.log(jnp.diagonal(inverse))) + jnp.sum(shift**2))
     weight = frame_change_weight(kl, spread)
     # All draws are forgotten where the new frame is so far away that the sums are not finite there.
@@ -92,12 +84,14 @@ def frame_change_weight(kl: jax.Array, spread: jax.Array) -> jax.Array:
     eight schools 13 instead of 17 (docs/benchmarks/ablation.md).
 
     :param kl: KL(q₊ ‖ q), nats.
-    :param spread: :data:`SPREAD` times the expected mean square of draws, over that of these draws in the new frame.
+    :param spread: ``spread_max`` times the expected mean square of draws, over that of these draws in the new frame.
     """
     return jnp.minimum(spread, 1.0) ** 2 / (1 + kl)
 
 
-def add_draws(sums: RegressionSums, x: jax.Array, g: jax.Array, precision: jax.Array) -> RegressionSums:
+def add_draws(
+    sums: RegressionSums, x: jax.Array, g: jax.Array, precision: jax.Array, constants: RuleConstants = CONSTANTS
+) -> RegressionSums:
     """The sums with more draws, those of too large an influence ‖e‖²(1 + ‖x‖²) winsorized.
 
     In the bound the median of the new draws stands for them, which their own outliers cannot raise.
@@ -110,7 +104,7 @@ def add_draws(sums: RegressionSums, x: jax.Array, g: jax.Array, precision: jax.A
     square = lambda rows: jnp.sum(rows**2, axis=1)
     influence = square(g - x @ precision) * (1 + square(x))
     total = sums.weight * sums.influence
-    bound = jnp.maximum(OUTLIER * (total + len(x) * jnp.median(influence)), 1.0)
+    bound = jnp.maximum(constants.influence_max * (total + len(x) * jnp.median(influence)), 1.0)
     weight = jnp.sqrt(jnp.minimum(1.0, bound / jnp.maximum(influence, bound)))[:, None]
     u = jnp.column_stack([jnp.ones_like(weight), x])
     return sums._replace(
@@ -134,7 +128,9 @@ def forget(sums: RegressionSums, new: int, d: int) -> RegressionSums:
     return sums._replace(gram=kept * sums.gram, cross=kept * sums.cross)
 
 
-def fit(sums: RegressionSums, precision: jax.Array) -> tuple[jax.Array, jax.Array]:
+def fit(
+    sums: RegressionSums, precision: jax.Array, constants: RuleConstants = CONSTANTS
+) -> tuple[jax.Array, jax.Array]:
     """b ``(d,)`` and Δ ``(d, d)``, symmetric: the slope and the curvature beyond the precision P of the Gaussian.
 
     What the Gaussian does not explain of the gradients is fitted, so that directions without draws stay as they are:
@@ -145,7 +141,7 @@ def fit(sums: RegressionSums, precision: jax.Array) -> tuple[jax.Array, jax.Arra
     ΔG + GΔ + 2λΔ = E + Eᵀ are solved entry by entry. Because Δ is symmetric, fewer draws than dimensions suffice to
     learn something of all of it.
     """
-    n, s = sums.weight + RIDGE, sums.gram[1:, 0]
+    n, s = sums.weight + constants.ridge, sums.gram[1:, 0]
     missing = sums.cross - precision @ sums.gram[1:]
     slope = missing[:, 0]
     gram = sums.gram[1:, 1:] - jnp.outer(s, s) / n
@@ -154,7 +150,7 @@ def fit(sums: RegressionSums, precision: jax.Array) -> tuple[jax.Array, jax.Arra
     values, vectors = jnp.linalg.eigh(jnp.where(jnp.all(jnp.isfinite(gram)), gram, 0.0))
     values = jnp.maximum(values, 0.0)
     rotated = vectors.T @ cross @ vectors
-    entries = (rotated + rotated.T) / (values[:, None] + values + 2 * RIDGE)
+    entries = (rotated + rotated.T) / (values[:, None] + values + 2 * constants.ridge)
     curvature = vectors @ entries @ vectors.T
     return (slope - curvature @ s) / n, curvature
 
