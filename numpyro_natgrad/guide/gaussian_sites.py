@@ -18,10 +18,9 @@ from numpyro import distributions as dist
 from numpyro.distributions import transforms
 
 from numpyro_natgrad.distributions.gaussian import inverse_lower, lower_factor
+from numpyro_natgrad.guide.handlers import Params as Params
 from numpyro_natgrad.guide.provenance import Origin
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace
-
-Params = dict[str, Any]
 
 
 class CovarianceForm(NamedTuple):
@@ -31,6 +30,13 @@ class CovarianceForm(NamedTuple):
         in a diagonal form.
     :ivar inverse: ``K -> argument``.
     :ivar diagonal: whether K is a vector of standard deviations.
+
+    .. doctest::
+
+        >>> from numpyro_natgrad import CovarianceForm
+        >>> variance = CovarianceForm(forward=lambda v: v**0.5, inverse=lambda k: k**2, diagonal=True)
+        >>> variance.forward(4.0), variance.inverse(2.0)
+        (2.0, 4.0)
     """
 
     forward: Callable[[jax.Array], jax.Array]
@@ -57,13 +63,15 @@ SCALE_TRIL = CovarianceForm(jnp.tril, lambda k: k)
 COVARIANCE = CovarianceForm(jnp.linalg.cholesky, _gram)
 PRECISION = CovarianceForm(_factor_of_inverse, _inverse_gram)
 
+#: For each class its mean argument and its forms.
 _REGISTRY: dict[type, tuple[str, Mapping[str, CovarianceForm]]] = {}
 
 
 def register_gaussian(cls: type[dist.Distribution], *, loc: str = "loc", forms: Mapping[str, CovarianceForm]) -> None:
     """Say how a Gaussian distribution class is parameterized, so that its sites move in natural parameters.
 
-    The step is then exact on conjugate models (Khan & Rue 2023, section 5.1), whatever the parameterization.
+    The step is then exact on conjugate models whatever the parameterization (Khan & Rue 2023, "The Bayesian learning
+    rule").
 
     :param type cls: the distribution class; subclasses are not included.
     :param str loc: the name of its mean argument, of shape ``(*batch, d)`` or ``(*batch,)``.
@@ -112,68 +120,54 @@ class GaussianParameterization(Protocol[Factor]):
     @property
     def loc(self) -> str:
         """The mean parameter."""
-        ...
 
     @property
     def params(self) -> tuple[str, ...]:
         """All parameters of the site."""
-        ...
 
     @property
     def shape(self) -> tuple[int, ...]:
         """``(*batch, d)``: shape of a draw."""
-        ...
 
     @property
     def size(self) -> int:
         """Numbers in a draw."""
-        ...
 
     @property
     def analytic(self) -> bool:
         """Whether the loss integrates the site itself."""
-        ...
 
     @property
     def block_size(self) -> int:
         """Dimensions that vary together."""
-        ...
 
     @property
     def full_covariance(self) -> bool:
         """Whether the family is that of all Gaussians of its dimension."""
-        ...
 
     def report_rows(self, how: str) -> list[tuple[str, str, str, str, str]]:
         """The report's rows."""
-        ...
 
     def read(self, params: Params) -> tuple[jax.Array, Factor]:
         """m and the factor at unconstrained parameters."""
-        ...
 
     def covariance_factor(self, params: Params) -> Factor:
         """The factor at unconstrained parameters."""
-        ...
 
     def write(self, params: Params, loc: jax.Array, factor: Factor) -> Params:
         """The parameters with this site's mean and covariance replaced."""
-        ...
 
     def cholesky(self, params: Params) -> jax.Array:
         """K as lower triangular matrices, ``(batch, d, d)``."""
-        ...
 
     def project(self, columns: jax.Array, start: Factor) -> Factor:
         """The factor closest to a joint Gaussian (:func:`project`), from the site's columns ``(D, d)`` of P, PᵀP = S.
 
         :param start: where an iterative projection begins.
         """
-        ...
 
     def kl(self, before: Factor, after: Factor, shift: jax.Array) -> jax.Array:
         """KL(N(m, before) ‖ N(m + shift, after)), nats."""
-        ...
 
 
 class GaussianSite(NamedTuple):
