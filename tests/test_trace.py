@@ -196,6 +196,18 @@ def test_sources_are_all_parameters_a_value_depends_on():
     assert gathered.copy_of is None
 
 
+@pytest.mark.parametrize("name", ["a", "a:b", "outer/a", "numpyro_natgrad:a"])
+@pytest.mark.parametrize("kind", LabelKind)
+def test_label_is_read_back_from_its_string_whatever_the_name(kind, name):
+    for label in (Label(kind, name), Label(kind, name, "scale_tril")):
+        assert Label.decode(label.encode()) == label
+
+
+def test_checkpoint_names_of_others_are_no_labels():
+    assert Label.decode("residual") is None
+    assert Label.decode("numpyro_natgrad_of_others:param::a") is None
+
+
 DEGREES = {
     "constant": (lambda p, q: 1.0 + 0 * jnp.ones(()), 0),
     "sum": (lambda p, q: (2 * p - q + 1).sum(), 1),
