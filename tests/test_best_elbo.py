@@ -131,6 +131,7 @@ def test_default_options_reach_the_best_elbo_of_the_guide(name, x64, monkeypatch
 # --- NumPyro's own example ---
 
 
+@pytest.mark.slow
 def test_beta_bernoulli_example_of_svi_reaches_the_exact_posterior():
     """The model is that of ``SVI``'s docstring; its posterior is Beta(10 + 6, 10 + 4)."""
 
