@@ -129,7 +129,7 @@ def test_fisher_operator_differentiates_loops_in_forward_mode():
 def test_kl_of_a_flow_without_inverse_raises():
     svi, state = started(model, AutoBNAFNormal(model, num_flows=1, hidden_factors=[2]))
     with pytest.raises(StructureError, match="`_auto_latent`.*without an inverse"):
-        kl(svi, state, svi.update(state)[0])
+        kl(svi, state, jax.jit(svi.update)(state)[0])
 
 
 GUIDES: dict[str, Callable] = {"AutoNormal": AutoNormal, "AutoMultivariateNormal": AutoMultivariateNormal}
@@ -139,7 +139,7 @@ GUIDES: dict[str, Callable] = {"AutoNormal": AutoNormal, "AutoMultivariateNormal
 def test_kl_between_two_states_equals_dense_algebra(name, dtype):
     """Of the Gaussians that the states stand for, by NumPyro's formula, and of a state to itself."""
     svi, state = started(model, GUIDES[name](model), optax.sgd(0.03))
-    new = svi.update(state)[0]
+    new = jax.jit(svi.update)(state)[0]
     forth = kl(svi, state, new)
 
     def gaussian(at: Any) -> Any:

@@ -75,9 +75,9 @@ def test_scaled_likelihood_is_treated_as_a_minibatch(weight):
 def test_conjugate_step_on_a_minibatch_is_exact_for_its_replicated_data(x64):
     y = np.random.default_rng(1).poisson(3.0, 30)
     svi = SVI(counted, gamma, NaturalGradient(1.0, max_kl=None), Trace_ELBO(4))
-    state = svi.init(random.key(0), jnp.asarray(y[:10]))
+    state, update = svi.init(random.key(0), jnp.asarray(y[:10])), jax.jit(svi.update)
     for batch in (y[:10], y[10:]):
-        state, _ = svi.update(state, jnp.asarray(batch))
+        state, _ = update(state, jnp.asarray(batch))
         params = svi.get_params(state)
         np.testing.assert_allclose(params["a"], 2 + N / len(batch) * batch.sum(), rtol=1e-8)
         np.testing.assert_allclose(params["b"], 1 + N, rtol=1e-8)

@@ -139,7 +139,7 @@ def shortfall(center: float, noise: float) -> float:
     return log_likelihood(SEEN.mean(), SEEN.var()) - log_likelihood(center, 1 + noise**2)
 
 
-@pytest.mark.parametrize("dtype", tiers(("float32", "float64"), "float32"), indirect=True)
+@pytest.mark.slow
 def test_model_parameters_reach_the_maximum_marginal_likelihood(dtype):
     """The guide is exact, so that the maximum of the ELBO is that of the likelihood. The fit starts 50 nats below."""
     svi = SVI(random_effects, AutoNormal(random_effects), NaturalGradient(), Trace_ELBO(8))
