@@ -6,6 +6,7 @@ Nearly all of the time goes into compiling programs that run for milliseconds. S
 ``XLA_FLAGS`` is set, and the workers of a run share a compilation cache, unless ``JAX_COMPILATION_CACHE_DIR`` is set.
 """
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -31,6 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_programs():
+    """The programs of a file are released at its end: all together would take several gigabytes a worker."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(params=["float32", "float64"])
