@@ -14,11 +14,10 @@ from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from numpyro.infer.util import potential_energy
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.blocks.gaussian import joint
-from numpyro_natgrad.blocks.gaussian.antithetic import parts
+from numpyro_natgrad.blocks.gaussian.curvature import group_count
 from numpyro_natgrad.blocks.partition import partition_parameters
 from numpyro_natgrad.estimators.derivatives import evaluate_loss
-from numpyro_natgrad.options import checked
+from numpyro_natgrad.options import CONSTANTS, checked
 
 #: Latents of the model: two groups of pairs share 17 and 16 directions.
 SIZES = {"a": 25, "b": 8}
@@ -51,14 +50,10 @@ def _evaluated(guide, particles):
     @jax.jit
     def learned(factor):
         loss_info = evaluate_loss(fn, params, partition.request, particles)
-        draws = joint.particles(loss_info, block.sites)[0]
-        return draws, *block._learned(loss_info, params, _mean(block, params), factor)
+        products = block.curvature.whitened_hessian(block.latents, loss_info, block.latents.loc(params), factor)
+        return block.latents.draws(loss_info)[0], *products
 
     return block, params, learned
-
-
-def _mean(block, params):
-    return jnp.concatenate([params[s.loc].ravel() for s in block.sites])
 
 
 def _potential(z):
@@ -70,9 +65,9 @@ def _potential(z):
 @pytest.mark.parametrize("particles", [4, 9])
 def test_each_column_uses_the_mean_hessian_of_its_group_of_pairs(x64, guide, particles):
     block, params, learned = _evaluated(guide, particles)
-    loc, factor = _mean(block, params), jnp.tril(random.normal(random.key(1), (D, D)))
+    loc, factor = block.latents.loc(params), jnp.tril(random.normal(random.key(1), (D, D)))
     draws, curvature, correction = learned(factor)
-    hessians, groups = jax.jit(jax.vmap(jax.hessian(_potential)))(draws), parts(D, particles)
+    hessians, groups = jax.jit(jax.vmap(jax.hessian(_potential)))(draws), group_count(D, particles, CONSTANTS)
     assert groups == 2
     group = np.arange(particles) % (particles // 2) % groups
     for i in range(D):
@@ -86,7 +81,7 @@ def test_each_column_uses_the_mean_hessian_of_its_group_of_pairs(x64, guide, par
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
 def test_draws_are_antithetic_pairs(guide, particles):
     block, params, learned = _evaluated(guide, particles)
-    offsets, half = learned(jnp.eye(D))[0] - _mean(block, params), particles // 2
+    offsets, half = learned(jnp.eye(D))[0] - block.latents.loc(params), particles // 2
     np.testing.assert_allclose(offsets[:half], -offsets[half : 2 * half], rtol=1e-5, atol=1e-6)
     apart = offsets[:, None] - offsets
     assert float(jnp.min(jnp.abs(apart).max(-1) + jnp.eye(particles))) > 1e-3
@@ -126,4 +121,4 @@ def test_full_step_with_antithetic_draws_is_exact_for_a_gaussian_posterior(x64, 
 def test_number_of_hessian_products_follows_from_loss_and_particles(loss, products):
     svi = SVI(_model, AutoNormal(_model), NaturalGradient(), loss)
     state = svi.init(random.key(0), 1.0)
-    assert f" {products} products with the Hessian" in svi.optim.report(svi, state, 1.0)
+    assert f" {products} Hessian-vector products" in svi.optim.report(svi, state, 1.0)

@@ -18,7 +18,6 @@ import numpy as np
 from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient, options
-from numpyro_natgrad.blocks.gaussian import antithetic
 from numpyro_natgrad.estimators import stein_regression
 from numpyro_natgrad.infer.compilation import quickly
 
@@ -73,7 +72,7 @@ ABLATIONS = {
     ),
     "regression: no bound on outliers": Ablation({"influence_max": float("inf")}),
     "regression: ridge × 100": Ablation({"ridge": 20.0}),
-    "antithetic draws: no sharing of directions": Ablation(functions=((antithetic, "parts", lambda d, particles: 1),)),
+    "antithetic draws: no sharing of directions": Ablation({"full_probes": 1_000_000}),
     "one trust-region trial per step": Ablation({"radius_trials": 1}),
     "statistics never discounted with distance": Ablation({"forgetting_kl": float("inf")}),
     "noise not bounded by the last three steps": Ablation({"recent_factor": 1e9}),

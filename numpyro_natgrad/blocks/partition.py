@@ -18,12 +18,17 @@ from numpyro_natgrad.blocks.fisher.kl_hessian import KLCurvature
 from numpyro_natgrad.blocks.fisher.likelihood import LikelihoodFisher
 from numpyro_natgrad.blocks.fisher.network import NetworkCurvature, NetworkLikelihood
 from numpyro_natgrad.blocks.fisher.scores import ScoreFisher
-from numpyro_natgrad.blocks.gaussian.antithetic import DividedGaussian
+from numpyro_natgrad.blocks.gaussian.curvature import (
+    AntitheticProducts,
+    CurvatureEstimator,
+    HessianProducts,
+    SteinRegression,
+)
 from numpyro_natgrad.blocks.gaussian.diagonal import DiagonalGaussian
 from numpyro_natgrad.blocks.gaussian.full import FullGaussian
 from numpyro_natgrad.blocks.gaussian.joint import JointGaussian
+from numpyro_natgrad.blocks.gaussian.joint_latents import JointLatents
 from numpyro_natgrad.blocks.gaussian.low_rank import LowRankGaussian
-from numpyro_natgrad.blocks.gaussian.regression import RegressedGaussian
 from numpyro_natgrad.distributions.surrogate import FisherEstimate
 from numpyro_natgrad.estimators.derivatives import GradientRequest
 from numpyro_natgrad.guide.exponential_sites import read_exponential_site
@@ -114,7 +119,7 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
         request=_gradient_request(blocks, sites, natural, scored, trace, options, forward),
         particles=trace.particles,
         latents=latents,
-        joint_latents=sum(block.size for block in blocks if isinstance(block, JointGaussian)),
+        joint_latents=sum(block.latents.size for block in blocks if isinstance(block, JointGaussian)),
         exact_on_conjugate=exact,
         tolerance=NoiseTolerance(*tolerances.T),
         paired=all(site.reparameterized or site.analytic for site in trace.sites.values()),
@@ -162,31 +167,37 @@ def _gaussian_blocks(
     latents = sum(s.size for s in sites)
     if not (0 < latents <= options.constants.joint_limit and trace.is_elbo and options.estimator != "first_order"):
         return [_wide(s, trace, options) for s in sites]
-    alone = names == {p for s in sites for p in s.params}
-    if alone and _has_regression(sites, trace, options):
-        joint: type[JointGaussian] = RegressedGaussian
-    else:
-        joint = DividedGaussian if alone and _has_antithetic_draws(sites, trace) else JointGaussian
-    return [joint(tuple(sites), options.margin, options.strict, trace.particles)]
+    estimator = _curvature_estimator(sites, trace, options, names)
+    return [JointGaussian(JointLatents(tuple(sites)), estimator, options.margin, options.strict)]
+
+
+def _curvature_estimator(
+    sites: list[GaussianSite | LowRankSite], trace: LossTrace, options: Options, names: set[str]
+) -> CurvatureEstimator:
+    """Particles are differentiated one by one only if the joint block owns every parameter.
+
+    Other blocks would see antithetic draws, which NumPyro did not make.
+    """
+    if names != {p for s in sites for p in s.params} or not _has_particles(sites, trace):
+        return HessianProducts()
+    if _has_regression(sites, trace, options):
+        return SteinRegression(options.constants)
+    return AntitheticProducts(int(trace.particles), options.constants) if trace.particles >= 2 else HessianProducts()
+
+
+def _has_particles(sites: list[GaussianSite | LowRankSite], trace: LossTrace) -> bool:
+    """Whether every site is drawn for each particle, in one batch."""
+    return trace.batched and trace.particles < math.inf and not any(s.analytic for s in sites)
 
 
 def _has_regression(sites: list[GaussianSite | LowRankSite], trace: LossTrace, options: Options) -> bool:
-    """Whether the draws of a few steps determine slope and curvature, and every particle sees all of the data.
+    """Whether the draws of a few steps determine slope and curvature, and every particle uses all of the data.
 
     Particles of one minibatch share its error, on which a regression would agree.
     """
     default = options.estimator is None and options.step_size is None and options.adaptive
-    few = sum(s.size for s in sites) + 1 <= options.constants.regression_steps * trace.particles < math.inf
-    return default and few and trace.full_data and trace.batched and not any(s.analytic for s in sites)
-
-
-def _has_antithetic_draws(sites: list[GaussianSite | LowRankSite], trace: LossTrace) -> bool:
-    """Whether there are pairs of particles, each with a value of its own.
-
-    Antithetic draws are used only if the Gaussian block owns every parameter: other blocks would see draws that NumPyro
-    did not make.
-    """
-    return 2 <= trace.particles < math.inf and trace.batched and not any(s.analytic for s in sites)
+    few = sum(s.size for s in sites) + 1 <= options.constants.regression_steps * trace.particles
+    return default and few and trace.full_data
 
 
 def _wide(site: GaussianSite | LowRankSite, trace: LossTrace, options: Options) -> Block:

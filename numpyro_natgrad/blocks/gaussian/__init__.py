@@ -1,3 +1,3 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Gaussian sites, moved in natural parameters."""
+"""Blocks of Gaussian sites, which step in natural parameters."""

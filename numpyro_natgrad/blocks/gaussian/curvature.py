@@ -1,0 +1,190 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Estimators of the slope g = Kᵀ E[∇f] and the curvature M = Kᵀ E[∇²f] K − I of a joint Gaussian block, f = −log p.
+
+HessianProducts      D products with the Hessian of the loss
+AntitheticProducts   D/G products with the Hessian of every draw, G groups of antithetic pairs
+SteinRegression      no products: gradients are regressed on draws, which are remembered from step to step
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import solve_triangular
+
+from numpyro_natgrad.blocks.gaussian.joint_latents import JointLatents
+from numpyro_natgrad.distributions.gaussian import inverse_lower
+from numpyro_natgrad.estimators import stein_regression
+from numpyro_natgrad.estimators.derivatives import LossInfo
+from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, whitened_hessian_products
+from numpyro_natgrad.estimators.stein_regression import RegressionSums
+from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.guide.handlers import DensityMode
+from numpyro_natgrad.options import RuleConstants
+
+
+class CurvatureEstimate(NamedTuple):
+    """What an estimator returns.
+
+    :ivar slope: g, ``(D,)``.
+    :ivar curvature: M, symmetric, ``(D, D)``.
+    :ivar sums: the sums that a regression remembers; ``None`` for the other estimators.
+    :ivar step_size: ρ, if the estimator prescribes it.
+    """
+
+    slope: jax.Array
+    curvature: jax.Array
+    sums: RegressionSums | None = None
+    step_size: jax.Array | None = None
+
+
+class CurvatureEstimator(Protocol):
+    """How a joint Gaussian block learns slope and curvature from the loss."""
+
+    @property
+    def density_mode(self) -> DensityMode:
+        """How the densities of the sites are differentiated."""
+        ...
+
+    def description(self, size: int) -> str:
+        """What a step over ``size`` latents evaluates, for the report."""
+        ...
+
+    def estimate(
+        self, latents: JointLatents, loss_info: LossInfo, params: Params, factor: jax.Array, sums: RegressionSums
+    ) -> CurvatureEstimate:
+        """Slope and curvature, whitened by ``factor`` K, from this step's draws and from the sums of earlier ones."""
+        ...
+
+
+@dataclass(frozen=True)
+class HessianProducts:
+    """D products with the mean Hessian of the draws, and its leave-one-out control variate of the slope."""
+
+    density_mode = DensityMode.DETACHED
+
+    def description(self, size: int) -> str:
+        return f"{size} Hessian-vector products"
+
+    def estimate(
+        self, latents: JointLatents, loss_info: LossInfo, params: Params, factor: jax.Array, sums: RegressionSums
+    ) -> CurvatureEstimate:
+        offset = latents.mean_offset(loss_info, latents.loc(params))
+        product = partial(latents.hessian_product, loss_info, params)
+        hessian, correction = whitened_hessian_products(product, factor, factor, offset, loss_info.particles)
+        return _from_products(latents, loss_info, factor, hessian, correction)
+
+
+@dataclass(frozen=True)
+class AntitheticProducts:
+    """Products with the Hessians of antithetic draws m ± Kε, each direction with some of the pairs only.
+
+    *Pairs.* Every term that is odd in ε cancels from slope and curvature, so that no control variate is needed, and
+    where the posterior is Gaussian there is no noise at all. The last one of an odd number of draws has no partner, and
+    the Hessians of the others correct the slope for it.
+
+    *Groups.* With H_p the mean Hessian of a pair p, E[H_p u] = E[H]u for any pair. G groups of pairs therefore divide
+    the D columns of K among them: D/G products a draw instead of D, for G times the variance of the curvature. Far from
+    the optimum that noise does not decide how good a step is; near it small steps and averaging remove it.
+
+    :ivar particles: draws a step, at least 2.
+    """
+
+    particles: int
+    constants: RuleConstants
+    density_mode = DensityMode.ANTITHETIC
+
+    def description(self, size: int) -> str:
+        products = math.ceil(size / group_count(size, self.particles, self.constants))
+        return f"{products} Hessian-vector products of every draw"
+
+    def estimate(
+        self, latents: JointLatents, loss_info: LossInfo, params: Params, factor: jax.Array, sums: RegressionSums
+    ) -> CurvatureEstimate:
+        products = self.whitened_hessian(latents, loss_info, latents.loc(params), factor)
+        return _from_products(latents, loss_info, factor, *products)
+
+    def whitened_hessian(
+        self, latents: JointLatents, loss_info: LossInfo, loc: jax.Array, factor: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """KᵀHK, whose row i is the mean over the draws of one group, and the correction of the slope for a draw
+        without a partner; ``(D, D)`` and ``(D,)``.
+        """
+        n, d = self.particles, latents.size
+        groups = group_count(d, n, self.constants)
+        k = math.ceil(d / groups)
+        group = np.arange(n) % (n // 2) % groups
+        # Group g has the columns g, g + G, g + 2G, …; columns beyond the last are zero.
+        columns = jnp.pad(factor.T, [(0, k * groups - d), (0, 0)]).reshape(k, groups, d)[:, group]
+        shifts = jnp.concatenate([columns, unpaired_draw_shift(latents.draws(loss_info)[0], loc)])
+        images = jax.vmap(lambda u: latents.hessian_product_per_draw(loss_info, u))(shifts) @ factor
+        means = np.equal.outer(np.arange(groups), group) * n / np.bincount(group)[:, None]
+        hessian = jnp.einsum("gs,ksd->kgd", jnp.asarray(means, factor.dtype), images[:k])
+        return hessian.reshape(k * groups, d)[:d], jnp.sum(images[k:], axis=(0, 1))
+
+
+def group_count(d: int, particles: int, constants: RuleConstants) -> int:
+    """G: as many groups of pairs as leave ``full_probes`` directions to each, but no more than there are pairs.
+
+    A full Gaussian beyond the limit of a joint step is probed along as many directions a step.
+    """
+    return max(1, min(particles // 2, round(d / constants.full_probes)))
+
+
+def unpaired_draw_shift(draws: jax.Array, loc: jax.Array) -> jax.Array:
+    """Shifts u_s with (1/S) Σ H_s u_s = −H̄ (z_S − m)/S, H̄ the mean Hessian of the draws before the last.
+
+    That is the correction for the last one of an odd number of draws, ``(1, S, D)``; ``(0, S, D)`` for pairs alone.
+    """
+    n = len(draws)
+    others = jnp.arange(n)[:, None] < n - 1
+    return jnp.where(others, (loc - draws[-1]) / (n - 1), 0.0)[None][: n % 2]
+
+
+def _from_products(
+    latents: JointLatents, loss_info: LossInfo, factor: jax.Array, hessian: jax.Array, correction: jax.Array
+) -> CurvatureEstimate:
+    plain = factor.T @ latents.gradient(loss_info)
+    curvature = (hessian + hessian.T) / 2 - jnp.eye(len(factor), dtype=hessian.dtype)
+    return CurvatureEstimate(
+        *fall_back_to_gradient(loss_info.previous_step_skipped, plain, plain + correction, curvature)
+    )
+
+
+@dataclass(frozen=True)
+class SteinRegression:
+    """Regression of gradients on draws (:mod:`.stein_regression`), at the cost of one gradient a particle.
+
+    Draws are remembered, so that a step goes all of the way to the fit. Of n remembered draws S are new, and the fit
+    follows what these say by S/n: the natural gradient is n/S times the way to the fit, and the step size is S/n. The
+    noise is thereby estimated from what the new draws say.
+    """
+
+    constants: RuleConstants
+    density_mode = DensityMode.PER_PARTICLE
+
+    def description(self, size: int) -> str:
+        return "regression of gradients"
+
+    def estimate(
+        self, latents: JointLatents, loss_info: LossInfo, params: Params, factor: jax.Array, sums: RegressionSums
+    ) -> CurvatureEstimate:
+        loc, own = latents.loc(params), latents.cholesky(params)
+        # From the proxy's frame, K, to that of the guide, C, which the draws come from: K⁻¹C.
+        ratio = solve_triangular(factor, own, lower=True) if latents.has_proxy else jnp.eye(len(loc), dtype=loc.dtype)
+        precision = ratio.T @ ratio
+        draws, gradients = latents.draws(loss_info)
+        sums = stein_regression.change_frame(sums, loc, own)
+        x = solve_triangular(own, (draws - loc).T, lower=True).T
+        sums = stein_regression.add_draws(sums, x, gradients @ own, precision)
+        slope, curvature = stein_regression.fit(sums, precision)
+        back = inverse_lower(ratio)
+        slope, curvature = back.T @ slope, back.T @ curvature @ back
+        n = jnp.maximum(sums.weight / loss_info.particles, 1.0)  # winsorized draws count less than one
+        step_size = jnp.minimum(loss_info.particles / sums.weight, 1.0)
+        return CurvatureEstimate(n * slope, n * curvature, sums, step_size)
