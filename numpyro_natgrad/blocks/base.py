@@ -48,6 +48,11 @@ class Memory(NamedTuple):
     running_mean: Params
     joint: JointMemory
 
+    def with_running_means(self, new: Params) -> "Memory":
+        """The memory with the running means of some parameters replaced, in the shapes of the parameters."""
+        shaped = {p: x.reshape(jnp.shape(self.running_mean[p])) for p, x in new.items()}
+        return self._replace(running_mean={**self.running_mean, **shaped})
+
 
 class SquaredNorms(NamedTuple):
     """Squared Fisher norms, nats, of the vectors that the noise is estimated from; scalars, or one for each block.

@@ -202,15 +202,16 @@ def _has_regression(sites: list[GaussianSite | LowRankSite], trace: LossTrace, o
 
 def _wide(site: GaussianSite | LowRankSite, trace: LossTrace, options: Options) -> Block:
     """The block of one Gaussian site with more latents than a joint block has."""
+    c, margin = options.constants, options.margin
     if isinstance(site, LowRankSite):
-        return LowRankGaussian(site, options.margin)
+        return LowRankGaussian(site, DensityMode.DETACHED, True, margin, c)
     # Beside the draws of a full Gaussian a few Hessian-vector products cost little; a mean-field site takes none unless
     # the user requests second order.
     mode = DensityMode.PATH if options.path_gradient and trace.is_elbo else None
     if site.form.diagonal:
-        return DiagonalGaussian(site, options.estimator == "second_order" and trace.is_elbo, mode, options.margin)
+        return DiagonalGaussian(site, mode, options.estimator == "second_order" and trace.is_elbo, margin, c)
     second = options.estimator != "first_order" and trace.is_elbo and len(site.shape) == 1
-    return FullGaussian(site, second, DensityMode.DETACHED if second else mode, options.margin)
+    return FullGaussian(site, DensityMode.DETACHED if second else mode, second, margin, c)
 
 
 def _exponential_family_blocks(

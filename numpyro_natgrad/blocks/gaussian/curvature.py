@@ -112,9 +112,7 @@ class AntitheticProducts:
     def whitened_hessian(
         self, latents: JointLatents, loss_info: LossInfo, loc: jax.Array, factor: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """KᵀHK, whose row i is the mean over the draws of one group, and the correction of the slope for a draw
-        without a partner; ``(D, D)`` and ``(D,)``.
-        """
+        """KᵀHK, each row from the draws of one group, ``(D, D)``, and the correction of the slope, ``(D,)``."""
         n, d = self.particles, latents.size
         groups = group_count(d, n, self.constants)
         k = math.ceil(d / groups)

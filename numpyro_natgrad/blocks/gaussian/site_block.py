@@ -1,0 +1,84 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""What the blocks of one Gaussian site have in common: a site with too many latents for a joint step."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from numpyro_natgrad.blocks.base import Block, NoiseTolerance, ReportRow, Scope, Tangent, default_noise_tolerance
+from numpyro_natgrad.estimators.derivatives import LossInfo
+from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
+from numpyro_natgrad.guide.handlers import DensityMode
+from numpyro_natgrad.guide.low_rank_sites import LowRankSite
+from numpyro_natgrad.options import RuleConstants
+
+Site = TypeVar("Site", GaussianSite, LowRankSite)
+
+
+@dataclass(frozen=True)
+class SiteBlock(Block[Tangent], Generic[Site, Tangent]):
+    """One Gaussian site.
+
+    :ivar density_mode: how its density is differentiated; ``None`` as NumPyro does it.
+    :ivar second_order: whether the curvature comes from products with the Hessian of the loss, or from the gradient.
+    :ivar margin: see :func:`.positive_ratio`.
+    """
+
+    site: Site
+    density_mode: DensityMode | None
+    second_order: bool
+    margin: float
+    constants: RuleConstants
+
+    @property
+    @abstractmethod
+    def products(self) -> int:
+        """Hessian-vector products of a step in second order."""
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return self.site.params
+
+    @property
+    def exact_on_conjugate(self) -> bool:
+        return True
+
+    @property
+    def density_modes(self) -> dict[str, DensityMode]:
+        return {self.site.name: self.density_mode} if self.density_mode else {}
+
+    @property
+    def hessian_params(self) -> tuple[str, ...]:
+        return (self.site.loc,) if self.second_order else ()
+
+    def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
+        return default_noise_tolerance(scope)
+
+    def own_step_size(self, v: Tangent) -> jax.Array | None:
+        return None
+
+    def report_rows(self) -> list[ReportRow]:
+        how = f"{self.products} Hessian-vector products" if self.second_order else "draws ⊗ gradients"
+        return self.site.report_rows(f"closed form, {how}")
+
+    def _gradient(self, loss_info: LossInfo, like: jax.Array) -> jax.Array:
+        """∂L/∂m in the shape of m."""
+        return loss_info.gradient[self.site.loc].reshape(like.shape)
+
+    def _mean_offset(self, loss_info: LossInfo, loc: jax.Array) -> jax.Array | None:
+        """The mean of a detached site's draws, minus m; ``None`` where nothing is drawn."""
+        if self.site.analytic:
+            return None
+        return loss_info.perturbation_gradients[self.site.name].reshape(loc.shape) - loc
+
+    def _hessian_product(
+        self, loss_info: LossInfo, params: Params, shift: jax.Array, stretch: jax.Array | float = 0.0
+    ) -> jax.Array:
+        """The change of ∂L/∂m by a shift of m and a stretch of the draws away from m; in the shape of the shift."""
+        tangents = {self.site.loc: shift.reshape(jnp.shape(params[self.site.loc]))}
+        stretches = {self.site.name: jnp.asarray(stretch)}
+        return loss_info.hessian_product(tangents, stretches)[self.site.loc].reshape(shift.shape)
