@@ -186,8 +186,8 @@ class Options(NamedTuple):
         return self.constants.unlimited_margin if self.max_kl is None else self.constants.precision_margin
 
     @property
-    def strict(self) -> bool:
-        """Whether the limit is a number of nats, which the guide's own KL has to keep."""
+    def fixed_max_kl(self) -> bool:
+        """Whether the limit is a number of nats: the KL of the guide then has to keep it."""
         return self.max_kl is not None and not self.adaptive
 
     @property

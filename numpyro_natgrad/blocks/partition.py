@@ -168,7 +168,7 @@ def _gaussian_blocks(
     if not (0 < latents <= options.constants.joint_limit and trace.is_elbo and options.estimator != "first_order"):
         return [_wide(s, trace, options) for s in sites]
     estimator = _curvature_estimator(sites, trace, options, names)
-    return [JointGaussian(JointLatents(tuple(sites)), estimator, options.margin, options.strict)]
+    return [JointGaussian(JointLatents(tuple(sites)), estimator, options.margin, options.fixed_max_kl)]
 
 
 def _curvature_estimator(

@@ -177,10 +177,10 @@ class SteinRegression:
         ratio = solve_triangular(factor, own, lower=True) if latents.has_proxy else jnp.eye(len(loc), dtype=loc.dtype)
         precision = ratio.T @ ratio
         draws, gradients = latents.draws(loss_info)
-        sums = stein_regression.change_frame(sums, loc, own)
+        sums = stein_regression.change_frame(sums, loc, own, self.constants)
         x = solve_triangular(own, (draws - loc).T, lower=True).T
-        sums = stein_regression.add_draws(sums, x, gradients @ own, precision)
-        slope, curvature = stein_regression.fit(sums, precision)
+        sums = stein_regression.add_draws(sums, x, gradients @ own, precision, self.constants)
+        slope, curvature = stein_regression.fit(sums, precision, self.constants)
         back = inverse_lower(ratio)
         slope, curvature = back.T @ slope, back.T @ curvature @ back
         n = jnp.maximum(sums.weight / loss_info.particles, 1.0)  # winsorized draws count less than one
