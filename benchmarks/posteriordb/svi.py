@@ -93,7 +93,7 @@ def products(problem: Problem, particles: int) -> int:
     guide, optimizer = problem.guide.make(problem.function), NaturalGradient()
     svi = SVI(problem.function, guide, optimizer, Trace_ELBO(particles))
     state = svi.init(jax.random.key(0), **problem.arguments)
-    named = re.search(r"(\d+) products", optimizer.report(svi, state, **problem.arguments))
+    named = re.search(r"(\d+) Hessian-vector products", optimizer.report(svi, state, **problem.arguments))
     return int(named[1]) if named else 0
 
 

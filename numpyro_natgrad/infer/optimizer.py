@@ -169,10 +169,10 @@ class NaturalGradient(_NumPyroOptim):
             >>> model = lambda: numpyro.sample("z", dist.Gamma(2.0, 1.0))
             >>> svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO())
             >>> print(svi.optim.report(svi, svi.init(random.key(0))))
-            parameter     site  family          Fisher                                              size
-            ────────────────────────────────────────────────────────────────────────────────────────────
-            z_auto_loc    z     Normal          closed form, 3 products with the Hessian of the loss  1
-            z_auto_scale  z     Normal (scale)  closed form, 3 products with the Hessian of the loss  1
+            parameter     site  family          Fisher                                                         size
+            ───────────────────────────────────────────────────────────────────────────────────────────────────────
+            z_auto_loc    z     Normal          closed form, 1 Hessian-vector products, full-covariance proxy  1
+            z_auto_scale  z     Normal (scale)  closed form, 1 Hessian-vector products, full-covariance proxy  1
 
         :param SVI svi: the ``SVI`` whose loss this optimizer minimises, after ``svi.init`` or ``svi.run``.
         :param SVIState state: a state of ``svi``.
