@@ -207,7 +207,7 @@ def statistical_threshold(parameters: int, numbers: int) -> float:
     An estimate of P parameters is ½P nats from the one that infinite data would give; the threshold is half of that,
     for no more than two parameters per observed number, which is what data can determine. Step sizes equal to the
     signal fraction are the best next step and a bad next hundred where the Fisher matrix is not the Hessian of the loss
-    ("short- horizon bias", Wu et al. 2018); averaging removes the noise that longer steps leave (Polyak & Juditsky
+    ("short-horizon bias", Wu et al. 2018); averaging removes the noise that longer steps leave (Polyak & Juditsky
     1992).
     """
     return 0.25 * min(parameters, 2 * numbers)

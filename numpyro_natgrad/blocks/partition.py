@@ -164,43 +164,32 @@ def _gaussian_blocks(
     sites: list[GaussianSite | LowRankSite], trace: LossTrace, options: Options, names: set[str]
 ) -> list[Block]:
     """One joint block if its Hessian is small enough to be formed, else a block for every site."""
-    latents = sum(s.size for s in sites)
-    if not (0 < latents <= options.constants.joint_limit and trace.is_elbo and options.estimator != "first_order"):
-        return [_wide(s, trace, options) for s in sites]
-    estimator = _curvature_estimator(sites, trace, options, names)
-    return [JointGaussian(JointLatents(tuple(sites)), estimator, options.margin, options.fixed_max_kl)]
+    latents = JointLatents(tuple(sites))
+    second = trace.is_elbo and options.estimator != "first_order"
+    if not (second and 0 < latents.size <= options.constants.joint_limit):
+        return [_single_site_block(s, trace, options) for s in sites]
+    estimator = _curvature_estimator(latents, trace, options, alone=names == set(latents.params))
+    return [JointGaussian(latents, estimator, options.margin, options.fixed_max_kl)]
 
 
 def _curvature_estimator(
-    sites: list[GaussianSite | LowRankSite], trace: LossTrace, options: Options, names: set[str]
+    latents: JointLatents, trace: LossTrace, options: Options, *, alone: bool
 ) -> CurvatureEstimator:
-    """Particles are differentiated one by one only if the joint block owns every parameter.
+    """Stein regression if the draws of a few steps determine slope and curvature; Hessian-vector products otherwise.
 
-    Other blocks would see antithetic draws, which NumPyro did not make.
+    Antithetic draws are used only if the joint block owns every parameter: other blocks would see draws that NumPyro
+    did not make. Regression is used only with full data: the particles of one minibatch share its error.
     """
-    if names != {p for s in sites for p in s.params} or not _has_particles(sites, trace):
+    if not (alone and trace.batched and trace.particles < math.inf) or any(s.analytic for s in latents.sites):
         return HessianProducts()
-    if _has_regression(sites, trace, options):
+    default = options.estimator is None and options.step_size is None and options.adaptive
+    few = latents.size + 1 <= options.constants.regression_steps * trace.particles
+    if default and few and trace.full_data:
         return SteinRegression(options.constants)
     return AntitheticProducts(int(trace.particles), options.constants) if trace.particles >= 2 else HessianProducts()
 
 
-def _has_particles(sites: list[GaussianSite | LowRankSite], trace: LossTrace) -> bool:
-    """Whether every site is drawn for each particle, in one batch."""
-    return trace.batched and trace.particles < math.inf and not any(s.analytic for s in sites)
-
-
-def _has_regression(sites: list[GaussianSite | LowRankSite], trace: LossTrace, options: Options) -> bool:
-    """Whether the draws of a few steps determine slope and curvature, and every particle uses all of the data.
-
-    Particles of one minibatch share its error, on which a regression would agree.
-    """
-    default = options.estimator is None and options.step_size is None and options.adaptive
-    few = sum(s.size for s in sites) + 1 <= options.constants.regression_steps * trace.particles
-    return default and few and trace.full_data
-
-
-def _wide(site: GaussianSite | LowRankSite, trace: LossTrace, options: Options) -> Block:
+def _single_site_block(site: GaussianSite | LowRankSite, trace: LossTrace, options: Options) -> Block:
     """The block of one Gaussian site with more latents than a joint block has."""
     c, margin = options.constants, options.margin
     if isinstance(site, LowRankSite):

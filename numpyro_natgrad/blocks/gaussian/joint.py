@@ -69,7 +69,7 @@ class JointGaussian(Block[JointTangent]):
 
     @property
     def params(self) -> tuple[str, ...]:
-        return tuple(p for s in self.latents.sites for p in s.params)
+        return self.latents.params
 
     @property
     def exact_on_conjugate(self) -> bool:

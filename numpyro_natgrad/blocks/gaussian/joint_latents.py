@@ -28,6 +28,10 @@ class JointLatents:
         return sum(s.size for s in self.sites)
 
     @property
+    def params(self) -> tuple[str, ...]:
+        return tuple(p for s in self.sites for p in s.params)
+
+    @property
     def has_proxy(self) -> bool:
         """Whether a full Gaussian over all latents is kept beside the guide, whose family is smaller."""
         return len(self.sites) > 1 or not self.sites[0].full_covariance
