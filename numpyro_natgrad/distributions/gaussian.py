@@ -1,15 +1,15 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-r"""Steps of a Gaussian q = N(m, KKᵀ) in its natural parameters, seen from its own whitened frame u = K⁻¹(z − m).
+r"""Natural-gradient steps of a Gaussian q = N(m, KKᵀ), in the whitened coordinates u = K⁻¹(z − m).
 
-With f = −log p, slope g = Kᵀ E[∇f] and curvature M = Kᵀ E[∇²f] K − I = Q Λ Qᵀ, the mirror step
-S ← (1−ρ) S + ρ E[∇²f],  m ← m − ρ S₊⁻¹ E[∇f]  (Khan & Rue 2023, eq. 12) reads
+With f = −log p, precision S = (KKᵀ)⁻¹, slope g = Kᵀ E[∇f] and curvature M = Kᵀ E[∇²f] K − I = Q Λ Qᵀ, the step
+S₊ = (1−ρ) S + ρ E[∇²f], m₊ = m − ρ S₊⁻¹ E[∇f] in natural parameters (Khan & Rue 2023, eq. 12) is
 
     w = 1 + ρλ,   K₊ = K Q w^(−1/2) (rotated to be lower triangular),   m₊ = m − ρ K Q (Qᵀg / w)
-    KL(q ‖ q₊) = ½ Σ [w − 1 − log w + ρ² (Qᵀg)² / w],      ‖∇L‖² in the Fisher metric = |g|² + ½‖M‖²
+    KL(q ‖ q₊) = ½ Σ [w − 1 − log w + ρ² (Qᵀg)² / w],      ‖v‖² = gᵀg + ½ tr M² in the Fisher metric
 
-No Fisher matrix is formed, nothing is inverted, and the condition number of Σ never enters: float32 suffices.
-All functions batch over leading axes.
+No Fisher matrix is formed and no matrix is inverted. Rounding errors do not grow with the condition number of KKᵀ, so
+that float32 suffices. All functions accept leading batch axes.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from jax.scipy.linalg import cho_factor, cho_solve
 
 
 class GaussianTangent(NamedTuple):
-    """A natural gradient at N(m, KKᵀ), whitened.
+    """A natural gradient at N(m, KKᵀ), in whitened coordinates.
 
     :ivar slope: g, shape ``(..., d)``.
     :ivar values: eigenvalues λ of M, ``(..., r)``; the other d − r are zero.
@@ -34,37 +34,55 @@ class GaussianTangent(NamedTuple):
 
 
 def tangent(slope: jax.Array, curvature: jax.Array) -> GaussianTangent:
-    """Diagonalise a dense symmetric M, shape ``(..., d, d)``."""
+    """Diagonalize a dense symmetric M, shape ``(..., d, d)``."""
     values, vectors = jnp.linalg.eigh(curvature)
     return GaussianTangent(slope, values, vectors)
 
 
+def sketched_tangent(slope: jax.Array, probes: jax.Array, image: jax.Array) -> GaussianTangent:
+    """Approximate M from its products with k probes: M̂ = YVᵀ + VYᵀ − V(VᵀY)Vᵀ for orthonormal V and Y = MV.
+
+    M̂ agrees with M on the span of V, is zero where M is, and has rank at most 2k. Its eigenvalues cost O(d k²).
+
+    :param probes: V, ``(d, k)``.
+    :param image: Y, ``(d, k)``.
+    """
+    basis, _ = jnp.linalg.qr(jnp.concatenate([probes, image], axis=1))
+    v, y = basis.T @ probes, basis.T @ image
+    inner = (probes.T @ image + image.T @ probes) / 2
+    small = y @ v.T + v @ y.T - v @ inner @ v.T
+    values, vectors = jnp.linalg.eigh(small)
+    return GaussianTangent(slope, values, basis @ vectors)
+
+
 def squared_norm(t: GaussianTangent) -> jax.Array:
-    """Squared length in the Fisher metric, in nats: twice the KL of a unit step, to second order."""
+    """Squared Fisher norm in nats, summed over the batch: twice the KL of a step of size 1, to second order."""
     return jnp.sum(t.slope**2) + 0.5 * jnp.sum(t.values**2)
 
 
 def positive_ratio(x: jax.Array, margin: float) -> jax.Array:
-    """1 + x above −1 + ``margin``, continued below so that it stays positive and continuously differentiable.
+    """Return 1 + x where it is at least ``margin``, and margin² / (2 margin − 1 − x) below.
 
-    A negative curvature (a likelihood that is not log-concave) or a noisy one would otherwise leave the cone of
-    positive definite precisions. Exact wherever no variance grows by more than 1/``margin`` in one step.
+    Both have the value ``margin`` and the slope 1 where they meet, so that the function is positive, increasing and
+    continuously differentiable for every x. A precision that a step multiplies by 1 + x then stays positive definite,
+    even where the log density is not concave or its curvature is noisy. The step is exact where no variance grows by
+    more than 1/``margin``.
     """
     return jnp.where(x >= margin - 1, 1 + x, margin**2 / jnp.maximum(2 * margin - 1 - x, margin))
 
 
 def forward_kl(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
-    """KL(q ‖ q₊) in nats, exactly; increasing in ρ."""
+    """KL(q ‖ q₊) in nats, exact, summed over the batch. It increases with ρ."""
     w, a = positive_ratio(rho * t.values, margin), _coefficients(t)
     inside = jnp.sum(w - 1 - jnp.log(w) + rho**2 * a**2 / w)
-    return 0.5 * (inside + rho**2 * _outside(t, a))
+    return 0.5 * (inside + rho**2 * _squared_residual(t, a))
 
 
 def reverse_kl(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
-    """KL(q₊ ‖ q) in nats, exactly: what the step moved, measured from where it arrived."""
+    """KL(q₊ ‖ q) in nats, exact, summed over the batch."""
     w, a = positive_ratio(rho * t.values, margin), _coefficients(t)
     inside = jnp.sum(1 / w - 1 + jnp.log(w) + rho**2 * a**2 / w**2)
-    return 0.5 * (inside + rho**2 * _outside(t, a))
+    return 0.5 * (inside + rho**2 * _squared_residual(t, a))
 
 
 def mean_shift(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
@@ -76,10 +94,10 @@ def mean_shift(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
 
 
 def relative_factor(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
-    """T with K₊ = K T: lower triangular ``(..., d, d)``, or the diagonal ``(..., d)`` where M is diagonal.
+    """K⁻¹K₊: lower triangular ``(..., d, d)``, or its diagonal ``(..., d)`` where M is diagonal.
 
-    T Tᵀ = B⁻¹ for B = I + Q (w − 1) Qᵀ. The QR factor of the symmetric root of B⁻¹ gives T without squaring its
-    condition number, which a Cholesky factor of B would.
+    It is the lower triangular root of B⁻¹ for B = I + Q (w − 1) Qᵀ. A QR factorization of the symmetric root of B⁻¹ does
+    not square the condition number of that root, as a Cholesky factorization of B would.
     """
     root = 1 / jnp.sqrt(positive_ratio(rho * t.values, margin))
     if t.vectors is None:
@@ -89,9 +107,31 @@ def relative_factor(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Ar
 
 
 def precision_change(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
-    """Kᵀ(S₊ − S)K = Q (w − 1) Qᵀ, ``(..., d, d)``: what the step adds to the whitened precision."""
+    """Kᵀ(S₊ − S)K = Q (w − 1) Qᵀ, ``(..., d, d)``: the change of the whitened precision."""
     assert t.vectors is not None
     return (t.vectors * (positive_ratio(rho * t.values, margin) - 1)[..., None, :]) @ _transpose(t.vectors)
+
+
+def _coefficients(t: GaussianTangent) -> jax.Array:
+    """Qᵀg."""
+    return t.slope if t.vectors is None else jnp.einsum("...dr,...d->...r", t.vectors, t.slope)
+
+
+def _squared_residual(t: GaussianTangent, coefficients: jax.Array) -> jax.Array | float:
+    """The squared length of the slope's part orthogonal to Q, where w = 1.
+
+    It is zero where Q is square; computing it there would only return rounding errors.
+    """
+    if t.vectors is None or t.vectors.shape[-1] == t.slope.shape[-1]:
+        return 0.0
+    return jnp.sum((t.slope - _expand(t.vectors, coefficients)) ** 2)
+
+
+def _expand(vectors: jax.Array, coefficients: jax.Array) -> jax.Array:
+    return jnp.einsum("...dr,...r->...d", vectors, coefficients)
+
+
+# ---- linear algebra --------------------------------------------------------------------------------------------------
 
 
 def lower_factor(square_root: jax.Array) -> jax.Array:
@@ -118,8 +158,7 @@ def scaled_cholesky_solve(
     :param matrix: A, symmetric positive semi-definite, ``(..., n, n)``. Only its lower triangle is read.
     :param rhs: b, ``(..., n)``.
     :param damping: relative to ``scale``: one number, or one for each parameter, ``(..., n)``.
-    :param scale: positive, ``(..., n)``. In its default, zeros of diag A are replaced by the smallest normal
-        number.
+    :param scale: positive, ``(..., n)``. In its default, zeros of diag A are replaced by the smallest normal number.
     """
     if scale is None:
         scale = jnp.maximum(jnp.diagonal(matrix, axis1=-2, axis2=-1), jnp.finfo(rhs.dtype).tiny)
@@ -128,36 +167,6 @@ def scaled_cholesky_solve(
     eye = jnp.eye(root.shape[-1], dtype=root.dtype)
     factor = cho_factor(scaled + jnp.asarray(damping, root.dtype)[..., None] * eye, lower=True)
     return cho_solve(factor, (rhs / root)[..., None])[..., 0] / root
-
-
-def sketched_tangent(slope: jax.Array, probes: jax.Array, image: jax.Array) -> GaussianTangent:
-    """The part of M that k probes see: M̂ = YVᵀ + VYᵀ − V(VᵀY)Vᵀ for orthonormal V and Y = MV.
-
-    M̂ agrees with M on the span of V, is zero where M is, and has rank 2k: its spectrum costs O(d k²).
-
-    :param probes: V, ``(d, k)``.  :param image: Y, ``(d, k)``.
-    """
-    basis, _ = jnp.linalg.qr(jnp.concatenate([probes, image], axis=1))
-    v, y = basis.T @ probes, basis.T @ image
-    inner = (probes.T @ image + image.T @ probes) / 2
-    small = y @ v.T + v @ y.T - v @ inner @ v.T
-    values, vectors = jnp.linalg.eigh(small)
-    return GaussianTangent(slope, values, basis @ vectors)
-
-
-def _coefficients(t: GaussianTangent) -> jax.Array:
-    return t.slope if t.vectors is None else jnp.einsum("...dr,...d->...r", t.vectors, t.slope)
-
-
-def _outside(t: GaussianTangent, coefficients: jax.Array) -> jax.Array | float:
-    # The slope's part orthogonal to Q, where w = 1. Not formed when Q is complete: it would be a rounding error.
-    if t.vectors is None or t.vectors.shape[-1] == t.slope.shape[-1]:
-        return 0.0
-    return jnp.sum((t.slope - _expand(t.vectors, coefficients)) ** 2)
-
-
-def _expand(vectors: jax.Array, coefficients: jax.Array) -> jax.Array:
-    return jnp.einsum("...dr,...r->...d", vectors, coefficients)
 
 
 def _transpose(x: jax.Array) -> jax.Array:
