@@ -1,22 +1,23 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-r"""NumPyro's distributions, stated to the registry of :mod:`.exponential_family`: one short paragraph each.
+r"""NumPyro's univariate, simplex and discrete distributions in the registry of :mod:`.exponential_family`.
 
     Gamma   η = (α, β)   T = (log z, −z)   A = log Γ(α) − α log β
 
-η is chosen so that a bounded argument is a bounded coordinate, and free ones are free: (α, β) instead of (α−1, −β).
-Fisher blocks that are no ∇²A: location–scale families σ⁻²[[a, b], [b, c]] with the score s of the standard density,
-a = E[s²], b = E[z s²], c = E[(1 + zs)²], in closed form.
+Each η is chosen such that its coordinates are bounded from below by 0 or unbounded: (α, β) instead of (α−1, −β).
+Location–scale families are no exponential families. With s = ∂ log f/∂z, the score of the standard density f, their
+Fisher matrix is σ⁻² [[a, b], [b, c]], a = E[s²], b = E[z s²], c = E[(1 + zs)²], in closed form.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import logsumexp, softplus
 from jax.scipy.special import betaln, gammaln, polygamma
+from jax.typing import ArrayLike
 from numpyro import distributions as dist
 from numpyro.distributions import BernoulliLogits, BernoulliProbs, BinomialLogits, BinomialProbs
 
@@ -28,15 +29,30 @@ from numpyro_natgrad.distributions.exponential_family import (
     register_fisher,
 )
 
+Elementwise = Callable[[jax.Array], jax.Array]
+Move = Callable[[jax.Array, jax.Array, float], jax.Array]
+
 _EULER = float(np.euler_gamma)
+#: From here on ``trigamma_excess`` is a series. Its first omitted term is 5/66 x⁻¹⁰, 1e-9 of the result at x = 8 and
+#: less beyond (confirmed against mpmath); below, the plain difference loses a factor of 2x ≤ 16 in precision.
+_SERIES_FROM = 8.0
+#: Probabilities are at least tiny^0.45 of the floating-point type: then the product of two is a normal number.
+_TINY_POWER = 0.45
+#: Probabilities are at most 1 minus this many roundings for each outcome: NumPyro's bijections recover 1 − Σp by a sum
+#: over all outcomes, and every one of them contributes a rounding error.
+_ROUNDINGS = 4
+#: A rate e^η is at most max^0.9 of the floating-point type, and at least its inverse: a factor max^0.1 (7e3 in
+#: float32) is left for what it is multiplied by before that overflows.
+_RATE_POWER = 0.9
 
 
-def stack(*coordinates: Any) -> jax.Array:
+def stack(*coordinates: ArrayLike) -> jax.Array:
+    """η, shape ``(*batch, k)``, from its coordinates."""
     return jnp.stack(jnp.broadcast_arrays(*coordinates), axis=-1)
 
 
-def _named(*names: str) -> Any:
-    """η whose coordinates *are* the arguments of these names."""
+def _by_name(*names: str) -> Callable[[jax.Array], Arguments]:
+    """The map from η to arguments, where the coordinates of η are the arguments of these names."""
     return lambda eta: {name: eta[..., i] for i, name in enumerate(names)}
 
 
@@ -44,14 +60,17 @@ def _named(*names: str) -> Any:
 
 
 def trigamma_excess(x: jax.Array) -> jax.Array:
-    """x ψ₁(x) − 1 = 1/(2x) + 1/(6x²) − 1/(30x⁴) + …, without the cancellation of the difference at large x."""
-    y = 1 / jnp.maximum(x, 8.0)
+    """x ψ₁(x) − 1 = 1/(2x) + 1/(6x²) − 1/(30x⁴) + 1/(42x⁶) − 1/(30x⁸) + …, where the difference would cancel.
+
+    The series is that of Abramowitz & Stegun, 6.4.12.
+    """
+    y = 1 / jnp.maximum(x, _SERIES_FROM)
     series = y * (1 / 2 + y * (1 / 6 - y**2 * (1 / 30 - y**2 * (1 / 42 - y**2 / 30))))
-    return jnp.where(x > 8.0, series, x * polygamma(1, x) - 1)
+    return jnp.where(x > _SERIES_FROM, series, x * polygamma(1, x) - 1)
 
 
 def _gamma_solve(eta: jax.Array, gradient: jax.Array) -> jax.Array:
-    # F⁻¹ = [[α, β], [β, β²ψ₁]] / (αψ₁ − 1), written so that nothing cancels at large α.
+    # F⁻¹ = [[α, β], [β, β²ψ₁(α)]] / (αψ₁(α) − 1), in terms that do not cancel at large α.
     (alpha, beta), (g_alpha, g_beta) = (jnp.moveaxis(x, -1, 0) for x in (eta, gradient))
     first = (alpha * g_alpha + beta * g_beta) / trigamma_excess(alpha)
     return stack(first, beta / alpha * (first + beta * g_beta))
@@ -61,23 +80,23 @@ register_exponential_family(
     dist.Gamma,
     natural=lambda concentration, rate: stack(concentration, rate),
     log_normalizer=lambda eta: gammaln(eta[..., 0]) - eta[..., 0] * jnp.log(eta[..., 1]),
-    arguments=_named("concentration", "rate"),
+    arguments=_by_name("concentration", "rate"),
     lower=0.0,
     solve=_gamma_solve,
 )
-# InverseGamma is a transformed Gamma, LogNormal a transformed Normal: their Fisher is that of what they transform.
+# `InverseGamma` is a transformed Gamma and `LogNormal` a transformed Normal, with the Fisher matrix of their base.
 register_exponential_family(
     dist.Exponential,
     natural=lambda rate: stack(rate),
     log_normalizer=lambda eta: -jnp.log(eta[..., 0]),
-    arguments=_named("rate"),
+    arguments=_by_name("rate"),
     lower=0.0,
 )
 register_exponential_family(
     dist.Chi2,  # T = log(z/2)/2
     natural=lambda df: stack(df),
     log_normalizer=lambda eta: gammaln(eta[..., 0] / 2),
-    arguments=_named("df"),
+    arguments=_by_name("df"),
     lower=0.0,
 )
 
@@ -87,11 +106,11 @@ def _dirichlet_solve(eta: jax.Array, gradient: jax.Array) -> jax.Array:
     # 1 − ψ₁(s) Σ 1/ψ₁(c) would cancel at large c. With e(x) = x ψ₁(x) − 1 (`trigamma_excess`) and
     # h(c) = c − 1/ψ₁(c) = e(c)/ψ₁(c) it equals ((1 + e(s)) Σh − s e(s)) / s, in which no digits are lost.
     total, curvature = jnp.sum(eta, axis=-1, keepdims=True), polygamma(1, eta)
-    much = trigamma_excess(total)
+    excess = trigamma_excess(total)
     h = jnp.sum(trigamma_excess(eta) / curvature, axis=-1, keepdims=True)
     along = jnp.sum(gradient / curvature, axis=-1, keepdims=True)
-    share = (1 + much) * along / ((1 + much) * h - total * much)
-    return (gradient + share) / curvature
+    shift = (1 + excess) * along / ((1 + excess) * h - total * excess)
+    return (gradient + shift) / curvature
 
 
 register_exponential_family(
@@ -106,7 +125,7 @@ register_exponential_family(
     dist.Beta,
     natural=lambda concentration1, concentration0: stack(concentration1, concentration0),
     log_normalizer=lambda eta: betaln(eta[..., 0], eta[..., 1]),
-    arguments=_named("concentration1", "concentration0"),
+    arguments=_by_name("concentration1", "concentration0"),
     lower=0.0,
     solve=_dirichlet_solve,
 )
@@ -114,7 +133,7 @@ register_exponential_family(
     dist.Kumaraswamy,  # T = log(1 − zᵃ) at fixed a
     natural=lambda concentration0: stack(concentration0),
     log_normalizer=lambda eta, concentration1: -jnp.log(eta[..., 0]),
-    arguments=_named("concentration0"),
+    arguments=_by_name("concentration0"),
     lower=0.0,
     fixed=("concentration1",),
 )
@@ -130,10 +149,10 @@ register_exponential_family(
     lower=0.0,
 )
 register_exponential_family(
-    dist.Pareto,  # T = −log z; the scale bounds the support and has no Fisher
+    dist.Pareto,  # T = −log z; the scale bounds the support and has no Fisher matrix
     natural=lambda alpha: stack(alpha),
     log_normalizer=lambda eta, scale: -jnp.log(eta[..., 0]) - eta[..., 0] * jnp.log(scale),
-    arguments=_named("alpha"),
+    arguments=_by_name("alpha"),
     lower=0.0,
     fixed=("scale",),
 )
@@ -143,38 +162,35 @@ register_exponential_family(
 
 
 def _log(probability: jax.Array) -> jax.Array:
+    """The logarithm, finite at zero."""
     return jnp.log(jnp.maximum(probability, jnp.finfo(jnp.result_type(probability, float)).tiny))
 
 
-def _tellable(eta: jax.Array, outcomes: int = 2) -> tuple[float, float]:
-    """The least log-odds, and the greatest, that come back through NumPyro's bijections with a gradient.
-
-    A small probability only has to be no zero, with room for a product of two. One that is nearly certain is known by
-    what is left of the stick, 1 − Σp, which as many roundings as there are outcomes blur.
-    """
+def _log_odds_limits(eta: jax.Array, outcomes: int = 2) -> tuple[float, float]:
+    """The least and the greatest log odds from which NumPyro's bijections return with a non-zero gradient."""
     info = jnp.finfo(eta.dtype)
-    return 0.45 * math.log(float(info.tiny)), -math.log(4 * outcomes * float(info.eps))
+    return _TINY_POWER * math.log(float(info.tiny)), -math.log(_ROUNDINGS * outcomes * float(info.eps))
 
 
-def _odds_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
-    return jnp.clip(eta + change, *_tellable(eta, eta.shape[-1] + 1))
+def _move_log_odds(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
+    return jnp.clip(eta + change, *_log_odds_limits(eta, eta.shape[-1] + 1))
 
 
-def _success_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
-    # η = −log p
-    rare, likely = _tellable(eta)
+def _move_success(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
+    """The move of η = −log p."""
+    rare, likely = _log_odds_limits(eta)
     return jnp.clip(positive_step(eta, change, margin), math.exp(-likely), -rare)
 
 
-def _failure_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
-    # η = −log(1 − p)
-    rare, likely = _tellable(eta)
+def _move_failure(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
+    """The move of η = −log(1 − p)."""
+    rare, likely = _log_odds_limits(eta)
     return jnp.clip(positive_step(eta, change, margin), math.exp(rare), likely)
 
 
 def _exp(x: jax.Array) -> jax.Array:
-    """e^x, positive and finite whatever x."""
-    limit = 0.9 * math.log(float(jnp.finfo(x.dtype).max))
+    """e^x, positive and finite for every x."""
+    limit = _RATE_POWER * math.log(float(jnp.finfo(x.dtype).max))
     return jnp.exp(jnp.clip(x, -limit, limit))
 
 
@@ -187,31 +203,39 @@ def _log_complement(eta: jax.Array) -> jax.Array:
     return jnp.log(-jnp.expm1(-eta))
 
 
-def _binary(cls: type, to_logits: Any, back: Any, trials: tuple[str, ...] = (), move: Any = None) -> None:
-    def log_normalizer(eta: jax.Array, total_count: Any = 1.0) -> jax.Array:
-        # log(1 + e^η), from the side where neither it nor its derivatives round to those of η.
+def _register_binary(
+    cls: type,
+    natural: Callable[..., jax.Array],
+    arguments: Callable[[jax.Array], Arguments],
+    fixed: tuple[str, ...] = (),
+    move: Move | None = None,
+) -> None:
+    """η = log(p / (1 − p)), T = z, A = n log(1 + e^η)."""
+
+    def log_normalizer(eta: jax.Array, total_count: float | jax.Array = 1.0) -> jax.Array:
+        # log(1 + e^η) in the form whose derivatives are not rounded to those of η, or to zero.
         x = eta[..., 0]
         return total_count * jnp.where(x > 0, x + softplus(-x), softplus(x))
 
     register_exponential_family(
-        cls, natural=to_logits, log_normalizer=log_normalizer, arguments=back, fixed=trials, move=move
+        cls, natural=natural, log_normalizer=log_normalizer, arguments=arguments, fixed=fixed, move=move
     )
 
 
 for _cls, _trials in ((BernoulliLogits, ()), (BinomialLogits, ("total_count",))):
-    _binary(_cls, lambda logits: stack(logits), _named("logits"), _trials)
+    _register_binary(_cls, lambda logits: stack(logits), _by_name("logits"), _trials)
 for _cls, _trials in ((BernoulliProbs, ()), (BinomialProbs, ("total_count",))):
-    _binary(
+    _register_binary(
         _cls,
         lambda probs: stack(_logit(probs)),
         lambda eta: {"probs": jax.nn.sigmoid(eta[..., 0])},
         _trials,
-        _odds_move,
+        _move_log_odds,
     )
 
 
 def _softmax_solve(eta: jax.Array, gradient: jax.Array) -> jax.Array:
-    # F = diag p − ppᵀ knows no common shift of the logits, and g is orthogonal to it: F(g/p + c) = g for any c.
+    # F = diag p − ppᵀ is singular along a common shift of the logits, to which g is orthogonal: F(g/p + c) = g.
     v = gradient / jnp.maximum(jax.nn.softmax(eta), jnp.finfo(eta.dtype).tiny)
     return v - jnp.mean(v, axis=-1, keepdims=True)
 
@@ -243,7 +267,7 @@ register_exponential_family(
     log_normalizer=lambda eta: logsumexp(_with_reference(eta), axis=-1),
     arguments=lambda eta: {"probs": _probabilities(eta)},
     solve=_simplex_solve,
-    move=_odds_move,
+    move=_move_log_odds,
 )
 register_exponential_family(
     dist.MultinomialLogits,
@@ -258,7 +282,7 @@ register_exponential_family(
     log_normalizer=lambda eta, total_count: total_count * logsumexp(_with_reference(eta), axis=-1),
     arguments=lambda eta: {"probs": _probabilities(eta)},
     fixed=("total_count",),
-    move=_odds_move,
+    move=_move_log_odds,
 )
 register_exponential_family(
     dist.Poisson,
@@ -272,7 +296,7 @@ register_exponential_family(
     log_normalizer=lambda eta: -_log_complement(eta[..., 0]),
     arguments=lambda eta: {"probs": -jnp.expm1(-eta[..., 0])},
     lower=0.0,
-    move=_failure_move,
+    move=_move_failure,
 )
 register_exponential_family(
     dist.GeometricLogits,
@@ -283,27 +307,31 @@ register_exponential_family(
 )
 
 
-def _negative_binomial(cls: type, name: str, to_eta: Any, back: Any, move: Any = None) -> None:
-    """p^z (1−p)^r at fixed r: η = −log p, T = −z."""
+def _register_negative_binomial(
+    cls: type, name: str, to_eta: Elementwise, from_eta: Elementwise, move: Move | None = None
+) -> None:
+    """p^z (1−p)^r at fixed r: η = −log p, T = −z, A = −r log(1 − e^−η)."""
     register_exponential_family(
         cls,
-        natural=lambda **given: stack(to_eta(given[name])),
+        natural=lambda **arguments: stack(to_eta(arguments[name])),
         log_normalizer=lambda eta, total_count: -total_count * _log_complement(eta[..., 0]),
-        arguments=lambda eta: {name: back(eta[..., 0])},
+        arguments=lambda eta: {name: from_eta(eta[..., 0])},
         lower=0.0,
         fixed=("total_count",),
         move=move,
     )
 
 
-_negative_binomial(dist.NegativeBinomialProbs, "probs", lambda p: -_log(p), lambda eta: jnp.exp(-eta), _success_move)
-_negative_binomial(
+_register_negative_binomial(
+    dist.NegativeBinomialProbs, "probs", lambda p: -_log(p), lambda eta: jnp.exp(-eta), _move_success
+)
+_register_negative_binomial(
     dist.NegativeBinomialLogits,
     "logits",
     lambda logits: softplus(-logits),
     lambda eta: -eta - _log_complement(eta),
 )
-register_fisher(  # the mean is orthogonal to the concentration
+register_fisher(  # the Fisher matrix is diagonal in mean and concentration, and has no closed form in the latter
     dist.NegativeBinomial2,
     lambda at, d: d["mean"] ** 2 / (at["mean"] * (1 + at["mean"] / at["concentration"])),
     fixed=("concentration",),
@@ -311,8 +339,8 @@ register_fisher(  # the mean is orthogonal to the concentration
 
 
 def _zero_inflated_poisson(at: Arguments, d: Arguments) -> jax.Array:
-    # Zeros come with probability p₀ = g + (1−g)e^−λ. The others know of g by 1−g alone, and of λ by the Poisson's
-    # Fisher without its zeros: ∑_{z>0} f s² = 1/λ − e^−λ, ∑_{z>0} f s = e^−λ, for the score s = z/λ − 1.
+    # A zero has probability p₀ = g + (1−g)e^−λ. A positive z has probability (1−g) f(z) with the Poisson density f and
+    # its score s = z/λ − 1, for which Σ_{z>0} f s² = 1/λ − e^−λ and Σ_{z>0} f s = e^−λ.
     gate, rate = at["gate"], at["rate"]
     none = jnp.exp(-rate)
     zero = gate + (1 - gate) * none
@@ -329,8 +357,8 @@ register_fisher(dist.ZeroInflatedPoisson, _zero_inflated_poisson)
 
 def _location_scale(a: float, b: float, c: float) -> Metric:
     def metric(at: Arguments, d: Arguments) -> jax.Array:
-        shift, growth = d["loc"] / at["scale"], d["scale"] / at["scale"]
-        return a * shift**2 + 2 * b * shift * growth + c * growth**2
+        shift, stretch = d["loc"] / at["scale"], d["scale"] / at["scale"]
+        return a * shift**2 + 2 * b * shift * stretch + c * stretch**2
 
     return metric
 
@@ -344,18 +372,19 @@ register_fisher(dist.HalfCauchy, lambda at, d: d["scale"] ** 2 / (2 * at["scale"
 
 
 def _weibull(at: Arguments, d: Arguments) -> jax.Array:
-    # log Z is a Gumbel of the minimum with location log λ and scale 1/k.
+    # log z has a Gumbel distribution of the minimum, with location log λ and scale 1/k.
     k = at["concentration"]
     scale, shape = k * d["scale"] / at["scale"], d["concentration"] / k
     return scale**2 - 2 * (1 - _EULER) * scale * shape + (math.pi**2 / 6 + (1 - _EULER) ** 2) * shape**2
 
 
 def _student(at: Arguments, d: Arguments) -> jax.Array:
-    df, shift, growth = at["df"], d["loc"] / at["scale"], d["scale"] / at["scale"]
+    # Lange, Little & Taylor (1989), appendix B.
+    df, shift, stretch = at["df"], d["loc"] / at["scale"], d["scale"] / at["scale"]
     gap = (polygamma(1, df / 2) - polygamma(1, (df + 1) / 2)) / 4
-    tails = gap - (df + 5) / (2 * df * (df + 1) * (df + 3))
-    place = ((df + 1) * shift**2 + 2 * df * growth**2) / (df + 3)
-    return place - 4 * d["df"] * growth / ((df + 1) * (df + 3)) + tails * d["df"] ** 2
+    shape = gap - (df + 5) / (2 * df * (df + 1) * (df + 3))
+    location_scale = ((df + 1) * shift**2 + 2 * df * stretch**2) / (df + 3)
+    return location_scale - 4 * d["df"] * stretch / ((df + 1) * (df + 3)) + shape * d["df"] ** 2
 
 
 register_fisher(dist.Weibull, _weibull)

@@ -1,9 +1,8 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The second room of :mod:`.builtin`: distributions of directions and of matrices."""
+"""NumPyro's distributions of directions, matrices and vectors in the registry of :mod:`.exponential_family`."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,25 +19,41 @@ from numpyro_natgrad.distributions.exponential_family import (
 )
 from numpyro_natgrad.distributions.gaussian import inverse_lower, lower_factor, positive_ratio
 
+#: From here on log I₀ is a series of six terms. Relative errors of A″, which is what cancels first (against mpmath):
+#: in float64 8e-13 by truncation at κ = 200, and 2e-11 by cancellation in I₁/I₀ just below; in float32 2e-7, the
+#: precision, at κ = 30, and 5e-4 just below.
+_SERIES_FROM = {"float32": 30.0, "float64": 200.0}
+#: The coefficients ((2k−1)!!)² / k! of (8κ)^−k for k = 5, …, 1. The first omitted one is 150078.
+_HANKEL = (7441.875, 459.375, 37.5, 4.5, 1.0)
+#: Eigenvalues of a new rate matrix, in units of the old one, are at least this many roundings of the largest. The
+#: Cholesky factorization of a d × d matrix succeeds if they are more than d(d+1)/2 roundings (Higham 2002, theorem
+#: 10.7), which 100 roundings ensure up to d = 13.
+_CONDITION_ROUNDINGS = 1e2
+#: Degrees of freedom exceed d − 1 by a relative distance of at least this many roundings: then the difference, of which
+#: NumPyro's bijection takes the logarithm, does not round to zero.
+_ROUNDINGS = 4
 
-def _length(eta: jax.Array) -> jax.Array:
+
+def _concentration(eta: jax.Array) -> jax.Array:
+    """κ = |η|, differentiable at zero."""
     return jnp.sqrt(jnp.sum(eta**2, axis=-1) + jnp.finfo(eta.dtype).tiny)
 
 
 def _log_bessel(kappa: jax.Array) -> jax.Array:
-    """A(κ) = log I₀(κ), whose curvature of 1/(2κ²) is rounded away in I₁/I₀ where κ is large.
+    """A(κ) = log I₀(κ), whose second derivative, about 1/(2κ²), cancels in I₁/I₀ where κ is large.
 
-    There by Hankel's series, I₀ = e^κ (2πκ)^(−½) Σ ((2k−1)!!)² / (k! (8κ)^k) (Abramowitz & Stegun, 9.7.1), six terms.
+    There it is Hankel's series I₀ = e^κ (2πκ)^(−½) Σ ((2k−1)!!)² / (k! (8κ)^k) (Abramowitz & Stegun, 9.7.1).
     """
-    large = kappa > (200.0 if kappa.dtype == jnp.float64 else 30.0)
+    large = kappa > _SERIES_FROM["float64" if kappa.dtype == jnp.float64 else "float32"]
+    # Under `jnp.where` each branch needs an argument without an overflow where the other one is used.
     far, near = jnp.where(large, kappa, 100.0), jnp.where(large, 1.0, kappa)
-    series = jnp.polyval(jnp.asarray([7441.875, 459.375, 37.5, 4.5, 1.0, 0.0], kappa.dtype), 1 / (8 * far))
+    series = jnp.polyval(jnp.asarray([*_HANKEL, 0.0], kappa.dtype), 1 / (8 * far))
     return kappa + jnp.where(large, jnp.log1p(series) - 0.5 * jnp.log(2 * jnp.pi * far), jnp.log(i0e(near)))
 
 
 def _solve_von_mises(eta: jax.Array, gradient: jax.Array) -> jax.Array:
-    # ∇²A(|η|) = A″ rrᵀ + A′/κ (I − rrᵀ) along r = η/κ: as a matrix its condition is 2κ.
-    kappa = _length(eta)
+    # ∇²A(|η|) = A″ rrᵀ + A′/κ (I − rrᵀ) with r = η/κ has the condition number 2κ; its two parts are inverted apart.
+    kappa = _concentration(eta)
     slope_of = lambda k: jax.jvp(_log_bessel, (k,), (jnp.ones_like(k),))[1]
     slope, curvature = (x[..., None] for x in jax.jvp(slope_of, (kappa,), (jnp.ones_like(kappa),)))
     r = eta / kappa[..., None]
@@ -49,23 +64,24 @@ def _solve_von_mises(eta: jax.Array, gradient: jax.Array) -> jax.Array:
 register_exponential_family(
     dist.VonMises,  # η = κ (cos, sin) of the location, T = (cos z, sin z)
     natural=lambda loc, concentration: stack(concentration * jnp.cos(loc), concentration * jnp.sin(loc)),
-    log_normalizer=lambda eta: _log_bessel(_length(eta)),
+    log_normalizer=lambda eta: _log_bessel(_concentration(eta)),
     solve=_solve_von_mises,
-    arguments=lambda eta: {"loc": jnp.arctan2(eta[..., 1], eta[..., 0]), "concentration": _length(eta)},
+    arguments=lambda eta: {"loc": jnp.arctan2(eta[..., 1], eta[..., 0]), "concentration": _concentration(eta)},
 )
 
 
 def _vech(concentration: jax.Array, matrix: jax.Array) -> jax.Array:
+    """η from the degrees of freedom and the lower triangle of a symmetric matrix."""
     d = matrix.shape[-1]
     lower = matrix[..., *np.tril_indices(d)]
     return jnp.concatenate([jnp.broadcast_to(jnp.asarray(concentration), lower.shape[:-1])[..., None], lower], axis=-1)
 
 
 def _matrix(eta: jax.Array) -> jax.Array:
-    """The symmetric matrix behind the lower triangle in η[1:]."""
+    """The symmetric matrix whose lower triangle is η[1:]."""
     d = (math.isqrt(8 * eta.shape[-1] - 7) - 1) // 2
     lower = jnp.zeros((*eta.shape[:-1], d, d), eta.dtype).at[..., *np.tril_indices(d)].set(eta[..., 1:])
-    return lower + jnp.swapaxes(jnp.tril(lower, -1), -1, -2)
+    return lower + _transposed(jnp.tril(lower, -1))
 
 
 def _wishart_normalizer(eta: jax.Array) -> jax.Array:
@@ -77,8 +93,9 @@ def _wishart_normalizer(eta: jax.Array) -> jax.Array:
 
 
 def _wishart_solve(eta: jax.Array, gradient: jax.Array) -> jax.Array:
-    # For changes ẋ of n and X of R: ½n R⁻¹XR⁻¹ − ½ẋR⁻¹ = G, ¼ψ′_d(n/2) ẋ − ½ tr R⁻¹X = g, ψ′_d(a) = Σ ψ₁(a − j/2).
-    # Their Schur complement is ¼ (ψ′_d(n/2) − 2d/n), without the cancellation. (A triangle counts G's entries twice.)
+    # F(ẋ, X) = (g, G) for changes ẋ of n and X of R reads ½n R⁻¹XR⁻¹ − ½ẋR⁻¹ = G and ¼ψ′_d(n/2) ẋ − ½ tr R⁻¹X = g, with
+    # ψ′_d(a) = Σ_j ψ₁(a − j/2). The Schur complement of X, ¼ (ψ′_d(n/2) − 2d/n), has terms that do not
+    # cancel. The gradient of a triangle contains G's off-diagonal entries twice.
     n, rate, g = eta[..., 0], _matrix(eta), _matrix(gradient)
     g = (g + g * jnp.eye(g.shape[-1], dtype=g.dtype)) / 2
     half, lag = n[..., None] / 2, jnp.arange(g.shape[-1]) / 2
@@ -89,42 +106,44 @@ def _wishart_solve(eta: jax.Array, gradient: jax.Array) -> jax.Array:
 
 
 def _wishart_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:
-    # The rate moves in its own frame, R₊ = L Q w Qᵀ Lᵀ with R = LLᵀ and L⁻¹ΔL⁻ᵀ = Q (w − 1) Qᵀ: always positive.
+    # R₊ = L Q w Qᵀ Lᵀ with R = LLᵀ and L⁻¹ΔL⁻ᵀ = Q (w − 1) Qᵀ is positive definite if the eigenvalue ratios w are.
     factor = jnp.linalg.cholesky(_matrix(eta))
     inverse = inverse_lower(factor)
     whitened = inverse @ _matrix(change) @ _transposed(inverse)
     values, vectors = jnp.linalg.eigh(whitened)
     stretch = positive_ratio(values, margin)
-    # A matrix whose condition number is beyond the precision is not one that has a Cholesky factor.
-    stretch = jnp.maximum(stretch, 1e2 * jnp.finfo(eta.dtype).eps * jnp.max(stretch, axis=-1, keepdims=True))
+    floor = _CONDITION_ROUNDINGS * jnp.finfo(eta.dtype).eps * jnp.max(stretch, axis=-1, keepdims=True)
+    stretch = jnp.maximum(stretch, floor)
     root = lower_factor(factor @ vectors * jnp.sqrt(stretch)[..., None, :])
     least = factor.shape[-1] - 1.0
-    room = eta[..., 0] - least
-    above = least * (1 + 4 * float(jnp.finfo(eta.dtype).eps))
-    concentration = jnp.maximum(least + positive_step(room, change[..., 0], margin), above)
+    distance = eta[..., 0] - least
+    above = least * (1 + _ROUNDINGS * float(jnp.finfo(eta.dtype).eps))
+    concentration = jnp.maximum(least + positive_step(distance, change[..., 0], margin), above)
     return _vech(concentration, root @ _transposed(root))
 
 
-def _inverted(matrix: jax.Array) -> jax.Array:
+def _inverse(matrix: jax.Array) -> jax.Array:
     factor = inverse_lower(jnp.linalg.cholesky(matrix))
     return _transposed(factor) @ factor
 
 
-def _rate_of(rate_matrix: Any = None, scale_matrix: Any = None, scale_tril: Any = None) -> jax.Array:
-    if rate_matrix is not None:
-        return rate_matrix
-    return _inverted(scale_matrix if scale_matrix is not None else scale_tril @ _transposed(scale_tril))
+def _rate_matrix(**forms: jax.Array) -> jax.Array:
+    """The rate matrix from the one of ``rate_matrix``, ``scale_matrix`` and ``scale_tril`` that is given."""
+    return forms["rate_matrix"] if "rate_matrix" in forms else _inverse(_scale_matrix(**forms))
 
 
-def _scale_of(scale_matrix: Any = None, rate_matrix: Any = None, scale_tril: Any = None) -> jax.Array:
-    if scale_matrix is not None:
-        return scale_matrix
-    return _inverted(rate_matrix) if rate_matrix is not None else scale_tril @ _transposed(scale_tril)
+def _scale_matrix(**forms: jax.Array) -> jax.Array:
+    """The scale matrix, likewise."""
+    if "scale_matrix" in forms:
+        return forms["scale_matrix"]
+    if "rate_matrix" in forms:
+        return _inverse(forms["rate_matrix"])
+    return forms["scale_tril"] @ _transposed(forms["scale_tril"])
 
 
 register_exponential_family(
     dist.WishartCholesky,
-    natural=lambda concentration, **forms: _vech(concentration, _rate_of(**forms)),
+    natural=lambda concentration, **forms: _vech(concentration, _rate_matrix(**forms)),
     log_normalizer=_wishart_normalizer,
     arguments=lambda eta: {"concentration": eta[..., 0], "rate_matrix": _matrix(eta)},
     solve=_wishart_solve,
@@ -132,7 +151,7 @@ register_exponential_family(
 )
 register_exponential_family(
     dist.InverseWishartCholesky,  # Z⁻¹ is Wishart, with this scale as its rate
-    natural=lambda concentration, **forms: _vech(concentration, _scale_of(**forms)),
+    natural=lambda concentration, **forms: _vech(concentration, _scale_matrix(**forms)),
     log_normalizer=_wishart_normalizer,
     arguments=lambda eta: {"concentration": eta[..., 0], "scale_matrix": _matrix(eta)},
     solve=_wishart_solve,
@@ -141,7 +160,7 @@ register_exponential_family(
 
 
 def _matrix_normal(at: Arguments, d: Arguments) -> jax.Array:
-    # Covariance V ⊗ U, whitened change I ⊗ X + Y ⊗ I: ½ ‖·‖² = ½ (p ‖X‖² + n ‖Y‖²) + tr X tr Y
+    # The covariance V ⊗ U has the whitened change I ⊗ X + Y ⊗ I, with ½ ‖·‖² = ½ (p ‖X‖² + n ‖Y‖²) + tr X tr Y.
     rows, columns = (inverse_lower(at[f"scale_tril_{side}"]) for side in ("row", "column"))
     x, y = (_symmetric(inverse @ d[f"scale_tril_{side}"]) for inverse, side in ((rows, "row"), (columns, "column")))
     shift = rows @ d["loc"] @ _transposed(columns)
@@ -160,7 +179,7 @@ def _student_matrix(at: Arguments, d: Arguments) -> jax.Array:
 def _low_rank_normal(at: Arguments, d: Arguments) -> jax.Array:
     r"""dmᵀS dm + ½ tr(S dΣ S dΣ) with dΣ = dV Vᵀ + V dVᵀ + diag(dψ), in units of ψ^½: A = V, a = dV, e = diag(dψ).
 
-    With C = I + AᵀA = LLᵀ and B = AL⁻ᵀ it is S = I − BBᵀ, and of the trace are left
+    With I + AᵀA = LLᵀ and B = AL⁻ᵀ the precision is S = I − BBᵀ, and the terms of the trace are
 
         tr(S X S X) = 2 tr G² + 2 tr(J aᵀSa),   G = AᵀSa, J = AᵀSA     for X = aAᵀ + Aaᵀ
         tr(S X S e) = 2 Σ_i e_i (Sa)_i·(SA)_i

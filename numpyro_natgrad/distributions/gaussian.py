@@ -96,8 +96,8 @@ def mean_shift(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
 def relative_factor(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
     """K⁻¹K₊: lower triangular ``(..., d, d)``, or its diagonal ``(..., d)`` where M is diagonal.
 
-    It is the lower triangular root of B⁻¹ for B = I + Q (w − 1) Qᵀ. A QR factorization of the symmetric root of B⁻¹ does
-    not square the condition number of that root, as a Cholesky factorization of B would.
+    It is the lower triangular root of B⁻¹ for B = I + Q (w − 1) Qᵀ. A QR factorization of the symmetric root of B⁻¹
+    does not square the condition number of that root, as a Cholesky factorization of B would.
     """
     root = 1 / jnp.sqrt(positive_ratio(rho * t.values, margin))
     if t.vectors is None:

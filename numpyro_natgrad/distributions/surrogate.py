@@ -1,33 +1,41 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Densities that stand for log q and log p, so that a derivative of the loss becomes what is asked for.
+"""Surrogate densities: they replace log q or log p, so that a derivative of the loss is the quantity that is needed.
 
-*Lengths* are zero, and their derivative along a tangent d is ½ dᵀFd nats: the KL that a small step d moves.
+A *Fisher surrogate* is a function with value zero whose derivative along a tangent d is ½ dᵀFd nats, the KL of a small
+step d, either from the KL in closed form or from the score at a draw z:
 
-    ½ d² ∂²KL(q_frozen ‖ q) = ½ dᵀFd,     ½ (∂_d log q(z))² = ½ dᵀFd  in the mean over draws z
+    ½ d² ∂²KL(q_frozen ‖ q) = ½ dᵀFd,        E_z ½ (∂_d log q(z))² = ½ dᵀFd
 
-That is no derivative of any function, being quadratic in d, but a rule for it is all that forward mode asks for
-(``jax.custom_jvp``). What follows a site is affine in its density, so that the loss becomes such a length too, and the
-gradient of its derivative with respect to d is Fd: one pass forward, one back, none of them through second derivatives.
+It is quadratic in d, hence the derivative of no function; but forward-mode differentiation accepts it as a rule
+(``jax.custom_jvp``). The loss is affine in each log density, so that its derivative along d becomes ½ dᵀFd as well, and
+the gradient of that derivative with respect to d is Fd: one forward and one backward pass, without second derivatives.
 
-Beside them, Gaussian and exponential-family densities whose dependence on their parameters has been changed.
+Other surrogates are Gaussian and exponential-family densities whose dependence on the parameters is changed.
 """
 
 import copy
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
+from numpyro import distributions as dist
 from numpyro.distributions.util import sum_rightmost
 
 from numpyro_natgrad.distributions import exponential_family
-from numpyro_natgrad.distributions.wrappers import closed_form_kl, distribution_arguments, with_log_prob
+from numpyro_natgrad.distributions.wrappers import (
+    Intermediates,
+    closed_form_kl,
+    distribution_arguments,
+    with_log_prob,
+)
 from numpyro_natgrad.options import StructureError
 
-Density = Callable[[Any, Any], jax.Array]
+#: A function of a distribution and a value, in place of ``fn.log_prob(value)``: nats, shape ``fn.batch_shape``.
+Density = Callable[[dist.Distribution, jax.Array], jax.Array]
+Tangents = tuple[jax.Array, ...]
 
 
 class FisherEstimate(StrEnum):
@@ -42,128 +50,121 @@ class FisherEstimate(StrEnum):
     EMPIRICAL = "empirical"
 
 
-def zero_density(fn: Any, value: Any) -> jax.Array:
+def zero_density(fn: dist.Distribution, value: jax.Array) -> jax.Array:
+    """A log density of zero."""
     return jnp.zeros(fn.batch_shape)
 
 
-def squared_score_surrogate(fn: Any, value: Any) -> jax.Array:
-    """The length by the score at a frozen draw, nats per batch element.
+# ---- Fisher surrogates -----------------------------------------------------------------------------------------------
 
-    F is the outer product of scores: unbiased for the Fisher and positive semi-definite (the Hessian of −log q at a
-    draw is not).
+
+def fisher_surrogate(estimate: FisherEstimate) -> Density:
+    """The Fisher surrogate of a guide site, in place of log q (:class:`.Frozen`)."""
+    return kl_surrogate if estimate == FisherEstimate.CLOSED_FORM else squared_score_surrogate
+
+
+def kl_surrogate(fn: dist.Distribution, value: jax.Array | None = None) -> jax.Array:
+    """The Fisher surrogate by the closed-form KL of a distribution to itself.
+
+    :raises StructureError: if the KL is not known in closed form.
+    """
+    if closed_form_kl(fn) is None:
+        raise StructureError(f"`{type(fn).__name__}` has no closed-form Fisher; expected a registered distribution.")
+    leaves, tree = jax.tree.flatten(fn)
+
+    def nats(*leaves: jax.Array) -> jax.Array | None:
+        return closed_form_kl(jax.tree.unflatten(tree, leaves))
+
+    @jax.custom_jvp
+    def surrogate(*leaves: jax.Array) -> jax.Array:
+        return jnp.zeros(fn.batch_shape)
+
+    @surrogate.defjvp
+    def _(x: Tangents, d: Tangents) -> tuple[jax.Array, jax.Array]:
+        slope = lambda *y: jax.jvp(nats, y, d)[1]
+        return surrogate(*x), 0.5 * jax.jvp(slope, x, d)[1]
+
+    return surrogate(*leaves)
+
+
+def squared_score_surrogate(fn: dist.Distribution, value: jax.Array) -> jax.Array:
+    """The Fisher surrogate by the score at a frozen draw.
+
+    F is the outer product of scores: unbiased for the Fisher matrix, and positive semi-definite at every draw, unlike
+    the Hessian of −log q.
     """
     return _half_square(fn.log_prob(value))
 
 
-def kl_surrogate(fn: Any, value: Any = None) -> jax.Array:
-    """The length by the closed-form KL of a distribution to itself, nats per batch element."""
-    if closed_form_kl(fn) is None:
-        raise StructureError(f"`{type(fn).__name__}` has no closed-form Fisher; expected a registered distribution.")
-    leaves, tree = jax.tree.flatten(fn)
-    nats: Any = lambda *x: closed_form_kl(jax.tree.unflatten(tree, x))
-
-    @jax.custom_jvp
-    def length(*x: Any) -> jax.Array:
-        return jnp.zeros(fn.batch_shape)
-
-    @length.defjvp
-    def _(x: Any, d: Any) -> tuple[jax.Array, jax.Array]:
-        slope = lambda *y: jax.jvp(nats, y, d)[1]
-        return length(*x), 0.5 * jax.jvp(slope, x, d)[1]
-
-    return length(*leaves)
-
-
 @jax.custom_jvp
 def _half_square(x: jax.Array) -> jax.Array:
+    """Zero, with the derivative ½ d² along d."""
     return jnp.zeros_like(x)
 
 
 @_half_square.defjvp
-def _(x: Any, d: Any) -> tuple[jax.Array, jax.Array]:
+def _(x: Tangents, d: Tangents) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros_like(x[0]), 0.5 * jnp.square(d[0])
 
 
-def fisher_surrogate(estimate: FisherEstimate) -> Density:
-    """What stands for log q (:class:`.Frozen`) so that the loss becomes a length."""
-    return kl_surrogate if estimate == FisherEstimate.CLOSED_FORM else squared_score_surrogate
-
-
-def fisher_product(length: Callable[[jax.Array], jax.Array], x: jax.Array, *, forward: bool = False) -> Callable:
-    """d ↦ Fd, linear, from a function whose derivative along d at ``x`` is ½ dᵀFd.
-
-    :param length: ``(P,) -> ()``.
-    :param forward: differentiate in forward mode only.
-    """
-    along = lambda d: jax.jvp(length, (x,), (d,))[1]
-    return jax.linearize((jax.jacfwd if forward else jax.grad)(along), jnp.zeros_like(x))[1]
-
-
 def likelihood_surrogate(estimate: FisherEstimate, key: jax.Array) -> Density:
-    """What stands for −log p of an observed site. The Fisher does not look at the data; the empirical one does.
+    """The Fisher surrogate of an observed site, in place of −log p.
 
-    Where there is no closed form, data is drawn from the model at its present parameters.
+    Only the empirical Fisher matrix depends on the observed values. Without a closed form, the scores are those of data
+    drawn from the model at its current parameters.
     """
     if estimate != FisherEstimate.MONTE_CARLO:
         return fisher_surrogate(estimate)
 
-    def density(fn: Any, value: Any) -> jax.Array:
+    def density(fn: dist.Distribution, value: jax.Array) -> jax.Array:
         return squared_score_surrogate(fn, stop_gradient(fn.sample(key)))
 
     return density
 
 
 def prior_surrogate(estimate: FisherEstimate, key: jax.Array) -> Density:
-    """What stands for −log p of a site at a point of the guide: its Fisher, and the curvature of its value.
+    """The surrogate of a latent site whose value z is a parameter: its Fisher matrix and the curvature of −log p in z.
 
-    ½ d(z − E z)² / Var z is the curvature of −log p for a normal prior and positive semi-definite for any. A prior
-    without mean or variance adds nothing.
+    The curvature is ½ d(z − E z)² / Var z, which is exact for a normal prior and positive semi-definite for any other.
+    It is left out for priors whose mean or variance does not exist.
     """
 
-    def density(fn: Any, value: Any) -> jax.Array:
+    def density(fn: dist.Distribution, value: jax.Array) -> jax.Array:
         metric = likelihood_surrogate(estimate, key)(fn, value)
         try:
             residual, variance = value - fn.mean, stop_gradient(fn.variance)
         except NotImplementedError:
             return metric
         known = jnp.isfinite(variance) & (variance > 0)
-        moved = _half_square(jnp.where(known, residual, 0.0))
-        return metric + sum_rightmost(moved / jnp.where(known, variance, 1.0), fn.event_dim)
+        curvature = _half_square(jnp.where(known, residual, 0.0)) / jnp.where(known, variance, 1.0)
+        return metric + sum_rightmost(curvature, fn.event_dim)
 
     return density
 
 
-def with_frozen_arguments(base: Any) -> Any:
+def fisher_product(
+    surrogate: Callable[[jax.Array], jax.Array], x: jax.Array, *, forward: bool = False
+) -> Callable[[jax.Array], jax.Array]:
+    """The linear function d ↦ Fd, from a function whose derivative along d at ``x`` is ½ dᵀFd.
+
+    :param surrogate: ``(P,) -> ()``.
+    :param forward: use forward-mode differentiation only.
+    """
+    along = lambda d: jax.jvp(surrogate, (x,), (d,))[1]
+    return jax.linearize((jax.jacfwd if forward else jax.grad)(along), jnp.zeros_like(x))[1]
+
+
+# ---- densities and draws whose dependence on the parameters is changed -----------------------------------------------
+
+
+def with_frozen_arguments(base: dist.Distribution) -> dist.Distribution:
+    """The same distribution, with a log density that depends on the parameters through its value alone."""
     return with_log_prob(base, jax.tree.map(stop_gradient, base).log_prob)
 
 
-def with_shifted_draws(base: Any, shift: jax.Array) -> Any:
-    """The same distribution with ``shift`` added to its draws, and the log-density it had."""
-    return _with_transformed_draws(base, lambda x: x + shift.reshape(x.shape))
+def with_detached_log_prob(base: dist.Distribution, perturbation: jax.Array) -> dist.Distribution:
+    """The same distribution. Its log density has the gradient x with respect to ``perturbation``, and no other."""
 
-
-def with_rescaled_draws(base: Any, mean: jax.Array, by: jax.Array) -> Any:
-    """The same with each draw x moved by ``by`` (x − mean), which is taken for a constant."""
-    return _with_transformed_draws(base, lambda x: x + by * stop_gradient(x - mean.reshape(x.shape)))
-
-
-def with_antithetic_draws(base: Any, mean: jax.Array, sign: jax.Array) -> Any:
-    """The same with each draw x moved to mean + sign (x − mean): a draw of a symmetric distribution again."""
-
-    def mirror(x: jax.Array) -> jax.Array:
-        m = mean.reshape(x.shape)
-        return m + sign.astype(x.dtype) * (x - m)
-
-    return _with_transformed_draws(base, mirror)
-
-
-def _with_transformed_draws(base: Any, move: Callable[[jax.Array], jax.Array]) -> Any:
-    changed = copy.copy(base)
-    changed.sample = lambda key, sample_shape=(): move(base.sample(key, sample_shape))
-    return changed
-
-
-def with_detached_log_prob(base: Any, perturbation: jax.Array) -> Any:
     def log_prob(value: jax.Array) -> jax.Array:
         x = stop_gradient(value)
         statistic = sum_rightmost(perturbation.reshape(jnp.shape(x)) * x, base.event_dim)
@@ -172,16 +173,46 @@ def with_detached_log_prob(base: Any, perturbation: jax.Array) -> Any:
     return with_log_prob(base, log_prob)
 
 
-def with_tilted_log_prob(base: Any, perturbation: jax.Array) -> Any:
+def with_tilted_log_prob(base: dist.Distribution, perturbation: jax.Array) -> dist.Distribution:
+    """The same exponential family with frozen arguments, tilted: log q has the gradient T(x) with respect to t.
+
+    :param perturbation: t, zeros of the shape of η.
+    """
     frozen = jax.tree.map(stop_gradient, base)
     family, arguments = exponential_family.find_exponential_family(type(base)), distribution_arguments(frozen)
     assert family is not None
     eta = family.natural(**exponential_family.free_arguments(family, arguments))
 
-    def log_prob(value: jax.Array, intermediates: Any = None) -> jax.Array:
-        # ⟨t, T(x)⟩ up to a constant: log q is affine in η.
+    def log_prob(value: jax.Array, intermediates: Intermediates | None = None) -> jax.Array:
+        # log q is affine in η, so that its derivative along t is ⟨t, T(x)⟩ up to a constant.
         rebuilt = lambda at: type(base)(**family.arguments(at), validate_args=False).log_prob(value)
         tilt = jax.jvp(rebuilt, (eta,), (jnp.broadcast_to(perturbation, eta.shape),))[1]
         return frozen.log_prob(value) + tilt - stop_gradient(tilt)
 
     return with_log_prob(base, log_prob)
+
+
+def with_shifted_draws(base: dist.Distribution, shift: jax.Array) -> dist.Distribution:
+    """The same distribution, with ``shift`` added to every draw and an unchanged log density."""
+    return _with_transformed_draws(base, lambda x: x + shift.reshape(x.shape))
+
+
+def with_rescaled_draws(base: dist.Distribution, mean: jax.Array, by: jax.Array) -> dist.Distribution:
+    """The same distribution, with the constant ``by`` (x − mean) added to every draw x."""
+    return _with_transformed_draws(base, lambda x: x + by * stop_gradient(x - mean.reshape(x.shape)))
+
+
+def with_antithetic_draws(base: dist.Distribution, mean: jax.Array, sign: jax.Array) -> dist.Distribution:
+    """The same symmetric distribution, with every draw x replaced by mean + sign (x − mean)."""
+
+    def reflect(x: jax.Array) -> jax.Array:
+        m = mean.reshape(x.shape)
+        return m + sign.astype(x.dtype) * (x - m)
+
+    return _with_transformed_draws(base, reflect)
+
+
+def _with_transformed_draws(base: dist.Distribution, transform: Callable[[jax.Array], jax.Array]) -> dist.Distribution:
+    changed = copy.copy(base)
+    changed.sample = lambda key, sample_shape=(): transform(base.sample(key, sample_shape))
+    return changed

@@ -1,44 +1,51 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Distributions under NumPyro's wrappers: the base, its arguments, the KL of the whole, and the density of flows.
+"""Distributions inside NumPyro's wrappers: the base, its arguments, the KL of the whole, and the density of flows.
 
-Masked(Independent(Expanded(Transformed(base))))      F is the sum of the base's F over the copies that count
+    Masked(Independent(Expanded(Transformed(base))))      F is the base's, summed over the copies that are not masked
+
+A transform without parameters is a bijection of the sample space, which changes neither the KL nor the Fisher matrix.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
+from jax.typing import ArrayLike
 from numpyro import distributions as dist
 from numpyro.distributions.flows import BlockNeuralAutoregressiveTransform, InverseAutoregressiveTransform
 from numpyro.distributions.kl import kl_divergence
+from numpyro.distributions.transforms import Transform
 from numpyro.distributions.util import sum_rightmost
 
 from numpyro_natgrad.distributions import exponential_family
+from numpyro_natgrad.distributions.exponential_family import Arguments
 
 #: Transforms of vectors whose parameters are in a closure, where ``jax.tree.leaves`` does not find them.
 FLOWS = (InverseAutoregressiveTransform, BlockNeuralAutoregressiveTransform)
-_WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution, dist.TransformedDistribution)
+_COPIES = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
+_WRAPPERS = (*_COPIES, dist.TransformedDistribution)
 
 
-def closed_form_kl(fn: Any) -> jax.Array | None:
-    """KL(q_frozen ‖ q_φ), or its quadratic model, seen through transforms without parameters; ``None`` if unknown.
+def closed_form_kl(fn: dist.Distribution) -> jax.Array | None:
+    """KL(q_frozen ‖ q_φ) or its quadratic model, in nats, shape ``fn.batch_shape``; ``None`` if it is not known.
 
-    NumPyro's registry is asked first, then :mod:`.exponential_family`.
+    The registry of :mod:`.exponential_family` takes precedence over NumPyro's ``kl_divergence``.
     """
     if isinstance(fn, dist.Delta):
         return jnp.zeros(fn.batch_shape)
     if exponential_family.is_registered(type(fn)):
-        return _registered(fn)
+        arguments = distribution_arguments(fn)
+        return exponential_family.registered_kl(type(fn), jax.tree.map(stop_gradient, arguments), arguments)
     if isinstance(fn, dist.TransformedDistribution) and not owns_parameters(fn.transforms):
         inner = closed_form_kl(fn.base_dist)
         return None if inner is None else sum_rightmost(inner, jnp.ndim(inner) - len(fn.batch_shape))
-    if isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        return _unwrapped(fn)
+    if isinstance(fn, _COPIES):
+        return _kl_of_copies(fn)
     fn = with_broadcast_loc(fn)
     try:
         return jnp.asarray(kl_divergence(jax.tree.map(stop_gradient, fn), fn))
@@ -46,21 +53,7 @@ def closed_form_kl(fn: Any) -> jax.Array | None:
         return None
 
 
-def with_broadcast_loc(fn: Any) -> Any:
-    """One number as the mean of a multivariate Gaussian stands for all of its entries, which NumPyro's KL forgets."""
-    if not isinstance(fn, dist.MultivariateNormal):
-        return fn
-    fn = copy.copy(fn)
-    fn.loc = jnp.broadcast_to(fn.loc, fn.shape())
-    return fn
-
-
-def _registered(fn: Any) -> jax.Array | None:
-    arguments = distribution_arguments(fn)
-    return exponential_family.registered_kl(type(fn), jax.tree.map(stop_gradient, arguments), arguments)
-
-
-def _unwrapped(fn: Any) -> jax.Array | None:
+def _kl_of_copies(fn: dist.Distribution) -> jax.Array | None:
     inner = closed_form_kl(fn.base_dist)
     if inner is None:
         return None
@@ -71,69 +64,85 @@ def _unwrapped(fn: Any) -> jax.Array | None:
     return jnp.broadcast_to(inner, fn.batch_shape)
 
 
-def base_distribution(fn: Any) -> Any:
-    """The distribution under wrappers that a Fisher does not see."""
+def with_broadcast_loc(fn: dist.Distribution) -> dist.Distribution:
+    """Broadcast a scalar ``loc`` of a multivariate Gaussian to its event: NumPyro's ``kl_divergence`` does not."""
+    if not isinstance(fn, dist.MultivariateNormal):
+        return fn
+    fn = copy.copy(fn)
+    fn.loc = jnp.broadcast_to(fn.loc, fn.shape())
+    return fn
+
+
+def base_distribution(fn: dist.Distribution) -> dist.Distribution:
+    """The distribution inside all wrappers."""
     while is_wrapper(fn):
         fn = fn.base_dist
     return fn
 
 
-def is_wrapper(fn: Any) -> bool:
+def is_wrapper(fn: dist.Distribution) -> bool:
+    """Whether the Fisher matrix is that of ``fn.base_dist``; a registered class has its own."""
     return isinstance(fn, _WRAPPERS) and not exponential_family.is_registered(type(fn))
 
 
-def is_reparameterized(fn: Any) -> bool:
-    """Whether gradients flow through draws.
+def is_reparameterized(fn: dist.Distribution) -> bool:
+    """Whether draws are differentiable functions of the arguments.
 
-    NumPyro says no of Wishart distributions because of their concentration. But they are drawn by Bartlett's
-    decomposition, and JAX knows the derivative of its χ variables by their degrees of freedom.
+    NumPyro denies it for Wishart distributions because of their degrees of freedom. But it draws them by Bartlett's
+    decomposition, and JAX differentiates χ² variables with respect to their degrees of freedom.
     """
     return bool(fn.has_rsample) or isinstance(base_distribution(fn), dist.WishartCholesky | dist.InverseWishartCholesky)
 
 
-def is_masked(fn: Any) -> bool:
+def is_masked(fn: dist.Distribution) -> bool:
+    """Whether one of the wrappers is a mask."""
     return is_wrapper(fn) and (isinstance(fn, dist.MaskedDistribution) or is_masked(fn.base_dist))
 
 
-def map_base(fn: Any, change: Callable[[Any], Any]) -> Any:
-    """The same distribution with ``change`` applied to the one under its wrappers."""
-    if not is_wrapper(fn):
-        return change(fn)
-    return _rewrapped(fn, map_base(fn.base_dist, change))
+def map_base(fn: dist.Distribution, change: Callable[[dist.Distribution], dist.Distribution]) -> dist.Distribution:
+    """Return the same distribution with ``change`` applied to the one inside its wrappers."""
+    return _rewrapped(fn, map_base(fn.base_dist, change)) if is_wrapper(fn) else change(fn)
 
 
-def _rewrapped(fn: Any, base: Any) -> Any:
+def _rewrapped(fn: dist.Distribution, base: dist.Distribution) -> dist.Distribution:
     outer = copy.copy(fn)
     outer.base_dist = base
     return outer
 
 
-def with_log_prob(fn: Any, log_prob: Callable[..., jax.Array]) -> Any:
-    """The same distribution, of the same class (KL registries see no difference), with another log-density."""
+def with_log_prob(fn: dist.Distribution, log_prob: Callable[..., jax.Array]) -> dist.Distribution:
+    """Return the same distribution, of the same class, with another log density.
+
+    Registries of KL divergences, which look up the class, do not see the difference.
+    """
     changed = copy.copy(fn)
     changed.log_prob = log_prob
     return changed
 
 
-def owns_parameters(chain: Any) -> bool:
-    """Whether a list of transforms may hold parameters: leaves of their tree but for constants, or a flow's closure."""
+def owns_parameters(chain: Sequence[Transform]) -> bool:
+    """Whether transforms may hold parameters: leaves that are not Python or NumPy constants, or a flow's closure."""
     leaves = (leaf for leaf in jax.tree.leaves(chain) if not isinstance(leaf, bool | int | float | np.ndarray))
     return any(True for _ in leaves) or any(isinstance(t, FLOWS) for t in chain)
 
 
-def distribution_arguments(base: Any) -> dict[str, jax.Array]:
-    """The arguments as given: lazily derived ones (a precision made from a Cholesky factor) are not in ``__dict__``."""
+def distribution_arguments(base: dist.Distribution) -> Arguments:
+    """The arguments that were passed to the constructor.
+
+    Others that NumPyro derives from them on access (a precision from a Cholesky factor) are not in ``__dict__``.
+    """
     found = {name: _argument(base, name) for name in type(base).arg_constraints}
     return {name: jnp.asarray(x, jnp.result_type(float, x)) for name, x in found.items() if x is not None}
 
 
-def _argument(base: Any, name: str) -> Any:
-    # ``NegativeBinomial2`` is given a mean and keeps what it computes from it.
-    computed = isinstance(getattr(type(base), name, None), property)
-    return getattr(base, name) if computed else base.__dict__.get(name)
+def _argument(base: dist.Distribution, name: str) -> ArrayLike | None:
+    # A property, such as the mean of `NegativeBinomial2`, is computed from what the constructor has stored.
+    is_property = isinstance(getattr(type(base), name, None), property)
+    return getattr(base, name) if is_property else base.__dict__.get(name)
 
 
-def base_shape(fn: Any, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
+def base_shape(fn: dist.Distribution, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a draw of the innermost distribution, expanded."""
     while is_wrapper(fn) and not isinstance(fn, dist.ExpandedDistribution):
         fn = fn.base_dist
     return tuple(sample_shape) + tuple(fn.shape())
@@ -152,7 +161,11 @@ def base_shape(fn: Any, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
 # autoregressive flow calls its network d times in sequence for d latents; the d columns of ∂T/∂x are one batch.
 
 
-def without_flow_inverse(fn: Any, intermediates: Any) -> Any:
+#: For every transform of a distribution its input and its own intermediate values.
+Intermediates = Sequence[tuple[jax.Array, Any]]
+
+
+def without_flow_inverse(fn: dist.Distribution, intermediates: Intermediates) -> dist.Distribution:
     """Return the same distribution with a ``log_prob`` that, at the frozen draw, does not invert a flow.
 
     :param fn: any distribution; one without a flow is returned as it is.
@@ -167,7 +180,7 @@ def without_flow_inverse(fn: Any, intermediates: Any) -> Any:
     return fn
 
 
-def _flow_log_prob(fn: Any, value: jax.Array, intermediates: Any) -> jax.Array:
+def _flow_log_prob(fn: dist.Distribution, value: jax.Array, intermediates: Intermediates) -> jax.Array:
     """``TransformedDistribution.log_prob`` at its own draw; its first derivatives are exact, its second are not."""
     total, y, event_dim = jnp.zeros(()), value, fn.event_dim
     for transform, (x, _) in reversed(list(zip(fn.transforms, intermediates, strict=True))):
@@ -178,7 +191,7 @@ def _flow_log_prob(fn: Any, value: jax.Array, intermediates: Any) -> jax.Array:
     return total + sum_rightmost(fn.base_dist.log_prob(y), event_dim - fn.base_dist.event_dim)
 
 
-def _preimage(transform: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _preimage(transform: Transform, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x(φ) with T_φ(x(φ)) = y, and log|∂T_φ/∂x| there, both to first order in φ and y."""
     if not isinstance(transform, FLOWS):
         x = transform.inv(y)
@@ -189,12 +202,12 @@ def _preimage(transform: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, ja
     return x + shift, log_det + jnp.sum(slope * shift, axis=-1)
 
 
-def _flow_forward(transform: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _flow_forward(transform: Transform, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     y, intermediates = transform.call_with_intermediates(x)
     return y, transform.log_abs_det_jacobian(x, y, intermediates)
 
 
-def _flow_jacobian(transform: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _flow_jacobian(transform: Transform, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """∂T/∂x, ``(..., d, d)``, and ∂ log|∂T/∂x| / ∂x, ``(..., d)``, at frozen parameters."""
     flat = x.reshape(-1, x.shape[-1])
     jacobian, slope = jax.vmap(jax.jacfwd(lambda v: _flow_forward(transform, v)))(flat)
