@@ -212,3 +212,24 @@ def test_kl_of_a_step_increases_with_rho(values, slope):
             for rho in np.geomspace(1e-6, 1.0, 25)
         ]
         assert (np.diff(nats) >= -1e-12 * np.array(nats[1:])).all()
+
+
+# --- linear algebra ---
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3, np.linspace(0.1, 1.0, D)], ids=["none", "one", "each"])
+@pytest.mark.parametrize("with_scale", [False, True])
+def test_scaled_cholesky_solve_is_the_dense_solve_at_any_scale(damping, with_scale, dtype):
+    """Parameters differ by twelve orders of magnitude; the errors are relative to each entry's own scale."""
+    units = np.geomspace(1e-6, 1e6, D)
+    scale = units**2 * np.linspace(0.5, 2.0, D) if with_scale else None
+    unit, b = spd(11, D), np.random.default_rng(12).normal(size=D)
+    diagonal = np.diag(unit) if scale is None else scale / units**2
+    expected = np.linalg.solve(unit + np.diag(damping * diagonal), b)
+    found = gaussian.scaled_cholesky_solve(
+        jnp.asarray(unit * units[:, None] * units),
+        jnp.asarray(b * units),
+        damping=damping if np.ndim(damping) == 0 else jnp.asarray(damping),
+        scale=None if scale is None else jnp.asarray(scale),
+    )
+    assert_close(np.asarray(found) * units, expected, root_eps(dtype))
