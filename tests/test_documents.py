@@ -81,3 +81,14 @@ def test_links_between_documents_lead_to_files_and_headings(document):
             path = (ROOT / document).parent / name if name else ROOT / document
             assert path.exists(), target
             assert not anchor or anchor in _anchors(path), target
+
+
+def test_names_in_the_architecture_page_exist():
+    """A name in backquotes is a path of the repository, or a word of the package."""
+    source = "\n".join(p.read_text() for p in ROOT.glob("numpyro_natgrad/**/*.py"))
+    words = set(re.findall(r"\w+", source))
+    quoted = re.findall(r"`([\w./*]+)(?:\([^`]*\))?`", (ROOT / "docs" / "architecture.md").read_text())
+    assert len(quoted) > 50
+    for name in quoted:
+        is_path = any(any(folder.glob(name)) for folder in (ROOT, ROOT / "numpyro_natgrad"))
+        assert is_path or name.split(".")[-1] in words, name
