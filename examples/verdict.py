@@ -65,8 +65,8 @@ def picture(judged: Verdict, reference: np.ndarray) -> Figure:
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     rows = {
         "AutoNormal": (judged.guide["beta"].sd, "o", OTHERS[0]),
-        "importance-weighted": (judged.weighted["beta"].sd, "s", OTHERS[1]),
-        "linear response": (judged.linear["beta"], "D", NATURAL),
+        "importance-weighted": (judged.importance_weighted["beta"].sd, "s", OTHERS[1]),
+        "linear response": (judged.linear_response["beta"], "D", NATURAL),
     }
     place = np.arange(len(reference))
     axis.axhline(1.0, color="0.35", lw=1.2)

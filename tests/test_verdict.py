@@ -32,9 +32,9 @@ from oracles import assert_close, root_eps, spd
 from tables import positive
 
 from numpyro_natgrad import Estimate, StructureError, Verdict, linear_response, to_arviz, verdict
-from numpyro_natgrad.diagnostics.importance import Moments, draw, fitted, moments, smooth
+from numpyro_natgrad.diagnostics.importance import Moments, draw, fitted_guide, moments, smooth
 from numpyro_natgrad.diagnostics.linear_response import NoMinimumError
-from numpyro_natgrad.diagnostics.recommendation import Case, advise, threshold
+from numpyro_natgrad.diagnostics.recommendation import Case, recommend, threshold
 
 D = 4
 CENTRE, COVARIANCE = np.arange(1.0, D + 1), spd(3, D, low=0.5, high=8.0)
@@ -82,7 +82,7 @@ def full() -> tuple[SVI, dict[str, Any]]:
 
 def test_log_weight_is_the_negative_loss_of_its_draw(x64):
     svi, params = started(log_gaussian, hand_written)
-    found = draw(fitted(svi, params, (), {}), random.key(1), 100)
+    found = draw(fitted_guide(svi, params, (), {}), random.key(1), 100)
     loss = lambda key: Trace_ELBO().loss(key, params, svi.model, svi.guide)
     assert_close(found.log_weights, -jax.jit(jax.vmap(loss))(random.split(random.key(1), 100)), 1e-10)
 
@@ -95,8 +95,8 @@ def test_exact_posterior_has_the_verdict_good():
     assert_close(found.elbo.value, LOG_EVIDENCE, 100 * np.finfo(np.float32).eps)
     assert_close(found.log_evidence.value, LOG_EVIDENCE, 100 * np.finfo(np.float32).eps)
     assert found.ess > 990
-    assert found.advice.startswith("The guide is good")
-    assert_close(found.linear["z"], np.sqrt(np.diag(COVARIANCE)), 5 / math.sqrt(2 * 1000))
+    assert found.recommendation.startswith("The guide is good")
+    assert_close(found.linear_response["z"], np.sqrt(np.diag(COVARIANCE)), 5 / math.sqrt(2 * 1000))
 
 
 def test_weighted_moments_of_a_mean_field_guide_equal_the_posteriors():
@@ -119,13 +119,13 @@ def test_weighted_moments_of_a_mean_field_guide_equal_the_posteriors():
     assert found.k_hat < 0.5
     for name, a in along.items():
         v, s = (np.sum(a @ m * a, axis=1) for m in (covariance, heavy))
-        sd, moments = np.sqrt(v), found.weighted[name]
+        sd, moments = np.sqrt(v), found.importance_weighted[name]
         assert np.all(np.abs(moments.mean - a @ CENTRE) < 4 * np.sqrt(c * s / 4000))
         error = np.sqrt(c * (3 * s**2 - 2 * s * v + v**2) / 4000) / (2 * sd)  # of an sd, by the delta method
         assert np.all(np.abs(moments.sd - sd) < 4 * error)
-        assert_close(np.ravel(found.linear[name]), sd, 4 / math.sqrt(2 * 4000))
+        assert_close(np.ravel(found.linear_response[name]), sd, 4 / math.sqrt(2 * 4000))
     assert found.guide["total"].sd < sd - 4 * error
-    assert "Its standard deviation of `total` is too small" in found.advice
+    assert "Its standard deviation of `total` is too small" in found.recommendation
     assert abs(found.log_evidence.value - LOG_EVIDENCE) < 4 * math.sqrt((c - 1) / 4000)
     gap = -0.5 * np.linalg.slogdet(precision)[1]  # KL(q ‖ p)
     assert abs(LOG_EVIDENCE - gap - found.elbo.value) < 4 * found.elbo.standard_error
@@ -147,7 +147,7 @@ def test_linear_response_is_exact_through_transforms_of_the_guide(x64, monkeypat
     svi, params = started(log_gaussian, hand_written)
     dense = linear_response(svi, params, random.key(1), num_particles=32).covariance
     assert_close(dense, COVARIANCE[:2, :2], 1e-8)
-    monkeypatch.setattr("numpyro_natgrad.diagnostics.linear_response.DENSE_LIMIT", 0)
+    monkeypatch.setattr("numpyro_natgrad.diagnostics.linear_response.DENSE_HESSIAN_LIMIT", 0)
     assert_close(linear_response(svi, params, random.key(1), num_particles=32).covariance, dense, 1e-4)
 
 
@@ -180,7 +180,7 @@ def test_unfinished_fit_is_advised_to_continue():
     svi, params = started(heavy, AutoNormal(heavy), z_auto_loc=np.zeros(2), z_auto_scale=np.full(2, 0.3))
     found = verdict(svi, params, random.key(1), num_draws=1000)
     assert found.k_hat > 0.7
-    assert found.advice.startswith("The fit is not done")
+    assert found.recommendation.startswith("The fit has not converged")
 
 
 def test_too_small_family_is_advised_a_larger_one():
@@ -194,8 +194,8 @@ def test_too_small_family_is_advised_a_larger_one():
     svi, params = started(ridge, AutoNormal(ridge), z_auto_loc=np.zeros(D), z_auto_scale=scale)
     found = verdict(svi, params, random.key(1), num_draws=1000)
     assert found.k_hat > 0.7
-    assert found.advice.endswith("Try `AutoMultivariateNormal`.")
-    assert_close(found.linear["z"], np.ones(D), 4 / math.sqrt(2 * 1000))
+    assert found.recommendation.endswith("Try `AutoMultivariateNormal`.")
+    assert_close(found.linear_response["z"], np.ones(D), 4 / math.sqrt(2 * 1000))
 
 
 def test_equal_weights_have_no_pareto_tail(dtype):
@@ -221,7 +221,7 @@ def test_verdict_of_a_point_guide_suggests_a_distribution():
     svi, params = started(gaussian, AutoDelta(gaussian))
     found = verdict(svi, params, random.key(1), num_draws=100)
     assert math.isnan(found.k_hat)
-    assert found.advice == "The guide is a point and says nothing of uncertainty: try `AutoNormal`."
+    assert found.recommendation == "The guide is a point and has no uncertainty: try `AutoNormal`."
     assert "linear response needs Gaussian sites" in str(found)
 
 
@@ -234,7 +234,7 @@ def test_verdict_warns_about_minibatches():
     svi, params = started(model, lambda: numpyro.sample("z", dist.Cauchy(numpyro.param("m", 0.0), 1.0)))
     with pytest.warns(UserWarning, match=r"plates \['rows'\] see a minibatch"):
         found = verdict(svi, params, random.key(1), num_draws=100)
-    assert found.advice.startswith("The plates `rows` saw a minibatch")
+    assert found.recommendation.startswith("The plates `rows` saw a minibatch")
 
 
 def test_draws_with_nonfinite_weights_are_counted():
@@ -245,15 +245,17 @@ def test_draws_with_nonfinite_weights_are_counted():
     svi, params = started(model, AutoNormal(model), z_auto_loc=0.0, z_auto_scale=1.0)
     found = verdict(svi, params, random.key(1), num_draws=1000)
     lost = int(np.sum(found.draws["z"] > 1.0))
-    assert found.advice.startswith(f"{lost} of 1000 draws have a log weight that is not finite")
+    assert found.recommendation.startswith(f"{lost} of 1000 draws have a non-finite log weight")
     assert found.elbo.value == -np.inf
     kept = float(jax.scipy.stats.norm.cdf(1.0))
     assert abs(found.log_evidence.value - math.log(kept)) < 4 * math.sqrt((1 - kept) / kept / 1000)
 
 
 def test_lost_draws_forbid_the_use_of_the_guide():
-    said = advise(_case(lost=2000, k_hat=0.1))
-    assert said.endswith("Take the importance-weighted moments, in which draws without a finite weight count nothing.")
+    said = recommend(_case(nonfinite=2000, k_hat=0.1))
+    assert said.endswith(
+        "Use the importance-weighted moments, in which draws with a non-finite log weight have weight zero."
+    )
 
 
 def test_one_finite_weight_gives_no_estimate():
@@ -278,9 +280,9 @@ def test_tabulated_sites_do_not_change_the_verdict():
     ways = (None, "c", ["c", "z"])
     found = [verdict(svi, params, random.key(1), num_draws=500, sites=sites) for sites in ways]
     assert [list(v.guide) for v in found] == [["z"], ["c"], ["c", "z"]] == [list(v.draws) for v in found]
-    assert len({v.advice for v in found}) == 1
-    assert "point" not in found[0].advice
-    assert "c[0]" not in found[2].advice
+    assert len({v.recommendation for v in found}) == 1
+    assert "point" not in found[0].recommendation
+    assert "c[0]" not in found[2].recommendation
     assert repr(found[1]) == str(found[1])
     rows = str(found[2]).splitlines()
     linear = {row.split()[0]: float(row.split()[-1]) for row in rows if row.startswith(("z", "c["))}
@@ -305,7 +307,7 @@ def test_arguments_of_verdict_are_checked():
         verdict(svi, params, random.key(1), num_draws=10)
     with pytest.raises(TypeError, match=r"num_draws=1000\.0.*an integer"):
         verdict(svi, params, random.key(1), num_draws=1e3)
-    with pytest.raises(TypeError, match=r"`int` is no fit.*svi\.run"):
+    with pytest.raises(TypeError, match=r"`result` is of type `int`: expected what `svi\.run`"):
         verdict(svi, 3, random.key(1))
     for typed in (["y"], "y"):
         with pytest.raises(StructureError, match=rf"`sites={re.escape(repr(typed))}`: .* no \['y'\]; expected some of"):
@@ -315,14 +317,29 @@ def test_arguments_of_verdict_are_checked():
 
 
 def _case(**changed: Any) -> Case:
-    usual = Case(("AutoNormal",), 4, 4000, 0, 1.2, 10.0, 3.0, 0.0, math.nan, False, (), False, (), ("z", 1.0))
+    usual = Case(
+        guide=("AutoNormal",),
+        latents=4,
+        draws=4000,
+        nonfinite=0,
+        k_hat=1.2,
+        ess=10.0,
+        gap=3.0,
+        rounding=0.0,
+        newton_decrement=math.nan,
+        no_maximum=False,
+        points=(),
+        only_points=False,
+        subsampled=(),
+        worst=("z", 1.0),
+    )
     return usual._replace(**changed)
 
 
 CASES = [
     ({"k_hat": 0.2}, "The guide is good: k-hat 0.20. Use it as it is."),
     ({"k_hat": 0.2, "worst": ("z[1]", 0.7)}, "Its standard deviation of `z[1]` is too small, 0.70 of the"),
-    ({"k_hat": 0.6}, "The guide is usable: k-hat 0.60. Take the importance-weighted moments (10 effective draws)."),
+    ({"k_hat": 0.6}, "The guide is usable: k-hat 0.60. Use the importance-weighted moments (10 effective draws)."),
     ({"k_hat": 0.6, "draws": 100}, "The family is too small: k-hat 0.60, trustworthy below 0.50."),
     ({"k_hat": 0.70004}, "The family is too small: k-hat 0.70004, trustworthy below 0.70000."),
     ({"k_hat": 0.699}, "The guide is usable: k-hat 0.699."),
@@ -335,17 +352,17 @@ CASES = [
     ({"guide": ("AutoLowRankMultivariateNormal",), "latents": 5000}, "a flow (`AutoBNAFNormal`"),
     ({"guide": ("AutoBNAFNormal",)}, "NUTS"),
     ({"guide": ("function",)}, "latents depend on each other"),
-    ({"newton_decrement": 1.5}, "The fit is not done: its ELBO can rise by about 1.5 nats within this family"),
+    ({"newton_decrement": 1.5}, "The fit has not converged: its ELBO can rise by about 1.5 nats within this family"),
     ({"newton_decrement": 1.5, "gap": 1000.0}, "The family is too small"),
     ({"newton_decrement": 0.1}, "The family is too small"),
-    ({"points": ("s",)}, "`s` is a point of the guide"),
+    ({"points": ("s",)}, "The guide gives `s` a single value"),
     ({"rounding": 0.5}, "numpyro.enable_x64()"),
 ]
 
 
 @pytest.mark.parametrize(("changed", "said"), CASES)
 def test_recommendation_follows_from_the_figures(changed, said):
-    assert said in advise(_case(**changed))
+    assert said in recommend(_case(**changed))
 
 
 def test_k_hat_threshold_falls_with_few_draws():
@@ -357,36 +374,36 @@ def test_flow_has_weights_and_no_linear_response():
     svi, params = started(gaussian, AutoIAFNormal(gaussian, num_flows=1, hidden_dims=[D]))
     found = verdict(svi, params, random.key(1), num_draws=100)
     assert np.isfinite(found.elbo.value)
-    assert found.linear == {}
+    assert found.linear_response == {}
     assert math.isnan(found.newton_decrement)
 
 
 def by_hand() -> Verdict:
     moments = lambda mean, sd: Moments(np.array(mean), np.array(sd), np.zeros(np.shape(mean)))
     return Verdict(
-        1.204,
-        0.7,
-        Estimate(-12.345, 0.021),
-        Estimate(-10.1, 0.3),
-        1.0,
-        0.04,
-        {"a": moments(1.0, 0.5), "b": moments([2.0, -300.25], [0.1, 20.0])},
-        {"a": moments(1.1, 0.75), "b": moments([2.0, -310.0], [0.2, 33.3])},
-        {"a": np.array(0.8), "b": np.array([0.21, 35.0])},
-        "",
-        {"a": np.array([1.0, 2.0]), "b": np.array([[0.0, 1.0], [2.0, 3.0]])},
-        np.array([0.0, -1.0]),
-        np.array([1.0, 0.0]),
-        "Try something else.",
+        k_hat=1.204,
+        threshold=0.7,
+        elbo=Estimate(-12.345, 0.021),
+        log_evidence=Estimate(-10.1, 0.3),
+        ess=1.0,
+        newton_decrement=0.04,
+        guide={"a": moments(1.0, 0.5), "b": moments([2.0, -300.25], [0.1, 20.0])},
+        importance_weighted={"a": moments(1.1, 0.75), "b": moments([2.0, -310.0], [0.2, 33.3])},
+        linear_response={"a": np.array(0.8), "b": np.array([0.21, 35.0])},
+        linear_response_note="",
+        draws={"a": np.array([1.0, 2.0]), "b": np.array([[0.0, 1.0], [2.0, 3.0]])},
+        log_weights=np.array([0.0, -1.0]),
+        weights=np.array([1.0, 0.0]),
+        recommendation="Try something else.",
     )
 
 
 TABLE = """\
-k-hat                    1.20  too large; trustworthy below 0.70
-ELBO            -12.35 ± 0.02  nats
-log evidence    -10.10 ± 0.30  nats, Pareto-smoothed
-effective draws             1  of 2
-decrement                0.04  nats that a Newton step would gain
+k-hat                     1.20  too large; trustworthy below 0.70
+ELBO             -12.35 ± 0.02  nats
+log evidence     -10.10 ± 0.30  nats, Pareto-smoothed
+effective draws              1  of 2
+Newton decrement          0.04  nats that a Newton step would gain
 
                       guide    importance-weighted      linear
 site        mean         sd        mean         sd    response

@@ -1,8 +1,8 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The file that knows both lines of ArviZ: 0.x in one package, 1.x in several, with other signatures.
+"""Calls of ArviZ that work in its versions 0.x, one package, and 1.x, several packages with other signatures.
 
-ArviZ is imported when it is asked for: that takes longer than a small fit.
+ArviZ is imported inside of the functions, because its import takes longer than a small fit.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import numpy as np
 def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Pareto-smoothed importance sampling (Vehtari, Simpson, Gelman, Yao & Gabry 2024, JMLR 25:72).
 
-    :param log_weights: log p − log q of independent draws, ``(S,)``, nats; finite.
+    :param log_weights: finite log p − log q of independent draws, ``(S,)``, nats.
     :return: log weights, smoothed and normalised to a sum of 1, ``(S,)``, and k-hat, the Pareto shape of their tail.
     """
     try:
@@ -24,16 +24,17 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
 
         smoothed, k_hat = arviz.psislw(log_weights)
     else:
-        # ArviZ 1.x asks for a log likelihood, the negative of a log weight.
+        # ArviZ 1.x expects log likelihoods, the negatives of log weights.
         smoothed, k_hat = array_stats.psislw(-log_weights)
     return np.asarray(smoothed), float(k_hat)
 
 
 def inference_data(posterior: Mapping[str, np.ndarray], statistics: Mapping[str, np.ndarray], **labels: Any) -> Any:
-    """One chain of draws as ArviZ keeps it: ``InferenceData`` in ArviZ 0.x, ``xarray.DataTree`` in 1.x.
+    """One chain of draws, as ``InferenceData`` in ArviZ 0.x and as ``xarray.DataTree`` in 1.x.
 
-    :param posterior: draws of each site, ``(S, *shape)``.  :param statistics: of each draw, ``(S,)``.
-    :param labels: ``dims`` and ``coords``, as ArviZ takes them.
+    :param posterior: draws of each site, ``(S, *shape)``.
+    :param statistics: numbers of each draw, ``(S,)``.
+    :param labels: ``dims`` and ``coords``, as for ``arviz.from_dict``.
     """
     import arviz
 

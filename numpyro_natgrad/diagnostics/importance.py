@@ -1,16 +1,16 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The guide as an importance proposal: draws, log weights, and what the weights make of the draws.
+"""Importance sampling with the guide as proposal: draws, their log weights, and weighted moments.
 
     w(z) = log p(x, z) − log q(z),  z ~ q      ELBO = E[w],    log p(x) = log E[exp w],    E_p[h] = E[h exp w]/E[exp w]
 
-One draw is one particle of NumPyro's ``Trace_ELBO``, whose negative loss is w. Statistics are taken on the host, in
-float64 whatever the fit's precision is.
+The log weight of a draw is the negative loss of one particle of NumPyro's ``Trace_ELBO``. Statistics are computed in
+NumPy and in float64, whatever the precision of the fit.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -27,18 +27,33 @@ from numpyro_natgrad.infer.fisher import Estimate
 from numpyro_natgrad.infer.fit import FitResult
 from numpyro_natgrad.options import StructureError
 
-#: Draws between two ticks of the progress bar, and those that are drawn in one batch.
-CHUNK, BATCH = 500, 50
-#: Seconds after which a progress bar appears.
-PATIENCE = 2.0
-#: Finite log weights below which there is no tail to fit: a fifth of them has to be five (Vehtari et al. 2024).
-TAIL = 25
-#: Log weights that differ by less than so many roundings are equal.
-ROUNDINGS = 64
+#: Draws of one call of the compiled program, between two updates of the progress bar: a matter of display.
+DRAWS_PER_CALL = 500
+#: Draws that are evaluated together (``lax.map``'s ``batch_size``): it bounds the memory, at little cost in time.
+DRAWS_PER_BATCH = 50
+#: Seconds after which a progress bar appears; most verdicts are shorter.
+PROGRESS_BAR_DELAY = 2.0
+#: Finite log weights below which no tail is fitted: the tail is at most a fifth of the weights (Vehtari et al. 2024,
+#: JMLR 25:72), and ArviZ fits no tail of fewer than 5.
+MIN_WEIGHTS_FOR_TAIL = 25
+#: Log weights within so many roundings, eps · max |w|, count as equal. Sums of log densities lose a digit or two, and a
+#: Pareto fit to rounding errors would report a heavy tail. Not tuned.
+EQUAL_WITHIN_ROUNDINGS = 64
+
+#: What fits return: :func:`fitted_guide` reads the parameters from any of these.
+Fitted: TypeAlias = "SVIRunResult | FitResult | SVIState | Mapping[str, Any]"
+#: What ``numpyro.handlers.trace`` records, by the name of the site.
+Sites = Mapping[str, dict[str, Any]]
 
 
-class Fit(NamedTuple):
-    """What is judged: an ``SVI`` with the (constrained) parameters, and the arguments of model and guide."""
+class FittedGuide(NamedTuple):
+    """A guide at its fitted parameters.
+
+    :ivar svi: it holds model and guide.
+    :ivar params: constrained parameters, and mutable state.
+    :ivar args: positional arguments of model and guide.
+    :ivar kwargs: keyword arguments of model and guide.
+    """
 
     svi: SVI
     params: Params
@@ -47,31 +62,44 @@ class Fit(NamedTuple):
 
     @property
     def vectorized(self) -> bool:
-        """Whether draws may be taken in a batch: as the loss takes its particles."""
+        """Whether draws may be evaluated in batches, as the loss evaluates its particles."""
         return bool(getattr(self.svi.loss, "vectorize_particles", True))
 
 
-class Draws(NamedTuple):
-    """Independent draws of the guide; ``S`` of them.
+class Inspection(NamedTuple):
+    """What a trace of model and guide says about their sites.
 
-    :ivar log_weights: ``(S,)``, nats.  :ivar values: of each site, constrained, ``(S, *shape)``.
-    :ivar latent: the sites among them that the guide draws.  :ivar asked: those that were asked for.
-    :ivar subsampled: plates that saw a minibatch only.  :ivar dtype: that the log weights were computed in.
+    :ivar subsampled: plates of which model and guide see a minibatch only.
+    :ivar latent: latent sites of the model.
+    :ivar tabulated: the sites whose moments were requested.
+    """
+
+    subsampled: tuple[str, ...]
+    latent: tuple[str, ...]
+    tabulated: tuple[str, ...]
+
+
+class Draws(NamedTuple):
+    """``S`` independent draws of the guide.
+
+    :ivar log_weights: ``(S,)``, nats, float64.
+    :ivar values: constrained values of latent and tabulated sites, ``(S, *shape)``.
+    :ivar sites: names of the sites.
+    :ivar dtype: the precision that the log weights were computed in.
     """
 
     log_weights: np.ndarray
     values: dict[str, np.ndarray]
-    latent: tuple[str, ...]
-    asked: tuple[str, ...]
-    subsampled: tuple[str, ...]
-    dtype: Any
+    sites: Inspection
+    dtype: np.dtype
 
 
-class Weights(NamedTuple):
-    """Pareto-smoothed weights.
+class ImportanceWeights(NamedTuple):
+    """Pareto-smoothed importance weights of ``S`` draws.
 
     :ivar normalised: ``(S,)``, with sum 1; zero where the log weight was not finite.
-    :ivar k_hat: shape of their tail.  :ivar log_evidence: log p(x), nats.
+    :ivar k_hat: shape of the generalised Pareto distribution of the largest weights.
+    :ivar log_evidence: log p(x), nats.
     """
 
     normalised: np.ndarray
@@ -80,111 +108,133 @@ class Weights(NamedTuple):
 
     @property
     def ess(self) -> float:
-        """1/Σw²: as many draws of the posterior would say as much of a mean (Kong 1992)."""
+        """The effective number of draws, 1/Σw² (Kong 1992)."""
         return 1 / float(np.sum(self.normalised**2))
 
 
 class Moments(NamedTuple):
-    """Mean and standard deviation of a site's entries, and the standard error of the mean; ``shape`` of the site."""
+    """Moments of every entry of a site; arrays of the site's shape.
+
+    :ivar mean: the mean.
+    :ivar sd: the standard deviation.
+    :ivar standard_error: the standard error of the mean.
+    """
 
     mean: np.ndarray
     sd: np.ndarray
     standard_error: np.ndarray
 
-
-def fitted(svi: SVI, result: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Fit:
-    """Read the parameters out of what a fit returned."""
-    merged = {**getattr(svi, "static_kwargs", {}), **kwargs}
-    if isinstance(result, SVIRunResult | FitResult):
-        return Fit(svi, {**result.params, **(result.state.mutable_state or {})}, args, merged)
-    if isinstance(result, SVIState):
-        return Fit(svi, {**svi.get_params(result), **(result.mutable_state or {})}, args, merged)
-    if isinstance(result, Mapping):
-        return Fit(svi, dict(result), args, merged)
-    raise TypeError(
-        f"`{type(result).__name__}` is no fit: expected what `svi.run` or `fit` returns, a state of `svi.update`, or "
-        "the dict of `svi.get_params(state)`."
-    )
+    def entry(self, at: tuple[int, ...]) -> tuple[float, float]:
+        """Mean and standard deviation of one entry."""
+        return float(self.mean[at]), float(self.sd[at])
 
 
-def draw(fit: Fit, key: jax.Array, num_draws: int, sites: Any = None) -> Draws:
-    """Draw from the guide and weigh every draw; a progress bar appears where that takes long.
+def fitted_guide(svi: SVI, result: Fitted, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FittedGuide:
+    """Read the parameters from what a fit returned.
 
-    :param sites: names of sites of the model, latent or deterministic, asked for beside all latents (default: these).
-    :raises StructureError: if the model has latents that the guide does not draw, or no site of a name.
+    :raises TypeError: if ``result`` is not the result of a fit.
     """
-    subsampled, latent, asked = _look(fit, key, sites)
-    one = lambda k: _weigh(fit, k, tuple(dict.fromkeys(latent + asked)))
-    each = jax.jit(lambda keys: lax.map(one, keys, batch_size=BATCH if fit.vectorized else None))
-    keys = random.split(key, num_draws)
-    starts = tqdm(range(0, num_draws, CHUNK), desc="draws", unit=f"×{CHUNK}", delay=PATIENCE, leave=False)
-    chunks = [jax.device_get(each(keys[start : start + CHUNK])) for start in starts]
+    if isinstance(result, SVIRunResult | FitResult):
+        params, mutable_state = result.params, result.state.mutable_state
+    elif isinstance(result, SVIState):
+        params, mutable_state = svi.get_params(result), result.mutable_state
+    elif isinstance(result, Mapping):
+        params, mutable_state = result, None
+    else:
+        raise TypeError(
+            f"`result` is of type `{type(result).__name__}`: expected what `svi.run` or `fit` returns, a state of "
+            "`svi.update`, or the dict of `svi.get_params(state)`."
+        )
+    static: Mapping[str, Any] = getattr(svi, "static_kwargs", {})
+    return FittedGuide(svi=svi, params={**params, **(mutable_state or {})}, args=args, kwargs={**static, **kwargs})
+
+
+def draw(guide: FittedGuide, key: jax.Array, num_draws: int, sites: Sequence[str] | str | None = None) -> Draws:
+    """Draw from the guide and compute the log weight of every draw; a progress bar appears where that takes long.
+
+    :param sites: names of latent or deterministic sites to tabulate; all latent sites by default.
+    :raises StructureError: if the model has latent sites that the guide does not draw, or no site of a given name.
+    """
+    found = _inspect(guide, key, sites)
+    names = tuple(dict.fromkeys(found.latent + found.tabulated))
+
+    def one(key: jax.Array) -> tuple[jax.Array, Params]:
+        log_weight, _, trace = _traces(guide, key)
+        return log_weight, {name: trace[name]["value"] for name in names}
+
+    each = jax.jit(lambda keys: lax.map(one, keys, batch_size=DRAWS_PER_BATCH if guide.vectorized else None))
+    keys, starts = random.split(key, num_draws), range(0, num_draws, DRAWS_PER_CALL)
+    bar = tqdm(starts, desc="draws", unit=f"×{DRAWS_PER_CALL}", delay=PROGRESS_BAR_DELAY, leave=False)
+    chunks = [jax.device_get(each(keys[start : start + DRAWS_PER_CALL])) for start in bar]
     log_weights, values = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
-    return Draws(np.asarray(log_weights, np.float64), values, latent, asked, subsampled, log_weights.dtype)
+    return Draws(log_weights=np.asarray(log_weights, np.float64), values=values, sites=found, dtype=log_weights.dtype)
 
 
-def _weigh(fit: Fit, key: jax.Array, names: tuple[str, ...]) -> tuple[jax.Array, Params]:
-    log_weight, _, trace = _traces(fit, key)
-    return log_weight, {name: trace[name]["value"] for name in names}
+def _traces(guide: FittedGuide, key: jax.Array) -> tuple[jax.Array, Sites, Sites]:
+    """The log weight of one draw, and the traces of guide and model."""
+    svi, args, kwargs, params = guide.svi, guide.args, guide.kwargs, guide.params
+    model_key, guide_key = random.split(key)  # the order of ``Trace_ELBO``, so that the draws of a key are the same
+    log_q, guide_sites = log_density(seed(svi.guide, guide_key), args, kwargs, params)
+    log_p, model_sites = log_density(replay(seed(svi.model, model_key), guide_sites), args, kwargs, params)
+    return log_p - log_q, guide_sites, model_sites
 
 
-def _traces(fit: Fit, key: jax.Array) -> tuple[jax.Array, Any, Any]:
-    model_key, guide_key = random.split(key)  # as in ``Trace_ELBO``
-    log_q, guided = log_density(seed(fit.svi.guide, guide_key), fit.args, fit.kwargs, fit.params)
-    model = replay(seed(fit.svi.model, model_key), guided)
-    log_p, model_sites = log_density(model, fit.args, fit.kwargs, fit.params)
-    return log_p - log_q, guided, model_sites
-
-
-def _look(fit: Fit, key: jax.Array, sites: Any) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The plates that subsample, the latents, and the names of the sites asked for; traced, not run."""
-    found: list[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = []
+def _inspect(guide: FittedGuide, key: jax.Array, sites: Sequence[str] | str | None) -> Inspection:
+    """Trace model and guide abstractly, without running them."""
+    found: list[Inspection] = []
 
     def look(key: jax.Array) -> None:
-        _, guided, model_sites = _traces(fit, key)
-        plates = [(n, s["args"]) for n, s in model_sites.items() if s["type"] == "plate"]
-        subsampled = tuple(n for n, (size, seen) in plates if seen is not None and seen < size)
-        found.append((subsampled, *_names(guided, model_sites, sites)))
+        _, guide_sites, model_sites = _traces(guide, key)
+        plates = {name: site["args"] for name, site in model_sites.items() if site["type"] == "plate"}
+        subsampled = tuple(name for name, (size, rows) in plates.items() if rows is not None and rows < size)
+        latent = _latent_sites(guide_sites, model_sites)
+        tabulated = _tabulated_sites(latent, model_sites, sites)
+        found.append(Inspection(subsampled=subsampled, latent=latent, tabulated=tabulated))
 
     jax.eval_shape(look, key)
     return found[0]
 
 
-def _names(guided: Any, model_sites: Any, sites: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    latent = [n for n, s in model_sites.items() if s["type"] == "sample" and not s["is_observed"]]
-    if undrawn := [n for n in latent if n not in guided]:
+def _latent_sites(guide_sites: Sites, model_sites: Sites) -> tuple[str, ...]:
+    latent = tuple(n for n, site in model_sites.items() if site["type"] == "sample" and not site["is_observed"])
+    if undrawn := [name for name in latent if name not in guide_sites]:
         raise StructureError(
-            f"the guide does not draw {undrawn} of the model: expected a value for every latent. A latent that "
-            "`TraceEnum_ELBO` sums over has no importance weight here: sum over it in the model "
+            f"the guide does not draw {undrawn} of the model: expected a value for every latent site. A latent site "
+            "that `TraceEnum_ELBO` sums over has no importance weight here: sum over it in the model "
             "(`dist.MixtureSameFamily`, `numpyro.factor`), or draw it in the guide."
         )
-    known = {n for n, s in model_sites.items() if s["type"] == "deterministic"} | set(latent)
-    asked = latent if sites is None else [sites] if isinstance(sites, str) else list(sites)
-    if unknown := [n for n in asked if n not in known]:
+    return latent
+
+
+def _tabulated_sites(latent: tuple[str, ...], model_sites: Sites, sites: Sequence[str] | str | None) -> tuple[str, ...]:
+    known = {name for name, site in model_sites.items() if site["type"] == "deterministic"} | set(latent)
+    chosen = latent if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
+    if unknown := [name for name in chosen if name not in known]:
         raise StructureError(f"`sites={sites!r}`: the model has no {unknown}; expected some of {sorted(known)}.")
-    return tuple(latent), tuple(asked)
+    return chosen
 
 
 def elbo(log_weights: np.ndarray) -> Estimate:
-    """Mean of the log weights, nats: −∞ or NaN if a draw says so."""
+    """The mean of the log weights, nats; −∞ or NaN if that of a draw is."""
     with np.errstate(invalid="ignore"):
         return _estimate(np.mean(log_weights), np.std(log_weights, ddof=1) / math.sqrt(log_weights.size))
 
 
-def smooth(log_weights: np.ndarray, dtype: Any) -> Weights:
-    """Smooth the largest weights; draws whose log weight is not finite get none.
+def smooth(log_weights: np.ndarray, dtype: np.dtype | type[np.floating]) -> ImportanceWeights:
+    """Smooth the largest weights by a generalised Pareto distribution; non-finite log weights count as zero weights.
 
-    The standard error is that of log Ẑ by the delta method: √(Σw̄² − 1/S). With k-hat above 0.7 it is too small.
+    The standard error of log Ẑ is √(Σw̄² − 1/S), by the delta method; it is too small where k-hat is above 0.7. Where
+    the log weights are equal up to rounding k-hat is 0, and it is infinite where there are too few of them for a fit.
 
-    :param dtype: that the log weights were computed in. Where they differ by rounding alone k-hat is 0; infinite where
-        there are too few for a tail.
+    :param dtype: the precision that the log weights were computed in.
     """
     finite = np.isfinite(log_weights)
     known, count = log_weights[finite], log_weights.size
     if known.size == 0:
-        return Weights(np.zeros(count), math.inf, _estimate(-math.inf, math.nan))
-    rounding = ROUNDINGS * float(np.finfo(dtype).eps) * max(1.0, float(np.abs(known).max()))
-    if known.size < TAIL:
+        nothing = _estimate(-math.inf, math.nan)
+        return ImportanceWeights(normalised=np.zeros(count), k_hat=math.inf, log_evidence=nothing)
+    rounding = EQUAL_WITHIN_ROUNDINGS * float(np.finfo(dtype).eps) * max(1.0, float(np.abs(known).max()))
+    if known.size < MIN_WEIGHTS_FOR_TAIL:
         smoothed, k_hat = known - np.logaddexp.reduce(known), math.inf
     elif np.ptp(known) <= rounding:
         smoothed, k_hat = np.full(known.size, -math.log(known.size)), 0.0
@@ -192,25 +242,26 @@ def smooth(log_weights: np.ndarray, dtype: Any) -> Weights:
         smoothed, k_hat = arviz_compat.psis(known)
     normalised = np.zeros(count)
     normalised[finite] = np.exp(smoothed)
-    # Smoothing leaves the smallest weights alone: what they were divided by is the sum of all of them.
-    least = int(np.argmin(known))
-    log_sum = known[least] - smoothed[least]
+    # Smoothing changes the largest weights only: the smallest one shows the sum that all of them were divided by.
+    smallest = int(np.argmin(known))
+    log_mean = known[smallest] - smoothed[smallest] - math.log(count)
     error = math.sqrt(max(float(np.sum(normalised**2)) - 1 / count, 0.0))
-    return Weights(normalised, k_hat, _estimate(log_sum - math.log(count), error))
+    return ImportanceWeights(normalised=normalised, k_hat=k_hat, log_evidence=_estimate(log_mean, error))
 
 
 def moments(values: np.ndarray, weights: np.ndarray | None = None) -> Moments:
-    """Moments of draws, ``(S, *shape)``, self-normalised where there are weights (Owen 2013, chapter 9).
+    """Moments of draws, ``(S, *shape)``; self-normalised where there are weights w̄ (Owen 2013, chapter 9).
 
-    The mean's standard error is √(Σ w̄²(z − mean)²).
+    The standard error of the mean is √(Σ w̄²(z − mean)²).
     """
     z = np.asarray(values, np.float64)
     w = np.full(len(z), 1 / len(z)) if weights is None else weights
-    z, w = z[w > 0], w[w > 0]  # what counts nothing may be no number
+    z, w = z[w > 0], w[w > 0]  # a draw of weight zero may be NaN
     mean = np.tensordot(w, z, 1)
     square = (z - mean) ** 2
-    return Moments(mean, np.sqrt(np.tensordot(w, square, 1)), np.sqrt(np.tensordot(w**2, square, 1)))
+    error = np.sqrt(np.tensordot(w**2, square, 1))
+    return Moments(mean=mean, sd=np.sqrt(np.tensordot(w, square, 1)), standard_error=error)
 
 
-def _estimate(value: Any, error: Any) -> Estimate:
+def _estimate(value: float | np.floating, error: float | np.floating) -> Estimate:
     return Estimate(np.float64(value), np.float64(error))  # type: ignore[arg-type]

@@ -1,17 +1,18 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-r"""Linear response: covariances of a Gaussian guide, corrected by how its means answer to a tilt of the posterior.
-
-Tilt the target by tᵀz. The guide's optimum moves, and the mean of an exact posterior would move by its covariance:
+r"""Linear response: the covariance of a Gaussian guide, corrected by how its means respond to a tilt of the posterior.
 
     Cov_LR = ∂m*/∂t = [ (∇²L)⁻¹ ]_mm,     L(m, b) = E[f(m + (1 + b) ∘ Kε)] − Σ log(1 + bᵢ),     f = −log p(x, z)
 
-(Giordano, Broderick & Jordan 2018, JMLR 19:51, equation 11.) b is a relative change of the standard deviations, at 0.
-For mean-field guides (m, b) are all of the guide's parameters, and this is the classical formula; of other Gaussians
-the correlations are held fixed. For a Gaussian target ∂²L/∂m∂b = 0 and ∂²L/∂m² is its precision: Cov_LR is exact,
-whatever the guide. Draws come in pairs ±ε, so that this holds for the finite sum too. L is taken in the guide's own
-standard deviations, m = m₀ + σ ∘ a, where its Hessian is of order 1 in any units.
+The target is tilted by exp(tᵀz). The mean of an exact posterior would change by its covariance, and the optimal mean m*
+of the guide changes by Cov_LR (Giordano, Broderick & Jordan 2018, JMLR 19:51, equation 11). Here b is the relative
+change of the standard deviations, taken at 0.
 """
+
+# (m, b) are all parameters of a mean-field guide, and the formula is the classical one; for other Gaussian guides the
+# correlations are held fixed. For a Gaussian target ∂²L/∂m∂b = 0 and ∂²L/∂m² is its precision, so that Cov_LR is exact
+# for any guide. Draws come in pairs ±ε, so that this holds for the finite sum too. L is written in units of the guide's
+# standard deviations, m = m₀ + σ ∘ a, where its Hessian is of order 1 whatever the units of the latents.
 
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +29,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 
-from numpyro_natgrad.diagnostics.importance import Fit, fitted
+from numpyro_natgrad.diagnostics.importance import Fitted, FittedGuide, Sites, fitted_guide
 from numpyro_natgrad.distributions.wrappers import map_base
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaussian_site
 from numpyro_natgrad.guide.handlers import mark_guide_site
@@ -37,21 +38,25 @@ from numpyro_natgrad.guide.trace import LossTrace, trace_loss
 from numpyro_natgrad.infer.fisher import _initialised
 from numpyro_natgrad.options import StructureError
 
-#: Numbers (m, b) up to which the Hessian is formed; beyond, conjugate gradients, to this relative residual.
-DENSE_LIMIT, CG_TOLERANCE, CG_STEPS = 512, 1e-5, 1000
-#: Columns of the Hessian, or of its inverse, that are computed at a time.
-COLUMNS = 32
+#: Entries of (m, b) up to which ∇²L is formed and decomposed: 512 × 512 entries take tenths of a second. Not tuned.
+DENSE_HESSIAN_LIMIT = 512
+#: Above that, conjugate gradients stop at this relative residual: the Monte-Carlo error of ∇²L is a few per cent.
+HESSIAN_CG_TOLERANCE = 1e-5
+#: Most products with ∇²L that conjugate gradients take for a column; it ends those that do not converge.
+HESSIAN_CG_STEPS = 1000
+#: Columns of ∇²L, or of its inverse, that are computed together: it bounds the memory.
+COLUMNS_PER_BATCH = 32
 
 
 class LinearResponse(NamedTuple):
-    """Covariance of the d unconstrained latents of a guide, corrected by linear response.
+    """What :func:`linear_response` returns, for the d unconstrained latents of a guide.
 
-    :ivar names: of the latents: ``site`` or ``site[i,j]``, d of them.
-    :ivar loc: the guide's means, ``(d,)``.
-    :ivar scale: the guide's standard deviations, ``(d,)``.
-    :ivar covariance: ``(d, d)``.
-    :ivar decrement: nats that a Newton step in (m, b) would gain, ½ gᵀ(∇²L)⁻¹g: unbiased, so that it may be a little
-        below zero.
+    :ivar tuple names: names of the latents, ``site`` or ``site[i,j]``; d of them.
+    :ivar jax.Array loc: means of the guide, ``(d,)``.
+    :ivar jax.Array scale: standard deviations of the guide, ``(d,)``.
+    :ivar jax.Array covariance: the corrected covariance, ``(d, d)``.
+    :ivar jax.Array newton_decrement: nats that a Newton step in (m, b) would gain, ½ gᵀ(∇²L)⁻¹g; scalar. The estimate
+        is unbiased, so that it may be slightly negative.
     """
 
     names: tuple[str, ...]
@@ -67,13 +72,21 @@ class LinearResponse(NamedTuple):
 
 
 class NoMinimumError(StructureError):
-    """The loss does not curve upwards at the parameters."""
+    """The Hessian of the loss is not positive definite at the fitted parameters."""
 
 
-class _Latents(NamedTuple):
-    """The Gaussian sites of a guide: their means and spreads, flat, and where the draws of each belong."""
+class GaussianLatents(NamedTuple):
+    """The Gaussian sites of a guide, as one flat vector of d unconstrained latents.
 
-    fit: Fit
+    :ivar guide: the fitted guide.
+    :ivar names: names of the latents, d of them.
+    :ivar shapes: shape of each site.
+    :ivar loc: means, ``(d,)``.
+    :ivar scale: standard deviations, ``(d,)``.
+    :ivar spread: ε ↦ Kε, ``(d,) -> (d,)``.
+    """
+
+    guide: FittedGuide
     names: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     loc: jax.Array
@@ -81,36 +94,64 @@ class _Latents(NamedTuple):
     spread: Callable[[jax.Array], jax.Array]
 
     def split(self, z: jax.Array) -> Params:
-        """Values of the sites from d numbers."""
+        """Values of the sites, from z of shape ``(d,)``."""
         ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes.values()])[:-1]
         return {n: x.reshape(s) for (n, s), x in zip(self.shapes.items(), jnp.split(z, ends), strict=True)}
 
 
 def linear_response(
-    svi: SVI, result: Any, rng_key: jax.Array, *args: Any, num_particles: int = 256, **kwargs: Any
+    svi: SVI, result: Fitted, rng_key: jax.Array, *args: Any, num_particles: int = 256, **kwargs: Any
 ) -> LinearResponse:
     """Correct the covariance of a Gaussian guide at the optimum of its ELBO.
 
-    For ``AutoNormal``, ``AutoDiagonalNormal``, ``AutoMultivariateNormal``, ``AutoLowRankMultivariateNormal`` and
-    guides written by hand of independent Gaussian sites. Other parameters of the fit are held fixed.
+    The guide is ``AutoNormal``, ``AutoDiagonalNormal``, ``AutoMultivariateNormal``,
+    ``AutoLowRankMultivariateNormal``, or written by hand of independent Gaussian sites. Other parameters of the fit are
+    held fixed. The result is exact if the posterior is Gaussian.
 
-    :param svi: after ``svi.init`` or ``svi.run``, with any optimizer.
-    :param result: what ``svi.run`` returned, a state, or the dict of ``svi.get_params(state)``.
-    :param rng_key: of the draws.
-    :param args: of the model and the guide. :param kwargs: likewise.
-    :param num_particles: draws that the Hessian of the loss is a mean over, in pairs; a multiple of 4.
-    :raises StructureError: if the guide is not made of Gaussians, or the loss has no minimum at these parameters.
+    .. doctest::
+
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from jax import random
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_natgrad import NaturalGradient, fit, linear_response
+        >>> def model():
+        ...     numpyro.sample("z", dist.MultivariateNormal(jnp.zeros(2), jnp.array([[1.0, 1.8], [1.8, 4.0]])))
+        >>> svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO(num_particles=8))
+        >>> result = fit(svi, random.key(0), progress_bar=False)
+        >>> found = linear_response(svi, result, random.key(1))
+        >>> [round(float(x), 1) for x in found.scale], [round(float(x), 1) for x in found.sd]
+        ([0.4, 0.9], [1.0, 2.0])
+
+    :param SVI svi: the ``SVI`` that was fitted, after ``svi.init`` or ``svi.run``, with any optimizer.
+    :param result: what ``svi.run`` or :func:`.fit` returned, an ``SVIState``, or the dict of ``svi.get_params(state)``.
+    :param jax.Array rng_key: key of the draws.
+    :param args: positional arguments of model and guide.
+    :param int num_particles: draws that the Hessian of the loss is a mean over; a multiple of 4.
+    :param kwargs: keyword arguments of model and guide.
+    :return: the corrected covariance.
+    :rtype: LinearResponse
+    :raises StructureError: if the guide has sites that are not Gaussian, or if the loss has no minimum at these
+        parameters.
+    :raises TypeError: if ``result`` is not the result of a fit.
+    :raises ValueError: if ``svi.init`` has not been called.
+
+    **Reference:** Giordano, Broderick & Jordan (2018), *Covariances, robustness, and variational Bayes*, JMLR 19:51,
+    equation 11.
     """
-    fit = fitted(svi, result, args, kwargs)
-    return respond(gaussian_latents(fit, rng_key), rng_key, num_particles)
+    guide = fitted_guide(svi, result, args, kwargs)
+    return respond(gaussian_latents(guide, rng_key), rng_key, num_particles)
 
 
-def respond(latents: _Latents, key: jax.Array, num_particles: int) -> LinearResponse:
-    """∇²L by Hessian products at common draws, and its inverse's block of the means."""
+def respond(latents: GaussianLatents, key: jax.Array, num_particles: int) -> LinearResponse:
+    """Compute ∇²L by Hessian-vector products at common draws, and the block of its inverse that belongs to the means.
+
+    :raises NoMinimumError: if ∇²L is not positive definite.
+    """
     d, dtype = latents.loc.size, latents.loc.dtype
-    # Two halves of the draws are independent: the product of their slopes is unbiased, without their noise.
+    # The Newton decrement takes its two gradients from independent halves of the draws, so that it is unbiased.
     noise = random.normal(key, (2, max(num_particles // 4, 1), d), dtype)
-    solve = _dense_solver if 2 * d <= DENSE_LIMIT else _iterative_solver
+    solve = _dense_solver if 2 * d <= DENSE_HESSIAN_LIMIT else _iterative_solver
 
     @jax.jit
     def run() -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -129,98 +170,110 @@ def respond(latents: _Latents, key: jax.Array, num_particles: int) -> LinearResp
             f"the ELBO has no maximum at these parameters: the smallest curvature found is {float(least):.2g}, in "
             "units of the guide's standard deviations; expected one above 0. Take more steps, or more `num_particles`."
         )
-    return LinearResponse(latents.names, latents.loc, latents.scale, covariance, newton_decrement)
+    return LinearResponse(
+        names=latents.names,
+        loc=latents.loc,
+        scale=latents.scale,
+        covariance=covariance,
+        newton_decrement=newton_decrement,
+    )
 
 
-def _loss(latents: _Latents, at: jax.Array, offsets: jax.Array) -> jax.Array:
-    """L at (a, b), over pairs of draws."""
+def _loss(latents: GaussianLatents, at: jax.Array, offsets: jax.Array) -> jax.Array:
+    """L at (a, b), a mean over pairs of draws m ± Kε."""
     shift, growth = jnp.split(at, 2)
 
     def pair(offset: jax.Array) -> jax.Array:
         centre, away = latents.loc + latents.scale * shift, (1 + growth) * offset
         return (potential(latents, centre + away) + potential(latents, centre - away)) / 2
 
-    # What is linearised keeps the intermediate values of all draws: taking them by and by would save no memory.
-    each = jax.vmap(pair) if latents.fit.vectorized else partial(lax.map, pair)
+    # ``linearize`` keeps the intermediate values of all draws, so that a loop over batches would save no memory.
+    each = jax.vmap(pair) if latents.guide.vectorized else partial(lax.map, pair)
     return jnp.mean(each(offsets)) - jnp.sum(jnp.log1p(growth))
 
 
-def _dense_solver(product: Callable, right: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """H⁻¹ applied to rows, and the smallest eigenvalue of H."""
-    hessian = lax.map(product, jnp.eye(right.shape[1], dtype=right.dtype), batch_size=COLUMNS)
+Product = Callable[[jax.Array], jax.Array]
+
+
+def _dense_solver(product: Product, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Apply H⁻¹ to the rows of ``right``; also the smallest eigenvalue of H."""
+    hessian = lax.map(product, jnp.eye(right.shape[1], dtype=right.dtype), batch_size=COLUMNS_PER_BATCH)
     hessian = (hessian + hessian.T) / 2
-    ok = jnp.all(jnp.isfinite(hessian))  # an eigensolver never returns from a NaN
+    ok = jnp.all(jnp.isfinite(hessian))  # an eigensolver may not return from a NaN
     values, vectors = jnp.linalg.eigh(jnp.where(ok, hessian, jnp.eye(right.shape[1], dtype=right.dtype)))
     return (right @ vectors / values) @ vectors.T, jnp.where(ok, values[0], jnp.nan)
 
 
-def _iterative_solver(product: Callable, right: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same by conjugate gradients; of the curvature, the least along the solutions, xᵀHx/xᵀx."""
-    solve = lambda b: cg(product, b, tol=CG_TOLERANCE, maxiter=CG_STEPS)[0]
-    columns = lax.map(solve, right, batch_size=COLUMNS)
-    met = jnp.sum(columns * right, axis=1) / jnp.sum(columns**2, axis=1)
-    return columns, jnp.min(met[:-1])
+def _iterative_solver(product: Product, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Apply H⁻¹ to the rows of ``right`` by conjugate gradients; also the least curvature xᵀHx/xᵀx of the solutions."""
+    solve = lambda b: cg(product, b, tol=HESSIAN_CG_TOLERANCE, maxiter=HESSIAN_CG_STEPS)[0]
+    columns = lax.map(solve, right, batch_size=COLUMNS_PER_BATCH)
+    curvatures = jnp.sum(columns * right, axis=1) / jnp.sum(columns**2, axis=1)
+    return columns, jnp.min(curvatures[:-1])  # the last row is the gradient, which may be zero
 
 
-def potential(latents: _Latents, z: jax.Array) -> jax.Array:
-    """f(z) = −log p(x, z) at d unconstrained latents, with the Jacobian of the guide's transforms."""
-    return place(latents, z)[0]
+def potential(latents: GaussianLatents, z: jax.Array) -> jax.Array:
+    """f(z) = −log p(x, z) at d unconstrained latents, with the log Jacobian of the guide's transforms; nats."""
+    return substitute_latents(latents, z)[0]
 
 
-def place(latents: _Latents, z: jax.Array) -> tuple[jax.Array, Any]:
-    """The same, with the model's trace at z."""
-    fit, key = latents.fit, random.key(0)
-    with Placed(latents.split(z)):
-        log_jacobian, guided = log_density(seed(fit.svi.guide, key), fit.args, fit.kwargs, fit.params)
-    model = replay(seed(fit.svi.model, key), guided)
-    log_p, model_sites = log_density(model, fit.args, fit.kwargs, fit.params)
+def substitute_latents(latents: GaussianLatents, z: jax.Array) -> tuple[jax.Array, Sites]:
+    """The potential at z, and the trace of the model there."""
+    guide, key = latents.guide, random.key(0)  # of plates that subsample: the same minibatch at every z
+    with SubstituteBaseDraws(latents.split(z)):
+        log_jacobian, guide_sites = log_density(seed(guide.svi.guide, key), guide.args, guide.kwargs, guide.params)
+    model = replay(seed(guide.svi.model, key), guide_sites)
+    log_p, model_sites = log_density(model, guide.args, guide.kwargs, guide.params)
     return log_jacobian - log_p, model_sites
 
 
-class Placed(Messenger):
-    """Let the guide draw given numbers, under its wrappers, with density 1: of log q the transforms' part is left."""
+class SubstituteBaseDraws(Messenger):
+    """Let the base distribution of each guide site draw a given value, with density 1.
+
+    The log density of the guide is then the log Jacobian of its transforms alone.
+    """
 
     def __init__(self, draws: Params) -> None:
         super().__init__()
         self.draws = draws
 
-    def process_message(self, msg: Any) -> None:
-        """Replace the distribution of a site that has a given draw."""
+    def process_message(self, msg: dict[str, Any]) -> None:
+        """Replace the base distribution of a site that has a given draw."""
         if mark_guide_site(msg) and msg["name"] in self.draws:
-            msg["fn"] = map_base(msg["fn"], lambda base: _Given(base, self.draws[msg["name"]]))
+            msg["fn"] = map_base(msg["fn"], lambda base: _Fixed(base, self.draws[msg["name"]]))
 
 
-class _Given(dist.Distribution):
-    """A distribution that draws what it is given."""
+class _Fixed(dist.Distribution):
+    """A distribution with the shape and support of another one, which draws a given value with density 1."""
 
     has_rsample = True
 
-    def __init__(self, base: Any, value: jax.Array) -> None:
+    def __init__(self, base: dist.Distribution, value: jax.Array) -> None:
         self.base, self.value = base, value
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     @property
-    def support(self) -> Any:
+    def support(self) -> dist.constraints.Constraint:
         return self.base.support
 
-    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> jax.Array:
+    def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
         return self.value.reshape(*sample_shape, *self.shape())
 
     def log_prob(self, value: jax.Array) -> jax.Array:
         return jnp.zeros(jnp.shape(value)[: jnp.ndim(value) - self.event_dim], jnp.result_type(value))
 
 
-def gaussian_latents(fit: Fit, key: jax.Array) -> _Latents:
-    """Read means and spreads of all sites of a guide.
+def gaussian_latents(guide: FittedGuide, key: jax.Array) -> GaussianLatents:
+    """Read means and covariance factors of all sites of a guide.
 
-    :raises StructureError: if one is no Gaussian whose arguments are its own parameters.
+    :raises StructureError: if a site is not a Gaussian with parameters of its own as arguments.
     """
-    svi = _initialised(fit.svi)
-    params = svi.constrain_fn(fit.params, invert=True)
+    svi = _initialised(guide.svi)
+    params = svi.constrain_fn(guide.params, invert=True)
 
     def loss(values: Params) -> tuple[jax.Array, None]:
-        made = svi.constrain_fn(values)
-        return Trace_ELBO().loss(key, made, svi.model, svi.guide, *fit.args, **fit.kwargs), None
+        constrained = svi.constrain_fn(values)
+        return Trace_ELBO().loss(key, constrained, svi.model, svi.guide, *guide.args, **guide.kwargs), None
 
     trace = trace_loss(loss, params)
     sites = _sites(trace)
@@ -228,7 +281,14 @@ def gaussian_latents(fit: Fit, key: jax.Array) -> _Latents:
     loc = jnp.concatenate([params[s.loc].ravel() for s in sites])
     factors = [_factor(s, params) for s in sites]
     scale = jnp.concatenate([jnp.sqrt(jnp.sum(k**2, -1)).ravel() if k.ndim > 1 else k for k in factors])
-    return _Latents(fit, _labels(svi.guide, shapes), shapes, loc, scale, partial(_spread, factors))
+    return GaussianLatents(
+        guide=guide,
+        names=_labels(svi.guide, shapes),
+        shapes=shapes,
+        loc=loc,
+        scale=scale,
+        spread=partial(_spread, factors),
+    )
 
 
 def _sites(trace: LossTrace) -> list[GaussianSite | LowRankSite]:
@@ -237,36 +297,39 @@ def _sites(trace: LossTrace) -> list[GaussianSite | LowRankSite]:
     owned = [p for site in sites for p in site.params]
     if other := [name for name, site in read.items() if site is None] + sorted(trace.scanned):
         raise StructureError(
-            f"linear response needs Gaussian sites with parameters of their own; {other} are not. Fit a Gaussian guide "
-            "(`AutoNormal`, `AutoMultivariateNormal`) for it."
+            f"linear response needs Gaussian sites with parameters of their own; {other} are not. Fit a Gaussian "
+            "guide, such as `AutoNormal` or `AutoMultivariateNormal`."
         )
     if not sites or len(set(owned)) < len(owned):
-        raise StructureError("linear response needs Gaussian sites with parameters of their own; the guide has none.")
+        raise StructureError(
+            "linear response needs Gaussian sites with parameters of their own; the guide has none. Fit a Gaussian "
+            "guide, such as `AutoNormal` or `AutoMultivariateNormal`."
+        )
     return sites
 
 
 def _factor(site: GaussianSite | LowRankSite, params: Params) -> jax.Array:
-    """Standard deviations ``(d,)`` or K, ``(batch, d, d)``."""
+    """Standard deviations of shape ``(d,)``, or K of shape ``(batch, d, d)``."""
     if isinstance(site, GaussianSite) and site.form.diagonal:
         return site.covariance_factor(params).ravel()
     return site.cholesky(params)
 
 
 def _spread(factors: list[jax.Array], noise: jax.Array) -> jax.Array:
-    """Kε, flat."""
+    """Kε of all sites, concatenated."""
     ends = np.cumsum([k.size if k.ndim == 1 else k.shape[0] * k.shape[1] for k in factors])[:-1]
     parts = zip(factors, jnp.split(noise, ends), strict=True)
-    return jnp.concatenate([_times(k, e) for k, e in parts])
+    return jnp.concatenate([_multiply(k, e) for k, e in parts])
 
 
-def _times(factor: jax.Array, noise: jax.Array) -> jax.Array:
+def _multiply(factor: jax.Array, noise: jax.Array) -> jax.Array:
     if factor.ndim == 1:
         return factor * noise
     return jnp.einsum("bij,bj->bi", factor, noise.reshape(factor.shape[:2])).ravel()
 
 
-def _labels(guide: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """Names of the latents; the flat latent of an ``AutoContinuous`` guide is taken apart."""
+def _labels(guide: Callable[..., Any], shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """Names of the latents; those of an ``AutoContinuous`` guide are the entries of its flat latent."""
     unpack = getattr(guide, "_unpack_latent", None)
     if unpack is not None and len(shapes) == 1:
         (size,) = next(iter(shapes.values()))
@@ -277,5 +340,5 @@ def _labels(guide: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
 
 
 def label(name: str, at: tuple[int, ...]) -> str:
-    """``site`` or ``site[i,j]``."""
+    """The name of an entry of a site, such as ``z[0,1]``."""
     return f"{name}[{','.join(map(str, at))}]" if at else name

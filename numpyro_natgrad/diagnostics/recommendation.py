@@ -1,27 +1,31 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""What to do next, in a sentence or two: from the numbers of a verdict to the next guide, more steps, or nothing.
+"""The recommendation of a verdict, in a sentence or two: use the guide, take more steps, or choose another guide.
 
     k-hat < 0.5  good,    < min(1 − 1/log₁₀ S, 0.7)  usable,    else the family is too small for the posterior
 
-(Vehtari et al. 2024, JMLR 25:72, section 3; for variational answers Yao, Vehtari, Simpson & Gelman 2018, ICML.) More
-steps come before a larger family where the family itself still has nats to give.
+(Vehtari et al. 2024, JMLR 25:72, section 3; for variational inference Yao, Vehtari, Simpson & Gelman 2018, ICML.) More
+steps are recommended before a larger family where the ELBO can still rise within the family.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-#: k-hat below which importance sampling works as if weights had all moments that matter.
-GOOD = 0.5
-#: Nats that a Newton step would have to gain for more steps to be advised: half of one is a standard deviation in one
-#: direction; and the share of the gap between ELBO and log evidence.
-DECREMENT, SHARE = 0.5, 0.1
-#: Latents up to which a full covariance is advised.
-FULL_LIMIT = 1000
-#: Relative error of a standard deviation worth a word.
-OFF = 0.1
-#: Nats by which the log weights may be rounded.
-ROUNDED = 0.1
+#: k-hat below which a guide is good: importance weights have a finite variance there (Vehtari et al. 2024).
+GOOD_K_HAT = 0.5
+#: k-hat above which no number of draws suffices in practice (Vehtari et al. 2024).
+MAX_K_HAT = 0.7
+#: Newton decrement in nats above which more steps are recommended: half a nat is one standard deviation.
+MIN_DECREMENT = 0.5
+#: ... and its share of log evidence − ELBO: below a tenth, more steps would close little of the gap. Not tuned.
+MIN_DECREMENT_SHARE = 0.1
+#: Latents up to which a full covariance is recommended; above, its d²/2 entries are too many. Not tuned.
+FULL_COVARIANCE_LIMIT = 1000
+#: |log ratio| of standard deviations above which the guide's are called too small or too large: about 10 %.
+SD_TOLERANCE = 0.1
+#: Rounding of a log weight, nats, that deserves a warning: weights are then off by 10 %.
+ROUNDING_TOLERANCE = 0.1
 
 _FULL = "AutoMultivariateNormal"
 _LOW_RANK = "AutoLowRankMultivariateNormal"
@@ -30,7 +34,7 @@ _FLOWS = (
     "where data are many, non-centred where they are few)"
 )
 _LAST = "another parameterisation of the model (`numpyro.infer.reparam`), a larger flow, or NUTS"
-#: What follows on a guide, by the name of its class; a wider family is one that contains it.
+#: The guide to try next, by the name of the class of the present one. ``wider`` and ``widest`` families contain it.
 _NEXT = {
     "AutoDelta": "`AutoNormal`",
     "AutoLaplaceApproximation": "{wider}",
@@ -46,115 +50,118 @@ _NEXT = {
 
 
 class Case(NamedTuple):
-    """What advice is given on.
+    """What a recommendation is based on.
 
-    :ivar guide: names of the guide's class and of its ancestors.  :ivar latents: numbers that a draw has.
-    :ivar draws: how many there are.  :ivar lost: those whose log weight is not finite.
-    :ivar k_hat: of the weights.  :ivar ess: their effective number of draws.
-    :ivar gap: log evidence minus ELBO, nats.  :ivar rounding: of a log weight, nats.
-    :ivar decrement: nats that a Newton step would gain; NaN if unknown.  :ivar flat: the ELBO has no maximum there.
-    :ivar points: sites without spread.  :ivar whole: there are no others.
-    :ivar subsampled: plates that saw a minibatch.
-    :ivar worst: the entry whose standard deviation is most off, and guide's over importance-weighted.
+    :ivar guide: names of the guide's class and of its base classes.
+    :ivar latents: dimensions of the latent sites.
+    :ivar draws: number of draws.
+    :ivar nonfinite: number of draws whose log weight is not finite.
+    :ivar k_hat: Pareto shape of the weights.
+    :ivar ess: effective number of draws.
+    :ivar gap: log evidence − ELBO, nats.
+    :ivar rounding: rounding error of a log weight, nats.
+    :ivar newton_decrement: nats that a Newton step would gain; NaN if unknown.
+    :ivar no_maximum: whether the ELBO has no maximum at the fitted parameters.
+    :ivar points: latent sites that the guide gives a single value.
+    :ivar only_points: whether all latent sites are such.
+    :ivar subsampled: plates of which the draws see a minibatch.
+    :ivar worst: the entry whose standard deviation is most off, and the guide's divided by the importance-weighted one.
     """
 
     guide: tuple[str, ...]
     latents: int
     draws: int
-    lost: int
+    nonfinite: int
     k_hat: float
     ess: float
     gap: float
     rounding: float
     newton_decrement: float
-    flat: bool
+    no_maximum: bool
     points: tuple[str, ...]
-    whole: bool
+    only_points: bool
     subsampled: tuple[str, ...]
     worst: tuple[str, float]
 
 
 def threshold(draws: int) -> float:
-    """k-hat above which so many draws do not suffice, min(1 − 1/log₁₀ S, 0.7)."""
-    return min(1 - 1 / math.log10(max(draws, 11)), 0.7)
+    """The k-hat above which so many draws do not suffice, min(1 − 1/log₁₀ S, 0.7)."""
+    return min(1 - 1 / math.log10(max(draws, 11)), MAX_K_HAT)
 
 
 def grade(k_hat: float, draws: int) -> str:
-    """One word on k-hat."""
+    """One word for k-hat."""
     if math.isnan(k_hat):
         return "unknown"
-    return "good" if k_hat < min(GOOD, threshold(draws)) else "usable" if k_hat < threshold(draws) else "too large"
+    if k_hat >= threshold(draws):
+        return "too large"
+    return "good" if k_hat < GOOD_K_HAT else "usable"
 
 
-def apart(k_hat: float, limit: float) -> tuple[str, str]:
-    """Both numbers, with as many digits as tell them apart, two at least."""
+def distinguishable(k_hat: float, limit: float) -> tuple[str, str]:
+    """Both numbers with as many decimals as make them differ, at least two."""
     written = [(f"{k_hat:.{digits}f}", f"{limit:.{digits}f}") for digits in range(2, 17)]
     return next((pair for pair in written if pair[0] != pair[1]), written[0])
 
 
-def advise(case: Case) -> str:
-    """What a person should do."""
+def recommend(case: Case) -> str:
+    """The sentences that end a verdict: reservations first, then what to do."""
     return " ".join([*_reservations(case), _main(case)])
 
 
 def _reservations(case: Case) -> list[str]:
-    """What the numbers do not mean here."""
+    """What limits the meaning of the numbers."""
     said = []
-    if case.lost:
-        said.append(f"{case.lost} of {case.draws} draws have a log weight that is not finite: look at the model there.")
+    if case.nonfinite:
+        said.append(f"{case.nonfinite} of {case.draws} draws have a non-finite log weight: check the model there.")
     if case.subsampled:
         names = ", ".join(f"`{name}`" for name in case.subsampled)
-        said.append(f"The plates {names} saw a minibatch: the weights are its own; pass all of the data for a verdict.")
-    if case.points and not case.whole:
+        said.append(f"The plates {names} saw a minibatch, and the weights are those of it: pass all of the data.")
+    if case.points and not case.only_points:
         names = ", ".join(f"`{name}`" for name in case.points)
-        said.append(f"{names} is a point of the guide: all of this is conditional on it.")
-    if case.rounding > ROUNDED:
-        said.append(f"Log weights are rounded to {case.rounding:.1g} nats: `numpyro.enable_x64()` for a verdict.")
+        said.append(f"The guide gives {names} a single value, and all numbers are conditional on it.")
+    if case.rounding > ROUNDING_TOLERANCE:
+        said.append(f"Log weights have rounding errors of {case.rounding:.1g} nats: use `numpyro.enable_x64()`.")
     return said
 
 
 def _main(case: Case) -> str:
-    if case.whole:
-        return f"The guide is a point and says nothing of uncertainty: try {following(case)}."
-    shown, limit = apart(case.k_hat, threshold(case.draws))
+    if case.only_points:
+        return f"The guide is a point and has no uncertainty: try {next_guide(case)}."
+    shown, limit = distinguishable(case.k_hat, threshold(case.draws))
     mark, k = grade(case.k_hat, case.draws), f"k-hat {shown}"
     if mark == "good":
         return f"The guide is good: {k}. {_correction(case)}"
     if mark == "usable":
-        return f"The guide is usable: {k}. Take the importance-weighted moments ({case.ess:.0f} effective draws)."
-    if _unfinished(case):
+        return f"The guide is usable: {k}. Use the importance-weighted moments ({case.ess:.0f} effective draws)."
+    if case.newton_decrement > max(MIN_DECREMENT, MIN_DECREMENT_SHARE * case.gap):
         gain = f"by about {case.newton_decrement:.1f} nats"
-        return f"The fit is not done: its ELBO can rise {gain} within this family ({k}). Take more steps."
-    fault = f"The family is too small: {k}, trustworthy below {limit}"
-    advice = f"{fault}. Try {following(case)}."
-    return advice + (" Its maximum of the ELBO is not where the fit stopped: more steps may help too." * case.flat)
-
-
-def _unfinished(case: Case) -> bool:
-    return case.newton_decrement > max(DECREMENT, SHARE * case.gap)
+        return f"The fit has not converged: its ELBO can rise {gain} within this family ({k}). Take more steps."
+    advice = f"The family is too small: {k}, trustworthy below {limit}. Try {next_guide(case)}."
+    return advice + (" The ELBO has no maximum where the fit stopped: more steps may help too." * case.no_maximum)
 
 
 def _correction(case: Case) -> str:
-    if case.lost:
-        return "Take the importance-weighted moments, in which draws without a finite weight count nothing."
+    if case.nonfinite:
+        return "Use the importance-weighted moments, in which draws with a non-finite log weight have weight zero."
     name, ratio = case.worst
-    if abs(math.log(ratio)) <= OFF:
+    if abs(math.log(ratio)) <= SD_TOLERANCE:
         return "Use it as it is."
     size = "small" if ratio < 1 else "large"
     fault = f"Its standard deviation of `{name}` is too {size}, {ratio:.2f} of the importance-weighted one"
-    return f"{fault}: take those moments."
+    return f"{fault}: use the importance-weighted moments."
 
 
-def following(case: Case) -> str:
-    """The next guide to try."""
-    few = case.latents <= FULL_LIMIT
+def next_guide(case: Case) -> str:
+    """The guide to try next."""
+    few = case.latents <= FULL_COVARIANCE_LIMIT
     wider, widest = f"`{_FULL if few else _LOW_RANK}`", f"`{_FULL}`" if few else _FLOWS
     for name in case.guide:
         if name in _NEXT:
             return _NEXT[name].format(wider=wider, widest=widest)
-    return f"a guide whose latents depend on each other ({wider} is one), or a flow (`AutoBNAFNormal`)"
+    return f"a guide whose latents depend on each other, such as {wider}, or a flow (`AutoBNAFNormal`)"
 
 
-def ancestors(guide: Any) -> tuple[str, ...]:
+def class_names(guide: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the classes of a guide, its own first."""
     return tuple(cls.__name__ for cls in type(guide).__mro__)

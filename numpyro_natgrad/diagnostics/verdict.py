@@ -1,11 +1,12 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-r"""A verdict on the answer, not on the optimizer: how near q is to the posterior, and what to do if it is not near.
+r"""The verdict on a fitted guide: whether it is close enough to the posterior, and what to do if it is not.
 
     w(z) = log p(x, z) − log q(z),  z ~ q:      k-hat of the tail of exp w,   ELBO = E[w],   log p(x) = log E[exp w]
 
-``print(verdict(svi, result, key, *args))`` is a table that ends with advice. The same weights correct the guide's
-moments (:mod:`.importance`), and the curvature of the ELBO corrects its covariance (:mod:`.linear_response`).
+``print(verdict(svi, result, rng_key, *args))`` shows a table that ends with a recommendation. The weights exp w correct
+the moments of the guide (:mod:`.importance`), and the Hessian of the ELBO corrects the covariance of a Gaussian guide
+(:mod:`.linear_response`).
 """
 
 import math
@@ -20,35 +21,47 @@ from jax import lax, random
 from numpyro.infer import SVI
 
 from numpyro_natgrad.diagnostics import arviz_compat, importance, linear_response, recommendation
-from numpyro_natgrad.diagnostics.importance import BATCH, Draws, Fit, Moments, Weights
+from numpyro_natgrad.diagnostics.importance import (
+    DRAWS_PER_BATCH,
+    Draws,
+    Fitted,
+    FittedGuide,
+    ImportanceWeights,
+    Moments,
+)
 from numpyro_natgrad.infer.fisher import Estimate
 from numpyro_natgrad.options import StructureError
 
-#: Rows of the table; of more entries, those that are most off are shown.
-ROWS = 30
-#: Draws that the Hessian of the linear response is a mean over.
-PARTICLES = 256
+#: Rows of the printed table: about one screen.
+TABLE_ROWS = 30
+#: Draws that the Hessian of the linear response is a mean over: its standard deviations are then off by a few per cent.
+HESSIAN_DRAWS = 256
+#: Draws below which :func:`verdict` refuses: the fitted tail would have fewer than 20 weights.
+MIN_DRAWS = 100
 
 _MINIBATCH = (
-    "the plates {} see a minibatch: importance weights are those of the minibatch, and every draw has another one. "
-    "Pass all of the data (`subsample_size=None`) for a verdict on the answer."
+    "the plates {} see a minibatch: each draw has the importance weight of another minibatch. Pass all of the data "
+    "(`subsample_size=None`) for a verdict on the whole posterior."
 )
 
 
 class Verdict(NamedTuple):
-    """What :func:`verdict` found; ``print`` shows it as a table. ``S`` draws; all nats and moments in float64.
+    """What :func:`verdict` returns for ``S`` draws; ``print`` shows it as a table. Moments and nats are float64.
 
-    :ivar k_hat: Pareto shape of the largest weights: below ``threshold`` they can be trusted. NaN for a point.
-    :ivar threshold: min(1 − 1/log₁₀ S, 0.7).
-    :ivar elbo: E[w], with its standard error, nats.
-    :ivar log_evidence: log p(x) from smoothed weights, with its standard error, nats.
-    :ivar ess: effective number of draws, 1/Σw̄².
-    :ivar decrement: nats that a Newton step in means and standard deviations would gain; NaN if unknown.
-    :ivar guide: moments of each site under the guide.  :ivar weighted: importance-weighted ones.
-    :ivar linear: standard deviations by linear response, for each site, or ``{}``; ``missing`` says why.
-    :ivar draws: of each site, ``(S, *shape)``.
-    :ivar log_weights: as drawn, ``(S,)``, nats.  :ivar weights: smoothed, with sum 1, ``(S,)``.
-    :ivar advice: what to do.
+    :ivar float k_hat: Pareto shape of the largest weights, which can be trusted below ``threshold``; NaN for a point.
+    :ivar float threshold: min(1 − 1/log₁₀ S, 0.7).
+    :ivar Estimate elbo: E[w] with its standard error, nats.
+    :ivar Estimate log_evidence: log p(x) by the smoothed weights, with its standard error, nats.
+    :ivar float ess: effective number of draws, 1/Σw̄².
+    :ivar float newton_decrement: nats that a Newton step in means and standard deviations would gain; NaN if unknown.
+    :ivar dict guide: :class:`.Moments` of each site under the guide.
+    :ivar dict importance_weighted: importance-weighted :class:`.Moments` of each site.
+    :ivar dict linear_response: standard deviations of each site by linear response, or ``{}``.
+    :ivar str linear_response_note: why there are none, or ``""``.
+    :ivar dict draws: draws of each site, ``(S, *shape)``.
+    :ivar numpy.ndarray log_weights: unsmoothed log weights, ``(S,)``, nats.
+    :ivar numpy.ndarray weights: smoothed weights w̄ with sum 1, ``(S,)``.
+    :ivar str recommendation: what to do, in a sentence or two.
     """
 
     k_hat: float
@@ -58,107 +71,161 @@ class Verdict(NamedTuple):
     ess: float
     newton_decrement: float
     guide: dict[str, Moments]
-    weighted: dict[str, Moments]
-    linear: dict[str, np.ndarray]
-    missing: str
+    importance_weighted: dict[str, Moments]
+    linear_response: dict[str, np.ndarray]
+    linear_response_note: str
     draws: dict[str, np.ndarray]
     log_weights: np.ndarray
     weights: np.ndarray
-    advice: str
+    recommendation: str
 
     def __str__(self) -> str:
-        return "\n".join([*_head(self), "", *_body(self), "", self.advice])
+        return "\n".join([*_summary_lines(self), "", *_moment_lines(self), "", self.recommendation])
 
     def __repr__(self) -> str:
-        """The table: all draws of all sites are nothing to read in a notebook."""
+        """The table, so that a notebook does not show all draws of all sites."""
         return str(self)
+
+
+class _Response(NamedTuple):
+    """Linear response of the tabulated sites; ``note`` says why there is none."""
+
+    sd: dict[str, np.ndarray]
+    newton_decrement: float
+    note: str
+    no_maximum: bool
 
 
 def verdict(
     svi: SVI,
-    result: Any,
+    result: Fitted,
     rng_key: jax.Array,
     *args: Any,
     num_draws: int = 4000,
     sites: Sequence[str] | str | None = None,
     **kwargs: Any,
 ) -> Verdict:
-    """Judge a fit by importance sampling from its guide.
+    """Judge a fitted guide by importance sampling.
 
-    Any guide whose draws have a density will do, and any optimizer. Linear response needs a Gaussian guide of at most
-    256 latents, and an ``svi`` after ``svi.init`` or ``svi.run``.
+    The guide may be any whose draws have a density, and the optimizer any. Linear response is computed for Gaussian
+    guides of at most 256 latents.
 
-    :param svi: model and guide; its loss and its optimizer do not matter.
-    :param result: what ``svi.run`` returned, a state of ``svi.update``, or the dict of ``svi.get_params(state)``.
-    :param rng_key: of the draws.
-    :param args: of the model and the guide, with all of the data. :param kwargs: likewise.
-    :param num_draws: S, 100 at least.
-    :param sites: latent or deterministic sites of the model to tabulate; all latents by default. (A model's own
-        argument of this name, or of ``num_draws``, is given by position.)
-    :raises StructureError: if the guide does not draw all latents of the model, or there is no site of a name.
-    :raises TypeError: if ``num_draws`` is no integer.
-    :raises ValueError: with fewer than 100 draws.
+    .. doctest::
+
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from jax import random
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_natgrad import NaturalGradient, fit, verdict
+        >>> def model(y):
+        ...     z = numpyro.sample("z", dist.Normal(0, 10))
+        ...     numpyro.sample("y", dist.Normal(z, 1), obs=y)
+        >>> svi, y = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO(num_particles=4)), jnp.array(2.0)
+        >>> found = verdict(svi, fit(svi, random.key(0), y, progress_bar=False), random.key(1), y, num_draws=1000)
+        >>> print(found)
+        k-hat...good; trustworthy below 0.67
+        ELBO...-3.25 ± 0.00  nats
+        log evidence...-3.25 ± 0.00  nats, Pareto-smoothed
+        ...
+        The guide is good: k-hat ... Use it as it is.
+
+    :param SVI svi: model and guide, and for linear response ``svi.init`` or ``svi.run`` must have been called. Loss and
+        optimizer do not matter.
+    :param result: what ``svi.run`` or :func:`.fit` returned, an ``SVIState``, or the dict of ``svi.get_params(state)``.
+    :param jax.Array rng_key: key of the draws.
+    :param args: positional arguments of model and guide, with all of the data.
+    :param int num_draws: number S of draws, at least 100.
+    :param sites: names of latent or deterministic sites of the model to tabulate; all latent sites by default. (Pass a
+        model's own argument named ``sites`` or ``num_draws`` by position.)
+    :param kwargs: keyword arguments of model and guide.
+    :return: estimates, moments and a recommendation.
+    :rtype: Verdict
+    :raises StructureError: if the guide does not draw all latent sites of the model, or there is no site of a name.
+    :raises TypeError: if ``num_draws`` is not an integer, or ``result`` not the result of a fit.
+    :raises ValueError: if ``num_draws`` is below 100.
+
+    **References:** Yao, Vehtari, Simpson & Gelman (2018), *Yes, but did it work?*, ICML; Vehtari, Simpson, Gelman, Yao
+    & Gabry (2024), *Pareto smoothed importance sampling*, JMLR 25:72.
     """
     if isinstance(num_draws, bool) or not isinstance(num_draws, int | np.integer):
         raise TypeError(f"`num_draws={num_draws!r}`: expected an integer, such as 4000.")
-    if num_draws < 100:
-        raise ValueError(f"`num_draws={num_draws}`: expected 100 or more; a tail cannot be read off fewer.")
-    fit = importance.fitted(svi, result, args, kwargs)
+    if num_draws < MIN_DRAWS:
+        raise ValueError(f"`num_draws={num_draws}`: expected {MIN_DRAWS} or more, such as 4000.")
+    fitted = importance.fitted_guide(svi, result, args, kwargs)
     keys = random.split(rng_key)
-    drawn = importance.draw(fit, keys[0], num_draws, sites)
-    if drawn.subsampled:
-        warnings.warn(_MINIBATCH.format(list(drawn.subsampled)), stacklevel=2)
-    points = tuple(name for name in drawn.latent if _is_point(drawn.values[name]))
-    whole = bool(points) and len(points) == len(drawn.latent)
-    linear, newton_decrement, missing, flat = _linear(fit, keys[1], num_draws, drawn.asked)
-    judged = _judged(drawn, whole)
+    drawn = importance.draw(fitted, keys[0], num_draws, sites)
+    if drawn.sites.subsampled:
+        warnings.warn(_MINIBATCH.format(list(drawn.sites.subsampled)), stacklevel=2)
+    return _judge(fitted, drawn, _response(fitted, keys[1], num_draws, drawn.sites.tabulated))
+
+
+def _judge(fitted: FittedGuide, drawn: Draws, response: _Response) -> Verdict:
+    latent, tabulated = drawn.sites.latent, drawn.sites.tabulated
+    points = tuple(name for name in latent if _is_point(drawn.values[name]))
+    only_points = bool(points) and len(points) == len(latent)
+    weights = _weights(drawn, only_points)
     elbo = importance.elbo(drawn.log_weights)
     guide = {name: importance.moments(z) for name, z in drawn.values.items()}
-    weighted = {name: importance.moments(z, judged.normalised) for name, z in drawn.values.items()}
-    asked = lambda x: {name: x[name] for name in drawn.asked}
+    weighted = {name: importance.moments(z, weights.normalised) for name, z in drawn.values.items()}
     case = recommendation.Case(
-        recommendation.ancestors(svi.guide),
-        sum(guide[name].mean.size for name in drawn.latent),
-        num_draws,
-        int(np.sum(~np.isfinite(drawn.log_weights))),
-        judged.k_hat,
-        judged.ess,
-        float(judged.log_evidence.value - elbo.value),
-        _rounding(drawn),
-        newton_decrement,
-        flat,
-        points,
-        whole,
-        drawn.subsampled,
-        _worst(guide, weighted),
+        guide=recommendation.class_names(fitted.svi.guide),
+        latents=sum(guide[name].mean.size for name in latent),
+        draws=drawn.log_weights.size,
+        nonfinite=int(np.sum(~np.isfinite(drawn.log_weights))),
+        k_hat=weights.k_hat,
+        ess=weights.ess,
+        gap=float(weights.log_evidence.value - elbo.value),
+        rounding=_rounding(drawn),
+        newton_decrement=response.newton_decrement,
+        no_maximum=response.no_maximum,
+        points=points,
+        only_points=only_points,
+        subsampled=drawn.sites.subsampled,
+        worst=_worst(guide, weighted),
     )
     return Verdict(
-        judged.k_hat,
-        recommendation.threshold(num_draws),
-        elbo,
-        judged.log_evidence,
-        judged.ess,
-        newton_decrement,
-        asked(guide),
-        asked(weighted),
-        linear,
-        missing,
-        asked(drawn.values),
-        drawn.log_weights,
-        judged.normalised,
-        recommendation.advise(case),
+        k_hat=weights.k_hat,
+        threshold=recommendation.threshold(case.draws),
+        elbo=elbo,
+        log_evidence=weights.log_evidence,
+        ess=weights.ess,
+        newton_decrement=response.newton_decrement,
+        guide={name: guide[name] for name in tabulated},
+        importance_weighted={name: weighted[name] for name in tabulated},
+        linear_response=response.sd,
+        linear_response_note=response.note,
+        draws={name: drawn.values[name] for name in tabulated},
+        log_weights=drawn.log_weights,
+        weights=weights.normalised,
+        recommendation=recommendation.recommend(case),
     )
 
 
 def to_arviz(judged: Verdict, rng_key: jax.Array | None = None, **labels: Any) -> Any:
-    """The draws for ArviZ: ``InferenceData`` in ArviZ 0.x, ``DataTree`` in 1.x, with one chain.
+    """Give the draws of a verdict to ArviZ, as one chain.
 
-    Draws are of the guide; ``sample_stats`` has the ``log_weight`` (smoothed, normalised) and ``lp_minus_lq`` of each.
+    The draws are those of the guide; ``sample_stats`` has their ``log_weight`` (smoothed and normalised) and
+    ``lp_minus_lq``, nats. With a key they are resampled by their weights instead.
 
-    :param judged: of :func:`verdict`.
-    :param rng_key: if given, draws are resampled by their weights, so that all of ArviZ takes them as posterior draws;
-        there are no weights then.
-    :param labels: ``dims`` and ``coords``, as ArviZ takes them.
+    .. doctest::
+
+        >>> import numpyro, numpyro.distributions as dist
+        >>> from jax import random
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_natgrad import NaturalGradient, to_arviz, verdict
+        >>> model = lambda: numpyro.sample("z", dist.Normal(0, 1).expand([3]).to_event(1))
+        >>> svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO())
+        >>> judged = verdict(svi, svi.init(random.key(0)), random.key(1), num_draws=500)
+        >>> data = to_arviz(judged, random.key(2), dims={"z": ["entry"]})
+        >>> data["posterior"]["z"].dims, data["posterior"]["z"].shape
+        (('chain', 'draw', 'entry'), (1, 500, 3))
+
+    :param Verdict judged: what :func:`verdict` returned.
+    :param jax.Array rng_key: key of the resampling. The draws are then posterior draws for all functions of ArviZ,
+        and have no weights.
+    :param labels: ``dims`` and ``coords``, as for ``arviz.from_dict``.
+    :return: ``InferenceData`` in ArviZ 0.x, ``xarray.DataTree`` in ArviZ 1.x.
     """
     count = judged.weights.size
     if rng_key is not None:
@@ -175,96 +242,118 @@ def _is_point(values: np.ndarray) -> bool:
 
 
 def _rounding(drawn: Draws) -> float:
-    """Of a log weight, nats."""
+    """The rounding error of a log weight, nats."""
     known = drawn.log_weights[np.isfinite(drawn.log_weights)]
     return float(np.abs(known).mean() * np.finfo(drawn.dtype).eps) if known.size else 0.0
 
 
-def _judged(drawn: Draws, whole: bool) -> Weights:
-    if whole:  # a point has no density, and no weights
-        unknown = Estimate(np.float64(math.nan), np.float64(math.nan))  # type: ignore[arg-type]
-        count = drawn.log_weights.size
-        return Weights(np.full(count, 1 / count), math.nan, unknown)
-    return importance.smooth(drawn.log_weights, drawn.dtype)
+def _weights(drawn: Draws, only_points: bool) -> ImportanceWeights:
+    if not only_points:
+        return importance.smooth(drawn.log_weights, drawn.dtype)
+    # A point has no density, and so no weights.
+    count = drawn.log_weights.size
+    unknown = Estimate(np.float64(math.nan), np.float64(math.nan))  # type: ignore[arg-type]
+    return ImportanceWeights(normalised=np.full(count, 1 / count), k_hat=math.nan, log_evidence=unknown)
 
 
-def _linear(fit: Fit, key: jax.Array, num_draws: int, names: tuple[str, ...]) -> tuple[Any, float, str, bool]:
-    """Standard deviations of each site by linear response, the decrement, why there are none, and whether L is flat.
+def _response(fitted: FittedGuide, key: jax.Array, num_draws: int, names: tuple[str, ...]) -> _Response:
+    """Standard deviations of the named sites by linear response.
 
-    The corrected Gaussian over the unconstrained latents is drawn from, and its draws go the way of the guide's own.
+    Draws of the corrected Gaussian over the unconstrained latents go through the transforms of the guide.
     """
     try:
-        latents = linear_response.gaussian_latents(fit, key)
-        if 2 * latents.loc.size > linear_response.DENSE_LIMIT:
-            return {}, math.nan, f"{latents.loc.size} latents are many: call `linear_response` for them", False
-        corrected = linear_response.respond(latents, key, PARTICLES)
+        latents = linear_response.gaussian_latents(fitted, key)
+        if 2 * latents.loc.size > linear_response.DENSE_HESSIAN_LIMIT:
+            limit = linear_response.DENSE_HESSIAN_LIMIT // 2
+            note = f"{latents.loc.size} latents are more than {limit}: call `linear_response` for them"
+            return _Response(sd={}, newton_decrement=math.nan, note=note, no_maximum=False)
+        corrected = linear_response.respond(latents, key, HESSIAN_DRAWS)
     except (StructureError, ValueError) as error:
-        return {}, math.nan, str(error), isinstance(error, linear_response.NoMinimumError)
+        no_maximum = isinstance(error, linear_response.NoMinimumError)
+        return _Response(sd={}, newton_decrement=math.nan, note=str(error), no_maximum=no_maximum)
     factor = jnp.linalg.cholesky(corrected.covariance)
 
-    def one(key: jax.Array) -> Any:
+    def one(key: jax.Array) -> dict[str, jax.Array]:
         z = latents.loc + factor @ random.normal(key, latents.loc.shape, latents.loc.dtype)
-        trace = linear_response.place(latents, z)[1]
+        trace = linear_response.substitute_latents(latents, z)[1]
         return {name: trace[name]["value"] for name in names}
 
-    many = lambda keys: lax.map(one, keys, batch_size=BATCH if fit.vectorized else None)
+    many = lambda keys: lax.map(one, keys, batch_size=DRAWS_PER_BATCH if fitted.vectorized else None)
     values = jax.device_get(jax.jit(many)(random.split(key, num_draws)))
-    return {n: importance.moments(values[n]).sd for n in names}, float(corrected.newton_decrement), "", False
+    sd = {name: importance.moments(values[name]).sd for name in names}
+    return _Response(sd=sd, newton_decrement=float(corrected.newton_decrement), note="", no_maximum=False)
+
+
+class _Entry(NamedTuple):
+    """One entry of a site: mean and standard deviation under the guide, and importance-weighted."""
+
+    label: str
+    guide: tuple[float, float]
+    weighted: tuple[float, float]
+
+    @property
+    def distance(self) -> float:
+        """How far the guide is off in mean and standard deviation, in importance-weighted standard deviations."""
+        (mean, sd), (weighted_mean, weighted_sd) = self.guide, self.weighted
+        unit = weighted_sd or 1.0
+        return abs(mean - weighted_mean) / unit + abs(sd - weighted_sd) / unit
+
+
+def _entries(guide: dict[str, Moments], weighted: dict[str, Moments]) -> list[_Entry]:
+    pairs = [(name, at, guide[name], weighted[name]) for name in guide for at in np.ndindex(guide[name].mean.shape)]
+    return [
+        _Entry(label=linear_response.label(name, at), guide=a.entry(at), weighted=b.entry(at))
+        for name, at, a, b in pairs
+    ]
 
 
 def _worst(guide: dict[str, Moments], weighted: dict[str, Moments]) -> tuple[str, float]:
-    """The entry whose standard deviation is most off, with the ratio of the guide's to the importance-weighted one."""
-    sure = lambda mean, sd: sd > np.finfo(np.float32).eps * abs(mean)  # a constant's is its rounding
-    rows = [(label, a[1] / b[1]) for label, a, b in _entries(guide, weighted) if sure(*a) and sure(*b)]
-    return max(rows, key=lambda row: abs(math.log(row[1])), default=("", 1.0))
+    """The entry whose standard deviation is most off, and the guide's divided by the importance-weighted one."""
+    # The standard deviation of a constant is the rounding error of its mean.
+    varies = lambda mean, sd: sd > np.finfo(np.float32).eps * abs(mean)
+    entries = [x for x in _entries(guide, weighted) if varies(*x.guide) and varies(*x.weighted)]
+    ratios = [(x.label, x.guide[1] / x.weighted[1]) for x in entries]
+    return max(ratios, key=lambda ratio: abs(math.log(ratio[1])), default=("", 1.0))
 
 
-def _entries(guide: dict[str, Moments], weighted: dict[str, Moments]) -> list[tuple[str, Any, Any]]:
-    """Label, (mean, sd) of the guide, and of the weighted draws, of every entry of every site."""
-    pairs = [(name, at, guide[name], weighted[name]) for name in guide for at in np.ndindex(guide[name].mean.shape)]
-    return [(linear_response.label(n, at), (a.mean[at], a.sd[at]), (b.mean[at], b.sd[at])) for n, at, a, b in pairs]
-
-
-def _head(v: Verdict) -> list[str]:
+def _summary_lines(v: Verdict) -> list[str]:
     count = v.weights.size
-    k_hat, limit = recommendation.apart(v.k_hat, v.threshold)
+    k_hat, limit = recommendation.distinguishable(v.k_hat, v.threshold)
     rows = [
         ("k-hat", k_hat, f"{recommendation.grade(v.k_hat, count)}; trustworthy below {limit}"),
-        ("ELBO", _shown(v.elbo), "nats"),
-        ("log evidence", _shown(v.log_evidence), "nats, Pareto-smoothed"),
+        ("ELBO", _format(v.elbo), "nats"),
+        ("log evidence", _format(v.log_evidence), "nats, Pareto-smoothed"),
         ("effective draws", f"{v.ess:.0f}", f"of {count}"),
     ]
     if not math.isnan(v.newton_decrement):
-        rows.append(("decrement", f"{v.newton_decrement:.2f}", "nats that a Newton step would gain"))
+        rows.append(("Newton decrement", f"{v.newton_decrement:.2f}", "nats that a Newton step would gain"))
     width = max(len(value) for _, value, _ in rows)
-    return [f"{name:<16}{value:>{width}}  {remark}" for name, value, remark in rows]
+    return [f"{name:<16}{value:>{width + 1}}  {remark}" for name, value, remark in rows]
 
 
-def _shown(estimate: Estimate) -> str:
+def _format(estimate: Estimate) -> str:
     return f"{float(estimate.value):.2f} ± {float(estimate.standard_error):.2f}"
 
 
-def _body(v: Verdict) -> list[str]:
-    """Moments of every entry; of many, the ones that are most off, in their order."""
-    linear = [sd for x in v.linear.values() for sd in np.ravel(x)]
-    entries = _entries(v.guide, v.weighted)
-    off = [abs(a[0] - b[0]) / (b[1] or 1.0) + abs(a[1] - b[1]) / (b[1] or 1.0) for _, a, b in entries]
-    chosen = sorted(np.argsort(off)[::-1][:ROWS])
-    width = max([len("site"), *(len(entries[i][0]) for i in chosen)])
+def _moment_lines(v: Verdict) -> list[str]:
+    """A line for each entry; of more than :data:`TABLE_ROWS` those that are most off, in their order."""
+    response = [sd for x in v.linear_response.values() for sd in np.ravel(x)]
+    entries = _entries(v.guide, v.importance_weighted)
+    chosen = sorted(np.argsort([entry.distance for entry in entries])[::-1][:TABLE_ROWS])
+    width = max([len("site"), *(len(entries[i].label) for i in chosen)])
     blank = " " * width
     head = [
         f"{blank}  {'guide':>21}  {'importance-weighted':>21}",
         f"{'site':<{width}}" + f"  {'mean':>10} {'sd':>10}" * 2,
     ]
-    if linear:
+    if response:
         head = [f"{head[0]}  {'linear':>10}", f"{head[1]}  {'response':>10}"]
-    lines = [_line(entries[i], width, linear[i] if linear else None) for i in chosen]
+    lines = [_line(entries[i], width, response[i] if response else None) for i in chosen]
     rest = [f"… and {len(entries) - len(chosen)} more, which are less off"] if len(entries) > len(chosen) else []
-    note = [f"linear response: {v.missing}"] if v.missing else []
+    note = [f"linear response: {v.linear_response_note}"] if v.linear_response_note else []
     return [*head, *lines, *rest, *note]
 
 
-def _line(entry: tuple[str, Any, Any], width: int, linear: float | None) -> str:
-    label, guide, weighted = entry
-    numbers = "".join(f"  {mean:>10.4g} {sd:>10.4g}" for mean, sd in (guide, weighted))
-    return f"{label:<{width}}{numbers}" + (f"  {linear:>10.4g}" if linear is not None else "")
+def _line(entry: _Entry, width: int, response: float | None) -> str:
+    numbers = "".join(f"  {mean:>10.4g} {sd:>10.4g}" for mean, sd in (entry.guide, entry.weighted))
+    return f"{entry.label:<{width}}{numbers}" + (f"  {response:>10.4g}" if response is not None else "")
