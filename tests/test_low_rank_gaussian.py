@@ -229,7 +229,7 @@ def sizes(jaxpr: Any) -> Any:
                 yield from sizes(body)
 
 
-@pytest.mark.parametrize("dtype", tiers(("float32", "float64"), "float32"), indirect=True)
+@pytest.mark.slow
 def test_batched_low_rank_fit_reaches_every_rows_posterior(dtype):
     """Of two latents in each of 100 rows every posterior is a member of the family."""
     x = np.random.default_rng(12).normal(size=100) * 3

@@ -271,6 +271,7 @@ def test_start_with_a_loss_of_1e5_nats_reaches_the_optimum():
     assert losses[0] > 1e5
 
 
+@pytest.mark.slow
 def test_unscaled_regression_reaches_least_squares_in_forty_steps():
     """A regression with flat priors and unscaled covariates, whose natural gradients change a thousandfold.
 

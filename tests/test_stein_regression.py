@@ -132,11 +132,11 @@ def test_every_particle_has_its_draw_and_its_gradient(x64):
         with PathGradient(dict.fromkeys(shapes, DensityMode.PER_PARTICLE), perturbations):
             return Trace_ELBO(n).loss(random.key(5), svi.constrain_fn(params), _model, guide, y)
 
-    split = {name: n * x for name, x in jax.grad(loss)(perturbations).items()}
-    potential = lambda z: numpyro.infer.util.potential_energy(_model, (y,), {}, z)
+    split = {name: n * x for name, x in jax.jit(jax.grad(loss))(perturbations).items()}
+    slope = jax.jit(jax.grad(lambda z: numpyro.infer.util.potential_energy(_model, (y,), {}, z)))
     for s in range(n):
         z = {name: x[0, s] for name, x in split.items()}
-        for name, expected in jax.grad(potential)(z).items():
+        for name, expected in slope(z).items():
             np.testing.assert_allclose(split[name][1, s], expected, rtol=1e-10)
 
 
