@@ -51,12 +51,12 @@ class LowRankSite(NamedTuple):
     loc: str
     factor: str
     scale: str
+    analytic: bool
     powers: tuple[int, int]
     transform: transforms.Transform
     shape: tuple[int, ...]
     rank: int
     scale_shape: tuple[int, ...]
-    analytic: bool
 
     @property
     def size(self) -> int:
