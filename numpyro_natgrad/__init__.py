@@ -2,33 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Natural-gradient variational inference for NumPyro: ``SVI(model, guide, NaturalGradient(), Trace_ELBO())``.
 
-    F(φ) = ∇² KL(q_φ ‖ q_φ')    the Fisher is the curvature of KL
-    v    = F⁻¹ ∇L               steepest descent in distribution space
+    F(φ) = ∇² KL(q_φ ‖ q_φ')    the Fisher matrix is the curvature of KL
+    v    = F⁻¹ ∇L               steepest descent of the loss among distributions
 
-==================  ==========================================================
-:mod:`.optimizer`   the ``SVI`` optimizer, which orders the calls
-:mod:`.fisher`    Fisher operator, natural gradient and KL of any ``SVI``
-:mod:`.natural_step`        one step, top to bottom
-:mod:`.handlers`     NumPyro's messages: what is met in, and changed of, the loss
-:mod:`.trace`     what stands in one loss function
-:mod:`.provenance`  where a value in that function comes from
-:mod:`.partition`   which family moves which parameters
-:mod:`.fisher_method`      by which route the Fisher of a site is got
-:mod:`.gaussian_sites`      what NumPyro's parameters mean
-:mod:`.low_rank_gaussian`    Gaussians D(I + WWᵀ)D, never d × d
-:mod:`.derivatives`    gradient and Hessian products            (direction)
-:mod:`.base`    the geometry of a block of parameters    (movement)
-:mod:`.step_size`      how far                                  (length)
-:mod:`.newton_decrement` how many nats are still to gain
-:mod:`.fit`         as many steps as it takes
-:mod:`.convergence`    when a fit is done, and its history
-:mod:`.loop`      its steps, compiled by the chunk
-:mod:`.exponential_family` the registry of Fisher matrices in closed form
-:mod:`.builtin`         NumPyro's distributions in that registry, with :mod:`.builtin_matrix`
-:mod:`.verdict`     is the answer any good, and what to do if not
-:mod:`.importance`  log weights of the guide's draws, and what they correct
-:mod:`.linear_response`    covariances by linear response
-==================  ==========================================================
+Each package imports only those below it:
+
+=====================  ==================================================================================
+:mod:`.diagnostics`    comparison of a fitted guide with the posterior
+:mod:`.infer`          the optimizer, ``fit``, and the Fisher matrix of any ``SVI``
+:mod:`.step`           one step: step size, trust region, state
+:mod:`.blocks`         natural gradients and steps of groups of parameters
+:mod:`.estimators`     gradients, Hessian-vector products and scores of the loss
+:mod:`.guide`          sites and parameters of the loss, and the coordinates of each site
+:mod:`.distributions`  closed forms: natural parameters, log normalizers, Fisher matrices, KL divergences
+:mod:`.options`        options, constants of the step rule, errors
+=====================  ==================================================================================
 """
 
 from numpyro_natgrad.diagnostics.linear_response import LinearResponse as LinearResponse
@@ -56,10 +44,10 @@ from numpyro_natgrad.step.state import NaturalGradientState as NaturalGradientSt
 from numpyro_natgrad.step.state import StepInfo as StepInfo
 
 __all__ = [
+    "CovarianceForm",
     "Estimate",
     "Fisher",
     "FitResult",
-    "Form",
     "History",
     "LinearResponse",
     "NaturalGradient",

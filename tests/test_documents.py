@@ -92,3 +92,7 @@ def test_names_in_the_architecture_page_exist():
     for name in quoted:
         is_path = any(any(folder.glob(name)) for folder in (ROOT, ROOT / "numpyro_natgrad"))
         assert is_path or name.split(".")[-1] in words, name
+
+
+def test_every_public_name_exists():
+    assert all(hasattr(numpyro_natgrad, name) for name in numpyro_natgrad.__all__)
