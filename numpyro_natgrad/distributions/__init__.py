@@ -2,5 +2,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributions in closed form: natural parameters, Fisher matrices, KL divergences.
 
-Nothing here knows a guide or a loss.
+These modules do not depend on a guide or on a loss.
 """
