@@ -34,8 +34,8 @@ ELSEWHERE = (
     *("network_", "score_", "low_rank_", "diagonal_", "full_p", "fisher_", "sampled_", "dense_", "kept_", "element_"),
     *("natural_margin", "unlimited_margin", "noise_threshold_scores"),
 )
-#: Numbers that decide about shapes or blocks while the loss is traced, each with the cases in which it can matter: a row
-#: of theirs is a program of its own. All others are inputs of one program.
+#: Numbers that decide about shapes or blocks while the loss is traced, each with the cases in which it can matter: a
+#: row of theirs is a program of its own. All others are inputs of one program.
 STATIC = {
     "noise_threshold": ("minibatches", "random effects"),
     "floor_noise": ("40 Poisson", "minibatches"),
@@ -163,12 +163,8 @@ def main() -> None:
         done |= {f"{c}|{r}": x.tolist() for r, x in zip(group, found, strict=True)}
         RAW.write_text(json.dumps(done))
     best = {c: max(np.max(done[f"{c}|{r}"]) for r in rows if applies(c, rows[r])) for c in fits}
-    lines = [
-        f"| {r} | "
-        + " | ".join(cell(np.array(done[f"{c}|{r}"]), best[c]) if applies(c, rows[r]) else "–" for c in fits)
-        + " |"
-        for r in rows
-    ]
+    shown = lambda c, r: cell(np.array(done[f"{c}|{r}"]), best[c]) if applies(c, rows[r]) else "–"
+    lines = [f"| {r} | " + " | ".join(shown(c, r) for c in fits) + " |" for r in rows]
     head = "# Every number of the step rule, halved and doubled\n\nWritten by `python -m benchmarks.sensitivity`. "
     how = (
         f"Steps to {NEAR} nats, or what is left after {STEPS}; medians over {SEEDS} seeds, float64, eight particles. "
