@@ -4,7 +4,8 @@
 
 With ``--checkout PATH`` (of posteriordb) the cases are its posteriors, by (parts of) their names, in float64.
 
-The stopping rule of ``fit`` is applied every :data:`.CHUNK` steps to fits of :data:`STEPS` steps from several seeds.
+The stopping rule of ``fit`` is applied every :data:`.STEPS_PER_CHUNK` steps to fits of :data:`STEPS` steps from several
+seeds.
 The true gap is the loss minus that of the reference, on the same :data:`DRAWS` draws. The reference is the best of the
 seeds' mean iterates over the last half of the fits with the most particles. A stop is *right* if the true gap is below
 twice the tolerance; *steps needed* count until it first is.
@@ -25,7 +26,7 @@ from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from numpyro_natgrad import History, NaturalGradient
 from numpyro_natgrad.infer.convergence import converged
-from numpyro_natgrad.infer.loop import CHUNK
+from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK
 
 from .cases import Case, eight_schools, gaussian
 from .stress_cases import StressCase, centred_schools
@@ -43,7 +44,7 @@ class Effort(NamedTuple):
 
 
 class Fits(NamedTuple):
-    """The history of each seed, and the true gaps every ``CHUNK`` steps, nats, ``(seeds, STEPS/CHUNK)``."""
+    """The history of each seed, and the true gaps, nats, with one column for each ``STEPS_PER_CHUNK`` steps."""
 
     histories: list[History]
     gaps: np.ndarray
@@ -127,7 +128,7 @@ def _settled(x: np.ndarray) -> np.ndarray:
 
 
 def _runs(svi: SVI, data: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Loss and ``StepInfo`` of every step, and parameters every ``CHUNK`` steps; ``(seeds, …)``."""
+    """Loss and ``StepInfo`` of every step, and parameters every ``STEPS_PER_CHUNK`` steps; ``(seeds, …)``."""
     svi.init(jax.random.key(0), *data)
 
     def step(state: Any, _: None) -> tuple[Any, Any]:
@@ -135,10 +136,10 @@ def _runs(svi: SVI, data: tuple[Any, ...]) -> tuple[Any, Any]:
         return state, (loss, svi.optim.info(state))
 
     def chunk(state: Any, _: None) -> tuple[Any, Any]:
-        state, records = jax.lax.scan(step, state, None, length=CHUNK)
+        state, records = jax.lax.scan(step, state, None, length=STEPS_PER_CHUNK)
         return state, (records, svi.get_params(state))
 
-    run = jax.jit(lambda key: jax.lax.scan(chunk, svi.init(key, *data), None, length=STEPS // CHUNK)[1])
+    run = jax.jit(lambda key: jax.lax.scan(chunk, svi.init(key, *data), None, length=STEPS // STEPS_PER_CHUNK)[1])
     runs = [jax.device_get(run(jax.random.key(seed))) for seed in range(SEEDS)]
     return jax.tree.map(lambda *xs: np.stack(xs), *runs)
 
@@ -156,7 +157,7 @@ def stops(fitted: Fits, tolerance: float) -> Stops:
 
 
 def _stop(history: History, gaps: np.ndarray, tolerance: float) -> tuple[float, float, float]:
-    marks = np.arange(CHUNK, STEPS + 1, CHUNK)
+    marks = np.arange(STEPS_PER_CHUNK, STEPS + 1, STEPS_PER_CHUNK)
     done = np.array([converged(History(*(x[:t] for x in history)), tolerance) for t in marks])
     right = gaps < 2 * tolerance
     needed = marks[right.argmax()] if right.any() else np.inf

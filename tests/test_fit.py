@@ -53,7 +53,7 @@ def test_fit_takes_the_steps_of_svi_run(svi, whole):
     assert_same((whole.params, whole.losses), (run.params, run.losses))
     assert whole.state.optim_state[0] == 13
     assert not whole.converged
-    assert whole.reason.startswith("`max_steps` are taken")
+    assert whole.reason.startswith("`max_steps` was reached")
 
 
 def test_resumed_fit_equals_one_fit_and_is_not_traced_again(svi, whole, monkeypatch):
@@ -69,12 +69,12 @@ def test_resumed_fit_equals_one_fit_and_is_not_traced_again(svi, whole, monkeypa
 
 
 def test_unknown_compiler_options_are_not_used(monkeypatch):
-    monkeypatch.setattr(compilation, "QUICK", {"xla_no_such_option": True})
-    compilation.is_known.cache_clear()
+    monkeypatch.setattr(compilation, "QUICK_OPTIONS", {"xla_no_such_option": True})
+    compilation.are_known.cache_clear()
     try:
-        assert compilation.quickly(lambda x: 2 * x)(1.0) == 2.0
+        assert compilation.quick_jit(lambda x: 2 * x)(1.0) == 2.0
     finally:
-        compilation.is_known.cache_clear()
+        compilation.are_known.cache_clear()
 
 
 def test_fit_on_batches_takes_the_steps_of_svi_update(svi):
@@ -88,7 +88,7 @@ def test_fit_on_batches_takes_the_steps_of_svi_update(svi):
         state, loss = update(state, *batch)
         losses.append(loss)
     assert_same((result.losses, result.params), (jnp.stack(losses), svi.get_params(state)))
-    assert result.reason.startswith("`batches` are used up")
+    assert result.reason.startswith("`batches` is exhausted")
 
 
 def test_fit_stops_when_the_remaining_gain_is_below_the_tolerance(svi, capsys):
@@ -104,7 +104,7 @@ def test_fit_stops_when_the_remaining_gain_is_below_the_tolerance(svi, capsys):
 
 def test_fit_ends_when_the_loss_stays_nan(svi):
     result = fit(svi, random.key(0), jnp.full(4, jnp.nan), progress_bar=False)
-    assert len(result.losses) == convergence.HOPE
+    assert len(result.losses) == convergence.STOPPING.patience
     assert "init_params" in result.reason
     assert not result.converged
 
@@ -332,11 +332,13 @@ def test_patience_is_a_quarter_of_the_steps(steps, held, done):
     [(0.0312, 0.004, "0.031 ± 0.004"), (12.3, 2.1, "12 ± 2"), (0.5, 0.0, "0.500 ± 0.000"), (np.nan, 1.0, "unknown")],
 )
 def test_interval_prints_one_digit_of_the_error(value, error, text):
-    assert text in convergence.interval(value, error)
+    assert text in convergence.format_interval(value, error)
 
 
 def test_outlook_names_the_steps_or_particles_that_reach_the_tolerance():
     """Noise falls as one over steps: from 0.04 to 0.01 nats needs four times the steps or the particles."""
     history = flat(newton_decrement=np.full(40, 0.04))
-    assert "about 120 further steps, or 4 times the particles" in convergence.outlook(history, 0.01, 0.04, 20.0)
-    assert "on its way" in convergence.outlook(history, 0.01, 0.001, 20.0)
+    assert "about 120 further steps, or 4 times the particles" in convergence.remaining_effort(
+        history, 0.01, 0.04, 20.0
+    )
+    assert "still moving" in convergence.remaining_effort(history, 0.01, 0.001, 20.0)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient, options
 from numpyro_natgrad.estimators import stein_regression
-from numpyro_natgrad.infer.compilation import quickly
+from numpyro_natgrad.infer.compilation import quick_jit
 
 from . import svi
 from .checkout import arguments
@@ -115,7 +115,7 @@ def _cell(problem: svi.Problem, judge: Judge, best: float, changed: Ablation) ->
     with _patched(changed):
         walk = svi.walker(problem, MARKS, svi.PARTICLES)
         fit = lambda z, key: walk(NaturalGradient(**changed.options), z, key)
-        compiled, _ = svi.compile_timed(fit, svi.start(problem, 0), quickly)
+        compiled, _ = svi.compile_timed(fit, svi.start(problem, 0), quick_jit)
     gaps = []
     for seed in range(SEEDS):
         params = jax.device_get(compiled(*svi.start(problem, seed)))

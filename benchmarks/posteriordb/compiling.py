@@ -19,7 +19,7 @@ from numpyro.optim import optax_to_numpyro
 from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.infer.compilation import quickly
+from numpyro_natgrad.infer.compilation import quick_jit
 
 from . import svi
 from .checkout import arguments
@@ -33,7 +33,7 @@ OUTPUT = pathlib.Path("docs/benchmarks/compiling.md")
 STEPS = 60
 GUIDES_TIMED = ("AutoMultivariateNormal", "AutoNormal")
 OPTIMIZERS = {"adam": lambda: optax_to_numpyro(optax.adam(0.01)), "natural_gradient": NaturalGradient}
-COMPILERS = {"SVI.run": jax.jit, "fit": quickly}
+COMPILERS = {"SVI.run": jax.jit, "fit": quick_jit}
 
 _HEAD = (
     "posterior", "guide", "Adam, as SVI.run", "Adam, as fit", "natural gradient, as SVI.run",

@@ -24,7 +24,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.optim import optax_to_numpyro
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.infer.compilation import quickly
+from numpyro_natgrad.infer.compilation import quick_jit
 from numpyro_natgrad.options import RuleConstants
 
 from .guides import Guide
@@ -79,7 +79,7 @@ def reference(problem: Problem) -> Iterator[Attempt]:
 
 def _natural(problem: Problem, marks: np.ndarray, particles: int, seeds: range) -> Iterator[Attempt]:
     walk, optimizer = walker(problem, marks, particles), NaturalGradient()
-    compiled, compiling = compile_timed(lambda z, key: walk(optimizer, z, key), start(problem, 0), quickly)
+    compiled, compiling = compile_timed(lambda z, key: walk(optimizer, z, key), start(problem, 0), quick_jit)
     gradients = particles * (1 + 2 * products(problem, particles) + RuleConstants().radius_trials / 3)
     for seed in seeds:
         begin = time.perf_counter()

@@ -1,8 +1,8 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""``fit(svi, rng_key, *args)``: as many steps as it takes.
+"""``fit(svi, rng_key, *args)``: the steps of ``svi.run``, until the fit has converged.
 
-The steps are those of ``svi.run``. Every few steps the Newton decrement (:mod:`.newton_decrement`) estimates how many
+Every few steps the Newton decrement (:mod:`.newton_decrement`) estimates how many
 nats are still to gain, and :mod:`.convergence` decides from its recent values whether the fit has converged.
 """
 
@@ -12,13 +12,30 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 from numpyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.svi import SVI, SVIState
+from tqdm.auto import tqdm
 
 from numpyro_natgrad.blocks.partition import Partition
-from numpyro_natgrad.infer.convergence import History, Log, converged, empty, interval, is_lost, outlook
-from numpyro_natgrad.infer.loop import CHUNK, Constant, Feed, Program, compiled, shapes
+from numpyro_natgrad.infer.convergence import (
+    STOPPING,
+    History,
+    HistoryRecorder,
+    converged,
+    diverged,
+    empty_history,
+    format_interval,
+    remaining_effort,
+)
+from numpyro_natgrad.infer.loop import (
+    STEPS_PER_CHUNK,
+    BatchIterator,
+    Program,
+    StaticInputs,
+    StepRecords,
+    compiled,
+    shapes,
+)
 from numpyro_natgrad.infer.optimizer import NaturalGradient
 from numpyro_natgrad.infer.report import table
 from numpyro_natgrad.options import RuleConstants, StructureError
@@ -28,26 +45,26 @@ from numpyro_natgrad.step.state import NaturalGradientState
 #: Why a fit may end.
 CONVERGED, MAX_STEPS, EXHAUSTED, INTERRUPTED = (
     "converged",
-    "`max_steps` are taken",
-    "`batches` are used up",
+    "`max_steps` was reached",
+    "`batches` is exhausted",
     "interrupted",
 )
-LOST = (
-    "the loss was not finite at any of the last steps: look for NaN in data and model; at the start of a fit begin "
-    "elsewhere, by `init_params`, or the guide's `init_loc_fn=init_to_median` or a smaller `init_scale`"
+DIVERGED = (
+    f"diverged: the last {STOPPING.patience} losses were not finite; check data and model for NaN. If this happens at "
+    "the start, start elsewhere by `init_params`, or the guide's `init_loc_fn=init_to_median` or a smaller `init_scale`"
 )
 
 
 class FitResult(NamedTuple):
-    """What :func:`fit` returns: the three fields of ``svi.run``'s result, and how it went.
+    """What :func:`fit` returns: the three fields that ``svi.run`` returns, and how the fit went.
 
-    :ivar params: the optimized parameters, constrained.
-    :ivar state: the last ``SVIState``.
-    :ivar losses: the loss of every step, nats; ``(steps,)``.
-    :ivar history: every step in numbers.
-    :ivar converged: whether the remaining gain was below the tolerance beyond noise.
-    :ivar reason: why the fit ended, and if it did not converge what it would take, in a sentence.
-    :ivar report: the table of :meth:`.NaturalGradient.report`, for the arguments of the last steps; empty without
+    :ivar dict params: the fitted parameters, constrained.
+    :ivar SVIState state: the last state.
+    :ivar numpy.ndarray losses: the loss of every step, ``(steps,)``, nats.
+    :ivar History history: figures of every step.
+    :ivar bool converged: whether the expected remaining gain was below the tolerance, beyond noise.
+    :ivar str reason: why the fit ended, the remaining gain, and what it would take to converge if it did not.
+    :ivar str report: the table of :meth:`.NaturalGradient.report`, for the arguments of the last steps; empty without
         steps.
     """
 
@@ -60,7 +77,7 @@ class FitResult(NamedTuple):
     report: str
 
     def __repr__(self) -> str:
-        """What one reads of it in a notebook; its arrays are not."""
+        """The outcome without the arrays."""
         return f"FitResult(converged={self.converged}, steps={len(self.losses)}, reason={self.reason!r})"
 
 
@@ -78,7 +95,11 @@ def fit(
     forward_mode_differentiation: bool = False,
     **kwargs: Any,
 ) -> FitResult:
-    """Take the steps of ``svi.run`` until no more than ``tolerance`` nats are left to gain.
+    """Take the steps of ``svi.run`` until the expected remaining gain is below ``tolerance`` nats.
+
+    The remaining gain is estimated for the parameters that have a Fisher matrix, relative to the best guide of this
+    family nearby: it does not say how close that guide is to the posterior (:func:`.verdict` does). A keyboard
+    interrupt ends the fit and returns its result so far.
 
     .. doctest::
 
@@ -95,43 +116,41 @@ def fit(
         >>> result.converged, len(result.losses) < 50
         (True, True)
 
-    :param svi: with :class:`.NaturalGradient` as its optimizer.
-    :param rng_key: as for ``svi.run``; not used where a state is given.
-    :param args: arguments of model and guide, the same in every step; as in ``svi.run`` their values are constants of
-        the compiled step.
-    :param max_steps: steps after which this call ends in any case.
-    :param tolerance: nats still to gain at which the fit is done; 0 takes all steps. 0.01 nats are at most 0.14
-        posterior standard deviations in any direction.
-    :param batches: arguments of one step after the other, instead of ``args``: an iterable of tuples or lists. It is
-        read as far as it is needed; the fit ends with it. Every new shape compiles once.
-    :param init_state: the state to start from, as for ``svi.run``.
-    :param init_params: initial values of parameters, as for ``svi.run``.
-    :param resume: a result of this function to go on from: its state, with its history continued.
-    :param progress_bar: show the ELBO and the KL moved per step, averaged over a chunk, and the nats still to gain.
-    :param forward_mode_differentiation: as for ``svi.run``.
+    :param SVI svi: an ``SVI`` with :class:`.NaturalGradient` as its optimizer.
+    :param jax.Array rng_key: as for ``svi.run``; not used where a state is given.
+    :param args: positional arguments of model and guide, the same in every step; as in ``svi.run`` their values are
+        constants of the compiled step.
+    :param int max_steps: most steps of this call.
+    :param float tolerance: remaining gain, nats, below which the fit has converged; 0 takes all steps. A gain of 0.01
+        nats is at most 0.14 posterior standard deviations in any direction.
+    :param batches: an iterable of tuples or lists, the arguments of one step after the other, instead of ``args``. It
+        is read lazily, and the fit ends when it is exhausted. Each new shape compiles once.
+    :param SVIState init_state: the state to start from, as for ``svi.run``.
+    :param dict init_params: initial values of parameters, as for ``svi.run``.
+    :param FitResult resume: a result to continue: the state is its last, and its history is extended.
+    :param bool progress_bar: show ELBO and KL of a step, means over a chunk of steps, and the remaining gain.
+    :param bool forward_mode_differentiation: as for ``svi.run``.
     :param kwargs: keyword arguments of model and guide, the same in every step.
-    :raises TypeError: if the optimizer is another one, or an argument is of the wrong type.
-    :raises ValueError: if an argument cannot be used.
-    :raises StructureError: if model or guide have mutable state and the loss would drop it.
-
-    The number of nats is an estimate, of the parameters that a Fisher matrix moves, and for the best guide of this
-    family nearby: it does not say how far the best guide is from the posterior. A keyboard interrupt ends the fit with
-    what there is.
+    :return: parameters, state, history, and why the fit ended.
+    :rtype: FitResult
+    :raises TypeError: if the optimizer is not a :class:`.NaturalGradient`, or an argument has the wrong type.
+    :raises ValueError: if an argument has a value that cannot be used.
+    :raises StructureError: if model or guide have mutable state that the loss would drop.
     """
     _check_optimizer(svi)
     _check(args, max_steps, tolerance, batches)
-    feed = Feed(batches)
-    first = args if feed.fixed else feed.peek()
+    source = BatchIterator(batches)
+    first = args if source.fixed else source.peek()
     if first is None:
         raise ValueError("`batches` is empty: expected at least one tuple of arguments for model and guide.")
     state, past = _start(svi, rng_key, first, kwargs, init_state, init_params, resume)
     _check_mutable_state(svi, state)
     parts = svi.model, svi.guide, svi.loss, svi.optim
-    program = compiled(svi, Constant(parts=parts, args=args, kwargs=kwargs, forward=forward_mode_differentiation))
-    with tqdm.tqdm(total=max_steps, disable=not progress_bar, mininterval=0.2) as bar:
-        run = _Run(program, state, Log(past), bar)
-        end = run.until(feed, max_steps, tolerance)
-        history = run.log.history()
+    program = compiled(svi, StaticInputs(parts=parts, args=args, kwargs=kwargs, forward=forward_mode_differentiation))
+    with tqdm(total=max_steps, disable=not progress_bar, mininterval=0.2) as bar:
+        run = _Run(program, state, HistoryRecorder(past), bar)
+        end = run.until(source, max_steps, tolerance)
+        history = run.recorder.history()
         unowned = tuple(run.partition.unowned) if run.partition else ()
         reason = _reason(end, history, tolerance, run.state.optim_state[1], unowned, svi.optim._options.constants)
         bar.set_postfix_str(reason)
@@ -147,26 +166,26 @@ def fit(
 
 
 class _Run:
-    """Where a fit stands: its state, and what has been written down."""
+    """A fit in progress: its state, its history, and the partition of the last chunk."""
 
-    def __init__(self, program: Program, state: SVIState, log: Log, bar: tqdm.tqdm) -> None:
-        self.state, self.log, self._program, self._bar = state, log, program, bar
+    def __init__(self, program: Program, state: SVIState, recorder: HistoryRecorder, bar: tqdm) -> None:
+        self.state, self.recorder, self._program, self._bar = state, recorder, program, bar
         self.partition: Partition | None = None
         self._begin = time.perf_counter()
 
-    def until(self, feed: Feed, max_steps: int, tolerance: float) -> str:
-        """Chunk after chunk until there is a reason to stop, which is returned."""
+    def until(self, source: BatchIterator, max_steps: int, tolerance: float) -> str:
+        """Run chunks until there is a reason to stop, and return it."""
         try:
             left = max_steps
             while left:
-                steps, batches = feed.take(min(CHUNK, left))
+                steps, batches = source.take(min(STEPS_PER_CHUNK, left))
                 if not steps:
                     return EXHAUSTED
                 self._advance(steps, batches)
                 left -= steps
-                if is_lost(self.log.recent):
-                    return LOST
-                if converged(self.log.recent, tolerance):
+                if diverged(self.recorder.recent):
+                    return DIVERGED
+                if converged(self.recorder.recent, tolerance):
                     return CONVERGED
         except KeyboardInterrupt:
             return INTERRUPTED
@@ -177,8 +196,8 @@ class _Run:
         state, records = self._program.chunk(self.state, steps, batches)
         part = _history(jax.device_get(records), steps, begin, time.perf_counter() - self._begin)
         self.state, self.partition = state, self._program.partitions[shapes(batches)]
-        self.log.append(part)
-        self._bar.set_postfix_str(_shown(part), refresh=False)
+        self.recorder.append(part)
+        self._bar.set_postfix_str(_progress(part), refresh=False)
         self._bar.update(steps)
 
 
@@ -191,30 +210,29 @@ def _start(
     init_params: dict[str, Any] | None,
     resume: FitResult | None,
 ) -> tuple[SVIState, History]:
-    """The state and the history that the first step adds to."""
+    """The state to start from, and the history to extend."""
     starts = {"init_state": init_state, "init_params": init_params, "resume": resume}
     if len(several := [f"`{name}`" for name, x in starts.items() if x is not None]) > 1:
         raise ValueError(f"{' and '.join(several)} were given: expected one of them to start from.")
     given = init_state if resume is None else resume.state
     if given is not None and svi.constrain_fn is not None:
-        return given, empty() if resume is None else resume.history
-    fresh = svi.init(
-        rng_key, *args, init_params=init_params, **kwargs
-    )  # in a new process: makes `svi.get_params` ready
-    return fresh if given is None else given, empty() if resume is None else resume.history
+        return given, empty_history() if resume is None else resume.history
+    # With a given state, ``svi.init`` only prepares ``svi.get_params``, as in a new process.
+    fresh = svi.init(rng_key, *args, init_params=init_params, **kwargs)
+    return fresh if given is None else given, empty_history() if resume is None else resume.history
 
 
-def _history(records: Any, steps: int, begin: float, end: float) -> History:
+def _history(records: StepRecords, steps: int, begin: float, end: float) -> History:
     loss, info = records
-    seconds = begin + (end - begin) * np.arange(1, CHUNK + 1) / steps
+    seconds = begin + (end - begin) * np.arange(1, STEPS_PER_CHUNK + 1) / steps
     fields = info.kl, info.step_size, info.newton_decrement, info.newton_decrement_error, info.limited, info.skipped
-    return History(*(x[:steps] for x in (loss, *fields, seconds)))
+    return History(*(np.asarray(x)[:steps] for x in (loss, *fields, seconds)))
 
 
-def _shown(part: History) -> str:
-    """What the progress bar says of a chunk."""
-    gain = interval(part.newton_decrement[-1], part.newton_decrement_error[-1])
-    text = f"ELBO {-part.loss.mean():.2f}, KL/step {part.kl.mean():.2g}, to gain {gain} nats"
+def _progress(part: History) -> str:
+    """The text beside the progress bar, for a chunk."""
+    gain = format_interval(part.newton_decrement[-1], part.newton_decrement_error[-1])
+    text = f"ELBO {-part.loss.mean():.2f}, KL/step {part.kl.mean():.2g}, {gain} nats to gain"
     skipped = int(part.skipped.sum())
     return text + (f", {skipped} of {part.steps} skipped" if skipped else "")
 
@@ -227,13 +245,14 @@ def _reason(
     unowned: tuple[str, ...],
     constants: RuleConstants,
 ) -> str:
-    """Why the fit ended, how far it is, what it would take, and what that does not speak of."""
-    if end == LOST or not history.steps:
+    """Why the fit ended, the remaining gain, the parameters that it leaves out, and what it would take to converge."""
+    if end == DIVERGED or not history.steps:
         return end
-    gain = interval(history.newton_decrement[-1], history.newton_decrement_error[-1])
-    far = "" if end == CONVERGED or not tolerance else outlook(history, tolerance, *noise_part(state, constants))
+    gain = format_interval(history.newton_decrement[-1], history.newton_decrement_error[-1])
+    known = end == CONVERGED or not tolerance
+    effort = "" if known else remaining_effort(history, tolerance, *noise_part(state, constants))
     rest = f" (without {', '.join(map(repr, unowned))}, moved by the fallback optimizer)" if unowned else ""
-    return f"{end}: {gain} nats to gain{rest}, `tolerance={tolerance:g}`{far}"
+    return f"{end}: {gain} nats to gain{rest}, `tolerance={tolerance:g}`{effort}"
 
 
 def _check(args: tuple[Any, ...], max_steps: Any, tolerance: Any, batches: Any) -> None:
@@ -268,8 +287,8 @@ def _check_optimizer(svi: SVI) -> None:
         )
     if not isinstance(svi.optim, NaturalGradient):
         raise TypeError(
-            f"`fit` stops by what `NaturalGradient` knows of the nats still to gain, but the optimizer of this `SVI` "
-            f"is `{type(svi.optim).__name__}`. Make it `SVI(model, guide, NaturalGradient(), loss)`, or call `svi.run`."
+            f"the optimizer of this `SVI` is `{type(svi.optim).__name__}`: expected `NaturalGradient`, which estimates "
+            "the remaining gain. Use `SVI(model, guide, NaturalGradient(), loss)`, or call `svi.run`."
         )
 
 

@@ -1,10 +1,11 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of ``SVI.update`` by the chunk: one compiled loop of at most :data:`CHUNK` steps, whose number is data.
+"""Steps of ``SVI.update`` in chunks: one compiled loop of at most :data:`STEPS_PER_CHUNK` steps.
 
-A last chunk that is shorter is the same program. What is compiled lives as long as its ``SVI`` and is used again where
-the same ``SVI`` is given the same arguments. Fixed data are constants of the program, as in ``SVI.run``, so that a
-model may look at its values; minibatches are its inputs, as under ``jit(svi.update)``.
+The number of steps is an input of the program, so that a shorter last chunk does not compile again. A program lives as
+long as its ``SVI``, and is reused if the same ``SVI`` is fitted with the same arguments. Fixed data are constants of
+the program, as in ``SVI.run``, so that a model may branch on their values; minibatches are inputs, as under
+``jit(svi.update)``.
 """
 
 import copy
@@ -21,15 +22,15 @@ from numpyro.infer.svi import SVI, SVIState
 from numpyro_natgrad.blocks.partition import Partition
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Loss
-from numpyro_natgrad.infer.compilation import quickly
+from numpyro_natgrad.infer.compilation import quick_jit
 from numpyro_natgrad.step.state import StepInfo
 
-#: Steps between two looks at the certificate.
-CHUNK = 5
+#: Steps between two checks of convergence, so that at most four steps are superfluous. Not tuned.
+STEPS_PER_CHUNK = 5
 
 
-class Records(NamedTuple):
-    """Losses and reports of a chunk's steps, each array of shape ``(CHUNK,)``; the leading ones count."""
+class StepRecords(NamedTuple):
+    """Losses and infos of a chunk, arrays of shape ``(STEPS_PER_CHUNK,)``; only leading ones count."""
 
     loss: jax.Array
     info: StepInfo
@@ -39,11 +40,13 @@ Arguments = tuple[Any, ...]
 Shapes = tuple[tuple[int, ...], ...]
 
 
-class Constant(NamedTuple):
-    """What a compiled chunk holds on to.
+class StaticInputs(NamedTuple):
+    """What a program was compiled for.
 
-    :ivar parts: model, guide, loss and optimizer of the ``SVI``, which can be given others.
-    :ivar args: of every step; ``kwargs`` likewise.  :ivar forward: whether differentiation is forward.
+    :ivar parts: model, guide, loss and optimizer of the ``SVI``, which are mutable attributes of it.
+    :ivar args: positional arguments of model and guide that are the same in every step.
+    :ivar kwargs: keyword arguments of model and guide.
+    :ivar forward: whether differentiation is in forward mode.
     """
 
     parts: tuple[Any, ...]
@@ -52,14 +55,14 @@ class Constant(NamedTuple):
     forward: bool
 
 
-Chunk = Callable[[SVIState, int, Arguments], tuple[SVIState, Records]]
+Chunk = Callable[[SVIState, int, Arguments], tuple[SVIState, StepRecords]]
 
 
 class Program(NamedTuple):
     """A compiled chunk, and the partition of the loss that it was traced for.
 
-    :ivar chunk: ``(state, steps, batches) -> (state, records)``, of :data:`CHUNK` steps at most; ``batches`` are the
-        stacked arguments of the steps, or ``()``.
+    :ivar chunk: ``(state, steps, batches) -> (state, records)``, of :data:`STEPS_PER_CHUNK` steps at most; ``batches``
+        are the stacked arguments of the steps, or ``()``.
     :ivar partitions: the blocks of parameters, by the shapes of ``batches`` (:func:`shapes`).
     """
 
@@ -68,39 +71,41 @@ class Program(NamedTuple):
 
 
 #: The last program of every ``SVI``, with what it was compiled for.
-_COMPILED: "weakref.WeakKeyDictionary[SVI, tuple[Constant, Program]]" = weakref.WeakKeyDictionary()
+_COMPILED: "weakref.WeakKeyDictionary[SVI, tuple[StaticInputs, Program]]" = weakref.WeakKeyDictionary()
 
 
-def compiled(svi: SVI, constant: Constant) -> Program:
+def compiled(svi: SVI, static: StaticInputs) -> Program:
     """The program for these constants: the last one of this ``SVI`` if they are the same."""
     known = _COMPILED.get(svi)
-    if known is None or not _same(known[0], constant):
-        known = _snapshot(constant), _program(weakref.ref(svi), constant)
+    if known is None or not _same(known[0], static):
+        known = _snapshot(static), _program(weakref.ref(svi), static)
         _COMPILED[svi] = known
     return known[1]
 
 
-def _program(svi: "weakref.ref[SVI]", constant: Constant) -> Program:
+def _program(svi: "weakref.ref[SVI]", static: StaticInputs) -> Program:
     partitions: dict[Shapes, Partition] = {}
 
-    def chunk(state: SVIState, steps: int, batches: Arguments) -> tuple[SVIState, Records]:
+    def chunk(state: SVIState, steps: int, batches: Arguments) -> tuple[SVIState, StepRecords]:
         owner = svi()
         assert owner is not None
         recording = _recording(owner, partitions, shapes(batches))
 
-        def body(i: jax.Array, carry: tuple[SVIState, Records]) -> tuple[SVIState, Records]:
-            args = constant.args + jax.tree.map(lambda x: x[i], batches)
+        def body(i: jax.Array, carry: tuple[SVIState, StepRecords]) -> tuple[SVIState, StepRecords]:
+            args = static.args + jax.tree.map(lambda x: x[i], batches)
             state, loss = recording.update(
-                carry[0], *args, forward_mode_differentiation=constant.forward, **constant.kwargs
+                carry[0], *args, forward_mode_differentiation=static.forward, **static.kwargs
             )
-            new = Records(loss=loss, info=owner.optim.info(state))
+            new = StepRecords(loss=loss, info=owner.optim.info(state))
             return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), carry[1], new)
 
         info = state.optim_state[1].info
-        records = jax.tree.map(lambda x: jnp.zeros(CHUNK, jnp.result_type(x)), Records(loss=jnp.zeros(()), info=info))
+        records = jax.tree.map(
+            lambda x: jnp.zeros(STEPS_PER_CHUNK, jnp.result_type(x)), StepRecords(loss=jnp.zeros(()), info=info)
+        )
         return lax.fori_loop(0, steps, body, (state, records))
 
-    return Program(chunk=quickly(chunk), partitions=partitions)
+    return Program(chunk=quick_jit(chunk), partitions=partitions)
 
 
 def _recording(svi: SVI, partitions: dict[Shapes, Partition], key: Shapes) -> SVI:
@@ -120,7 +125,7 @@ def shapes(batches: Arguments) -> Shapes:
     return tuple(x.shape for x in jax.tree.leaves(batches))
 
 
-def _same(old: Constant, new: Constant) -> bool:
+def _same(old: StaticInputs, new: StaticInputs) -> bool:
     trees: list[Any] = [jax.tree.structure(x) for x in (old, new)]
     leaves = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=False)  # as many where the structures agree
     return trees[0] == trees[1] and all(_same_leaf(*pair) for pair in leaves)
@@ -134,12 +139,12 @@ def _same_leaf(old: Any, new: Any) -> bool:
     return old is new
 
 
-def _snapshot(constant: Constant) -> Constant:
-    return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, constant)
+def _snapshot(static: StaticInputs) -> StaticInputs:
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, static)
 
 
-class Feed:
-    """Hands out the arguments of the next steps: none for fixed data, stacked minibatches otherwise."""
+class BatchIterator:
+    """The arguments of the next steps: none for fixed data, stacked minibatches otherwise."""
 
     def __init__(self, batches: Iterable[Any] | None) -> None:
         self._batches: Iterator[Any] | None = None if batches is None else iter(batches)
@@ -151,13 +156,16 @@ class Feed:
         return self._batches is None
 
     def peek(self) -> tuple[Any, ...] | None:
-        """The arguments of the next step, which stay; ``None`` if there is none."""
+        """The arguments of the next step, without consuming them; ``None`` if there are none."""
         if not self._pending and self._batches is not None:
             self._pending = [_arguments(b) for b in _first(self._batches)]
         return self._pending[0] if self._pending else None
 
     def take(self, most: int) -> tuple[int, tuple[Any, ...]]:
-        """How many steps, ``most`` at most, and their arguments, stacked and padded to :data:`CHUNK`."""
+        """The number of steps, ``most`` at most, and their arguments, stacked and padded to :data:`STEPS_PER_CHUNK`.
+
+        The batches of one call have the same shapes and types.
+        """
         if self.fixed:
             return most, ()
         group: list[tuple[Any, ...]] = []
@@ -166,7 +174,7 @@ class Feed:
                 break
             group.append(batch)
             self._pending = []
-        padded = group + group[-1:] * (CHUNK - len(group))
+        padded = group + group[-1:] * (STEPS_PER_CHUNK - len(group))
         return len(group), jax.tree.map(_stacked, *padded) if group else ()
 
 
@@ -181,7 +189,7 @@ def _first(batches: Iterator[Any]) -> list[Any]:
 
 
 def _arguments(batch: Any) -> tuple[Any, ...]:
-    """A batch is the tuple (or list) of a step's arguments; anything else is the only one of them."""
+    """The arguments of one step: the entries of a tuple or list; anything else is a single argument."""
     several = isinstance(batch, tuple | list) and not hasattr(batch, "_fields")
     batch = tuple(batch) if several else (batch,)
     return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), batch)
