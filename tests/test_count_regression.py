@@ -63,6 +63,7 @@ def test_guide_means_equal_the_negative_binomial_mode(example, monkeypatch):
     assert curve.elbo[-1] > curve.elbo[0] + 100
 
 
+@pytest.mark.slow
 def test_one_step_reaches_the_conditional_posterior_of_every_rate(example, x64):
     """Given β and α the posterior of a rate is Gamma(α + y, α exp(−xβ) + 1).
 

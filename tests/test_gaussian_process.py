@@ -87,6 +87,7 @@ def small(batch: int | None = None) -> tuple[gp.Problem, gp.Split, gp.Split, jax
     return gp.problem(train, inducing, batch), train, test, inducing
 
 
+@pytest.mark.slow
 def test_hyperparameters_take_the_steps_of_optax_alone():
     """Adam takes the same steps on the gradients that NumPyro computes at the iterates."""
     problem, *_ = small()

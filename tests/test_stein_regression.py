@@ -193,6 +193,7 @@ def test_number_of_remembered_draws_grows_as_root_steps(dtype):
     np.testing.assert_allclose(grown[-1] ** 2, 2 * (d + 1) * new * 400, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_curved_valley_is_followed_to_its_optimum():
     """The scale of grouped counts decreases where the loss is flatter than the Fisher matrix: within a nat of Hessian steps.
 
