@@ -50,7 +50,7 @@ def _evaluated(guide, particles):
     @jax.jit
     def learned(factor):
         loss_info = evaluate_loss(fn, params, partition.request, particles)
-        products = block.curvature.whitened_hessian(block.latents, loss_info, block.latents.loc(params), factor)
+        products = block.curvature.whitened_hessian(block.latents, loss_info, block.latents.means(params), factor)
         return block.latents.draws(loss_info)[0], *products
 
     return block, params, learned
@@ -65,7 +65,7 @@ def _potential(z):
 @pytest.mark.parametrize("particles", [4, 9])
 def test_each_column_uses_the_mean_hessian_of_its_group_of_pairs(x64, guide, particles):
     block, params, learned = _evaluated(guide, particles)
-    loc, factor = block.latents.loc(params), jnp.tril(random.normal(random.key(1), (D, D)))
+    loc, factor = block.latents.means(params), jnp.tril(random.normal(random.key(1), (D, D)))
     draws, curvature, correction = learned(factor)
     hessians, groups = jax.jit(jax.vmap(jax.hessian(_potential)))(draws), group_count(D, particles, CONSTANTS)
     assert groups == 2
@@ -81,7 +81,7 @@ def test_each_column_uses_the_mean_hessian_of_its_group_of_pairs(x64, guide, par
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
 def test_draws_are_antithetic_pairs(guide, particles):
     block, params, learned = _evaluated(guide, particles)
-    offsets, half = learned(jnp.eye(D))[0] - block.latents.loc(params), particles // 2
+    offsets, half = learned(jnp.eye(D))[0] - block.latents.means(params), particles // 2
     np.testing.assert_allclose(offsets[:half], -offsets[half : 2 * half], rtol=1e-5, atol=1e-6)
     apart = offsets[:, None] - offsets
     assert float(jnp.min(jnp.abs(apart).max(-1) + jnp.eye(particles))) > 1e-3

@@ -117,67 +117,56 @@ class Randomness(NamedTuple):
 
 
 class Block(Protocol, Generic[Tangent]):
-    """The geometry of one block of parameters."""
+    """The geometry of one block of parameters. Members that return something are defaults."""
 
     @property
     def params(self) -> tuple[str, ...]:
         """The parameters that it moves."""
-        ...
 
     @property
     def exact_on_conjugate(self) -> bool:
         """Whether a step of size 1 is exact on conjugate models."""
-        ...
+        return True
 
     @property
     def density_modes(self) -> dict[str, DensityMode]:
         """How the density of each of its sites is differentiated (:class:`.PathGradient`)."""
-        ...
 
     @property
     def hessian_params(self) -> tuple[str, ...]:
         """The means along which it needs products with the Hessian of the loss."""
-        ...
 
     def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
         """How much noise its steps may have."""
-        ...
+        return default_noise_tolerance(scope)
 
     def report_rows(self) -> list[ReportRow]:
         """Rows of the report: parameter, site, distribution, Fisher matrix, size."""
-        ...
 
     def natural_gradient(self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness) -> Tangent:
         """v = F⁻¹g."""
-        ...
 
     def squared_norm(self, v: Tangent) -> jax.Array:
         """vᵀFv, nats."""
-        ...
 
     def forward_kl(self, v: Tangent, rho: jax.Array) -> jax.Array:
         """KL(q ‖ q₊) of a step of size ρ, nats; increasing in ρ, exact where it has a closed form."""
-        ...
 
     def reverse_kl(self, v: Tangent, rho: jax.Array) -> jax.Array:
         """KL(q₊ ‖ q) of a step of size ρ, nats."""
-        ...
 
     def compare(self, memory: Memory, v: Tangent) -> SquaredNorms:
         """Compare ``v`` with the running mean of earlier natural gradients."""
-        ...
 
     def own_step_size(self, v: Tangent) -> jax.Array | None:
         """ρ, if the block's estimator prescribes one; ``None`` if the rule chooses it from the noise."""
-        ...
+        return None
 
     def update_memory(self, memory: Memory, v: Tangent, weight: jax.Array) -> Memory:
         """Average ``v`` into the running mean: m ← m + weight (v − m)."""
-        ...
 
     def retract(self, params: Params, memory: Memory, v: Tangent, rho: jax.Array) -> tuple[Params, Memory]:
         """The parameters after the step −ρv, and the memory transported there."""
-        ...
 
 
 def default_noise_tolerance(scope: Scope, *, antithetic: bool = False) -> NoiseTolerance:

@@ -49,17 +49,14 @@ class CurvatureEstimator(Protocol):
     @property
     def density_mode(self) -> DensityMode:
         """How the densities of the sites are differentiated."""
-        ...
 
     def description(self, size: int) -> str:
         """What a step over ``size`` latents evaluates, for the report."""
-        ...
 
     def estimate(
         self, latents: JointLatents, loss_info: LossInfo, params: Params, factor: jax.Array, sums: RegressionSums
     ) -> CurvatureEstimate:
         """Slope and curvature, whitened by ``factor`` K, from this step's draws and from the sums of earlier ones."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,8 @@ class HessianProducts:
     def estimate(
         self, latents: JointLatents, loss_info: LossInfo, params: Params, factor: jax.Array, sums: RegressionSums
     ) -> CurvatureEstimate:
-        offset = latents.mean_offset(loss_info, latents.loc(params))
-        product = partial(latents.hessian_product, loss_info, params)
+        offset = latents.mean_offset(loss_info, latents.means(params))
+        product = partial(latents.hessian_product, loss_info)
         hessian, correction = whitened_hessian_products(product, factor, factor, offset, loss_info.particles)
         return _from_products(latents, loss_info, factor, hessian, correction)
 
@@ -106,7 +103,7 @@ class AntitheticProducts:
     def estimate(
         self, latents: JointLatents, loss_info: LossInfo, params: Params, factor: jax.Array, sums: RegressionSums
     ) -> CurvatureEstimate:
-        products = self.whitened_hessian(latents, loss_info, latents.loc(params), factor)
+        products = self.whitened_hessian(latents, loss_info, latents.means(params), factor)
         return _from_products(latents, loss_info, factor, *products)
 
     def whitened_hessian(
@@ -147,7 +144,7 @@ def unpaired_draw_shift(draws: jax.Array, loc: jax.Array) -> jax.Array:
 def _from_products(
     latents: JointLatents, loss_info: LossInfo, factor: jax.Array, hessian: jax.Array, correction: jax.Array
 ) -> CurvatureEstimate:
-    plain = factor.T @ latents.gradient(loss_info)
+    plain = factor.T @ latents.means(loss_info.gradient)
     curvature = (hessian + hessian.T) / 2 - jnp.eye(len(factor), dtype=hessian.dtype)
     return CurvatureEstimate(
         *fall_back_to_gradient(loss_info.previous_step_skipped, plain, plain + correction, curvature)
@@ -172,7 +169,7 @@ class SteinRegression:
     def estimate(
         self, latents: JointLatents, loss_info: LossInfo, params: Params, factor: jax.Array, sums: RegressionSums
     ) -> CurvatureEstimate:
-        loc, own = latents.loc(params), latents.cholesky(params)
+        loc, own = latents.means(params), latents.cholesky(params)
         # From the proxy's frame, K, to that of the guide, C, which the draws come from: K⁻¹C.
         ratio = solve_triangular(factor, own, lower=True) if latents.has_proxy else jnp.eye(len(loc), dtype=loc.dtype)
         precision = ratio.T @ ratio

@@ -35,9 +35,9 @@ class DiagonalGaussian(SiteBlock[GaussianSite, GaussianTangent]):
         self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness
     ) -> GaussianTangent:
         scale = self.site.covariance_factor(params)
-        slope = scale * self._gradient(loss_info, scale)
+        slope = scale * loss_info.gradient[self.site.loc].reshape(self.site.shape)
         if self.second_order:
-            return GaussianTangent(slope, self._probed_curvature(loss_info, params, scale, randomness), None)
+            return GaussianTangent(slope, self._probed_curvature(loss_info, scale, randomness), None)
         gradient = loss_info.gradient[self.site.scale]
         # dx/dσ of the parameter x along each coordinate: its bijection is elementwise.
         rate = jax.jvp(self.site.unconstrain, (scale,), (jnp.ones_like(scale),))[1].reshape(gradient.shape)
@@ -78,10 +78,8 @@ class DiagonalGaussian(SiteBlock[GaussianSite, GaussianTangent]):
     def _remembered(self, memory: Memory, mean: GaussianTangent) -> Memory:
         return memory.with_running_means({self.site.loc: mean.slope, self.site.scale: mean.values})
 
-    def _probed_curvature(
-        self, loss_info: LossInfo, params: Params, scale: jax.Array, randomness: Randomness
-    ) -> jax.Array:
-        product = lambda v: v * scale * self._hessian_product(loss_info, params, scale * v)
+    def _probed_curvature(self, loss_info: LossInfo, scale: jax.Array, randomness: Randomness) -> jax.Array:
+        product = lambda v: v * scale * self._hessian_product(loss_info, scale * v)
         probes = jax.random.rademacher(randomness.key, (self.products, *self.site.shape), scale.dtype)
         curvature = jnp.mean(jax.vmap(product)(probes), axis=0)
         # With path gradients log q varies along the draws, so that its Hessian −S is in the products already.

@@ -46,9 +46,9 @@ class FullGaussian(SiteBlock[GaussianSite, FullTangent]):
         self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness
     ) -> FullTangent:
         loc, factor = self.site.read(params)
-        slope = _whiten(factor, self._gradient(loss_info, loc))
+        slope = _whiten(factor, loss_info.gradient[self.site.loc].reshape(self.site.shape))
         if self.second_order:
-            return FullTangent(self._sketch(loss_info, params, slope, loc, factor, randomness), loc, factor)
+            return FullTangent(self._sketch(loss_info, slope, loc, factor, randomness), loc, factor)
         curvature = self._first_order_curvature(loss_info.gradient[self.site.scale], factor)
         return FullTangent(gaussian.tangent(slope, jnp.nan_to_num(curvature)), loc, factor)
 
@@ -86,17 +86,11 @@ class FullGaussian(SiteBlock[GaussianSite, FullTangent]):
         return lower + jnp.swapaxes(jnp.tril(lower, -1), -1, -2)
 
     def _sketch(
-        self,
-        loss_info: LossInfo,
-        params: Params,
-        slope: jax.Array,
-        loc: jax.Array,
-        factor: jax.Array,
-        randomness: Randomness,
+        self, loss_info: LossInfo, slope: jax.Array, loc: jax.Array, factor: jax.Array, randomness: Randomness
     ) -> GaussianTangent:
         probes = cosine_probes(self.site.size, min(self.products, self.site.size), randomness.step)
         probes = probes.astype(factor.dtype)
-        product, offset = partial(self._hessian_product, loss_info, params), self._mean_offset(loss_info, loc)
+        product, offset = partial(self._hessian_product, loss_info), self._mean_offset(loss_info, loc)
         image, correction = whitened_hessian_products(product, factor, factor @ probes, offset, loss_info.particles)
         slope, image = fall_back_to_gradient(loss_info.previous_step_skipped, slope, slope + correction, image - probes)
         ok = jnp.all(jnp.isfinite(image))

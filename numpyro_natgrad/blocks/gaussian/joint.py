@@ -72,10 +72,6 @@ class JointGaussian(Block[JointTangent]):
         return self.latents.params
 
     @property
-    def exact_on_conjugate(self) -> bool:
-        return True
-
-    @property
     def density_modes(self) -> dict[str, DensityMode]:
         return {s.name: self.curvature.density_mode for s in self.latents.sites}
 
@@ -106,8 +102,8 @@ class JointGaussian(Block[JointTangent]):
         ok = jnp.all(jnp.isfinite(estimate.curvature))
         tangent = gaussian.tangent(estimate.slope, jnp.where(ok, estimate.curvature, 0.0))
         tangent = tangent._replace(values=jnp.where(ok, tangent.values, jnp.nan))
-        loc, guide_factors = self.latents.loc(params), self.latents.covariance_factors(params)
-        return JointTangent(tangent, estimate, loc, factor, guide_factors)
+        guide_factors = [s.covariance_factor(params) for s in self.latents.sites]
+        return JointTangent(tangent, estimate, self.latents.means(params), factor, guide_factors)
 
     def squared_norm(self, v: JointTangent) -> jax.Array:
         return gaussian.squared_norm(v.tangent)
@@ -117,8 +113,7 @@ class JointGaussian(Block[JointTangent]):
             return gaussian.forward_kl(v.tangent, rho, self.margin)
         shift = v.factor @ gaussian.mean_shift(v.tangent, rho, self.margin)
         factor = v.factor @ gaussian.relative_factor(v.tangent, rho, self.margin)
-        before, after = (self.latents.project(k, v.guide_factors) for k in (v.factor, factor))
-        return self.latents.kl(before, after, shift)
+        return self.latents.projected_kl(v.factor, factor, shift, v.guide_factors)
 
     def reverse_kl(self, v: JointTangent, rho: jax.Array) -> jax.Array:
         return gaussian.reverse_kl(v.tangent, rho, self.margin)

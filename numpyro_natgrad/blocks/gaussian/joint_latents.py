@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The latents of several Gaussian sites as one vector z of D entries, in the order of the sites."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -36,39 +35,30 @@ class JointLatents:
         """Whether a full Gaussian over all latents is kept beside the guide, whose family is smaller."""
         return len(self.sites) > 1 or not self.sites[0].full_covariance
 
-    def loc(self, params: Params) -> jax.Array:
-        """m, ``(D,)``."""
-        return self._concatenated({s.name: params[s.loc] for s in self.sites})
-
-    def gradient(self, loss_info: LossInfo) -> jax.Array:
-        """∂L/∂m, ``(D,)``."""
-        return self._concatenated({s.name: loss_info.gradient[s.loc] for s in self.sites})
+    def means(self, values: Params) -> jax.Array:
+        """The entries of the mean parameters, ``(D,)``: m of parameters, ∂L/∂m of a gradient."""
+        return jnp.concatenate([values[s.loc].ravel() for s in self.sites])
 
     def cholesky(self, params: Params) -> jax.Array:
         """K of the guide, ``(D, D)``, lower triangular and block diagonal."""
         return block_diag(*[k for s in self.sites for k in s.cholesky(params)])
 
-    def covariance_factors(self, params: Params) -> list[Any]:
-        """The factor of every site, in the coordinates of its family."""
-        return [s.covariance_factor(params) for s in self.sites]
-
     def mean_offset(self, loss_info: LossInfo, loc: jax.Array) -> jax.Array | None:
         """The mean of the draws of detached sites, minus m, ``(D,)``; ``None`` where nothing is drawn."""
         if any(s.analytic for s in self.sites):
             return None
-        return self._concatenated(loss_info.perturbation_gradients) - loc
+        return jnp.concatenate([loss_info.perturbation_gradients[s.name].ravel() for s in self.sites]) - loc
 
     def draws(self, loss_info: LossInfo) -> jax.Array:
         """Draws of per-particle or antithetic sites, and the gradients of −log p there, ``(2, S, D)``."""
         n, both = int(loss_info.particles), loss_info.perturbation_gradients
         return jnp.concatenate([n * both[s.name].reshape(2, n, -1) for s in self.sites], axis=2)
 
-    def hessian_product(self, loss_info: LossInfo, params: Params, shift: jax.Array, stretch: jax.Array) -> jax.Array:
+    def hessian_product(self, loss_info: LossInfo, shift: jax.Array, stretch: jax.Array) -> jax.Array:
         """The change of ∂L/∂m by a shift of m, ``(D,)``, and a stretch of the draws away from m."""
         shifts = zip(self.sites, self.split(shift), strict=True)
-        tangents = {s.loc: x.reshape(params[s.loc].shape) for s, x in shifts}
-        images = loss_info.hessian_product(tangents, {s.name: stretch for s in self.sites})
-        return self._concatenated({s.name: images[s.loc] for s in self.sites})
+        tangents = {s.loc: x.reshape(loss_info.gradient[s.loc].shape) for s, x in shifts}
+        return self.means(loss_info.hessian_product(tangents, {s.name: stretch for s in self.sites}))
 
     def hessian_product_per_draw(self, loss_info: LossInfo, shifts: jax.Array) -> jax.Array:
         """H_s u_s/S of a shift u_s for every draw s, ``(S, D)``."""
@@ -76,19 +66,16 @@ class JointLatents:
         images = loss_info.hessian_product_per_draw({s.name: x.reshape(shapes[s.name][1].shape) for s, x in split})
         return jnp.concatenate([images[s.name].reshape(len(shifts), -1) for s in self.sites], axis=1)
 
-    def project(self, factor: jax.Array, starts: list[Any]) -> list[Any]:
-        """The sites' factors closest to N(·, KKᵀ); an iterative projection begins at ``starts``."""
-        return project(inverse_lower(factor), self.sites, starts)
-
     def write(self, params: Params, loc: jax.Array, factor: jax.Array, starts: list[Any]) -> Params:
-        """The parameters of the guide's member closest to N(m, KKᵀ)."""
-        factors = self.project(factor, starts) if self.has_proxy else [factor]
+        """The parameters of the guide's member closest to N(m, KKᵀ); an iterative projection begins at ``starts``."""
+        factors = project(inverse_lower(factor), self.sites, starts) if self.has_proxy else [factor]
         for site, mean, own in zip(self.sites, self.split(loc), factors, strict=True):
             params = site.write(params, mean, own)
         return params
 
-    def kl(self, before: list[Any], after: list[Any], shift: jax.Array) -> jax.Array:
-        """KL(q ‖ q₊) of the guide between two lists of factors and a shift of the mean, nats."""
+    def projected_kl(self, factor: jax.Array, new: jax.Array, shift: jax.Array, starts: list[Any]) -> jax.Array:
+        """KL(q ‖ q₊) of the projections of N(m, KKᵀ) and N(m + shift, K₊K₊ᵀ), nats."""
+        before, after = (project(inverse_lower(k), self.sites, starts) for k in (factor, new))
         each = zip(self.sites, before, after, self.split(shift), strict=True)
         return sum((s.kl(a, b, x.reshape(s.shape)) for s, a, b, x in each), jnp.zeros(()))
 
@@ -100,6 +87,3 @@ class JointLatents:
     def split(self, x: jax.Array, axis: int = 0) -> list[jax.Array]:
         """The entries of every site along an axis of length D."""
         return jnp.split(x, list(accumulate(s.size for s in self.sites))[:-1], axis=axis)
-
-    def _concatenated(self, values: Mapping[str, jax.Array]) -> jax.Array:
-        return jnp.concatenate([values[s.name].ravel() for s in self.sites])

@@ -5,14 +5,13 @@
 The step goes towards S ← (1−ρ)S + ρ E_q[∇²f] and to the family's member there (:func:`.low_rank_gaussian.step`). In
 units of s, it needs of the *excess* H − S of the Hessian over the guide's precision
 
-* (H − S)T along 2r + 10 orthonormal directions T: the columns of W; the residuals of the step before, which are
-  (H − S)W outside of T, so that W turns as in LOBPCG (Knyazev 2001); the slope and the running mean of earlier ones,
-  along which the mean then moves as in conjugate gradients; and (H − S)ω of 8 random ω (a range finder, Halko,
-  Martinsson & Tropp 2011);
+* (H − S)T along 2r + 10 orthonormal directions T: the columns of W; the residuals of the step before, so that W turns
+  as in LOBPCG (Knyazev 2001); the slope and the running mean of earlier ones, along which the mean then moves as in
+  conjugate gradients; and (H − S)ω of 8 random ω (a range finder, Halko, Martinsson & Tropp 2011);
 * diag(H − S): exactly along T, and from 8 random signs ω as ω ⊙ (H − S)ω across T (Hutch++, Meyer et al. 2021).
 
 Where the target is a member of the family, H − S is zero at the optimum, and so is the noise. At W = 0, where fits
-begin, the gradient of W vanishes. Random signs replace directions that are zero, which breaks the symmetry.
+begin, the gradient of W vanishes: random signs replace directions that are zero, which breaks the symmetry.
 """
 
 from dataclasses import dataclass
@@ -70,19 +69,20 @@ class LowRankGaussian(SiteBlock[LowRankSite, LowRankBlockTangent]):
     ) -> LowRankBlockTangent:
         k = self.constants.low_rank_probes
         loc, (scale, factor) = self.site.read(params)
-        plain = scale * self._gradient(loss_info, scale)
-        slope = plain + self._control_variate(loss_info, params, loc, scale, factor)
+        plain = scale * loss_info.gradient[self.site.loc].reshape(scale.shape)
+        slope = plain + self._control_variate(loss_info, loc, scale, factor)
         key, *keys = random.split(randomness.key, 3)
         signs = random.rademacher(key, (*scale.shape, 2 * k + 2 * self.site.rank + 2), scale.dtype)
         diagonal_probes, range_probes, substitutes = jnp.split(signs, [k, 2 * k], axis=-1)
         mean_slope, mean_diagonal = self._running_mean(memory, scale)
         residuals = memory.running_mean[self.site.factor].reshape(factor.shape) / scale[..., None]
-        excess = partial(self._excess, loss_info, params, plain)
-        slope, found = excess(slope, range_probes, keys[0])
+        excess = lambda x, key: self._hessian_products(loss_info, scale, x, key) - _precision_product(factor, x)
+        usable = partial(fall_back_to_gradient, loss_info.previous_step_skipped, plain)
+        slope, found = usable(slope, excess(range_probes, keys[0]))
         known = jnp.concatenate([factor, residuals, slope[..., None], mean_slope[..., None]], axis=-1)
         basis = jax.vmap(orthonormal_basis, (0, 0, 0, None))(known, substitutes, found, self.basis_size)
         probes = jnp.concatenate([basis, diagonal_probes], axis=-1)
-        slope, images = excess(slope, probes, keys[1])
+        slope, images = usable(slope, excess(probes, keys[1]))
         ok = finite((slope, basis, images))
         slope, basis, probes, images = (jnp.where(ok, x, 0.0) for x in (slope, basis, probes, images))
         assemble = partial(_assemble, weight_min=self.constants.diagonal_weight_min)
@@ -133,36 +133,24 @@ class LowRankGaussian(SiteBlock[LowRankSite, LowRankBlockTangent]):
     def _remembered(self, memory: Memory, v: LowRankBlockTangent, slope: jax.Array, diagonal: jax.Array) -> Memory:
         return memory.with_running_means({self.site.loc: slope / v.scale, self.site.scale: diagonal / v.scale**2})
 
-    def _excess(
-        self, loss_info: LossInfo, params: Params, plain: jax.Array, slope: jax.Array, x: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """The slope and (H − S)x, or the plain slope and zero where they stay non-finite."""
-        _, (scale, factor) = self.site.read(params)
-        images = self._hessian_products(loss_info, params, scale, x, key) - _precision_product(factor, x)
-        return fall_back_to_gradient(loss_info.previous_step_skipped, plain, slope, images)
-
-    def _hessian_products(
-        self, loss_info: LossInfo, params: Params, scale: jax.Array, x: jax.Array, key: jax.Array
-    ) -> jax.Array:
+    def _hessian_products(self, loss_info: LossInfo, scale: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
         """Hx of every batch element for its own x, ``(batch, d, n)``.
 
         Elements are probed together, with random signs, so that in the mean they do not see each other.
         """
         shape = (x.shape[0], 1, x.shape[-1])
         signs = random.rademacher(key, shape, x.dtype) if x.shape[0] > 1 else jnp.ones(shape, x.dtype)
-        product = lambda column: self._hessian_product(loss_info, params, scale * column)
+        product = lambda column: self._hessian_product(loss_info, scale * column)
         return scale[..., None] * signs * jax.vmap(product, in_axes=-1, out_axes=-1)(signs * x)
 
-    def _control_variate(
-        self, loss_info: LossInfo, params: Params, loc: jax.Array, scale: jax.Array, factor: jax.Array
-    ) -> jax.Array:
+    def _control_variate(self, loss_info: LossInfo, loc: jax.Array, scale: jax.Array, factor: jax.Array) -> jax.Array:
         """The leave-one-out control variate of the slope, as in :func:`.whitened_hessian_products`."""
         offset = self._mean_offset(loss_info, loc)
         if offset is None:
             return jnp.zeros_like(loc)
         if loss_info.particles == 1:
             return -_precision_product(factor, (offset / scale)[..., None])[..., 0]
-        return scale * self._hessian_product(loss_info, params, *leave_one_out_tangent(offset, loss_info.particles))
+        return scale * self._hessian_product(loss_info, *leave_one_out_tangent(offset, loss_info.particles))
 
 
 _precision_product = jax.vmap(low_rank_gaussian.precision_product)

@@ -9,9 +9,9 @@ from typing import Generic, TypeVar
 import jax
 import jax.numpy as jnp
 
-from numpyro_natgrad.blocks.base import Block, NoiseTolerance, ReportRow, Scope, Tangent, default_noise_tolerance
+from numpyro_natgrad.blocks.base import Block, ReportRow, Tangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
-from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
+from numpyro_natgrad.guide.gaussian_sites import GaussianSite
 from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite
 from numpyro_natgrad.options import RuleConstants
@@ -44,10 +44,6 @@ class SiteBlock(Block[Tangent], Generic[Site, Tangent]):
         return self.site.params
 
     @property
-    def exact_on_conjugate(self) -> bool:
-        return True
-
-    @property
     def density_modes(self) -> dict[str, DensityMode]:
         return {self.site.name: self.density_mode} if self.density_mode else {}
 
@@ -55,19 +51,9 @@ class SiteBlock(Block[Tangent], Generic[Site, Tangent]):
     def hessian_params(self) -> tuple[str, ...]:
         return (self.site.loc,) if self.second_order else ()
 
-    def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
-        return default_noise_tolerance(scope)
-
-    def own_step_size(self, v: Tangent) -> jax.Array | None:
-        return None
-
     def report_rows(self) -> list[ReportRow]:
         how = f"{self.products} Hessian-vector products" if self.second_order else "draws ⊗ gradients"
         return self.site.report_rows(f"closed form, {how}")
-
-    def _gradient(self, loss_info: LossInfo, like: jax.Array) -> jax.Array:
-        """∂L/∂m in the shape of m."""
-        return loss_info.gradient[self.site.loc].reshape(like.shape)
 
     def _mean_offset(self, loss_info: LossInfo, loc: jax.Array) -> jax.Array | None:
         """The mean of a detached site's draws, minus m; ``None`` where nothing is drawn."""
@@ -75,10 +61,8 @@ class SiteBlock(Block[Tangent], Generic[Site, Tangent]):
             return None
         return loss_info.perturbation_gradients[self.site.name].reshape(loc.shape) - loc
 
-    def _hessian_product(
-        self, loss_info: LossInfo, params: Params, shift: jax.Array, stretch: jax.Array | float = 0.0
-    ) -> jax.Array:
+    def _hessian_product(self, loss_info: LossInfo, shift: jax.Array, stretch: jax.Array | float = 0.0) -> jax.Array:
         """The change of ∂L/∂m by a shift of m and a stretch of the draws away from m; in the shape of the shift."""
-        tangents = {self.site.loc: shift.reshape(jnp.shape(params[self.site.loc]))}
+        tangents = {self.site.loc: shift.reshape(loss_info.gradient[self.site.loc].shape)}
         stretches = {self.site.name: jnp.asarray(stretch)}
         return loss_info.hessian_product(tangents, stretches)[self.site.loc].reshape(shift.shape)
