@@ -10,7 +10,7 @@ with the full precision, so that correlated posteriors do not slow them down.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from numpyro_natgrad.blocks.base import (
     default_noise_tolerance,
 )
 from numpyro_natgrad.blocks.gaussian.curvature import CurvatureEstimate, CurvatureEstimator
-from numpyro_natgrad.blocks.gaussian.joint_latents import JointLatents
+from numpyro_natgrad.blocks.gaussian.joint_latents import GuideFactors, JointLatents
 from numpyro_natgrad.distributions import gaussian
 from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
@@ -49,7 +49,7 @@ class JointTangent(NamedTuple):
     estimate: CurvatureEstimate
     loc: jax.Array
     factor: jax.Array
-    guide_factors: list[Any]
+    guide_factors: GuideFactors
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ from jax.scipy.linalg import block_diag
 from numpyro_natgrad.distributions.gaussian import inverse_lower
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import GaussianParameterization, Params, project, projected_square
+from numpyro_natgrad.guide.low_rank_sites import LowRankFactor
+
+#: The covariance factor of every site, in the coordinates of its family.
+GuideFactors = list[jax.Array | LowRankFactor]
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,14 @@ class JointLatents:
         images = loss_info.hessian_product_per_draw({s.name: x.reshape(shapes[s.name][1].shape) for s, x in split})
         return jnp.concatenate([images[s.name].reshape(len(shifts), -1) for s in self.sites], axis=1)
 
-    def write(self, params: Params, loc: jax.Array, factor: jax.Array, starts: list[Any]) -> Params:
+    def write(self, params: Params, loc: jax.Array, factor: jax.Array, starts: GuideFactors) -> Params:
         """The parameters of the guide's member closest to N(m, KKᵀ); an iterative projection begins at ``starts``."""
         factors = project(inverse_lower(factor), self.sites, starts) if self.has_proxy else [factor]
         for site, mean, own in zip(self.sites, self.split(loc), factors, strict=True):
             params = site.write(params, mean, own)
         return params
 
-    def projected_kl(self, factor: jax.Array, new: jax.Array, shift: jax.Array, starts: list[Any]) -> jax.Array:
+    def projected_kl(self, factor: jax.Array, new: jax.Array, shift: jax.Array, starts: GuideFactors) -> jax.Array:
         """KL(q ‖ q₊) of the projections of N(m, KKᵀ) and N(m + shift, K₊K₊ᵀ), nats."""
         before, after = (project(inverse_lower(k), self.sites, starts) for k in (factor, new))
         each = zip(self.sites, before, after, self.split(shift), strict=True)
