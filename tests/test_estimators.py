@@ -24,6 +24,8 @@ from oracles import assert_close, captured_loss, root_eps
 from tables import positive
 
 from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.blocks.base import Randomness
+from numpyro_natgrad.blocks.gaussian.full import cosine_probes
 from numpyro_natgrad.options import RuleConstants
 
 D, KEYS = 2, 2000
@@ -169,3 +171,12 @@ def draw(key: Any) -> np.ndarray:
     params = {"loc": jnp.asarray(MEAN), "cov": jnp.asarray(TRIL)}
     guide = handlers.seed(handlers.substitute(full, params), random.split(key)[1])
     return np.asarray(handlers.trace(guide).get_trace(A, Y)["z"]["value"])
+
+
+def test_cosine_probes_of_one_run_cycle_through_an_orthonormal_basis_of_its_own(x64):
+    d, k = 12, 4
+    probes = lambda seed, step: cosine_probes(d, k, Randomness(random.key(seed), jnp.array(step)), jnp.float64)
+    cycle = jnp.concatenate([probes(0, step) for step in range(d // k)], axis=1)
+    np.testing.assert_allclose(cycle.T @ cycle, np.eye(d), atol=1e-12)
+    np.testing.assert_array_equal(probes(0, d // k), probes(0, 0))
+    assert float(jnp.abs(probes(0, 0) - probes(1, 0)).max()) > 0.1

@@ -88,8 +88,8 @@ class FullGaussian(SiteBlock[GaussianSite, FullTangent]):
     def _sketch(
         self, loss_info: LossInfo, slope: jax.Array, loc: jax.Array, factor: jax.Array, randomness: Randomness
     ) -> GaussianTangent:
-        probes = cosine_probes(self.site.size, min(self.products, self.site.size), randomness.step)
-        probes = probes.astype(factor.dtype)
+        d = self.site.size
+        probes = cosine_probes(d, min(self.products, d), randomness, factor.dtype)
         product, offset = partial(self._hessian_product, loss_info), self._mean_offset(loss_info, loc)
         image, correction = whitened_hessian_products(product, factor, factor @ probes, offset, loss_info.particles)
         slope, image = fall_back_to_gradient(loss_info.previous_step_skipped, slope, slope + correction, image - probes)
@@ -98,17 +98,17 @@ class FullGaussian(SiteBlock[GaussianSite, FullTangent]):
         return sketched._replace(values=jnp.where(ok, sketched.values, jnp.nan))
 
 
-def cosine_probes(d: int, k: int, step: jax.Array) -> jax.Array:
+def cosine_probes(d: int, k: int, randomness: Randomness, dtype: jnp.dtype) -> jax.Array:
     """k orthonormal probes of d dimensions, ``(d, k)``: the next k vectors of a cosine (DCT-II) basis of random signs.
 
-    V_ij = ±√(2/d) cos(π (i + ½) j / d), the columns j in random order: every direction is probed once in d/k steps,
-    and neither random numbers nor an orthogonalization are computed.
+    V_ij = ±√(2/d) cos(π (i + ½) j / d), the columns j in random order. Signs and order are those of the run, so that
+    every direction is probed once in d/k steps, and no orthogonalization is computed.
     """
-    draw = np.random.default_rng(d)
-    signs, order = draw.choice([-1.0, 1.0], d), draw.permutation(d)
-    j = jnp.asarray(order)[(step * k + jnp.arange(k)) % d]
-    scale = jnp.where(j == 0, np.sqrt(1 / d), np.sqrt(2 / d))
-    return jnp.asarray(signs)[:, None] * scale * jnp.cos(np.pi / d * (jnp.arange(d)[:, None] + 0.5) * j)
+    sign_key, order_key = jax.random.split(randomness.run_key)
+    signs = jax.random.rademacher(sign_key, (d, 1), dtype)
+    j = jax.random.permutation(order_key, d)[(randomness.step * k + jnp.arange(k)) % d].astype(dtype)
+    scale = jnp.where(j == 0, np.sqrt(1 / d), np.sqrt(2 / d)).astype(dtype)
+    return signs * scale * jnp.cos(np.pi / d * (jnp.arange(d, dtype=dtype)[:, None] + 0.5) * j)
 
 
 def _whiten(factor: jax.Array, gradient: jax.Array) -> jax.Array:
