@@ -19,6 +19,7 @@ Each package imports only those below it:
 =====================  ==================================================================================
 """
 
+from numpyro_natgrad.blocks.fisher.solvers import FisherOperator as FisherOperator
 from numpyro_natgrad.diagnostics.linear_response import LinearResponse as LinearResponse
 from numpyro_natgrad.diagnostics.linear_response import linear_response as linear_response
 from numpyro_natgrad.diagnostics.verdict import Verdict as Verdict
@@ -31,7 +32,6 @@ from numpyro_natgrad.guide.gaussian_sites import CovarianceForm as CovarianceFor
 from numpyro_natgrad.guide.gaussian_sites import register_gaussian as register_gaussian
 from numpyro_natgrad.infer.convergence import History as History
 from numpyro_natgrad.infer.fisher import Estimate as Estimate
-from numpyro_natgrad.infer.fisher import Fisher as Fisher
 from numpyro_natgrad.infer.fisher import fisher as fisher
 from numpyro_natgrad.infer.fisher import kl as kl
 from numpyro_natgrad.infer.fisher import natural_gradient as natural_gradient
@@ -46,7 +46,7 @@ from numpyro_natgrad.step.state import StepInfo as StepInfo
 __all__ = [
     "CovarianceForm",
     "Estimate",
-    "Fisher",
+    "FisherOperator",
     "FitResult",
     "History",
     "LinearResponse",

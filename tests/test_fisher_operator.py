@@ -70,13 +70,11 @@ def test_dense_fisher_operator_of_a_full_gaussian_equals_the_textbook(x64):
     assert_close(flat(operator.solve(slope, damping=0.0)), np.linalg.solve(expected, np.ones(x.size)), 1e-8)
 
 
-def test_dense_and_iterative_solves_of_the_operator_agree(x64, monkeypatch):
+def test_dense_and_iterative_solves_of_the_operator_agree(x64):
     svi, state = started(model, AutoMultivariateNormal(model))
     operator = fisher(svi, state)
     slope = jax.tree.map(jnp.ones_like, operator.params)
-    dense = operator.solve(slope)
-    monkeypatch.setattr("numpyro_natgrad.infer.fisher.DENSE_LIMIT", 0)
-    assert_close(flat(operator.solve(slope)), flat(dense), 1e-4)
+    assert_close(flat(operator.solve(slope, dense_limit=0)), flat(operator.solve(slope)), 1e-4)
 
 
 def test_fisher_operator_of_a_structured_guide_is_the_mean_over_draws(x64):
@@ -189,13 +187,29 @@ def test_scale_by_fisher_multiplies_by_the_inverse_fisher_matrix():
     """A step of ``chain(scale_by_fisher, scale(-ρ))`` is −ρ F⁻¹g, and a hundred of them reach the posterior's mean."""
     guide = AutoNormal(model)
     svi, state = started(model, guide)
-    natural = optax.chain(scale_by_fisher(svi), optax.scale(-0.1))
+    natural = optax.chain(scale_by_fisher(svi, random.key(2)), optax.scale(-0.1))
     params = svi.optim.get_params(state.optim_state)
     ones = jax.tree.map(jnp.ones_like, params)
     updates = natural.update(ones, natural.init(params), params)[0]
     assert_close(flat(updates), -0.1 * flat(fisher(svi, state).solve(ones)), 1e-5)
     result = SVI(model, guide, natural, Trace_ELBO(4)).run(random.key(1), 100, progress_bar=False)
     assert (np.abs(result.params["z_auto_loc"] - CENTRE) < 1.5 / np.sqrt(np.diag(PRECISION))).all()
+
+
+def test_scale_by_fisher_draws_from_its_key_and_the_number_of_the_call(x64):
+    """The Fisher matrix of the slope is a mean over draws, which follow from the key and from nothing else."""
+    svi, state = started(pair, chain)
+    params = svi.optim.get_params(state.optim_state)
+    ones = jax.tree.map(jnp.ones_like, params)
+
+    def first_two(key: Any) -> list[float]:
+        transform = scale_by_fisher(svi, key, num_draws=4)
+        first, state = transform.update(ones, transform.init(params), params)
+        return [first["slope"].item(), transform.update(ones, state, params)[0]["slope"].item()]
+
+    found = first_two(random.key(0))
+    assert first_two(random.key(0)) == found
+    assert len({*found, *first_two(random.key(1))}) == 4
 
 
 def test_scale_by_fisher_keeps_gradients_without_a_fisher_matrix():
@@ -226,6 +240,6 @@ def test_fisher_operator_of_point_parameters_is_that_of_the_likelihood(x64):
 
 def test_fisher_of_an_uninitialised_svi_raises():
     svi = SVI(model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO())
-    for call in (lambda: scale_by_fisher(svi), lambda: fisher(svi, None), lambda: kl(svi, None, None)):
+    for call in (lambda: scale_by_fisher(svi, random.key(0)), lambda: fisher(svi, None), lambda: kl(svi, None, None)):
         with pytest.raises(ValueError, match="svi.init"):
             call()

@@ -23,10 +23,11 @@ from scipy.special import polygamma
 from tables import GUIDES, started
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.blocks.fisher import kl_hessian
+from numpyro_natgrad.blocks.fisher.solvers import Cholesky, ConjugateGradients, FisherOperator
 from numpyro_natgrad.distributions.surrogate import fisher_surrogate, kl_surrogate, squared_score_surrogate
 from numpyro_natgrad.guide.handlers import Frozen
 from numpyro_natgrad.guide.trace import trace_loss
+from numpyro_natgrad.options import CONSTANTS
 
 real, positive = constraints.real, constraints.positive
 
@@ -216,27 +217,36 @@ def test_fisher_matrix_is_symmetric_positive_semidefinite(guide, x64):
 # --- solvers ---
 
 
+DAMPING, TOLERANCE = CONSTANTS.fisher_damping, CONSTANTS.fisher_cg_tolerance
+SOLVERS = {
+    "dense": Cholesky(DAMPING, by_array=True),
+    "conjugate gradients": ConjugateGradients(DAMPING, TOLERANCE, CONSTANTS.fisher_cg_steps),
+}
+
+
+def operator_of(matrix: np.ndarray) -> FisherOperator:
+    """The operator of a dense matrix, of one array of parameters."""
+    f = jnp.asarray(matrix)
+    return FisherOperator({"x": jnp.ones(len(matrix))}, lambda x: f @ x, random.key(0))
+
+
 def test_dense_and_iterative_solvers_solve_the_damped_system(dtype):
     """Dense damping is relative to the diagonal, that of conjugate gradients to its mean, by the same factor."""
     matrix, slope = spd(3, 12, low=1.0, high=10.0), np.linspace(-1, 1, 12)
     expected = np.linalg.solve(matrix, slope)
     size = np.sqrt(expected @ matrix @ expected)
-    product, g = lambda x: jnp.asarray(matrix) @ x, jnp.asarray(slope)
-    for solution in (
-        kl_hessian._dense(product, g, lambda x: x),
-        kl_hessian._iterative(product, g),
-    ):
-        v = np.asarray(solution, np.float64)
+    for solver in SOLVERS.values():
+        v = np.asarray(solver.solve(operator_of(matrix), jnp.asarray(slope)), np.float64)
         error = v - expected
         # In the Fisher norm, where a residual of 1 % and a condition number of 10 leave at most √10 %.
-        assert np.sqrt(error @ matrix @ error) <= np.sqrt(10) * kl_hessian.CG_TOLERANCE * size
+        assert np.sqrt(error @ matrix @ error) <= np.sqrt(10) * TOLERANCE * size
 
 
 def test_zero_row_of_the_fisher_matrix_leaves_other_parameters_finite(dtype):
     matrix = np.diag([4.0, 0.0, 1.0])
-    v = kl_hessian._dense(lambda x: jnp.asarray(matrix) @ x, jnp.asarray([1.0, 0.0, 1.0]), lambda x: x)
+    v = SOLVERS["dense"].solve(operator_of(matrix), jnp.asarray([1.0, 0.0, 1.0]))
     # Damping lengthens the diagonal (4, 0, 1) by ε (4, 0, 1) + ε times its mean 5/3.
-    damped = np.diag(matrix) * (1 + kl_hessian.DAMPING) + kl_hessian.DAMPING * 5 / 3
+    damped = np.diag(matrix) * (1 + DAMPING) + DAMPING * 5 / 3
     np.testing.assert_allclose(v, [1.0, 0.0, 1.0] / damped, rtol=root_eps(dtype))
 
 
@@ -255,13 +265,13 @@ def gamma_guide(y: Any) -> None:
     numpyro.sample("rate", dist.Gamma(a, b))
 
 
-@pytest.mark.parametrize("limit", [512, 0], ids=["dense", "conjugate gradients"])
-def test_gamma_guide_by_kl_hessian_reaches_the_poisson_posterior(limit, x64, monkeypatch):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_gamma_guide_by_kl_hessian_reaches_the_poisson_posterior(solver, x64, monkeypatch):
     """Gamma(2 + Σy, 1/2 + n). The path gradient has no noise at the posterior, so that the fit converges to any precision."""
-    monkeypatch.setattr(kl_hessian, "DENSE_LIMIT", limit)
+    monkeypatch.setattr("numpyro_natgrad.blocks.partition.damped_solver", lambda *_, **__: SOLVERS[solver])
     y = jnp.array([3.0, 5.0, 4.0, 7.0, 2.0, 6.0])
     svi = SVI(poisson, gamma_guide, NaturalGradient(fisher="kl_hessian"), Trace_ELBO(num_particles=8))
     result = svi.run(random.key(0), 200, y, progress_bar=False)
-    assert "Hessian of KL" in svi.optim.report(svi, result.state, y)
+    assert f"Hessian of KL (closed form), {solver}" in svi.optim.report(svi, result.state, y)
     fitted = dist.Gamma(result.params["a"], result.params["b"])
     assert dist.kl_divergence(fitted, dist.Gamma(2.0 + y.sum(), 0.5 + len(y))) < 1e-6

@@ -22,7 +22,7 @@ from oracles import assert_close, root_eps, spd
 from tables import positive, tiers
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.blocks.fisher import network
+from numpyro_natgrad.blocks.fisher.solvers import conjugate_gradients
 
 ROWS, BATCH, PIXELS, LATENTS, HIDDEN, NOISE = 256, 32, 10, 2, 64, 0.5
 RNG = np.random.default_rng(0)
@@ -168,17 +168,16 @@ def test_annealing_parameters_of_dais_stay_with_the_fallback_optimizer():
 # --- conjugate gradients ---
 
 
-def test_conjugate_gradients_solve_in_as_many_products_as_dimensions(dtype, monkeypatch):
+def test_conjugate_gradients_solve_in_as_many_products_as_dimensions(dtype):
     matrix, slope = spd(3, 8, low=1.0, high=10.0), np.linspace(-1, 1, 8)
-    monkeypatch.setattr(network, "CG_STEPS", 8)
-    found, left = network.conjugate(lambda v: jnp.asarray(matrix, dtype) @ v, jnp.asarray(slope, dtype))
+    found, left = conjugate_gradients(lambda v: jnp.asarray(matrix, dtype) @ v, jnp.asarray(slope, dtype), 8)
     assert_close(found, np.linalg.solve(matrix, slope), 10 * root_eps(dtype))
     np.testing.assert_allclose(left, 0, atol=10 * root_eps(dtype))
 
 
 def test_conjugate_gradients_of_zero_are_zero(dtype):
     zero = jnp.zeros(5, dtype)
-    assert (network.conjugate(lambda v: 0 * v, zero)[0] == 0).all()
+    assert (conjugate_gradients(lambda v: 0 * v, zero, 3)[0] == 0).all()
 
 
 # --- networks in the model and in the guide ---

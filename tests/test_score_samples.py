@@ -30,12 +30,14 @@ from scipy import stats
 from tables import tiers
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.blocks.fisher.scores import DRAWS, ScoreFisher, solve
+from numpyro_natgrad.blocks.fisher.metrics import FisherSite, ScoreSamples
+from numpyro_natgrad.blocks.fisher.solvers import woodbury_solve
 from numpyro_natgrad.distributions import wrappers
 from numpyro_natgrad.distributions.surrogate import FisherEstimate, kl_surrogate
 from numpyro_natgrad.estimators import score_samples
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.handlers import Frozen
+from numpyro_natgrad.options import CONSTANTS
 
 
 def banana() -> None:
@@ -69,7 +71,7 @@ def flow(guide: AutoIAFNormal, params: Any) -> Any:
 
 # --- fresh draws ---
 
-ROWS = 1500
+ROWS, DRAWS = 1500, CONSTANTS.score_draws
 
 
 def gaussian_guide() -> None:
@@ -106,12 +108,10 @@ def test_score_samples_are_unbiased_for_the_fisher(particles, batched):
 @pytest.mark.parametrize("particles", [1, 5, 100])
 def test_number_of_score_samples_does_not_depend_on_particles(particles):
     at, params = captured_loss(gaussian_model, gaussian_guide, Trace_ELBO(particles))
-    family = ScoreFisher(
-        tuple(params), (("z", "Normal", FisherEstimate.MONTE_CARLO),), {p: x.size for p, x in params.items()}, 1, False
-    )
+    metric = ScoreSamples((FisherSite("z", "Normal", FisherEstimate.MONTE_CARLO),), DRAWS)
     nothing: dict[str, Any] = dict.fromkeys(LossInfo._fields)
     loss_info = LossInfo(**{**nothing, "fn": at(random.key(0)), "particles": particles})
-    shape = jax.eval_shape(lambda p: family.scores(loss_info, p), params).shape
+    shape = jax.eval_shape(lambda p: metric.scores(loss_info, p, p), params).shape
     assert shape[0] == 4
     assert DRAWS <= shape[1] < DRAWS + particles
 
@@ -120,7 +120,7 @@ def test_number_of_score_samples_does_not_depend_on_particles(particles):
 def test_woodbury_solve_equals_the_dense_solve(p, s, dtype):
     u, g = random.normal(random.key(0), (p, s)), random.normal(random.key(1), (p,))
     dense = np.linalg.solve(np.asarray(u @ u.T) + 0.3 * np.eye(p), np.asarray(g))
-    assert_close(solve(u, jnp.array(0.3), g), dense.astype(u.dtype), root_eps(u.dtype))
+    assert_close(woodbury_solve(u, jnp.array(0.3), g), dense.astype(u.dtype), root_eps(u.dtype))
 
 
 # --- mixtures ---

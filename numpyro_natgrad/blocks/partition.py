@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,10 +15,9 @@ import numpy as np
 
 from numpyro_natgrad.blocks.base import Block, NoiseTolerance, ReportRow, Scope
 from numpyro_natgrad.blocks.exponential_family import ExponentialFamilyBlock
-from numpyro_natgrad.blocks.fisher.kl_hessian import KLCurvature
-from numpyro_natgrad.blocks.fisher.likelihood import LikelihoodFisher
-from numpyro_natgrad.blocks.fisher.network import NetworkCurvature, NetworkLikelihood
-from numpyro_natgrad.blocks.fisher.scores import ScoreFisher
+from numpyro_natgrad.blocks.fisher.block import FisherBlock
+from numpyro_natgrad.blocks.fisher.metrics import KLHessian, Likelihood, ScoreSamples, fisher_sites
+from numpyro_natgrad.blocks.fisher.solvers import Cholesky, Woodbury, damped_solver
 from numpyro_natgrad.blocks.gaussian.curvature import (
     AntitheticProducts,
     CurvatureEstimator,
@@ -108,7 +108,7 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     blocks = (*guided, *_likelihood_blocks(trace, free, options))
     _warn_of_first_order(blocks, options)
     owned = {p for block in blocks for p in block.params}
-    scored = frozenset(name for block in kl_blocks for name, _, _ in block.sites)
+    scored = frozenset(site.name for block in kl_blocks for site in block.metric.sites)
     latents = _numbers(trace.sites or trace.model_sites)
     exact = trace.is_elbo and all(block.exact_on_conjugate for block in blocks)
     scope = Scope(latents, len(blocks), trace.particles, exact, trace.full_data, options.constants)
@@ -221,7 +221,7 @@ def _is_tilted(trace: LossTrace, name: str, options: Options) -> bool:
     return options.path_gradient and trace.is_elbo and carried
 
 
-def _kl_hessian_blocks(trace: LossTrace, taken: set[str], sizes: dict[str, int], options: Options) -> list[KLCurvature]:
+def _kl_hessian_blocks(trace: LossTrace, taken: set[str], sizes: dict[str, int], options: Options) -> list[FisherBlock]:
     """Connected components of the remaining parameters and the sites that depend on them."""
     owners = {name: site.params & set(sizes) for name, site in trace.sites.items() if name not in taken}
     return [_kl_hessian_block(names, sites, trace, sizes, options) for names, sites in _components(owners)]
@@ -241,18 +241,19 @@ def _components(owners: Mapping[str, frozenset[str] | set[str]]) -> list[tuple[s
 
 def _kl_hessian_block(
     names: set[str], sites: list[str], trace: LossTrace, sizes: dict[str, int], options: Options
-) -> KLCurvature:
-    ordered = tuple(p for p in sizes if p in names)
-    rows = tuple((n, trace.sites[n].base.__name__, trace.sites[n].fisher_estimate) for n in sites)
-    mine, local = {p: sizes[p] for p in ordered}, _is_local(ordered, sites, trace)
+) -> FisherBlock:
+    mine, constants = {p: size for p, size in sizes.items() if p in names}, options.constants
+    traced = {n: trace.sites[n] for n in sites}
+    block = partial(FisherBlock, sizes=mine, numbers=_numbers(traced))
     # One density of many parameters has one score a draw; many densities of a few each have many.
-    single = any(trace.sites[n].elements == 1 for n, _, how in rows if how == FisherEstimate.MONTE_CARLO)
-    large = sum(mine.values()) > options.constants.dense_limit and not local
-    block = ScoreFisher if single else NetworkCurvature if large else KLCurvature
-    return block(ordered, rows, mine, _numbers({n: trace.sites[n] for n in sites}), local)
+    if any(s.elements == 1 and s.fisher_estimate == FisherEstimate.MONTE_CARLO for s in traced.values()):
+        scores = ScoreSamples(fisher_sites(traced), constants.score_draws)
+        return block(scores, Woodbury(constants.score_damping, constants.score_norm_max))
+    local = _is_local(tuple(mine), sites, trace)
+    return block(KLHessian(fisher_sites(traced), local), damped_solver(sum(mine.values()), constants, local=local))
 
 
-def _likelihood_blocks(trace: LossTrace, free: dict[str, int], options: Options) -> list[LikelihoodFisher]:
+def _likelihood_blocks(trace: LossTrace, free: dict[str, int], options: Options) -> list[FisherBlock]:
     """Connected components of the parameters that no guide site owns and the sites of the model."""
     if options.has_fallback and (trace.sites or options.fisher is None):
         return []
@@ -262,14 +263,14 @@ def _likelihood_blocks(trace: LossTrace, free: dict[str, int], options: Options)
 
 def _likelihood_block(
     names: set[str], sites: list[str], trace: LossTrace, sizes: dict[str, int], options: Options
-) -> LikelihoodFisher:
+) -> FisherBlock:
     ordered = {p: size for p, size in sizes.items() if p in names}
     mine = {n: trace.model_sites[n] for n in sites}
-    rows = tuple((n, site.base.__name__, site.fisher_estimate) for n, site in mine.items())
-    points = frozenset(n for n, site in mine.items() if site.point)
     full_data = all(site.weight == 1 for site in mine.values())
-    block = NetworkLikelihood if sum(ordered.values()) > options.constants.dense_limit else LikelihoodFisher
-    return block(tuple(ordered), rows, ordered, _numbers(mine), False, points, full_data, bool(trace.sites))
+    metric, size = Likelihood(fisher_sites(mine), full_data, bool(trace.sites)), sum(ordered.values())
+    exact = metric.is_exact and size <= options.constants.dense_limit
+    solver = Cholesky() if exact else damped_solver(size, options.constants)
+    return FisherBlock(metric, solver, ordered, _numbers(mine))
 
 
 def _numbers(sites: Mapping[str, GuideSite | ModelSite]) -> int:

@@ -1,16 +1,15 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-r"""The geometry of a guide, to compute with: its Fisher as an operator, natural gradients, KL between two states.
+r"""The geometry of a guide as functions: its Fisher matrix as an operator, natural gradients, KL between two states.
 
     F(φ) = ∇²_φ' KL(q_φ ‖ q_φ') |_{φ'=φ},      dᵀF d ≈ 2 KL(q_φ ‖ q_{φ+d}) nats,      v = F⁻¹ ∇L
 
-For any ``SVI``, whatever its optimizer: parameters are NumPyro's unconstrained ones, as an optimizer sees them
-(``svi.optim.get_params(state.optim_state)``), in a dict from names to arrays or trees of arrays. Of parameters that no
+For any ``SVI``, whatever its optimizer. Parameters are NumPyro's unconstrained ones, as an optimizer has them
+(``svi.optim.get_params(state.optim_state)``): a dict from names to arrays or trees of arrays. For parameters that no
 distribution of the guide owns (``param`` statements of the model, points), F is that of the likelihood.
 """
 
 import copy
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,88 +17,21 @@ import jax.numpy as jnp
 import optax
 from jax import lax, random
 from jax.flatten_util import ravel_pytree
-from jax.scipy.linalg import cho_factor, cho_solve
-from jax.scipy.sparse.linalg import cg
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from numpyro.optim import _NumPyroOptim
 
-from numpyro_natgrad.distributions.surrogate import (
-    FisherEstimate,
-    fisher_product,
-    fisher_surrogate,
-    likelihood_surrogate,
-    prior_surrogate,
-)
+from numpyro_natgrad.blocks.fisher.metrics import fisher_sites, guide_surrogates, model_surrogates, surrogate_operator
+from numpyro_natgrad.blocks.fisher.solvers import FisherOperator
+from numpyro_natgrad.distributions.surrogate import FisherEstimate
 from numpyro_natgrad.estimators.derivatives import derivative
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Frozen, Loss, log_ratios
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace, ModelSite, trace_loss
 
-#: Parameters up to which ``solve`` forms F.
-DENSE_LIMIT = 2048
-#: Above, conjugate gradients stop at this relative residual or after so many products.
-CG_TOLERANCE, CG_STEPS = 1e-5, 1000
-
-
-class Fisher(NamedTuple):
-    """The Fisher matrix of a guide, symmetric and positive semi-definite, as an operator on trees like ``params``.
-
-    :ivar params: the unconstrained parameters φ that it is taken at; P numbers in all.
-    :ivar product: ``(P,) -> (P,)``, in the order of ``jax.flatten_util.ravel_pytree(params)``.
-    :ivar owned: ``(P,)``, whether an entry's parameter belongs to a distribution. The others have zero rows.
-    :ivar exact: nothing in it is a mean over draws.
-    """
-
-    params: Params
-    product: Callable[[jax.Array], jax.Array]
-    owned: jax.Array
-    exact: bool
-
-    def matvec(self, tangent: Params) -> Params:
-        """F d. Half of dᵀF d is the KL in nats that a small change d of the parameters moves the guide."""
-        flat, unravel = ravel_pytree(tangent)
-        return unravel(self.product(flat))
-
-    def solve(self, gradient: Params, damping: float | None = None) -> Params:
-        """(F + damping · diag F)⁻¹ g; what has no Fisher keeps its gradient.
-
-        F is formed up to 2048 parameters; above, conjugate gradients are used, with the mean of diag F.
-
-        :param gradient: a tree like ``params``.
-        :param damping: relative; the square root of the floating point precision by default.
-        """
-        flat, unravel = ravel_pytree(gradient)
-        damping = float(jnp.finfo(flat.dtype).eps) ** 0.5 if damping is None else damping
-        solution = self._dense_solve if flat.size <= DENSE_LIMIT else self._iterative_solve
-        return unravel(jnp.where(self.owned, solution(jnp.where(self.owned, flat, 0.0), damping), flat))
-
-    def dense(self) -> jax.Array:
-        """F, shape ``(P, P)``."""
-        return jax.vmap(self.product)(jnp.eye(self.owned.size, dtype=ravel_pytree(self.params)[0].dtype))
-
-    def diagonal(self) -> Params:
-        """diag F, a tree like ``params``; P products, of which one row at a time is kept."""
-        flat, unravel = ravel_pytree(self.params)
-        entry = lambda i: self.product(jnp.zeros_like(flat).at[i].set(1.0))[i]
-        return unravel(lax.map(entry, jnp.arange(flat.size)))
-
-    def _dense_solve(self, slope: jax.Array, damping: float) -> jax.Array:
-        matrix = self.dense()
-        diagonal = jnp.diagonal(matrix)
-        root = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1.0))  # to a unit diagonal: parameters may be of any scale
-        scaled = matrix / (root[:, None] * root) + jnp.diag(jnp.where(diagonal > 0, damping, 1.0))
-        return cho_solve(cho_factor(scaled), slope / root) / root
-
-    def _iterative_solve(self, slope: jax.Array, damping: float) -> jax.Array:
-        probe = random.rademacher(random.key(0), slope.shape, slope.dtype)
-        mean = jnp.maximum(probe @ self.product(probe), jnp.finfo(slope.dtype).tiny) / slope.size  # Hutchinson: trace
-        damped = lambda v: self.product(v) + damping * mean * v
-        return cg(damped, slope, tol=CG_TOLERANCE, maxiter=CG_STEPS)[0]
-
 
 class Estimate(NamedTuple):
-    """A Monte-Carlo mean and its standard error; the error is 0 where every draw says the same."""
+    """A Monte-Carlo mean and its standard error, scalars; the error is 0 where the value does not depend on draws."""
 
     value: jax.Array
     standard_error: jax.Array
@@ -112,18 +44,36 @@ def fisher(
     num_draws: int = 64,
     forward_mode_differentiation: bool = False,
     **kwargs: Any,
-) -> Fisher:
-    """The Fisher matrix of the guide of ``svi`` at a state, as an operator.
+) -> FisherOperator:
+    """The Fisher matrix of the guide of ``svi`` at a state, as the operator that :class:`.NaturalGradient` steps with.
 
-    In closed form at every site where it is known, the outer product of scores elsewhere; F = E_z Σ JᵀF_site J over
-    draws z that other sites depend on. It can be used inside of ``jit``.
+    F = E_z Σ JᵀF_site J over draws z that other sites depend on, with the Fisher matrix F_site in closed form where it
+    is known (:func:`.register_exponential_family`), else as the outer product of scores (Amari 1998, equation 3). It
+    can be used inside of ``jax.jit``.
 
-    :param svi: any ``SVI``, with any optimizer.
-    :param state: of ``svi.init`` or ``svi.update``.
-    :param args: of the model and the guide, as for ``svi.update``. :param kwargs: likewise.
-    :param num_draws: draws of the loss (of all of its particles) that a mean is taken over. One is enough, and one is
-        used, if the Fisher depends on no draw. The Monte-Carlo part has no more rank than there are draws.
-    :param forward_mode_differentiation: as for ``svi.update``.
+    .. doctest::
+
+        >>> import numpyro, numpyro.distributions as dist, optax
+        >>> from jax import random
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_natgrad import fisher
+        >>> model = lambda: numpyro.sample("z", dist.Gamma(2.0, 1.0))
+        >>> svi = SVI(model, AutoNormal(model, init_scale=0.5), optax.sgd(0.1), Trace_ELBO())
+        >>> F = fisher(svi, svi.init(random.key(0)))
+        >>> print(F.dense().round(2))  # the mean has 1/0.5²; the scale is unconstrained
+        [[4.   0.  ]
+         [0.   1.24]]
+
+    :param SVI svi: any ``SVI``, with any optimizer.
+    :param SVIState state: a state of ``svi.init`` or ``svi.update``. Its key makes the draws.
+    :param args: positional arguments of model and guide, as for ``svi.update``.
+    :param int num_draws: draws of the loss (of all of its particles) that F is a mean over, if it depends on any. The
+        part made of scores has no more rank than there are draws.
+    :param bool forward_mode_differentiation: as for ``svi.update``.
+    :param kwargs: keyword arguments of model and guide, as for ``svi.update``.
+    :return: F at the parameters of the state, nats.
+    :rtype: FisherOperator
     :raises ValueError: if ``svi.init`` has not been called.
     """
     params = _initialised(svi).optim.get_params(state.optim_state)
@@ -139,29 +89,68 @@ def natural_gradient(
     forward_mode_differentiation: bool = False,
     **kwargs: Any,
 ) -> Params:
-    """F⁻¹∇L at a state: the direction of steepest ascent of the loss per nat of KL, in unconstrained parameters.
+    """The natural gradient F⁻¹∇L of the loss that the next ``svi.update`` has (Amari 1998, theorem 1).
 
-    The loss is the one that the next ``svi.update`` would see. Parameters without a Fisher keep their gradient.
+    A step of −ρ times it changes the guide by ½ρ² ∇LᵀF⁻¹∇L nats. Parameters without a Fisher matrix keep their
+    gradient.
 
-    :param num_draws: see :func:`fisher`.
-    :param damping: see :meth:`Fisher.solve`.
-    :param forward_mode_differentiation: as for ``svi.update``.
-    :return: a tree like the parameters; a step of ``-ρ`` times it moves ½ρ² gᵀF⁻¹g nats.
+    .. doctest::
+
+        >>> import numpyro, numpyro.distributions as dist, optax
+        >>> from jax import random
+        >>> from numpyro.infer import SVI, TraceMeanField_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_natgrad import natural_gradient
+        >>> model = lambda: numpyro.sample("z", dist.Normal(3.0, 1.0))
+        >>> svi = SVI(model, AutoNormal(model, init_scale=1.0), optax.sgd(0.1), TraceMeanField_ELBO())
+        >>> state = svi.init(random.key(0), init_params={"z_auto_loc": 0.0, "z_auto_scale": 1.0})
+        >>> {name: round(float(x), 2) for name, x in natural_gradient(svi, state).items()}  # from 0 to the mean 3
+        {'z_auto_loc': -3.0, 'z_auto_scale': 0.0}
+
+    :param SVI svi: any ``SVI``, with any optimizer.
+    :param SVIState state: a state of ``svi.init`` or ``svi.update``.
+    :param args: positional arguments of model and guide, as for ``svi.update``.
+    :param int num_draws: as for :func:`fisher`.
+    :param float damping: as for :meth:`.FisherOperator.solve`.
+    :param bool forward_mode_differentiation: as for ``svi.update``.
+    :param kwargs: keyword arguments of model and guide, as for ``svi.update``.
+    :return: a tree like the unconstrained parameters.
+    :raises ValueError: if ``svi.init`` has not been called.
     """
-    params = _initialised(svi).optim.get_params(state.optim_state)
-    forward = forward_mode_differentiation
+    params, forward = _initialised(svi).optim.get_params(state.optim_state), forward_mode_differentiation
     gradient = derivative(_loss(svi, params, state, args, kwargs), forward)(params)[0]
     return _fisher(svi, params, state, num_draws, args, kwargs, forward=forward).solve(gradient, damping)
 
 
 def kl(svi: SVI, old: SVIState, new: SVIState, *args: Any, num_draws: int = 64, **kwargs: Any) -> Estimate:
-    """KL(q_old ‖ q_new) between two states of a guide, in nats.
+    """KL(q_old ‖ q_new) between two states of a guide, nats.
 
-    At every site in closed form where NumPyro knows one, else the log-ratio of densities; the mean over draws of q_old.
-    Points of a guide (``Delta``) are left out: between two of them KL is infinite.
+    The mean over draws of q_old of a sum over sites: KL in closed form where NumPyro knows one, else the log-ratio of
+    densities. Points of a guide (``Delta``) do not count: between two of them KL is infinite.
 
-    :param old: the state whose distribution draws. :param new: another state of the same ``svi``.
-    :param num_draws: draws of the guide, 2 at least for a standard error.
+    .. doctest::
+
+        >>> import numpyro, numpyro.distributions as dist, optax
+        >>> from jax import random
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_natgrad import kl
+        >>> model = lambda: numpyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> svi = SVI(model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO())
+        >>> old, new = (svi.init(random.key(0), init_params={"z_auto_loc": m, "z_auto_scale": 1.0}) for m in (0.0, 2.0))
+        >>> kl(svi, old, new)  # ½ (2 − 0)²
+        Estimate(value=Array(2., dtype=float32), standard_error=Array(0., dtype=float32))
+
+    :param SVI svi: any ``SVI``, with any optimizer.
+    :param SVIState old: the state of q_old. Its key makes the draws.
+    :param SVIState new: the state of q_new, of the same ``svi``.
+    :param args: positional arguments of the guide.
+    :param int num_draws: draws of q_old, at least 2 for a standard error.
+    :param kwargs: keyword arguments of the guide.
+    :return: the mean and its standard error, nats.
+    :rtype: Estimate
+    :raises ValueError: if ``svi.init`` has not been called.
+    :raises StructureError: if the guide has a flow without an inverse: it has no density at the draws of q_old.
     """
     before, after = ({**_initialised(svi).get_params(s), **(s.mutable_state or {})} for s in (old, new))
     keys, kwargs = random.split(old.rng_key, num_draws), {**svi.static_kwargs, **kwargs}
@@ -170,36 +159,55 @@ def kl(svi: SVI, old: SVIState, new: SVIState, *args: Any, num_draws: int = 64, 
 
 
 class ScaleByFisherState(NamedTuple):
-    """How often :func:`scale_by_fisher` was called: the number of its key."""
+    """The number of calls of :func:`scale_by_fisher` so far, which is folded into its key."""
 
     calls: jax.Array
 
 
 def scale_by_fisher(
-    svi: SVI, *args: Any, num_draws: int = 64, damping: float | None = None, **kwargs: Any
+    svi: SVI, rng_key: jax.Array, *args: Any, num_draws: int = 64, damping: float | None = None, **kwargs: Any
 ) -> optax.GradientTransformation:
-    """Gradients to natural gradients, g → F⁻¹g, for those who chain optax transformations.
+    """An optax transformation of gradients to natural gradients, g ↦ F⁻¹g (Amari 1998, theorem 1).
 
-    ``optax.chain(scale_by_fisher(svi, data), optax.scale(-0.1))`` is an optimizer for an ``SVI`` of the same model,
-    guide and loss. :class:`.NaturalGradient` does more: better estimators, coordinates in which a step is exact, and
-    a step length.
+    :class:`.NaturalGradient` does more: less noise, coordinates in which a step is exact, and a step size.
 
-    :param svi: an ``SVI`` after ``svi.init``, with any optimizer; it is asked for the Fisher only.
-    :param args: of the model and the guide. Traced arrays will do. :param kwargs: likewise.
-    :param num_draws: see :func:`fisher`.
-    :param damping: see :meth:`Fisher.solve`.
-    :raises ValueError: if ``svi.init`` has not been called.
+    .. doctest::
+
+        >>> import numpyro, numpyro.distributions as dist, optax
+        >>> from jax import random
+        >>> from numpyro.infer import SVI, TraceMeanField_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_natgrad import scale_by_fisher
+        >>> model = lambda: numpyro.sample("z", dist.Normal(3.0, 0.1))
+        >>> svi = SVI(model, AutoNormal(model), optax.sgd(0.1), TraceMeanField_ELBO())
+        >>> _ = svi.init(random.key(0))
+        >>> optimizer = optax.chain(scale_by_fisher(svi, random.key(1)), optax.scale(-0.1))
+        >>> result = SVI(model, svi.guide, optimizer, TraceMeanField_ELBO()).run(random.key(2), 100, progress_bar=False)
+        >>> {name: round(float(x), 2) for name, x in result.params.items()}
+        {'z_auto_loc': 3.0, 'z_auto_scale': 0.1}
+
+    :param SVI svi: an ``SVI`` of the same model, guide and loss after ``svi.init``. Its optimizer is not used.
+    :param jax.Array rng_key: PRNG key of the draws that F is a mean over; the number of the call is folded in.
+    :param args: positional arguments of model and guide; they may be traced arrays.
+    :param int num_draws: as for :func:`fisher`.
+    :param float damping: as for :meth:`.FisherOperator.solve`.
+    :param kwargs: keyword arguments of model and guide.
+    :return: a transformation whose ``update`` needs the parameters.
+    :rtype: optax.GradientTransformation
+    :raises ValueError: if ``svi.init`` has not been called, or ``update`` is called without parameters.
     """
     _initialised(svi)
 
     def init(params: Params) -> ScaleByFisherState:
         return ScaleByFisherState(jnp.array(0))
 
-    def update(updates: Params, state: ScaleByFisherState, params: Params | None = None) -> Any:
+    def update(
+        updates: Params, state: ScaleByFisherState, params: Params | None = None
+    ) -> tuple[Params, ScaleByFisherState]:
         if params is None:
             raise ValueError("`scale_by_fisher` needs the parameters: expected `update(gradient, state, params)`.")
-        start = SVIState(None, None, random.fold_in(random.key(0), state.calls))
-        scaled = _fisher(svi, params, start, num_draws, args, kwargs).solve(updates, damping)
+        at = SVIState(None, None, random.fold_in(rng_key, state.calls))
+        scaled = _fisher(svi, params, at, num_draws, args, kwargs).solve(updates, damping)
         return scaled, ScaleByFisherState(state.calls + 1)
 
     return optax.GradientTransformation(init, update)
@@ -207,48 +215,32 @@ def scale_by_fisher(
 
 def _fisher(
     svi: SVI, params: Params, state: SVIState, num_draws: int, args: Any, kwargs: Any, *, forward: bool = False
-) -> Fisher:
+) -> FisherOperator:
+    """F of the sites of guide and model together, a mean over draws of the loss if it depends on any."""
     trace = trace_loss(_loss(svi, params, state, args, kwargs), params)
-    exact = _is_exact(trace)
-    keys = random.split(state.rng_key, 1 if exact else num_draws)
-    flat, unravel = ravel_pytree(params)
+    model_sites = {name: site for name, site in trace.model_sites.items() if site.params}
 
-    def length(x: jax.Array, key: jax.Array) -> jax.Array:
+    def surrogate(values: Params, key: jax.Array) -> jax.Array:
         fn = _loss(svi, params, state._replace(rng_key=key), args, kwargs)
-        with _frozen(trace, key):
-            return fn(unravel(x))[0]
+        densities = guide_surrogates(fisher_sites(trace.sites)), model_surrogates(fisher_sites(model_sites), key)
+        with Frozen(*densities):
+            return fn(values)[0]
 
-    def product(d: jax.Array) -> jax.Array:
-        each = lambda key: fisher_product(lambda x: length(x, key), flat, forward=forward)(d)
-        return jnp.mean(lax.map(each, keys), axis=0)
-
-    owners = _owners(trace)
+    sites: list[GuideSite | ModelSite] = [*trace.sites.values(), *model_sites.values()]
+    exact = _is_exact(trace, sites)
+    keys = random.split(state.rng_key, 2 if exact else num_draws + 1)
+    mean = lambda values: jnp.mean(lax.map(lambda key: surrogate(values, key), keys[1:]))
+    owners = frozenset().union(*(site.params for site in sites))
     owned = {p: jax.tree.map(lambda leaf, p=p: jnp.full_like(leaf, p in owners), x) for p, x in params.items()}
-    linear = jax.linearize(product, jnp.zeros_like(flat))[1]
-    return Fisher(params, linear, ravel_pytree(owned)[0] > 0, exact)
+    operator = surrogate_operator(mean, params, keys[0], forward=forward)
+    return operator._replace(owned=ravel_pytree(owned)[0] > 0, exact=exact)
 
 
-def _frozen(trace: LossTrace, key: jax.Array) -> Frozen:
-    guided = {name: fisher_surrogate(site.fisher_estimate) for name, site in trace.sites.items()}
-    model_sites = {
-        name: (prior_surrogate if site.point else likelihood_surrogate)(site.fisher_estimate, random.fold_in(key, k))
-        for k, (name, site) in enumerate(trace.model_sites.items())
-        if site.params
-    }
-    return Frozen(guided, model_sites)
-
-
-def _is_exact(trace: LossTrace) -> bool:
-    model_sites = [site for site in trace.model_sites.values() if site.params]
-    sites: list[GuideSite | ModelSite] = [*trace.sites.values(), *model_sites]
+def _is_exact(trace: LossTrace, sites: list[GuideSite | ModelSite]) -> bool:
+    """Whether F depends on no draw, so that one draw of the loss is enough."""
     arguments = [origin for site in trace.sites.values() for origin in site.arguments.values()]
-    drawn = any(origin.is_drawn for origin in arguments) or any(site.drawn for site in model_sites)
+    drawn = any(origin.is_drawn for origin in arguments) or any(isinstance(s, ModelSite) and s.drawn for s in sites)
     return not drawn and all(s.fisher_estimate == FisherEstimate.CLOSED_FORM and s.weight == 1 for s in sites)
-
-
-def _owners(trace: LossTrace) -> set[str]:
-    guided = (site.params for site in trace.sites.values())
-    return set().union(*guided, *(site.params for site in trace.model_sites.values()))
 
 
 def _initialised(svi: SVI) -> SVI:
@@ -260,7 +252,7 @@ def _initialised(svi: SVI) -> SVI:
 
 
 class _Catch(_NumPyroOptim):
-    """Not an optimizer: it takes the loss function that ``SVI.update`` makes, and no step."""
+    """Not an optimizer: it keeps the loss function that ``SVI.update`` makes, and takes no step."""
 
     def __init__(self) -> None:
         self.fn: Any = None

@@ -1,0 +1,225 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Three metrics of parameters φ that have no coordinates of their own; each gives a :class:`.FisherOperator`.
+
+    KLHessian      F(φ) = ∇²_φ' KL(q_φ ‖ q_φ') |_{φ'=φ} = E_z Σ_sites JᵀF_site J       sites of the guide
+    Likelihood     F(φ) = E_z Σ_i JᵀF_obs J                                            sites of the model
+    ScoreSamples   F(φ) = E_{z~q}[∇ log q_φ(z) ∇ log q_φ(z)ᵀ]                          a density without closed form
+
+The first two are derivatives of the loss itself, with Fisher surrogates (:mod:`.surrogate`) in the place of its
+densities at frozen draws, so that plates, scales, data and particles count as they do in NumPyro.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import random
+from jax.flatten_util import ravel_pytree
+
+from numpyro_natgrad.blocks.fisher.solvers import FisherOperator
+from numpyro_natgrad.distributions.surrogate import (
+    Density,
+    FisherEstimate,
+    fisher_product,
+    fisher_surrogate,
+    likelihood_surrogate,
+    prior_surrogate,
+)
+from numpyro_natgrad.estimators import score_samples
+from numpyro_natgrad.estimators.derivatives import LossInfo
+from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.guide.handlers import Frozen
+from numpyro_natgrad.guide.trace import GuideSite, ModelSite
+
+
+class FisherSite(NamedTuple):
+    """A site that contributes to F.
+
+    :ivar family: name of its distribution's class.
+    :ivar point: of the model: its value is a point of the guide (``AutoDelta``), and its density a prior.
+    """
+
+    name: str
+    family: str
+    estimate: FisherEstimate
+    point: bool = False
+
+
+def fisher_sites(sites: Mapping[str, GuideSite | ModelSite]) -> tuple[FisherSite, ...]:
+    """What a metric needs of traced sites."""
+    point = lambda site: isinstance(site, ModelSite) and site.point
+    return tuple(FisherSite(n, s.base.__name__, s.fisher_estimate, point(s)) for n, s in sites.items())
+
+
+class Metric(Protocol):
+    """What F is the Fisher matrix of."""
+
+    @property
+    def sites(self) -> tuple[FisherSite, ...]:
+        """The sites whose densities it is made of."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """For the report."""
+        ...
+
+    @property
+    def exact_on_conjugate(self) -> bool:
+        """Whether a step of size 1 is exact on conjugate models."""
+        ...
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether successive natural gradients are compared, to tell noise from signal."""
+        ...
+
+    def operator(self, loss_info: LossInfo, params: Params, names: Iterable[str], key: jax.Array) -> FisherOperator:
+        """F of the parameters ``names``.
+
+        :param params: all parameters of the loss.
+        :param key: for what F itself draws.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class KLHessian:
+    """The Hessian of the guide's KL to itself at the draws of the step.
+
+    :ivar local: its parameters are rows of a subsampled plate, of which each step sees a few. A row is revisited after
+        many steps, and sees all of its own data then (Hoffman et al. 2013): there is no noise to find by comparison.
+    """
+
+    sites: tuple[FisherSite, ...]
+    local: bool = False
+    exact_on_conjugate = False
+
+    @property
+    def description(self) -> str:
+        return f"Hessian of KL ({_estimates(self.sites)})"
+
+    @property
+    def is_compared(self) -> bool:
+        return not self.local
+
+    def operator(self, loss_info: LossInfo, params: Params, names: Iterable[str], key: jax.Array) -> FisherOperator:
+        return _operator_of_loss(Frozen(guide_surrogates(self.sites)), loss_info, params, names, key)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The Fisher matrix of the likelihood, for parameters that no distribution of the guide owns: Amari (1998).
+
+    Without latents z a step is Fisher scoring, and iteratively reweighted least squares of a GLM. Beside a guide that
+    draws z, F is that of the complete data, the prior included: steps are those of online EM with F in the place of a
+    closed-form M-step (Titterington 1984; Sato 2000). The *empirical* Fisher matrix takes the observed y_i in the place
+    of an expectation over y_i: it is cheap, and no Fisher matrix away from the optimum of a well-specified model
+    (Kunstner, Balles & Hennig 2019). Points of the guide (``AutoDelta``) have a prior, whose curvature is added, so
+    that steps go to the mode.
+
+    :ivar full_data: every step sees the whole data set.
+    :ivar drawn: the guide draws latents.
+    """
+
+    sites: tuple[FisherSite, ...]
+    full_data: bool
+    drawn: bool
+
+    @property
+    def description(self) -> str:
+        return f"Fisher of the likelihood ({_estimates(self.sites)})"
+
+    @property
+    def exact_on_conjugate(self) -> bool:
+        return not self.drawn
+
+    @property
+    def is_compared(self) -> bool:
+        return self.drawn or not self.full_data
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether F depends on no draw, neither of latents nor of data."""
+        return not self.drawn and all(site.estimate == FisherEstimate.CLOSED_FORM for site in self.sites)
+
+    def operator(self, loss_info: LossInfo, params: Params, names: Iterable[str], key: jax.Array) -> FisherOperator:
+        return _operator_of_loss(Frozen({}, model_surrogates(self.sites, key)), loss_info, params, names, key)
+
+
+@dataclass(frozen=True)
+class ScoreSamples:
+    """The mean outer product of scores of fresh draws, whose number is independent of the particles of the loss.
+
+    :ivar draws: S, at least; a multiple of the particles.
+    """
+
+    sites: tuple[FisherSite, ...]
+    draws: int
+    exact_on_conjugate = False
+    is_compared = True
+
+    @property
+    def description(self) -> str:
+        return f"Monte Carlo (scores of {self.draws} draws)"
+
+    def operator(self, loss_info: LossInfo, params: Params, names: Iterable[str], key: jax.Array) -> FisherOperator:
+        mine = {p: params[p] for p in names}
+        u = self.scores(loss_info, params, mine)
+        return FisherOperator(mine, lambda d: u @ (d @ u), key, scores=u)
+
+    def scores(self, loss_info: LossInfo, params: Params, mine: Params) -> jax.Array:
+        """U, ``(P, S)``: the scores of S draws over √S, so that UUᵀ is unbiased for F."""
+        n = int(loss_info.particles) if math.isfinite(loss_info.particles) else 1
+        names, calls = frozenset(site.name for site in self.sites), -(-self.draws // n)
+
+        def draw(number: jax.Array) -> jax.Array:
+            each = score_samples.sample_scores(loss_info.fn, params, mine, names, n, number)
+            return jax.vmap(lambda tree: ravel_pytree(tree)[0])(each)
+
+        u = jax.vmap(draw)(jnp.arange(calls))
+        return u.reshape(calls * n, -1).T * jnp.sqrt(n / calls)
+
+
+def guide_surrogates(sites: Iterable[FisherSite]) -> dict[str, Density]:
+    """The Fisher surrogate of each site of the guide."""
+    return {site.name: fisher_surrogate(site.estimate) for site in sites}
+
+
+def model_surrogates(sites: Iterable[FisherSite], key: jax.Array) -> dict[str, Density]:
+    """The Fisher surrogate of each site of the model; those without closed form draw data from the model."""
+    return {
+        site.name: (prior_surrogate if site.point else likelihood_surrogate)(site.estimate, random.fold_in(key, k))
+        for k, site in enumerate(sites)
+    }
+
+
+def surrogate_operator(
+    surrogate: Callable[[Params], jax.Array], params: Params, key: jax.Array, *, forward: bool
+) -> FisherOperator:
+    """F from a function whose derivative along d at ``params`` is ½ dᵀFd.
+
+    :param forward: differentiate in forward mode only.
+    """
+    flat, unravel = ravel_pytree(params)
+    return FisherOperator(params, fisher_product(lambda x: surrogate(unravel(x)), flat, forward=forward), key)
+
+
+def _operator_of_loss(
+    frozen: Frozen, loss_info: LossInfo, params: Params, names: Iterable[str], key: jax.Array
+) -> FisherOperator:
+    """F from the loss with the surrogates that the handler ``frozen`` puts in."""
+
+    def surrogate(mine: Params) -> jax.Array:
+        with frozen:
+            return loss_info.fn({**params, **mine})[0]
+
+    return surrogate_operator(surrogate, {p: params[p] for p in names}, key, forward=loss_info.forward)
+
+
+def _estimates(sites: Iterable[FisherSite]) -> str:
+    return ", ".join(dict.fromkeys(site.estimate for site in sites))

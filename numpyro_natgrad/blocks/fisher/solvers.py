@@ -1,0 +1,312 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""The Fisher matrix F of P parameters as an operator, and four solvers of (F + damping) v = g.
+
+    Cholesky                    F is formed
+    ConjugateGradients          products with F, as many as the tolerance needs
+    MomentumConjugateGradients  v ← μv + (F + λ)⁻¹ (g − (F + λ) μv), by a few products a step: networks
+    Woodbury                    [g − U (λI + UᵀU)⁻¹ Uᵀ g] / λ for F = UUᵀ: scores
+
+Operator and solver are separate, as in lineax: any metric (:mod:`.metrics`) can be combined with the solvers that need
+its products only.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jax.scipy.sparse.linalg import cg
+
+from numpyro_natgrad.blocks.base import Scope, SquaredNorms, statistical_threshold
+from numpyro_natgrad.distributions.gaussian import scaled_cholesky_solve
+from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.options import RuleConstants
+
+Product = Callable[[jax.Array], jax.Array]
+
+
+class FisherTangent(NamedTuple):
+    """A natural gradient v = F⁻¹g of one block, ``(P,)``, and the squared norms that its noise is estimated from."""
+
+    v: jax.Array
+    norms: SquaredNorms
+
+
+class FisherOperator(NamedTuple):
+    """The Fisher matrix F of unconstrained parameters, symmetric and positive semi-definite, as an operator.
+
+    :ivar params: the parameters that F is taken at, a tree with P entries in all.
+    :ivar product: d ↦ Fd, ``(P,) -> (P,)``, in the order of ``jax.flatten_util.ravel_pytree(params)``.
+    :ivar key: PRNG key of the probe that estimates the trace of F where F is not formed.
+    :ivar owned: ``(P,)``, whether an entry belongs to a parameter of a distribution. The others have zero rows.
+    :ivar exact: whether F is in closed form, and no mean over draws.
+    :ivar scores: U, ``(P, S)``, where F = UUᵀ is made of scores.
+    """
+
+    params: Params
+    product: Product
+    key: jax.Array
+    owned: jax.Array | bool = True
+    exact: bool = False
+    scores: jax.Array | None = None
+
+    def matvec(self, tangent: Params) -> Params:
+        """The product F d; ½ dᵀF d is the KL, in nats, between the guides at φ and φ + d for small d.
+
+        :param tangent: d, a tree like ``params``.
+        :return: F d, a tree like ``params``.
+        """
+        flat, unravel = ravel_pytree(tangent)
+        return unravel(self.product(flat))
+
+    def solve(
+        self,
+        gradient: Params,
+        damping: float | None = None,
+        *,
+        dense_limit: int = 2048,
+        tolerance: float = 1e-5,
+        max_products: int = 1000,
+    ) -> Params:
+        """The natural gradient (F + damping · diag F)⁻¹ g. Entries without a Fisher matrix keep their gradient.
+
+        F is formed up to ``dense_limit`` parameters. Beyond, conjugate gradients are used, and the mean of diag F, from
+        one Rademacher probe (Hutchinson 1990), takes the place of diag F.
+
+        :param gradient: g, a tree like ``params``.
+        :param float damping: relative to diag F; the square root of the floating-point precision by default, which
+            bounds the condition number by its inverse.
+        :param int dense_limit: parameters. 2048² numbers are 32 MB in double precision, and their factorization takes
+            about as long as tracing the loss.
+        :param float tolerance: relative residual of conjugate gradients: five digits of the solution.
+        :param int max_products: products with F, at most; they are never spent on a well-conditioned F.
+        :return: a tree like ``params``.
+        """
+        flat, unravel = ravel_pytree(gradient)
+        damping = float(jnp.finfo(flat.dtype).eps) ** 0.5 if damping is None else damping
+        dense = flat.size <= dense_limit
+        solver = Cholesky(damping) if dense else ConjugateGradients(damping, tolerance, max_products)
+        return unravel(jnp.where(self.owned, solver.solve(self, jnp.where(self.owned, flat, 0.0)), flat))
+
+    def dense(self) -> jax.Array:
+        """F, shape ``(P, P)``, by P products."""
+        flat, _ = ravel_pytree(self.params)
+        columns = jax.vmap(self.product)(jnp.eye(flat.size, dtype=flat.dtype))
+        return (columns + columns.T) / 2
+
+    def diagonal(self) -> Params:
+        """diag F, a tree like ``params``, by P products of which one is in memory at a time."""
+        flat, unravel = ravel_pytree(self.params)
+        entry = lambda i: self.product(jnp.zeros_like(flat).at[i].set(1.0))[i]
+        return unravel(lax.map(entry, jnp.arange(flat.size)))
+
+
+class Solver(ABC):
+    """How a block solves for its natural gradient.
+
+    :cvar description: for the report.
+    :cvar has_momentum: whether it starts from the natural gradient of the last step, so that the memory holds that one
+        in place of a running mean.
+    """
+
+    description: ClassVar[str]
+    has_momentum: ClassVar[bool] = False
+
+    @abstractmethod
+    def natural_gradient(self, operator: FisherOperator, gradient: jax.Array, memory: jax.Array) -> FisherTangent:
+        """Solve for ``gradient``, ``(P,)``, and compare the solution with what the block remembers, ``(P,)``."""
+
+    def noise_threshold(self, scope: Scope, parameters: int, numbers: int) -> float | None:
+        """The noise threshold τ, nats, if the solver has a reason for one of its own (:class:`.NoiseTolerance`)."""
+        return None
+
+
+@dataclass(frozen=True)
+class Cholesky(Solver):
+    """Form F, and solve (F + damping · diag F) v = g with F scaled to a unit diagonal.
+
+    :ivar damping: relative; ``None`` for rounding errors only. A Fisher matrix in closed form has the rank that the
+        data give it, and undamped steps converge like Newton's.
+    :ivar by_array: add to each entry of diag F the mean of its array, so that single entries of a noisy F that happen
+        to vanish are damped like the others; of an array that vanishes (a factor that starts at zero), of the block.
+    """
+
+    damping: float | None = None
+    by_array: bool = False
+    description = "dense"
+
+    def natural_gradient(self, operator: FisherOperator, gradient: jax.Array, memory: jax.Array) -> FisherTangent:
+        return _compare(self.solve(operator, gradient), gradient, memory, operator.product(memory))
+
+    def solve(self, operator: FisherOperator, gradient: jax.Array) -> jax.Array:
+        """v, ``(P,)``; the gradient itself where the row of F is zero."""
+        matrix = operator.dense()
+        diagonal = jnp.diagonal(matrix)
+        damping = gradient.size * float(jnp.finfo(gradient.dtype).eps) if self.damping is None else self.damping
+        if self.by_array:
+            scale = _scale_of_arrays(diagonal, ravel_pytree(operator.params)[1])
+            return scaled_cholesky_solve(matrix, gradient, damping=damping, scale=scale)
+        seen = diagonal > 0
+        return scaled_cholesky_solve(
+            matrix, gradient, damping=jnp.where(seen, damping, 1.0), scale=jnp.where(seen, diagonal, 1.0)
+        )
+
+
+@dataclass(frozen=True)
+class ConjugateGradients(Solver):
+    """Solve (F + damping · tr F/P) v = g by products with F; tr F from one Rademacher probe (Hutchinson 1990).
+
+    :ivar damping: relative to the mean of diag F.
+    :ivar tolerance: relative residual at which it stops.
+    :ivar steps: products, at most.
+    """
+
+    damping: float
+    tolerance: float
+    steps: int
+    description = "conjugate gradients"
+
+    def natural_gradient(self, operator: FisherOperator, gradient: jax.Array, memory: jax.Array) -> FisherTangent:
+        return _compare(self.solve(operator, gradient), gradient, memory, operator.product(memory))
+
+    def solve(self, operator: FisherOperator, gradient: jax.Array) -> jax.Array:
+        """v, ``(P,)``."""
+        probe = jax.random.rademacher(operator.key, gradient.shape, gradient.dtype)
+        mean = jnp.abs(probe @ operator.product(probe)) / gradient.size
+        damping = self.damping * jnp.where(mean > 0, mean, 1.0)
+        damped = lambda v: operator.product(v) + damping * v
+        return cg(damped, gradient, tol=self.tolerance, maxiter=self.steps)[0]
+
+
+@dataclass(frozen=True)
+class MomentumConjugateGradients(Solver):
+    """A few steps of conjugate gradients from μ times the last natural gradient.
+
+    A minibatch determines few of a network's directions. In these v is solved for; the others, which k steps do not
+    reach, stay as earlier minibatches left them (Martens & Sutskever 2012; "SPRING", Goldshlager, Abrahamsen & Lin
+    2024, does the same in the space of samples). A Levenberg–Marquardt λ, adapted to what steps achieve on their own
+    minibatch, tends to zero, and the steps overfit that minibatch.
+
+    :ivar damping: λ relative to vᵀFv/vᵀv, the curvature of F along the last natural gradient v.
+    :ivar momentum: μ.
+    :ivar steps: k.
+    """
+
+    damping: float
+    momentum: float
+    steps: int
+    description = "conjugate gradients"
+    has_momentum = True
+
+    def natural_gradient(self, operator: FisherOperator, gradient: jax.Array, memory: jax.Array) -> FisherTangent:
+        start = self.momentum * memory
+        nonzero, tiny = jnp.any(start != 0), jnp.finfo(gradient.dtype).tiny
+        along = jnp.where(nonzero, start, gradient)
+        image = operator.product(along)
+        damping = self.damping * jnp.maximum(along @ image, tiny) / jnp.maximum(along @ along, tiny)
+        residual = gradient - jnp.where(nonzero, image + damping * along, 0.0)
+        damped = lambda v: operator.product(v) + damping * v
+        correction, residual = conjugate_gradients(damped, residual, self.steps)
+        v = start + correction
+        # Along v the quadratic model of this minibatch is least at gᵀv / vᵀ(F + λ)v. Where F has grown, this is below
+        # 1: the momentum comes from where F was smaller, and is too long.
+        fraction = jnp.clip(gradient @ v / jnp.maximum((gradient - residual) @ v, tiny), 0.0, 1.0)
+        # The two minibatches agree on the momentum that is left as far as this gradient points along it.
+        squared_norm = jnp.maximum(fraction * (gradient @ v), 0.0)
+        agreed = jnp.clip(fraction * (start @ gradient), 0.0, squared_norm)
+        return FisherTangent(fraction * v, SquaredNorms(agreed, squared_norm - agreed, squared_norm))
+
+    def noise_threshold(self, scope: Scope, parameters: int, numbers: int) -> float | None:
+        return statistical_threshold(parameters, numbers)
+
+
+@dataclass(frozen=True)
+class Woodbury(Solver):
+    """Solve (λI + UUᵀ) v = g in the smaller of the spaces of parameters and of scores ("minSR", Chen & Heyl 2024).
+
+    P parameters and S scores cost S²P. The Fisher matrix of a network is nearly singular, so that λ is not small.
+
+    :ivar damping: λ relative to tr F, the mean of ‖score‖².
+    :ivar norm_max: nats. A longer natural gradient is shortened to that: so far away KL is not its quadratic model, and
+        v gives a direction but no distance.
+    """
+
+    damping: float
+    norm_max: float
+    description = "Woodbury"
+
+    def natural_gradient(self, operator: FisherOperator, gradient: jax.Array, memory: jax.Array) -> FisherTangent:
+        assert operator.scores is not None
+        trace = jnp.sum(operator.scores**2)
+        damping = jnp.where(trace > 0, self.damping * trace, 1.0)
+        v = woodbury_solve(operator.scores, damping, gradient)
+        squared_norm = jnp.maximum(gradient @ v, jnp.finfo(gradient.dtype).tiny)
+        fraction = jnp.minimum(1.0, jnp.sqrt(self.norm_max / squared_norm))
+        image = operator.product(memory) + damping * memory
+        return _compare(fraction * v, fraction * gradient, memory, image)
+
+    def noise_threshold(self, scope: Scope, parameters: int, numbers: int) -> float | None:
+        return scope.constants.noise_threshold_scores / scope.blocks
+
+
+def damped_solver(parameters: int, constants: RuleConstants, *, local: bool = False) -> Solver:
+    """The solver of a Fisher matrix that varies from step to step.
+
+    :param parameters: P.
+    :param local: whether the parameters are rows of a subsampled plate: each step sees all data of its rows.
+    """
+    c = constants
+    if parameters <= c.dense_limit:
+        return Cholesky(c.fisher_damping, by_array=True)
+    if local:
+        return ConjugateGradients(c.fisher_damping, c.fisher_cg_tolerance, c.fisher_cg_steps)
+    return MomentumConjugateGradients(c.network_damping, c.network_momentum, c.network_cg_steps)
+
+
+def conjugate_gradients(product: Product, gradient: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
+    """An approximation of F⁻¹g by so many products with F, and its residual, which ``cg`` of JAX does not return.
+
+    The loop is unrolled, so that the compiler can run those of two networks side by side.
+    """
+    tiny = jnp.finfo(gradient.dtype).tiny
+    v, residual, direction, square = jnp.zeros_like(gradient), gradient, gradient, gradient @ gradient
+    for _ in range(steps):
+        image = product(direction)
+        length = square / jnp.maximum(direction @ image, tiny)
+        v, residual = v + length * direction, residual - length * image
+        previous, square = square, residual @ residual
+        direction = residual + square / jnp.maximum(previous, tiny) * direction
+    return v, residual
+
+
+def woodbury_solve(scores: jax.Array, damping: jax.Array, gradient: jax.Array) -> jax.Array:
+    """(λI + UUᵀ)⁻¹ g for U of shape ``(P, S)``."""
+    p, s = scores.shape
+    ones = jnp.ones(min(p, s), scores.dtype)
+    if p <= s:
+        return scaled_cholesky_solve(scores @ scores.T, gradient, damping=damping, scale=ones)
+    inner = scaled_cholesky_solve(scores.T @ scores, gradient @ scores, damping=damping, scale=ones)
+    return (gradient - scores @ inner) / damping
+
+
+def _compare(v: jax.Array, image: jax.Array, mean: jax.Array, mean_image: jax.Array) -> FisherTangent:
+    """A natural gradient v with F v, and the running mean of earlier ones with F times that."""
+    squares = mean @ mean_image, (v - mean) @ (image - mean_image), v @ image
+    return FisherTangent(v, SquaredNorms(*(jnp.maximum(x, 0.0) for x in squares)))
+
+
+def _scale_of_arrays(diagonal: jax.Array, unravel: Callable[[jax.Array], Params]) -> jax.Array:
+    """diag F plus the mean over each array, or over all where an array has none that single precision can resolve."""
+    overall = jnp.mean(diagonal)
+    overall = jnp.where(overall > 0, overall, 1.0)
+
+    def scale(x: jax.Array) -> jax.Array:
+        mean = jnp.mean(x)
+        return x + jnp.where(mean > 1e-6 * overall, mean, overall)
+
+    return ravel_pytree(jax.tree.map(scale, unravel(diagonal)))[0]
