@@ -1,17 +1,17 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""One site of an exponential family whose arguments are parameters: steps in natural parameters.
+"""One site of an exponential family whose arguments are parameters: steps in its natural parameters η.
 
-    η₊ = η − ρ v,    v = F⁻¹ ∇_η L = ∇_μ L          (Khan & Rue 2023, eq. 4; μ = E[T])
+    η₊ = η − ρ v,    v = F⁻¹ ∇_η L = ∇_μ L,    μ = E[T]          (Khan & Rue 2023, eq. 4)
 
-On a conjugate model η − v is the posterior, whatever η is. Draws add noise, which a guess w of v takes out: tilting
-log q by ⟨w, T⟩ changes the path gradient by F̂w, with F̂ the draws' own estimate of F and E[F̂] = F, so that
+On a conjugate model η − v is the posterior for every η. Noise of draws is predicted by a guess w of v: tilting log q by
+⟨w, T⟩ changes the path gradient ĝ by F̂w, where F̂ is the draws' own estimate of F with E[F̂] = F. Hence
 
     v = w + F⁻¹(ĝ − F̂w)
 
-is unbiased for any w that these draws have not seen, and without noise if w is right and the model conjugate. The guess
-is the mean of earlier natural gradients. There is none at first, and v = F̂⁻¹ĝ is taken: the regression of Salimans &
-Knowles (2013), exact on a conjugate model, and biased otherwise, but for one step only.
+is unbiased for any w that does not depend on these draws, and free of noise if w is right and the model conjugate. The
+guess is the running mean of earlier natural gradients. In the first step there is none, and v = F̂⁻¹ĝ is the regression
+of Salimans & Knowles (2013), exact on a conjugate model and biased on others.
 """
 
 import math
@@ -26,6 +26,7 @@ from numpyro_natgrad.blocks.base import (
     Memory,
     NoiseTolerance,
     Randomness,
+    ReportRow,
     Scope,
     SquaredNorms,
     default_noise_tolerance,
@@ -35,19 +36,15 @@ from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.exponential_sites import ExponentialFamilySite
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import DensityMode
-
-#: Natural parameters up to which F̂ is formed, draws that it takes for each of them, and the least ratio of vᵀF̂v to
-#: vᵀFv, or inverse, at which it is believed.
-REGRESSION_LIMIT, REGRESSION_DRAWS, BELIEVED = 16, 2, 0.1
+from numpyro_natgrad.options import RuleConstants
 
 
-#: Nats that one of many elements may ask for in a step of length 1: the limit on KL is about all of them together, and
-#: the noise of one row must neither spend it nor decide about the length for the others.
-ELEMENT_LIMIT = 16.0
+class ExponentialFamilyTangent(NamedTuple):
+    """A natural gradient v of η, ``(*batch, k)``.
 
-
-class Direction(NamedTuple):
-    """A natural gradient ``(*batch, k)`` at η.  ``trend_image``: F times the running mean of earlier ones."""
+    :ivar image: F v.
+    :ivar running_mean_image: F times the running mean of earlier natural gradients.
+    """
 
     v: jax.Array
     image: jax.Array
@@ -58,13 +55,16 @@ class Direction(NamedTuple):
 class ExponentialFamilyBlock(NamedTuple):
     """One site in natural parameters.
 
-    ``tilted``: its draws are reparameterised, and their noise is taken out.  ``limited``: KL is, by the user's options.
+    :ivar tilted: its draws are reparameterized, and their noise is predicted.
+    :ivar margin: fraction of a bounded natural parameter that a step keeps.
+    :ivar limited: the options limit the KL of a step.
     """
 
     site: ExponentialFamilySite
     tilted: bool
     margin: float
     limited: bool
+    constants: RuleConstants
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ class ExponentialFamilyBlock(NamedTuple):
             return tolerance
         return tolerance._replace(threshold=statistical_threshold(self.size, self.numbers))
 
-    def report_rows(self) -> list[tuple[str, str, str, str, str]]:
+    def report_rows(self) -> list[ReportRow]:
         sizes = (math.prod(shape) for shape in self.site.shapes)
         how = "closed form, natural parameters"
         rows = zip(self.site.params, self.site.arguments, sizes, strict=True)
@@ -105,7 +105,7 @@ class ExponentialFamilyBlock(NamedTuple):
 
     def natural_gradient(
         self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness
-    ) -> Direction:
+    ) -> ExponentialFamilyTangent:
         eta, running_mean = self.site.read(params), self._running_mean(memory)
         slope = self.site.pull(params, loss_info.gradient)
         v = (
@@ -116,47 +116,53 @@ class ExponentialFamilyBlock(NamedTuple):
         v = jnp.where(jnp.all(jnp.isfinite(slope)), v, jnp.nan)
         product = self.site.family.product
         image = product(eta, v)
-        share = self._share(v, image)
-        return Direction(share * v, share * image, product(eta, running_mean), eta)
+        fraction = self._fraction(v, image)
+        return ExponentialFamilyTangent(fraction * v, fraction * image, product(eta, running_mean), eta)
 
-    def squared_norm(self, v: Direction) -> jax.Array:
-        return self._square(v.v, v.image)
+    def squared_norm(self, v: ExponentialFamilyTangent) -> jax.Array:
+        return self._squared_norm(v.v, v.image)
 
-    def forward_kl(self, v: Direction, rho: jax.Array) -> jax.Array:
+    def forward_kl(self, v: ExponentialFamilyTangent, rho: jax.Array) -> jax.Array:
         return self.site.copies * self.site.family.forward_kl(v.eta, self._change(v, rho))
 
-    def reverse_kl(self, v: Direction, rho: jax.Array) -> jax.Array:
+    def reverse_kl(self, v: ExponentialFamilyTangent, rho: jax.Array) -> jax.Array:
         return self.site.copies * self.site.family.reverse_kl(v.eta, self._change(v, rho))
 
-    def compare(self, memory: Memory, v: Direction) -> SquaredNorms:
+    def compare(self, memory: Memory, v: ExponentialFamilyTangent) -> SquaredNorms:
         old = self._running_mean(memory)
-        news = self._square(v.v - old, v.image - v.running_mean_image)
-        return SquaredNorms(self._square(old, v.running_mean_image), news, self.squared_norm(v))
+        innovation = self._squared_norm(v.v - old, v.image - v.running_mean_image)
+        return SquaredNorms(self._squared_norm(old, v.running_mean_image), innovation, self.squared_norm(v))
 
-    def own_step_size(self, v: Direction) -> jax.Array | None:
+    def own_step_size(self, v: ExponentialFamilyTangent) -> jax.Array | None:
         return None
 
-    def update_memory(self, memory: Memory, v: Direction, weight: jax.Array) -> Memory:
+    def update_memory(self, memory: Memory, v: ExponentialFamilyTangent, weight: jax.Array) -> Memory:
         old = self._running_mean(memory)
         return self._with_running_mean(memory, old + weight * (v.v - old))
 
-    def retract(self, params: Params, memory: Memory, v: Direction, rho: jax.Array) -> tuple[Params, Memory]:
+    def retract(
+        self, params: Params, memory: Memory, v: ExponentialFamilyTangent, rho: jax.Array
+    ) -> tuple[Params, Memory]:
         change = self._change(v, rho)
-        # Where the optimum lies, η − v, is remembered: it stays while η moves.
+        # The running mean m stands for the optimum η − m, which stays where it is while η moves.
         memory = self._with_running_mean(memory, self._running_mean(memory) + change)
         return self.site.write(params, v.eta + change), memory
 
-    def _change(self, v: Direction, rho: jax.Array) -> jax.Array:
+    def _change(self, v: ExponentialFamilyTangent, rho: jax.Array) -> jax.Array:
         return self.site.family.step(v.eta, -rho * v.v, self.margin) - v.eta
 
-    def _share(self, v: jax.Array, image: jax.Array) -> jax.Array:
-        """How much of each element's natural gradient is taken, ``(*batch, 1)``."""
-        nats = 0.5 * self.site.copies * jnp.sum(v * image, axis=-1, keepdims=True)
-        if not self.limited or nats.size == 1:
-            return jnp.ones_like(nats)
-        return jnp.minimum(1.0, jnp.sqrt(ELEMENT_LIMIT / jnp.maximum(nats, ELEMENT_LIMIT)))
+    def _fraction(self, v: jax.Array, image: jax.Array) -> jax.Array:
+        """The fraction of the natural gradient that each element of a batch may take, ``(*batch, 1)``.
 
-    def _square(self, v: jax.Array, image: jax.Array) -> jax.Array:
+        The limit on KL is one for all elements. The noise of a single one must neither use it up nor decide the step
+        size of the others.
+        """
+        kl, limit = 0.5 * self.site.copies * jnp.sum(v * image, axis=-1, keepdims=True), self.constants.element_kl
+        if not self.limited or kl.size == 1:
+            return jnp.ones_like(kl)
+        return jnp.sqrt(limit / jnp.maximum(kl, limit))
+
+    def _squared_norm(self, v: jax.Array, image: jax.Array) -> jax.Array:
         return self.site.copies * jnp.maximum(jnp.sum(v * image), 0.0)
 
     def _unbiased(
@@ -164,20 +170,22 @@ class ExponentialFamilyBlock(NamedTuple):
     ) -> jax.Array:
         tilt = lambda w: self.site.pull(params, loss_info.sampled_fisher_product({self.site.name: w}))
         innovation = lambda: running_mean + self.site.family.natural_gradient(eta, gradient - tilt(running_mean))
-        if not self._regresses(loss_info.particles):
+        if not self._determines_fisher(loss_info.particles):
             return innovation()
         return lax.cond(jnp.any(running_mean != 0), innovation, lambda: self._regressed(tilt, eta, gradient))
 
-    def _regresses(self, particles: float) -> bool:
+    def _determines_fisher(self, particles: float) -> bool:
+        """Whether the draws of one step determine F̂."""
         k = self.site.eta_shape[-1]
-        return k <= REGRESSION_LIMIT and particles * self.site.copies * self.site.event_size >= REGRESSION_DRAWS * k
+        c, draws = self.constants, particles * self.site.copies * self.site.event_size
+        return k <= c.sampled_fisher_limit and draws >= c.sampled_fisher_draws * k
 
-    def _regressed(self, tilt: Callable, eta: jax.Array, gradient: jax.Array) -> jax.Array:
-        """F̂⁻¹ĝ, element by element; F⁻¹ĝ where F̂ measures it otherwise than F does, by more than noise."""
+    def _regressed(self, tilt: Callable[[jax.Array], jax.Array], eta: jax.Array, gradient: jax.Array) -> jax.Array:
+        """F̂⁻¹ĝ, element by element; F⁻¹ĝ where the norms of F̂⁻¹ĝ by F̂ and by F differ by more than noise."""
         columns = jax.vmap(lambda e: tilt(jnp.broadcast_to(e, eta.shape)), out_axes=-1)
         v = jnp.linalg.solve(columns(jnp.eye(eta.shape[-1], dtype=eta.dtype)), gradient[..., None])[..., 0]
         ratio = jnp.sum(v * gradient, axis=-1) / jnp.sum(v * self.site.family.product(eta, v), axis=-1)
-        ok = (ratio > BELIEVED) & (ratio < 1 / BELIEVED)
+        ok = (ratio > self.constants.sampled_fisher_ratio) & (ratio < 1 / self.constants.sampled_fisher_ratio)
         return jnp.where(ok[..., None], v, self.site.family.natural_gradient(eta, gradient))
 
     def _running_mean(self, memory: Memory) -> jax.Array:

@@ -211,7 +211,10 @@ def _exponential_family_blocks(
     sites = [s for s in read if s is not None and not shared & set(s.params)]
     limited = options.max_kl is not None
     margin = options.constants.natural_margin if limited else options.margin
-    return [ExponentialFamilyBlock(s, _is_tilted(trace, s.name, options), margin, limited) for s in sites]
+    tilted = [_is_tilted(trace, s.name, options) for s in sites]
+    return [
+        ExponentialFamilyBlock(s, t, margin, limited, options.constants) for s, t in zip(sites, tilted, strict=True)
+    ]
 
 
 def _is_tilted(trace: LossTrace, name: str, options: Options) -> bool:

@@ -11,9 +11,10 @@ densities at frozen draws, so that plates, scales, data and particles count as t
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,53 +56,51 @@ def fisher_sites(sites: Mapping[str, GuideSite | ModelSite]) -> tuple[FisherSite
     return tuple(FisherSite(n, s.base.__name__, s.fisher_estimate, point(s)) for n, s in sites.items())
 
 
-class Metric(Protocol):
-    """What F is the Fisher matrix of."""
+@dataclass(frozen=True)
+class Metric(ABC):
+    """What F is the Fisher matrix of.
+
+    :ivar sites: the sites whose densities it is made of.
+    """
+
+    sites: tuple[FisherSite, ...]
 
     @property
-    def sites(self) -> tuple[FisherSite, ...]:
-        """The sites whose densities it is made of."""
-        ...
-
-    @property
+    @abstractmethod
     def description(self) -> str:
         """For the report."""
-        ...
 
     @property
     def exact_on_conjugate(self) -> bool:
         """Whether a step of size 1 is exact on conjugate models."""
-        ...
+        return False
 
     @property
     def is_compared(self) -> bool:
-        """Whether successive natural gradients are compared, to tell noise from signal."""
-        ...
+        """Whether successive natural gradients are compared, to separate signal and noise."""
+        return True
 
+    @abstractmethod
     def operator(self, loss_info: LossInfo, params: Params, names: Iterable[str], key: jax.Array) -> FisherOperator:
-        """F of the parameters ``names``.
+        """F of the parameters ``names`` among all of ``params``; ``key`` is for what F itself draws."""
 
-        :param params: all parameters of the loss.
-        :param key: for what F itself draws.
-        """
-        ...
+    def _estimates(self) -> str:
+        return ", ".join(dict.fromkeys(site.estimate for site in self.sites))
 
 
 @dataclass(frozen=True)
-class KLHessian:
+class KLHessian(Metric):
     """The Hessian of the guide's KL to itself at the draws of the step.
 
     :ivar local: its parameters are rows of a subsampled plate, of which each step sees a few. A row is revisited after
         many steps, and sees all of its own data then (Hoffman et al. 2013): there is no noise to find by comparison.
     """
 
-    sites: tuple[FisherSite, ...]
     local: bool = False
-    exact_on_conjugate = False
 
     @property
     def description(self) -> str:
-        return f"Hessian of KL ({_estimates(self.sites)})"
+        return f"Hessian of KL ({self._estimates()})"
 
     @property
     def is_compared(self) -> bool:
@@ -112,7 +111,7 @@ class KLHessian:
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class Likelihood(Metric):
     """The Fisher matrix of the likelihood, for parameters that no distribution of the guide owns: Amari (1998).
 
     Without latents z a step is Fisher scoring, and iteratively reweighted least squares of a GLM. Beside a guide that
@@ -126,13 +125,12 @@ class Likelihood:
     :ivar drawn: the guide draws latents.
     """
 
-    sites: tuple[FisherSite, ...]
     full_data: bool
     drawn: bool
 
     @property
     def description(self) -> str:
-        return f"Fisher of the likelihood ({_estimates(self.sites)})"
+        return f"Fisher of the likelihood ({self._estimates()})"
 
     @property
     def exact_on_conjugate(self) -> bool:
@@ -152,16 +150,13 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
-class ScoreSamples:
+class ScoreSamples(Metric):
     """The mean outer product of scores of fresh draws, whose number is independent of the particles of the loss.
 
     :ivar draws: S, at least; a multiple of the particles.
     """
 
-    sites: tuple[FisherSite, ...]
     draws: int
-    exact_on_conjugate = False
-    is_compared = True
 
     @property
     def description(self) -> str:
@@ -219,7 +214,3 @@ def _operator_of_loss(
             return loss_info.fn({**params, **mine})[0]
 
     return surrogate_operator(surrogate, {p: params[p] for p in names}, key, forward=loss_info.forward)
-
-
-def _estimates(sites: Iterable[FisherSite]) -> str:
-    return ", ".join(dict.fromkeys(site.estimate for site in sites))

@@ -119,7 +119,7 @@ class Solver(ABC):
 
     @abstractmethod
     def natural_gradient(self, operator: FisherOperator, gradient: jax.Array, memory: jax.Array) -> FisherTangent:
-        """Solve for ``gradient``, ``(P,)``, and compare the solution with what the block remembers, ``(P,)``."""
+        """Solve for ``gradient`` and compare the solution with what the block remembers, ``memory``; both ``(P,)``."""
 
     def noise_threshold(self, scope: Scope, parameters: int, numbers: int) -> float | None:
         """The noise threshold τ, nats, if the solver has a reason for one of its own (:class:`.NoiseTolerance`)."""
