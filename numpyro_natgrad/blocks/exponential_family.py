@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from numpyro_natgrad.blocks.base import (
@@ -193,9 +194,7 @@ class ExponentialFamilyBlock(NamedTuple):
         return flat.reshape(self.site.eta_shape)
 
     def _with_running_mean(self, memory: Memory, running_mean: jax.Array) -> Memory:
-        old, flat, start = memory.running_mean, running_mean.ravel(), 0
-        new = {}
-        for p in self.site.params:
-            new[p] = flat[start : start + old[p].size].reshape(old[p].shape).astype(old[p].dtype)
-            start += old[p].size
-        return memory._replace(running_mean={**old, **new})
+        old = [memory.running_mean[p] for p in self.site.params]
+        parts = jnp.split(running_mean.ravel(), np.cumsum([x.size for x in old])[:-1])
+        new = (part.astype(x.dtype) for part, x in zip(parts, old, strict=True))
+        return memory.with_running_means(dict(zip(self.site.params, new, strict=True)))

@@ -84,7 +84,7 @@ class FisherOperator(NamedTuple):
         :param int dense_limit: parameters. 2048² numbers are 32 MB in double precision, and their factorization takes
             about as long as tracing the loss.
         :param float tolerance: relative residual of conjugate gradients: five digits of the solution.
-        :param int max_products: products with F, at most; they are never spent on a well-conditioned F.
+        :param int max_products: products with F, at most: a bound on the time if F is ill-conditioned.
         :return: a tree like ``params``.
         """
         flat, unravel = ravel_pytree(gradient)
