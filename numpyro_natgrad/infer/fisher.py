@@ -229,11 +229,15 @@ def _fisher(
     sites: list[GuideSite | ModelSite] = [*trace.sites.values(), *model_sites.values()]
     exact = _is_exact(trace, sites)
     keys = random.split(state.rng_key, 2 if exact else num_draws + 1)
-    mean = lambda values: jnp.mean(lax.map(lambda key: surrogate(values, key), keys[1:]))
+
+    def product(d: jax.Array) -> jax.Array:
+        each = lambda key: surrogate_operator(lambda x: surrogate(x, key), params, key, forward=forward).product(d)
+        return jnp.mean(lax.map(each, keys[1:]), axis=0)
+
     owners = frozenset().union(*(site.params for site in sites))
     owned = {p: jax.tree.map(lambda leaf, p=p: jnp.full_like(leaf, p in owners), x) for p, x in params.items()}
-    operator = surrogate_operator(mean, params, keys[0], forward=forward)
-    return operator._replace(owned=ravel_pytree(owned)[0] > 0, exact=exact)
+    linear = jax.linearize(product, jnp.zeros_like(ravel_pytree(params)[0]))[1]
+    return FisherOperator(params, linear, keys[0], ravel_pytree(owned)[0] > 0, exact)
 
 
 def _is_exact(trace: LossTrace, sites: list[GuideSite | ModelSite]) -> bool:
