@@ -305,7 +305,10 @@ def test_masked_rows_do_not_change_and_the_others_are_exact(how, name, x64):
 
 
 def test_masked_low_rank_gaussian_uses_the_hessian_of_kl():
-    """Its masked density is not in the loss, so that Price's identity would widen it without bound."""
+    """Its masked density is not in the loss, so that Price's identity would widen it without bound.
+
+    (With few particles scales run to 1e-16, where rounding decides whether the fit comes back.)
+    """
     seen = jnp.array([True, False])
 
     def model():
@@ -320,7 +323,7 @@ def test_masked_low_rank_gaussian_uses_the_hessian_of_kl():
             loc = numpyro.param("loc", jnp.zeros((2, 3)))
             numpyro.sample("z", dist.LowRankMultivariateNormal(loc, factor, scale))
 
-    svi = SVI(model, guide, NaturalGradient(), Trace_ELBO(2))
+    svi = SVI(model, guide, NaturalGradient(), Trace_ELBO(64))
     result = svi.run(random.key(0), 60, progress_bar=False)
     assert "Hessian of KL" in svi.optim.report(svi, result.state)
     np.testing.assert_array_equal(result.params["scale"][1], jnp.full(3, 0.5))

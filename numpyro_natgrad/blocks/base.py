@@ -131,10 +131,12 @@ class Block(Protocol, Generic[Tangent]):
     @property
     def density_modes(self) -> dict[str, DensityMode]:
         """How the density of each of its sites is differentiated (:class:`.PathGradient`)."""
+        return {}
 
     @property
     def hessian_params(self) -> tuple[str, ...]:
         """The means along which it needs products with the Hessian of the loss."""
+        return ()
 
     def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
         """How much noise its steps may have."""

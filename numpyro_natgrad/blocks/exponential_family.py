@@ -16,6 +16,7 @@ of Salimans & Knowles (2013), exact on a conjugate model and biased on others.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -23,16 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from numpyro_natgrad.blocks.base import (
-    Memory,
-    NoiseTolerance,
-    Randomness,
-    ReportRow,
-    Scope,
-    SquaredNorms,
-    default_noise_tolerance,
-    statistical_threshold,
-)
+from numpyro_natgrad.blocks import base
+from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.exponential_sites import ExponentialFamilySite
 from numpyro_natgrad.guide.gaussian_sites import Params
@@ -53,7 +46,8 @@ class ExponentialFamilyTangent(NamedTuple):
     eta: jax.Array
 
 
-class ExponentialFamilyBlock(NamedTuple):
+@dataclass(frozen=True)
+class ExponentialFamilyBlock(base.Block[ExponentialFamilyTangent]):
     """One site in natural parameters.
 
     :ivar tilted: its draws are reparameterized, and their noise is predicted.
@@ -72,16 +66,8 @@ class ExponentialFamilyBlock(NamedTuple):
         return self.site.params
 
     @property
-    def exact_on_conjugate(self) -> bool:
-        return True
-
-    @property
     def density_modes(self) -> dict[str, DensityMode]:
         return {self.site.name: DensityMode.TILTED} if self.tilted else {}
-
-    @property
-    def hessian_params(self) -> tuple[str, ...]:
-        return ()
 
     @property
     def size(self) -> int:
@@ -92,13 +78,13 @@ class ExponentialFamilyBlock(NamedTuple):
         """How many numbers the site draws."""
         return self.site.copies * self.site.event_size * math.prod(self.site.eta_shape[:-1])
 
-    def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
-        tolerance = default_noise_tolerance(scope)
+    def noise_tolerance(self, scope: base.Scope) -> base.NoiseTolerance:
+        tolerance = super().noise_tolerance(scope)
         if self.size <= scope.constants.dense_limit:
             return tolerance
-        return tolerance._replace(threshold=statistical_threshold(self.size, self.numbers))
+        return tolerance._replace(threshold=base.statistical_threshold(self.size, self.numbers))
 
-    def report_rows(self) -> list[ReportRow]:
+    def report_rows(self) -> list[base.ReportRow]:
         sizes = (math.prod(shape) for shape in self.site.shapes)
         how = "closed form, natural parameters"
         rows = zip(self.site.params, self.site.arguments, sizes, strict=True)
@@ -133,9 +119,6 @@ class ExponentialFamilyBlock(NamedTuple):
         old = self._running_mean(memory)
         innovation = self._squared_norm(v.v - old, v.image - v.running_mean_image)
         return SquaredNorms(self._squared_norm(old, v.running_mean_image), innovation, self.squared_norm(v))
-
-    def own_step_size(self, v: ExponentialFamilyTangent) -> jax.Array | None:
-        return None
 
     def update_memory(self, memory: Memory, v: ExponentialFamilyTangent, weight: jax.Array) -> Memory:
         old = self._running_mean(memory)

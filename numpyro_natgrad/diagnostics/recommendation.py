@@ -29,7 +29,7 @@ ROUNDING_TOLERANCE = 0.1
 
 _FULL = "AutoMultivariateNormal"
 _LOW_RANK = "AutoLowRankMultivariateNormal"
-_FLOWS = (
+_FLOW_ADVICE = (
     "a flow (`AutoBNAFNormal`, `AutoIAFNormal`), or another parameterisation of the model (`LocScaleReparam`: centred "
     "where data are many, non-centred where they are few)"
 )
@@ -43,7 +43,7 @@ _NEXT = {
     "AutoLowRankMultivariateNormal": "{widest}",
     "AutoBatchedMultivariateNormal": "{widest}",
     "AutoBatchedLowRankMultivariateNormal": "{widest}",
-    "AutoMultivariateNormal": _FLOWS,
+    "AutoMultivariateNormal": _FLOW_ADVICE,
     "AutoIAFNormal": _LAST,
     "AutoBNAFNormal": _LAST,
 }
@@ -155,7 +155,7 @@ def _correction(case: Case) -> str:
 def next_guide(case: Case) -> str:
     """The guide to try next."""
     few = case.latents <= FULL_COVARIANCE_LIMIT
-    wider, widest = f"`{_FULL if few else _LOW_RANK}`", f"`{_FULL}`" if few else _FLOWS
+    wider, widest = f"`{_FULL if few else _LOW_RANK}`", f"`{_FULL}`" if few else _FLOW_ADVICE
     for name in case.guide:
         if name in _NEXT:
             return _NEXT[name].format(wider=wider, widest=widest)

@@ -35,12 +35,12 @@ Move = Callable[[jax.Array, jax.Array, float], jax.Array]
 _EULER = float(np.euler_gamma)
 #: From here on ``trigamma_excess`` is a series. Its first omitted term is 5/66 x⁻¹⁰, 1e-9 of the result at x = 8 and
 #: less beyond (confirmed against mpmath); below, the plain difference loses a factor of 2x ≤ 16 in precision.
-_SERIES_FROM = 8.0
+_TRIGAMMA_SERIES_FROM = 8.0
 #: Probabilities are at least tiny^0.45 of the floating-point type: then the product of two is a normal number.
 _TINY_POWER = 0.45
 #: Probabilities are at most 1 minus this many roundings for each outcome: NumPyro's bijections recover 1 − Σp by a sum
 #: over all outcomes, and every one of them contributes a rounding error.
-_ROUNDINGS = 4
+_ODDS_ROUNDINGS = 4
 #: A rate e^η is at most max^0.9 of the floating-point type, and at least its inverse: a factor max^0.1 (7e3 in
 #: float32) is left for what it is multiplied by before that overflows.
 _RATE_POWER = 0.9
@@ -64,9 +64,9 @@ def trigamma_excess(x: jax.Array) -> jax.Array:
 
     The series is that of Abramowitz & Stegun, 6.4.12.
     """
-    y = 1 / jnp.maximum(x, _SERIES_FROM)
+    y = 1 / jnp.maximum(x, _TRIGAMMA_SERIES_FROM)
     series = y * (1 / 2 + y * (1 / 6 - y**2 * (1 / 30 - y**2 * (1 / 42 - y**2 / 30))))
-    return jnp.where(x > _SERIES_FROM, series, x * polygamma(1, x) - 1)
+    return jnp.where(x > _TRIGAMMA_SERIES_FROM, series, x * polygamma(1, x) - 1)
 
 
 def _gamma_solve(eta: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -169,7 +169,7 @@ def _log(probability: jax.Array) -> jax.Array:
 def _log_odds_limits(eta: jax.Array, outcomes: int = 2) -> tuple[float, float]:
     """The least and the greatest log odds from which NumPyro's bijections return with a non-zero gradient."""
     info = jnp.finfo(eta.dtype)
-    return _TINY_POWER * math.log(float(info.tiny)), -math.log(_ROUNDINGS * outcomes * float(info.eps))
+    return _TINY_POWER * math.log(float(info.tiny)), -math.log(_ODDS_ROUNDINGS * outcomes * float(info.eps))
 
 
 def _move_log_odds(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array:

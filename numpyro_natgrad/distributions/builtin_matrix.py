@@ -22,7 +22,7 @@ from numpyro_natgrad.distributions.gaussian import inverse_lower, lower_factor, 
 #: From here on log I₀ is a series of six terms. Relative errors of A″, which is what cancels first (against mpmath):
 #: in float64 8e-13 by truncation at κ = 200, and 2e-11 by cancellation in I₁/I₀ just below; in float32 2e-7, the
 #: precision, at κ = 30, and 5e-4 just below.
-_SERIES_FROM = {"float32": 30.0, "float64": 200.0}
+_BESSEL_SERIES_FROM = {"float32": 30.0, "float64": 200.0}
 #: The coefficients ((2k−1)!!)² / k! of (8κ)^−k for k = 5, …, 1. The first omitted one is 150078.
 _HANKEL = (7441.875, 459.375, 37.5, 4.5, 1.0)
 #: Eigenvalues of a new rate matrix, in units of the old one, are at least this many roundings of the largest. The
@@ -31,7 +31,7 @@ _HANKEL = (7441.875, 459.375, 37.5, 4.5, 1.0)
 _CONDITION_ROUNDINGS = 1e2
 #: Degrees of freedom exceed d − 1 by a relative distance of at least this many roundings: then the difference, of which
 #: NumPyro's bijection takes the logarithm, does not round to zero.
-_ROUNDINGS = 4
+_BOUND_ROUNDINGS = 4
 
 
 def _concentration(eta: jax.Array) -> jax.Array:
@@ -44,7 +44,7 @@ def _log_bessel(kappa: jax.Array) -> jax.Array:
 
     There it is Hankel's series I₀ = e^κ (2πκ)^(−½) Σ ((2k−1)!!)² / (k! (8κ)^k) (Abramowitz & Stegun, 9.7.1).
     """
-    large = kappa > _SERIES_FROM["float64" if kappa.dtype == jnp.float64 else "float32"]
+    large = kappa > _BESSEL_SERIES_FROM["float64" if kappa.dtype == jnp.float64 else "float32"]
     # Under `jnp.where` each branch needs an argument without an overflow where the other one is used.
     far, near = jnp.where(large, kappa, 100.0), jnp.where(large, 1.0, kappa)
     series = jnp.polyval(jnp.asarray([*_HANKEL, 0.0], kappa.dtype), 1 / (8 * far))
@@ -117,7 +117,7 @@ def _wishart_move(eta: jax.Array, change: jax.Array, margin: float) -> jax.Array
     root = lower_factor(factor @ vectors * jnp.sqrt(stretch)[..., None, :])
     least = factor.shape[-1] - 1.0
     distance = eta[..., 0] - least
-    above = least * (1 + _ROUNDINGS * float(jnp.finfo(eta.dtype).eps))
+    above = least * (1 + _BOUND_ROUNDINGS * float(jnp.finfo(eta.dtype).eps))
     concentration = jnp.maximum(least + positive_step(distance, change[..., 0], margin), above)
     return _vech(concentration, root @ _transposed(root))
 

@@ -12,24 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from numpyro_natgrad.blocks.base import (
-    Memory,
-    NoiseTolerance,
-    Randomness,
-    ReportRow,
-    Scope,
-    SquaredNorms,
-    default_noise_tolerance,
-)
+from numpyro_natgrad.blocks import base
+from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms
 from numpyro_natgrad.blocks.fisher.metrics import Metric
 from numpyro_natgrad.blocks.fisher.solvers import FisherTangent, Solver
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.guide.handlers import DensityMode
 
 
 @dataclass(frozen=True)
-class FisherBlock:
+class FisherBlock(base.Block[FisherTangent]):
     """One connected component of parameters and sites.
 
     :ivar sizes: number of entries of each of its parameters.
@@ -49,20 +41,12 @@ class FisherBlock:
     def exact_on_conjugate(self) -> bool:
         return self.metric.exact_on_conjugate
 
-    @property
-    def density_modes(self) -> dict[str, DensityMode]:
-        return {}
-
-    @property
-    def hessian_params(self) -> tuple[str, ...]:
-        return ()
-
-    def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
-        tolerance = default_noise_tolerance(scope)
+    def noise_tolerance(self, scope: base.Scope) -> base.NoiseTolerance:
+        tolerance = super().noise_tolerance(scope)
         threshold = self.solver.noise_threshold(scope, sum(self.sizes.values()), self.numbers)
         return tolerance if threshold is None else tolerance._replace(threshold=threshold)
 
-    def report_rows(self) -> list[ReportRow]:
+    def report_rows(self) -> list[base.ReportRow]:
         names = ", ".join(site.name for site in self.metric.sites)
         families = ", ".join(dict.fromkeys(site.family for site in self.metric.sites))
         how = f"{self.metric.description}, {self.solver.description}"
@@ -89,9 +73,6 @@ class FisherBlock:
         if self.metric.is_compared or self.solver.has_momentum:
             return v.norms
         return SquaredNorms(v.norms.gradient, jnp.zeros_like(v.norms.gradient), v.norms.gradient)
-
-    def own_step_size(self, v: FisherTangent) -> jax.Array | None:
-        return None
 
     def update_memory(self, memory: Memory, v: FisherTangent, weight: jax.Array) -> Memory:
         old, unravel = self._ravel(memory.running_mean)
