@@ -3,7 +3,7 @@
 """Natural-gradient variational inference for NumPyro: ``SVI(model, guide, NaturalGradient(), Trace_ELBO())``.
 
     F(φ) = ∇² KL(q_φ ‖ q_φ')    the Fisher matrix is the curvature of KL
-    v    = F⁻¹ ∇L               steepest descent of the loss among distributions
+    v    = F⁻¹ ∇L               steepest descent of the loss, with steps measured in KL
 
 Each package imports only those below it:
 

@@ -2,13 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile a fit on a CPU with fewer optimizations.
 
-A fit of a hundred small steps takes a tenth of a second, after ten seconds of compilation. With kernels that are
-emitted directly instead of through MLIR, and optimized at LLVM's first level, small steps are as fast and compile in
-half the time. (Without any optimization compilation takes a quarter, but Hessian-vector products take thirteen times as
-long.) Matrix products and factorizations are library calls in any case.
-
-jaxlib 0.10 has these options. 0.12 emits kernels through MLIR only, and the level of LLVM alone saves a few per cent:
-there a fit is compiled with the default options.
+A hundred small steps run for a tenth of a second, after ten seconds of compilation. They are as fast and compile in
+half the time if kernels are emitted directly instead of through MLIR, and optimized at LLVM's first level. (Without any
+optimization they compile in a quarter of the time, but Hessian-vector products take thirteen times as long.) Matrix
+products and factorizations are library calls, which these options do not change. jaxlib 0.10 has the options. 0.12
+emits kernels through MLIR only, and LLVM's level alone saves a few per cent, so that the default options are used.
 """
 
 from collections.abc import Callable

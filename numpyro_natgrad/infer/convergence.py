@@ -1,13 +1,13 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""When a fit has converged, and what it would take where it has not; plain NumPy, between two chunks of steps.
+"""When a fit has converged, and how many more steps it needs if it has not; computed in NumPy after a chunk of steps.
 
-    Newton decrement + its standard error < tolerance,   over a window of a quarter of the steps, 3 to 8 of them
+    Newton decrement + its standard error < tolerance,   over the last quarter of the steps, but 3 to 8 of them
 
 The Newton decrement (:mod:`.newton_decrement`) rests on a quadratic model of the loss, which can be wrong far from the
 optimum. The criterion therefore has to hold over a window of steps that were neither skipped nor shortened, and in
-which the losses do not fall significantly. The window grows with the number of steps, so that short fits are not
-doubled in length by the check.
+which the losses do not fall significantly. The window grows with the number of steps, because a long window would
+double the length of short fits.
 """
 
 from typing import NamedTuple
@@ -18,17 +18,17 @@ import numpy as np
 class StoppingConstants(NamedTuple):
     """Every number of the stopping rule; measurements are those of ``docs/benchmarks/stopping.md``."""
 
-    #: The window is one in so many of the steps taken. Chosen on posteriordb: a fixed window of eight made short fits
-    #: longer, and a third of the steps instead of a quarter was no better.
+    #: The window has the number of steps taken divided by this. Chosen on posteriordb: a fixed window of eight made
+    #: short fits longer, and a third of the steps was no better than a quarter.
     steps_per_window_step: int = 4
     #: Steps of the shortest window: the slope of the losses needs three. Not tuned.
     min_window: int = 3
     #: Steps of the longest window. Longer ones were not tried.
     max_window: int = 8
-    #: Steps of the longest window that may violate the criterion: a single draw from a heavy tail. Not tuned.
+    #: Steps of the longest window that may violate the criterion, by a draw from a heavy tail. Not tuned.
     exceptions: int = 1
     #: Standard errors by which the decrement has to be below the tolerance. With 0 a few per cent more fits stop within
-    #: twice the steps needed, but not beyond noise.
+    #: twice the steps needed, which is within the noise of the measurement.
     decrement_errors: float = 1.0
     #: Standard errors by which the slope of the losses has to be negative to count as a fall. Not tuned.
     slope_errors: float = 2.5
@@ -55,8 +55,7 @@ class History(NamedTuple):
     :ivar numpy.ndarray newton_decrement_error: its Monte-Carlo standard error, nats.
     :ivar numpy.ndarray limited: whether the trust region shortened the step, bool.
     :ivar numpy.ndarray skipped: whether the step was not taken, bool.
-    :ivar numpy.ndarray seconds: wall-clock time since the fit began, compilation included, in seconds. Steps of
-        one compiled chunk share its time evenly.
+    :ivar numpy.ndarray seconds: seconds since the fit began, with compilation; steps of a chunk share its time evenly.
 
     .. doctest::
 
@@ -145,11 +144,10 @@ def _is_falling(loss: np.ndarray) -> bool:
 
 
 def remaining_effort(history: History, tolerance: float, noise: float, memory: float) -> str:
-    """What it would take to reach the tolerance, as the end of a sentence.
+    """How many more steps or particles the fit needs to reach the tolerance, as the end of a sentence.
 
-    :param noise: the part of the Newton decrement that is noise, nats; it is inversely proportional to the number of
-        stationary steps.
-    :param memory: half of that number, which is the memory of the running means.
+    ``noise`` is the part of the Newton decrement that is noise, nats. It is inversely proportional to the number of
+    stationary steps, which is twice the ``memory`` of the running means.
     """
     gain, error = history.newton_decrement[-1], history.newton_decrement_error[-1]
     ratio = (gain + STOPPING.decrement_errors * error) / tolerance
@@ -164,7 +162,7 @@ def remaining_effort(history: History, tolerance: float, noise: float, memory: f
 
 
 def format_interval(value: float, error: float) -> str:
-    """``0.031 ± 0.004``: the error with one digit, the value with as many decimals."""
+    """Format ``0.031 ± 0.004``: the error with one digit, and the value with as many decimals."""
     if not (np.isfinite(value) and np.isfinite(error)):
         return "an unknown number of"
     digits = max(0, -int(np.floor(np.log10(error)))) if error > 0 else 3

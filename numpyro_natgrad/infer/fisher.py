@@ -4,9 +4,9 @@ r"""The geometry of a guide as functions: its Fisher matrix as an operator, natu
 
     F(φ) = ∇²_φ' KL(q_φ ‖ q_φ') |_{φ'=φ},      dᵀF d ≈ 2 KL(q_φ ‖ q_{φ+d}) nats,      v = F⁻¹ ∇L
 
-For any ``SVI``, whatever its optimizer. Parameters are NumPyro's unconstrained ones, as an optimizer has them
-(``svi.optim.get_params(state.optim_state)``): a dict from names to arrays or trees of arrays. For parameters that no
-distribution of the guide owns (``param`` statements of the model, points), F is that of the likelihood.
+The functions work with any ``SVI`` and any optimizer. Parameters are NumPyro's unconstrained ones, a dict from names to
+arrays or trees of arrays (``svi.optim.get_params(state.optim_state)``). Parameters that no distribution of the guide
+owns (``param`` statements of the model, points) have the Fisher matrix of the likelihood.
 """
 
 import copy
@@ -47,9 +47,9 @@ def fisher(
 ) -> FisherOperator:
     """The Fisher matrix of the guide of ``svi`` at a state, as the operator that :class:`.NaturalGradient` steps with.
 
-    F = E_z Σ JᵀF_site J over draws z that other sites depend on, with the Fisher matrix F_site in closed form where it
-    is known (:func:`.register_exponential_family`), else as the outer product of scores (Amari 1998, equation 3). It
-    can be used inside of ``jax.jit``.
+    F = E_z Σ JᵀF_site J over draws z that other sites depend on. The Fisher matrix F_site of a site is in closed form
+    if one is known (:func:`.register_exponential_family`), else the outer product of scores (Amari 1998, equation 3).
+    The function can be used inside of ``jax.jit``.
 
     .. doctest::
 
@@ -68,8 +68,8 @@ def fisher(
     :param SVI svi: any ``SVI``, with any optimizer.
     :param SVIState state: a state of ``svi.init`` or ``svi.update``. Its key makes the draws.
     :param args: positional arguments of model and guide, as for ``svi.update``.
-    :param int num_draws: draws of the loss (of all of its particles) that F is a mean over, if it depends on any. The
-        part made of scores has no more rank than there are draws.
+    :param int num_draws: draws of the loss (of all of its particles) that F is a mean over, if it depends on any. They
+        also bound the rank of the part that is made of scores.
     :param bool forward_mode_differentiation: as for ``svi.update``.
     :param kwargs: keyword arguments of model and guide, as for ``svi.update``.
     :return: F at the parameters of the state, nats.
@@ -89,10 +89,9 @@ def natural_gradient(
     forward_mode_differentiation: bool = False,
     **kwargs: Any,
 ) -> Params:
-    """The natural gradient F⁻¹∇L of the loss that the next ``svi.update`` has (Amari 1998, theorem 1).
+    """The natural gradient F⁻¹∇L of the loss of the next ``svi.update`` (Amari 1998, theorem 1).
 
-    A step of −ρ times it changes the guide by ½ρ² ∇LᵀF⁻¹∇L nats. Parameters without a Fisher matrix keep their
-    gradient.
+    A step −ρF⁻¹∇L changes the guide by ½ρ² ∇LᵀF⁻¹∇L nats. Parameters without a Fisher matrix keep their gradient.
 
     .. doctest::
 
@@ -125,8 +124,8 @@ def natural_gradient(
 def kl(svi: SVI, old: SVIState, new: SVIState, *args: Any, num_draws: int = 64, **kwargs: Any) -> Estimate:
     """KL(q_old ‖ q_new) between two states of a guide, nats.
 
-    The mean over draws of q_old of a sum over sites: KL in closed form where NumPyro knows one, else the log-ratio of
-    densities. Points of a guide (``Delta``) do not count: between two of them KL is infinite.
+    It is the mean over draws of q_old of a sum over sites: their KL if NumPyro has a closed form, else the log-ratio of
+    their densities. Points of a guide (``Delta``) are left out, because the KL between two points is infinite.
 
     .. doctest::
 
@@ -159,7 +158,7 @@ def kl(svi: SVI, old: SVIState, new: SVIState, *args: Any, num_draws: int = 64, 
 
 
 class ScaleByFisherState(NamedTuple):
-    """The number of calls of :func:`scale_by_fisher` so far, which is folded into its key."""
+    """The number of updates so far, which is folded into the key of :func:`scale_by_fisher`."""
 
     calls: jax.Array
 
@@ -187,7 +186,7 @@ def scale_by_fisher(
         {'z_auto_loc': 3.0, 'z_auto_scale': 0.1}
 
     :param SVI svi: an ``SVI`` of the same model, guide and loss after ``svi.init``. Its optimizer is not used.
-    :param jax.Array rng_key: PRNG key of the draws that F is a mean over; the number of the call is folded in.
+    :param jax.Array rng_key: PRNG key of the draws that F is a mean over; the number of the update is folded in.
     :param args: positional arguments of model and guide; they may be traced arrays.
     :param int num_draws: as for :func:`fisher`.
     :param float damping: as for :meth:`.FisherOperator.solve`.
@@ -216,7 +215,7 @@ def scale_by_fisher(
 def _fisher(
     svi: SVI, params: Params, state: SVIState, num_draws: int, args: Any, kwargs: Any, *, forward: bool = False
 ) -> FisherOperator:
-    """F of the sites of guide and model together, a mean over draws of the loss if it depends on any."""
+    """F of the sites of guide and model together, a mean over draws of the loss if F depends on any."""
     trace = trace_loss(_loss(svi, params, state, args, kwargs), params)
     model_sites = {name: site for name, site in trace.model_sites.items() if site.params}
 

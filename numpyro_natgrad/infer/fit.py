@@ -1,10 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""``fit(svi, rng_key, *args)``: the steps of ``svi.run``, until the fit has converged.
-
-Every few steps the Newton decrement (:mod:`.newton_decrement`) estimates how many
-nats are still to gain, and :mod:`.convergence` decides from its recent values whether the fit has converged.
-"""
+"""``fit(svi, rng_key, *args)`` takes the steps of ``svi.run`` until the fit has converged (:mod:`.convergence`)."""
 
 import time
 from collections.abc import Iterable
@@ -56,16 +52,15 @@ DIVERGED = (
 
 
 class FitResult(NamedTuple):
-    """What :func:`fit` returns: the three fields that ``svi.run`` returns, and how the fit went.
+    """What :func:`fit` returns: the three fields of the result of ``svi.run``, and how the fit went.
 
     :ivar dict params: the fitted parameters, constrained.
     :ivar SVIState state: the last state.
     :ivar numpy.ndarray losses: the loss of every step, ``(steps,)``, nats.
     :ivar History history: figures of every step.
     :ivar bool converged: whether the expected remaining gain was below the tolerance, beyond noise.
-    :ivar str reason: why the fit ended, the remaining gain, and what it would take to converge if it did not.
-    :ivar str report: the table of :meth:`.NaturalGradient.report`, for the arguments of the last steps; empty without
-        steps.
+    :ivar str reason: why the fit ended, the remaining gain, and how many more steps or particles it needs, if any.
+    :ivar str report: the table of :meth:`.NaturalGradient.report` for the last arguments; empty without steps.
     """
 
     params: dict[str, Any]
@@ -98,8 +93,8 @@ def fit(
     """Take the steps of ``svi.run`` until the expected remaining gain is below ``tolerance`` nats.
 
     The remaining gain is estimated for the parameters that have a Fisher matrix, relative to the best guide of this
-    family nearby: it does not say how close that guide is to the posterior (:func:`.verdict` does). A keyboard
-    interrupt ends the fit and returns its result so far.
+    family nearby. How close that guide is to the posterior, :func:`.verdict` estimates. After a keyboard interrupt the
+    result so far is returned.
 
     .. doctest::
 
@@ -117,18 +112,17 @@ def fit(
         (True, True)
 
     :param SVI svi: an ``SVI`` with :class:`.NaturalGradient` as its optimizer.
-    :param jax.Array rng_key: as for ``svi.run``; not used where a state is given.
-    :param args: positional arguments of model and guide, the same in every step; as in ``svi.run`` their values are
-        constants of the compiled step.
-    :param int max_steps: most steps of this call.
+    :param jax.Array rng_key: as for ``svi.run``; not used if a state is given.
+    :param args: positional arguments of model and guide, the same in every step and constants of the compiled step.
+    :param int max_steps: the largest number of steps of this call.
     :param float tolerance: remaining gain, nats, below which the fit has converged; 0 takes all steps. A gain of 0.01
         nats is at most 0.14 posterior standard deviations in any direction.
-    :param batches: an iterable of tuples or lists, the arguments of one step after the other, instead of ``args``. It
-        is read lazily, and the fit ends when it is exhausted. Each new shape compiles once.
+    :param batches: an iterable of tuples or lists, each with the arguments of one step, instead of ``args``. It is read
+        lazily, and the fit ends when it is exhausted. Each new shape compiles once.
     :param SVIState init_state: the state to start from, as for ``svi.run``.
     :param dict init_params: initial values of parameters, as for ``svi.run``.
-    :param FitResult resume: a result to continue: the state is its last, and its history is extended.
-    :param bool progress_bar: show ELBO and KL of a step, means over a chunk of steps, and the remaining gain.
+    :param FitResult resume: a result to continue from its last state; its history is extended.
+    :param bool progress_bar: show the remaining gain, and means of ELBO and KL over a chunk of steps.
     :param bool forward_mode_differentiation: as for ``svi.run``.
     :param kwargs: keyword arguments of model and guide, the same in every step.
     :return: parameters, state, history, and why the fit ended.
@@ -245,7 +239,7 @@ def _reason(
     unowned: tuple[str, ...],
     constants: RuleConstants,
 ) -> str:
-    """Why the fit ended, the remaining gain, the parameters that it leaves out, and what it would take to converge."""
+    """Why the fit ended, the remaining gain, the parameters that it leaves out, and how many more steps are needed."""
     if end == DIVERGED or not history.steps:
         return end
     gain = format_interval(history.newton_decrement[-1], history.newton_decrement_error[-1])
@@ -295,8 +289,8 @@ def _check_optimizer(svi: SVI) -> None:
 def _check_mutable_state(svi: SVI, state: SVIState) -> None:
     """Refuse a loss that drops the values of ``numpyro.primitives.mutable`` sites.
 
-    NumPyro's ELBOs of several particles return ``None`` in their place, so that the state would change its structure
-    from one step of a compiled loop to the next; the others have no ``loss_with_mutable_state``.
+    With several particles NumPyro's ELBOs return ``None`` in their place, which changes the structure of the state
+    inside of a compiled loop. Other losses have no ``loss_with_mutable_state``.
     """
     if state.mutable_state is None:
         return

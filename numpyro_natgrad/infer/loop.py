@@ -3,8 +3,8 @@
 """Steps of ``SVI.update`` in chunks: one compiled loop of at most :data:`STEPS_PER_CHUNK` steps.
 
 The number of steps is an input of the program, so that a shorter last chunk does not compile again. A program lives as
-long as its ``SVI``, and is reused if the same ``SVI`` is fitted with the same arguments. Fixed data are constants of
-the program, as in ``SVI.run``, so that a model may branch on their values; minibatches are inputs, as under
+long as its ``SVI``, and is reused if that is fitted again with the same arguments. Fixed data are constants of the
+program, as in ``SVI.run``, and a model may branch on their values. Minibatches are inputs, as under
 ``jit(svi.update)``.
 """
 
@@ -30,7 +30,7 @@ STEPS_PER_CHUNK = 5
 
 
 class StepRecords(NamedTuple):
-    """Losses and infos of a chunk, arrays of shape ``(STEPS_PER_CHUNK,)``; only leading ones count."""
+    """Loss and :class:`.StepInfo` of each step of a chunk, ``(STEPS_PER_CHUNK,)``, padded after the last step."""
 
     loss: jax.Array
     info: StepInfo
@@ -41,13 +41,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class StaticInputs(NamedTuple):
-    """What a program was compiled for.
-
-    :ivar parts: model, guide, loss and optimizer of the ``SVI``, which are mutable attributes of it.
-    :ivar args: positional arguments of model and guide that are the same in every step.
-    :ivar kwargs: keyword arguments of model and guide.
-    :ivar forward: whether differentiation is in forward mode.
-    """
+    """What a program was compiled for; ``parts`` are model, guide, loss and optimizer, which an ``SVI`` may replace."""
 
     parts: tuple[Any, ...]
     args: Arguments
@@ -75,7 +69,7 @@ _COMPILED: "weakref.WeakKeyDictionary[SVI, tuple[StaticInputs, Program]]" = weak
 
 
 def compiled(svi: SVI, static: StaticInputs) -> Program:
-    """The program for these constants: the last one of this ``SVI`` if they are the same."""
+    """The program for these inputs: the last one of this ``SVI`` if they are the same, else a new one."""
     known = _COMPILED.get(svi)
     if known is None or not _same(known[0], static):
         known = _snapshot(static), _program(weakref.ref(svi), static)

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""``NaturalGradient``: the optimizer that ``numpyro.infer.SVI`` calls. It only orders the calls."""
+"""``NaturalGradient``: the optimizer that ``numpyro.infer.SVI`` calls. The work is done in :mod:`.step`."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -54,13 +54,13 @@ class NaturalGradient(_NumPyroOptim):
     :param str fisher: how Fisher matrices are computed: ``"closed_form"``, ``"kl_hessian"``, ``"monte_carlo"``,
         ``"empirical"`` (:func:`.resolve_fisher_method`), or ``None`` for the best method at every site.
     :param fallback_optimizer: an optax transformation or a NumPyro optimizer for parameters that no distribution of the
-        guide owns: ``param`` statements of the model, points of ``AutoDelta``. By default they follow the natural
-        gradient of the likelihood, and ``optax.adam(1e-2)`` moves those without a Fisher matrix there either.
+        guide owns: ``param`` statements of the model, points of ``AutoDelta``. By default these follow the natural
+        gradient of the likelihood, or ``optax.adam(1e-2)`` if they have no Fisher matrix there either.
     :raises ValueError: if an option cannot be used.
     :raises TypeError: if an option is of the wrong type.
 
-    ``get_params`` returns the average of the iterates over the stationary phase (with a ``step_size`` of yours, the
-    last iterate); gradients are taken at the last iterate, ``state.params``.
+    ``get_params`` returns the average of the iterates over the stationary steps, or the last iterate if ``step_size``
+    is given. Gradients are taken at the last iterate, ``NaturalGradientState.params``.
 
     **References:**
 
@@ -141,13 +141,13 @@ class NaturalGradient(_NumPyroOptim):
         )
 
     def get_params(self, state: OptimizerState) -> Params:
-        """The averaged iterate, unconstrained."""
+        """The averaged iterate (the last one if ``step_size`` is given), unconstrained."""
         return state[1].average
 
     def info(self, state: SVIState | OptimizerState) -> StepInfo:
-        """The last step in numbers.
+        """The figures of the last step.
 
-        :param state: an ``SVIState`` (``svi.update``'s, or ``svi.run(...).state``) or this optimizer's own state.
+        :param state: an ``SVIState`` of ``svi.update`` or ``svi.run(...).state``, or this optimizer's own state.
         """
         optim_state = state.optim_state if isinstance(state, SVIState) else state
         return optim_state[1].info
@@ -155,9 +155,9 @@ class NaturalGradient(_NumPyroOptim):
     def report(
         self, svi: SVI, state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
     ) -> str:
-        """A table with one row for each parameter: its site, its distribution, how its Fisher matrix is computed, size.
+        """A table with one row for each parameter: site, distribution, computation of the Fisher matrix, size.
 
-        The loss is traced, not run. (:func:`.fit` returns the same table as ``FitResult.report``.)
+        The loss is traced, not run. :func:`.fit` returns the same table as ``FitResult.report``.
 
         .. doctest::
 
@@ -179,7 +179,7 @@ class NaturalGradient(_NumPyroOptim):
         :param args: positional arguments of model and guide, as for ``svi.update``.
         :param bool forward_mode_differentiation: as for ``svi.update``.
         :param kwargs: keyword arguments of model and guide, as for ``svi.update``.
-        :return: the table, with a line for each parameter.
+        :return: the table.
         :rtype: str
         :raises ValueError: if ``svi.init`` has not been called.
         """
@@ -188,7 +188,7 @@ class NaturalGradient(_NumPyroOptim):
         return table(self._partition(fn, params, forward_mode_differentiation).rows())
 
     def _partition(self, fn: Loss, params: Params, forward: bool) -> Partition:
-        """Find the block of every parameter of the loss ``fn``; traced, not run."""
+        """Find the block of every parameter of the loss ``fn``, which is traced and not run."""
         return partition_parameters(fn, params, self._options, forward)
 
     @property

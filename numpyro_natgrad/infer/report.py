@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""A table that a person can read."""
+"""The table of parameters that ``optimizer.report`` and ``FitResult.report`` show."""
 
 from collections.abc import Sequence
 
