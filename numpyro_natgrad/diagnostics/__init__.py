@@ -1,3 +1,3 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""How good the answer is: verdict, importance weights, linear response."""
+"""How close a fitted guide is to the posterior: verdict, importance weights, linear response."""

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of ArviZ that work in its versions 0.x, one package, and 1.x, several packages with other signatures.
+"""Calls of ArviZ that work in version 0.x, which is one package, and in 1.x, several with other signatures.
 
 ArviZ is imported inside of the functions, because its import takes longer than a small fit.
 """
@@ -30,12 +30,7 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def inference_data(posterior: Mapping[str, np.ndarray], statistics: Mapping[str, np.ndarray], **labels: Any) -> Any:
-    """One chain of draws, as ``InferenceData`` in ArviZ 0.x and as ``xarray.DataTree`` in 1.x.
-
-    :param posterior: draws of each site, ``(S, *shape)``.
-    :param statistics: numbers of each draw, ``(S,)``.
-    :param labels: ``dims`` and ``coords``, as for ``arviz.from_dict``.
-    """
+    """One chain of draws, ``(S, *shape)``, and of statistics, ``(S,)``; ``labels`` as for :func:`.to_arviz`."""
     import arviz
 
     from_dict: Any = arviz.from_dict

@@ -29,7 +29,7 @@ from numpyro_natgrad.options import StructureError
 
 #: Draws of one call of the compiled program, between two updates of the progress bar: a matter of display.
 DRAWS_PER_CALL = 500
-#: Draws that are evaluated together (``lax.map``'s ``batch_size``): it bounds the memory, at little cost in time.
+#: Draws that are evaluated together (``lax.map``'s ``batch_size``), which bounds the memory at little cost in time.
 DRAWS_PER_BATCH = 50
 #: Seconds after which a progress bar appears; most verdicts are shorter.
 PROGRESS_BAR_DELAY = 2.0
@@ -47,13 +47,7 @@ Sites = Mapping[str, dict[str, Any]]
 
 
 class FittedGuide(NamedTuple):
-    """A guide at its fitted parameters.
-
-    :ivar svi: it holds model and guide.
-    :ivar params: constrained parameters, and mutable state.
-    :ivar args: positional arguments of model and guide.
-    :ivar kwargs: keyword arguments of model and guide.
-    """
+    """Model and guide in ``svi`` at the fitted constrained ``params``, which include mutable state."""
 
     svi: SVI
     params: Params
@@ -67,12 +61,7 @@ class FittedGuide(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """What a trace of model and guide says about their sites.
-
-    :ivar subsampled: plates of which model and guide see a minibatch only.
-    :ivar latent: latent sites of the model.
-    :ivar tabulated: the sites whose moments were requested.
-    """
+    """Plates with a minibatch, latent sites of the model, and the sites whose moments were requested."""
 
     subsampled: tuple[str, ...]
     latent: tuple[str, ...]
@@ -82,10 +71,8 @@ class Inspection(NamedTuple):
 class Draws(NamedTuple):
     """``S`` independent draws of the guide.
 
-    :ivar log_weights: ``(S,)``, nats, float64.
+    :ivar log_weights: ``(S,)``, nats, converted to float64 from ``dtype``, the precision of their computation.
     :ivar values: constrained values of latent and tabulated sites, ``(S, *shape)``.
-    :ivar sites: names of the sites.
-    :ivar dtype: the precision that the log weights were computed in.
     """
 
     log_weights: np.ndarray
@@ -95,11 +82,9 @@ class Draws(NamedTuple):
 
 
 class ImportanceWeights(NamedTuple):
-    """Pareto-smoothed importance weights of ``S`` draws.
+    """Pareto-smoothed importance weights of ``S`` draws, log p(x) in nats, and the Pareto shape of the largest weights.
 
     :ivar normalised: ``(S,)``, with sum 1; zero where the log weight was not finite.
-    :ivar k_hat: shape of the generalised Pareto distribution of the largest weights.
-    :ivar log_evidence: log p(x), nats.
     """
 
     normalised: np.ndarray
@@ -113,12 +98,7 @@ class ImportanceWeights(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Moments of every entry of a site; arrays of the site's shape.
-
-    :ivar mean: the mean.
-    :ivar sd: the standard deviation.
-    :ivar standard_error: the standard error of the mean.
-    """
+    """Mean, standard deviation and standard error of the mean of every entry of a site; arrays of its shape."""
 
     mean: np.ndarray
     sd: np.ndarray
@@ -150,7 +130,7 @@ def fitted_guide(svi: SVI, result: Fitted, args: tuple[Any, ...], kwargs: Mappin
 
 
 def draw(guide: FittedGuide, key: jax.Array, num_draws: int, sites: Sequence[str] | str | None = None) -> Draws:
-    """Draw from the guide and compute the log weight of every draw; a progress bar appears where that takes long.
+    """Draw from the guide and compute the log weight of every draw, with a progress bar if that takes long.
 
     :param sites: names of latent or deterministic sites to tabulate; all latent sites by default.
     :raises StructureError: if the model has latent sites that the guide does not draw, or no site of a given name.
@@ -215,7 +195,7 @@ def _tabulated_sites(latent: tuple[str, ...], model_sites: Sites, sites: Sequenc
 
 
 def elbo(log_weights: np.ndarray) -> Estimate:
-    """The mean of the log weights, nats; −∞ or NaN if that of a draw is."""
+    """The mean of the log weights, nats; −∞ or NaN if the log weight of a draw is."""
     with np.errstate(invalid="ignore"):
         return _estimate(np.mean(log_weights), np.std(log_weights, ddof=1) / math.sqrt(log_weights.size))
 
@@ -223,10 +203,9 @@ def elbo(log_weights: np.ndarray) -> Estimate:
 def smooth(log_weights: np.ndarray, dtype: np.dtype | type[np.floating]) -> ImportanceWeights:
     """Smooth the largest weights by a generalised Pareto distribution; non-finite log weights count as zero weights.
 
-    The standard error of log Ẑ is √(Σw̄² − 1/S), by the delta method; it is too small where k-hat is above 0.7. Where
-    the log weights are equal up to rounding k-hat is 0, and it is infinite where there are too few of them for a fit.
-
-    :param dtype: the precision that the log weights were computed in.
+    The standard error of log p(x) is √(Σw̄² − 1/S), by the delta method, which is too small if k-hat is above 0.7.
+    k-hat is 0 if the log weights are equal up to the rounding of ``dtype``, the precision of their computation, and
+    infinite if there are too few of them for a fit.
     """
     finite = np.isfinite(log_weights)
     known, count = log_weights[finite], log_weights.size
@@ -250,7 +229,7 @@ def smooth(log_weights: np.ndarray, dtype: np.dtype | type[np.floating]) -> Impo
 
 
 def moments(values: np.ndarray, weights: np.ndarray | None = None) -> Moments:
-    """Moments of draws, ``(S, *shape)``; self-normalised where there are weights w̄ (Owen 2013, chapter 9).
+    """Moments of draws, ``(S, *shape)``, weighted by w̄ if weights are given (self-normalised: Owen 2013, chapter 9).
 
     The standard error of the mean is √(Σ w̄²(z − mean)²).
     """

@@ -4,15 +4,15 @@ r"""Linear response: the covariance of a Gaussian guide, corrected by how its me
 
     Cov_LR = ∂m*/∂t = [ (∇²L)⁻¹ ]_mm,     L(m, b) = E[f(m + (1 + b) ∘ Kε)] − Σ log(1 + bᵢ),     f = −log p(x, z)
 
-The target is tilted by exp(tᵀz). The mean of an exact posterior would change by its covariance, and the optimal mean m*
-of the guide changes by Cov_LR (Giordano, Broderick & Jordan 2018, JMLR 19:51, equation 11). Here b is the relative
-change of the standard deviations, taken at 0.
+The posterior is tilted by exp(tᵀz). The derivative of its exact mean with respect to t is its covariance, and that of
+the guide's optimal mean m* is Cov_LR (Giordano, Broderick & Jordan 2018, JMLR 19:51, equation 11). b is the relative
+change of the standard deviations, and ∇²L is taken at b = 0.
 """
 
-# (m, b) are all parameters of a mean-field guide, and the formula is the classical one; for other Gaussian guides the
-# correlations are held fixed. For a Gaussian target ∂²L/∂m∂b = 0 and ∂²L/∂m² is its precision, so that Cov_LR is exact
-# for any guide. Draws come in pairs ±ε, so that this holds for the finite sum too. L is written in units of the guide's
-# standard deviations, m = m₀ + σ ∘ a, where its Hessian is of order 1 whatever the units of the latents.
+# (m, b) are all parameters of a mean-field guide; the correlations of other Gaussian guides are held fixed. For a
+# Gaussian posterior ∂²L/∂m∂b = 0 and ∂²L/∂m² is its precision: Cov_LR is exact for any guide, and for finitely many
+# draws too, because they come in pairs ±ε. L is written in units of the guide's standard deviations, m = m₀ + σ ∘ a, in
+# which its Hessian is of order 1 whatever the units of the latents.
 
 from collections.abc import Callable
 from functools import partial
@@ -42,21 +42,21 @@ from numpyro_natgrad.options import StructureError
 DENSE_HESSIAN_LIMIT = 512
 #: Above that, conjugate gradients stop at this relative residual: the Monte-Carlo error of ∇²L is a few per cent.
 HESSIAN_CG_TOLERANCE = 1e-5
-#: Most products with ∇²L that conjugate gradients take for a column; it ends those that do not converge.
+#: The largest number of products with ∇²L for a column, where conjugate gradients do not converge.
 HESSIAN_CG_STEPS = 1000
-#: Columns of ∇²L, or of its inverse, that are computed together: it bounds the memory.
+#: Columns of ∇²L, or of its inverse, that are computed together, which bounds the memory.
 COLUMNS_PER_BATCH = 32
 
 
 class LinearResponse(NamedTuple):
     """What :func:`linear_response` returns, for the d unconstrained latents of a guide.
 
-    :ivar tuple names: names of the latents, ``site`` or ``site[i,j]``; d of them.
+    :ivar tuple names: the d names of the latents, ``site`` or ``site[i,j]``.
     :ivar jax.Array loc: means of the guide, ``(d,)``.
     :ivar jax.Array scale: standard deviations of the guide, ``(d,)``.
     :ivar jax.Array covariance: the corrected covariance, ``(d, d)``.
     :ivar jax.Array newton_decrement: nats that a Newton step in (m, b) would gain, ½ gᵀ(∇²L)⁻¹g; scalar. The estimate
-        is unbiased, so that it may be slightly negative.
+        is unbiased and may be slightly negative.
     """
 
     names: tuple[str, ...]
@@ -76,14 +76,9 @@ class NoMinimumError(StructureError):
 
 
 class GaussianLatents(NamedTuple):
-    """The Gaussian sites of a guide, as one flat vector of d unconstrained latents.
+    """The Gaussian sites of a guide as one flat vector of d unconstrained latents; ``spread`` is ε ↦ Kε.
 
-    :ivar guide: the fitted guide.
-    :ivar names: names of the latents, d of them.
-    :ivar shapes: shape of each site.
-    :ivar loc: means, ``(d,)``.
-    :ivar scale: standard deviations, ``(d,)``.
-    :ivar spread: ε ↦ Kε, ``(d,) -> (d,)``.
+    ``names``, ``loc`` and ``scale`` are those of :class:`LinearResponse`, and ``shapes`` those of the sites.
     """
 
     guide: FittedGuide
@@ -104,9 +99,9 @@ def linear_response(
 ) -> LinearResponse:
     """Correct the covariance of a Gaussian guide at the optimum of its ELBO.
 
-    The guide is ``AutoNormal``, ``AutoDiagonalNormal``, ``AutoMultivariateNormal``,
-    ``AutoLowRankMultivariateNormal``, or written by hand of independent Gaussian sites. Other parameters of the fit are
-    held fixed. The result is exact if the posterior is Gaussian.
+    The guide is ``AutoNormal``, ``AutoDiagonalNormal``, ``AutoMultivariateNormal``, ``AutoLowRankMultivariateNormal``,
+    or your own of independent Gaussian sites. Other parameters of the fit are held fixed. The result is exact if the
+    posterior is Gaussian.
 
     .. doctest::
 
@@ -127,12 +122,11 @@ def linear_response(
     :param result: what ``svi.run`` or :func:`.fit` returned, an ``SVIState``, or the dict of ``svi.get_params(state)``.
     :param jax.Array rng_key: key of the draws.
     :param args: positional arguments of model and guide.
-    :param int num_particles: draws that the Hessian of the loss is a mean over; a multiple of 4.
+    :param int num_particles: draws that the Hessian of the loss is a mean over, rounded down to a multiple of 4.
     :param kwargs: keyword arguments of model and guide.
     :return: the corrected covariance.
     :rtype: LinearResponse
-    :raises StructureError: if the guide has sites that are not Gaussian, or if the loss has no minimum at these
-        parameters.
+    :raises StructureError: if a site of the guide is not Gaussian, or the loss has no minimum at these parameters.
     :raises TypeError: if ``result`` is not the result of a fit.
     :raises ValueError: if ``svi.init`` has not been called.
 
@@ -144,7 +138,7 @@ def linear_response(
 
 
 def respond(latents: GaussianLatents, key: jax.Array, num_particles: int) -> LinearResponse:
-    """Compute ∇²L by Hessian-vector products at common draws, and the block of its inverse that belongs to the means.
+    """Compute ∇²L by Hessian-vector products at common draws, and the block of its inverse for the means.
 
     :raises NoMinimumError: if ∇²L is not positive definite.
     """

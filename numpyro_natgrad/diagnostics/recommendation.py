@@ -4,8 +4,8 @@
 
     k-hat < 0.5  good,    < min(1 − 1/log₁₀ S, 0.7)  usable,    else the family is too small for the posterior
 
-(Vehtari et al. 2024, JMLR 25:72, section 3; for variational inference Yao, Vehtari, Simpson & Gelman 2018, ICML.) More
-steps are recommended before a larger family where the ELBO can still rise within the family.
+These thresholds are those of Vehtari et al. 2024, JMLR 25:72, section 3, and for variational inference of Yao, Vehtari,
+Simpson & Gelman 2018, ICML. If the ELBO can still rise within the family, more steps are recommended instead.
 """
 
 import math
@@ -18,11 +18,11 @@ GOOD_K_HAT = 0.5
 MAX_K_HAT = 0.7
 #: Newton decrement in nats above which more steps are recommended: half a nat is one standard deviation.
 MIN_DECREMENT = 0.5
-#: ... and its share of log evidence − ELBO: below a tenth, more steps would close little of the gap. Not tuned.
+#: Share of log evidence − ELBO that the decrement must exceed as well; else steps close little of the gap. Not tuned.
 MIN_DECREMENT_SHARE = 0.1
 #: Latents up to which a full covariance is recommended; above, its d²/2 entries are too many. Not tuned.
 FULL_COVARIANCE_LIMIT = 1000
-#: |log ratio| of standard deviations above which the guide's are called too small or too large: about 10 %.
+#: |log ratio| of standard deviations above which the guide's one is called too small or too large: about 10 %.
 SD_TOLERANCE = 0.1
 #: Rounding of a log weight, nats, that deserves a warning: weights are then off by 10 %.
 ROUNDING_TOLERANCE = 0.1
@@ -50,21 +50,16 @@ _NEXT = {
 
 
 class Case(NamedTuple):
-    """What a recommendation is based on.
+    """What a recommendation is based on, beside fields of :class:`.Verdict`.
 
     :ivar guide: names of the guide's class and of its base classes.
     :ivar latents: dimensions of the latent sites.
-    :ivar draws: number of draws.
     :ivar nonfinite: number of draws whose log weight is not finite.
-    :ivar k_hat: Pareto shape of the weights.
-    :ivar ess: effective number of draws.
     :ivar gap: log evidence − ELBO, nats.
     :ivar rounding: rounding error of a log weight, nats.
-    :ivar newton_decrement: nats that a Newton step would gain; NaN if unknown.
     :ivar no_maximum: whether the ELBO has no maximum at the fitted parameters.
-    :ivar points: latent sites that the guide gives a single value.
-    :ivar only_points: whether all latent sites are such.
-    :ivar subsampled: plates of which the draws see a minibatch.
+    :ivar points: latent sites that the guide gives a single value; ``only_points`` if it gives one to all of them.
+    :ivar subsampled: plates with a minibatch.
     :ivar worst: the entry whose standard deviation is most off, and the guide's divided by the importance-weighted one.
     """
 
@@ -85,7 +80,7 @@ class Case(NamedTuple):
 
 
 def threshold(draws: int) -> float:
-    """The k-hat above which so many draws do not suffice, min(1 − 1/log₁₀ S, 0.7)."""
+    """The k-hat above which S = ``draws`` do not suffice, min(1 − 1/log₁₀ S, 0.7)."""
     return min(1 - 1 / math.log10(max(draws, 11)), MAX_K_HAT)
 
 
@@ -99,7 +94,7 @@ def grade(k_hat: float, draws: int) -> str:
 
 
 def distinguishable(k_hat: float, limit: float) -> tuple[str, str]:
-    """Both numbers with as many decimals as make them differ, at least two."""
+    """Both numbers with the least number of decimals, at least two, at which they differ."""
     written = [(f"{k_hat:.{digits}f}", f"{limit:.{digits}f}") for digits in range(2, 17)]
     return next((pair for pair in written if pair[0] != pair[1]), written[0])
 

@@ -46,7 +46,7 @@ _MINIBATCH = (
 
 
 class Verdict(NamedTuple):
-    """What :func:`verdict` returns for ``S`` draws; ``print`` shows it as a table. Moments and nats are float64.
+    """What :func:`verdict` returns for ``S`` draws, in float64; ``print`` shows it as a table.
 
     :ivar float k_hat: Pareto shape of the largest weights, which can be trusted below ``threshold``; NaN for a point.
     :ivar float threshold: min(1 − 1/log₁₀ S, 0.7).
@@ -57,7 +57,7 @@ class Verdict(NamedTuple):
     :ivar dict guide: :class:`.Moments` of each site under the guide.
     :ivar dict importance_weighted: importance-weighted :class:`.Moments` of each site.
     :ivar dict linear_response: standard deviations of each site by linear response, or ``{}``.
-    :ivar str linear_response_note: why there are none, or ``""``.
+    :ivar str linear_response_note: why ``linear_response`` is empty, or ``""``.
     :ivar dict draws: draws of each site, ``(S, *shape)``.
     :ivar numpy.ndarray log_weights: unsmoothed log weights, ``(S,)``, nats.
     :ivar numpy.ndarray weights: smoothed weights w̄ with sum 1, ``(S,)``.
@@ -88,7 +88,7 @@ class Verdict(NamedTuple):
 
 
 class _Response(NamedTuple):
-    """Linear response of the tabulated sites; ``note`` says why there is none."""
+    """Standard deviations of the tabulated sites by linear response; ``note`` says why there are none."""
 
     sd: dict[str, np.ndarray]
     newton_decrement: float
@@ -107,8 +107,8 @@ def verdict(
 ) -> Verdict:
     """Judge a fitted guide by importance sampling.
 
-    The guide may be any whose draws have a density, and the optimizer any. Linear response is computed for Gaussian
-    guides of at most 256 latents.
+    It works with any guide whose draws have a density, and after any optimizer. Linear response is computed for
+    Gaussian guides of at most 256 latents.
 
     .. doctest::
 
@@ -129,8 +129,7 @@ def verdict(
         ...
         The guide is good: k-hat ... Use it as it is.
 
-    :param SVI svi: model and guide, and for linear response ``svi.init`` or ``svi.run`` must have been called. Loss and
-        optimizer do not matter.
+    :param SVI svi: model and guide; linear response needs an earlier call of ``svi.init`` or ``svi.run``.
     :param result: what ``svi.run`` or :func:`.fit` returned, an ``SVIState``, or the dict of ``svi.get_params(state)``.
     :param jax.Array rng_key: key of the draws.
     :param args: positional arguments of model and guide, with all of the data.
@@ -140,7 +139,7 @@ def verdict(
     :param kwargs: keyword arguments of model and guide.
     :return: estimates, moments and a recommendation.
     :rtype: Verdict
-    :raises StructureError: if the guide does not draw all latent sites of the model, or there is no site of a name.
+    :raises StructureError: if the guide does not draw all latent sites of the model, or a name in ``sites`` is unknown.
     :raises TypeError: if ``num_draws`` is not an integer, or ``result`` not the result of a fit.
     :raises ValueError: if ``num_draws`` is below 100.
 
@@ -204,8 +203,7 @@ def _judge(fitted: FittedGuide, drawn: Draws, response: _Response) -> Verdict:
 def to_arviz(judged: Verdict, rng_key: jax.Array | None = None, **labels: Any) -> Any:
     """Give the draws of a verdict to ArviZ, as one chain.
 
-    The draws are those of the guide; ``sample_stats`` has their ``log_weight`` (smoothed and normalised) and
-    ``lp_minus_lq``, nats. With a key they are resampled by their weights instead.
+    ``sample_stats`` has the ``log_weight`` (smoothed and normalised) and ``lp_minus_lq`` of each draw, nats.
 
     .. doctest::
 
@@ -222,8 +220,8 @@ def to_arviz(judged: Verdict, rng_key: jax.Array | None = None, **labels: Any) -
         (('chain', 'draw', 'entry'), (1, 500, 3))
 
     :param Verdict judged: what :func:`verdict` returned.
-    :param jax.Array rng_key: key of the resampling. The draws are then posterior draws for all functions of ArviZ,
-        and have no weights.
+    :param jax.Array rng_key: key for resampling the draws by their weights, which makes them posterior draws without
+        weights. By default the draws are those of the guide.
     :param labels: ``dims`` and ``coords``, as for ``arviz.from_dict``.
     :return: ``InferenceData`` in ArviZ 0.x, ``xarray.DataTree`` in ArviZ 1.x.
     """
@@ -257,10 +255,7 @@ def _weights(drawn: Draws, only_points: bool) -> ImportanceWeights:
 
 
 def _response(fitted: FittedGuide, key: jax.Array, num_draws: int, names: tuple[str, ...]) -> _Response:
-    """Standard deviations of the named sites by linear response.
-
-    Draws of the corrected Gaussian over the unconstrained latents go through the transforms of the guide.
-    """
+    """Standard deviations of the named sites, from draws of the corrected Gaussian through the guide's transforms."""
     try:
         latents = linear_response.gaussian_latents(fitted, key)
         if 2 * latents.loc.size > linear_response.DENSE_HESSIAN_LIMIT:
@@ -308,7 +303,7 @@ def _entries(guide: dict[str, Moments], weighted: dict[str, Moments]) -> list[_E
 
 
 def _worst(guide: dict[str, Moments], weighted: dict[str, Moments]) -> tuple[str, float]:
-    """The entry whose standard deviation is most off, and the guide's divided by the importance-weighted one."""
+    """The ``worst`` entry of a :class:`.recommendation.Case`."""
     # The standard deviation of a constant is the rounding error of its mean.
     varies = lambda mean, sd: sd > np.finfo(np.float32).eps * abs(mean)
     entries = [x for x in _entries(guide, weighted) if varies(*x.guide) and varies(*x.weighted)]
@@ -336,7 +331,7 @@ def _format(estimate: Estimate) -> str:
 
 
 def _moment_lines(v: Verdict) -> list[str]:
-    """A line for each entry; of more than :data:`TABLE_ROWS` those that are most off, in their order."""
+    """A line for each entry, or for the :data:`TABLE_ROWS` entries that are most off, in their order."""
     response = [sd for x in v.linear_response.values() for sd in np.ravel(x)]
     entries = _entries(v.guide, v.importance_weighted)
     chosen = sorted(np.argsort([entry.distance for entry in entries])[::-1][:TABLE_ROWS])
