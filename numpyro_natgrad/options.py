@@ -18,60 +18,58 @@ class StructureError(ValueError):
 class RuleConstants(NamedTuple):
     """Every number of the step rule: its meaning, its unit, where it comes from, and what changing it does.
 
-    Nobody should have to change one. Effects are those in ``docs/benchmarks/ablation.md`` ("ablation": steps to 0.1
-    nats on seven posteriors) and ``docs/benchmarks/sensitivity.md`` ("sensitivity": numbers halved and doubled on
-    five).
+    "Ablation" is ``docs/benchmarks/ablation.md`` (steps to 0.1 nats on seven posteriors), "sensitivity" is
+    ``docs/benchmarks/sensitivity.md`` (each number halved and doubled on five).
     """
 
     # ---- Step size (:mod:`.step_size`) -------------------------------------------------------------------------------
     #: Noise threshold τ, nats, of blocks whose unit step is exact on conjugate models: an iterate with noise n and step
-    #: size ρ stays ½nρ/(2−ρ) ≤ n/2 nats above the optimum, so that this costs at most 0.02 nats before averaging.
-    #: Sensitivity: none of the thresholds matters within a factor of two.
+    #: size ρ stays ½nρ/(2−ρ) ≤ n/2 nats above the optimum: at most 0.02 nats here, before averaging.
+    #: Sensitivity: no threshold matters within a factor of two.
     noise_threshold: float = 0.04
-    #: The same for each latent; it replaces the former beyond eight latents. 0.0025 nats a latent before averaging.
+    #: The same per latent; the larger of the two applies. It costs at most 0.0025 nats per latent before averaging.
     noise_threshold_per_latent: float = 0.005
-    #: τ, nats, where a unit step is exact on no model, so that noise is multiplied from step to step. Measured on one
+    #: τ, nats, where a unit step is exact on no model: noise is then multiplied from step to step. Measured on one
     #: random-effects model (docs/step_size_rule.md).
     noise_threshold_inexact: float = 0.01
-    #: τ, nats, where the Fisher matrix is sampled: most of that noise lies in directions that damping keeps short.
+    #: τ, nats, where the Fisher matrix is sampled: most of the noise lies in directions that damping shortens.
     noise_threshold_scores: float = 0.5
-    #: Joint Gaussian steps have at least this size over √N after N stationary steps. Any constant is admissible for
-    #: averaging, since 1/√N falls slower than 1/N (Polyak & Juditsky 1992). Ablation: without it GLMM never arrives;
-    #: 4 or 5 is a tenth faster there and leaves a Gaussian process 0.02 nats worse. Sensitivity: 6 leaves a minibatch
-    #: fit 0.6 nats off.
+    #: Joint Gaussian steps have at least this size over √N after N stationary steps; averaging admits any constant
+    #: (Polyak & Juditsky 1992). Ablation: without the floor GLMM does not converge; 4 or 5 is a tenth faster there and
+    #: leaves a Gaussian process 0.02 nats worse. Sensitivity: 6 leaves a minibatch fit 0.6 nats off.
     step_size_floor: float = 3.0
-    #: Nats of noise per latent up to which that floor holds, full data: beyond 10 successive guides hardly overlap.
-    #: Ablation: without a bound GLMM takes 49 steps instead of 68, and four starts of twenty are lost instead of one.
+    #: Nats of noise per latent up to which the floor holds, full data: beyond 10 successive guides hardly overlap.
+    #: Ablation: without a bound GLMM takes 49 steps instead of 68, and four starts of twenty fail instead of one.
     floor_noise: float = 10.0
-    #: The same in minibatches, which have optima of their own: one nat per latent is half a nat off.
-    #: Sensitivity: 2 leaves a fit 2.6 nats off, ½ takes 52 steps instead of 83.
+    #: The same with minibatches, each of which has its own optimum: one nat of noise per latent leaves it half a nat
+    #: off. Sensitivity: 2 leaves a fit 2.6 nats off, ½ takes 52 steps instead of 83.
     floor_noise_minibatch: float = 1.0
-    #: Antithetic draws from which on steps may have size 1; S/(S + 2) below. A single pair is too few for a curvature.
-    #: Sensitivity: none with nine draws.
+    #: With at least this many antithetic draws the largest step size is 1, with fewer S/(S + 2): one pair does not
+    #: determine a curvature. Sensitivity: none with nine draws.
     full_step_draws: int = 4
-    #: The signal fraction is at least this, so that a step size is never zero. Sensitivity: none.
+    #: The least signal fraction: no step size is zero. Sensitivity: none.
     signal_floor: float = 1e-6
 
     # ---- Noise of the natural gradient (:mod:`.step_size`) -----------------------------------------------------------
-    #: Effective number of steps in a running mean, at least. Far from the optimum the model changes with every step.
+    #: The least effective number of steps in a running mean; far from the optimum earlier steps say little.
     #: Sensitivity: 12 to 13 steps instead of 10 with half or twice as many, on random effects beside a parameter.
     window_min: float = 1.1
     #: Innovations longer than this many standard deviations are shortened to that (Huber 1964). Ablation: GLMM takes 82
     #: steps instead of 68 without it, diamonds 12 instead of 11. Sensitivity: with 1, 117 steps instead of 83 on a
     #: minibatch fit; with 4, 5 instead of 7 on a Poisson regression.
     outlier: float = 2.0
-    #: Innovations below this many nats, which cannot hurt, are never shortened. Sensitivity: with ½, 12 steps for 10.
+    #: Innovations below this many nats are harmless and never shortened. Sensitivity: with ½, 12 steps, not 10.
     outlier_floor: float = 1.0
-    #: Latest innovations whose mean square bounds the noise, and the factor on it: the mean of three squares of k noisy
-    #: directions scatters by √(2/3k). Ablation: GLMM ends 915 nats off without the bound.
-    #: Sensitivity: one or six steps do as well; a factor of 0.65 leaves a minibatch fit 0.5 nats off.
+    #: The noise is at most ``recent_factor`` times the mean square of this many latest innovations, which scatters by
+    #: √(2/3k) in k noisy directions. Ablation: GLMM ends 915 nats off without the bound. Sensitivity: one or six steps
+    #: do as well; a factor of 0.65 leaves a minibatch fit 0.5 nats off.
     recent_steps: int = 3
     recent_factor: float = 1.3
-    #: The running mean is corrected for lagging behind by at most this factor. Ablation: no effect on seven posteriors;
-    #: random effects beside parameters of the model need it (docs/step_size_rule.md).
+    #: The largest factor by which a lagging running mean is corrected. Ablation: no effect on seven posteriors; random
+    #: effects beside parameters of the model need it (docs/step_size_rule.md).
     drift_max: float = 10.0
-    #: Nats per latent after which the running means count for a single step: the guides hardly overlap. Ablation: GLMM
-    #: takes 82 steps instead of 68 without forgetting.
+    #: After a step of this many nats per latent the running means count as a single step, since the two guides hardly
+    #: overlap. Ablation: GLMM takes 82 steps instead of 68 without forgetting.
     forgetting_kl: float = 10.0
     #: Polynomial-decay averaging: the newest of n iterates has weight (η + 1)/(n + η) (Shamir & Zhang 2013, section 4).
     #: Ablation: GLMM takes 87 steps instead of 68 with the last iterate in place of the average. Sensitivity: 4 takes
@@ -81,29 +79,29 @@ class RuleConstants(NamedTuple):
     # ---- Trust region (:mod:`.trust_region`) -------------------------------------------------------------------------
     #: A step is taken if actual/predicted reduction exceeds this: η in [0, ¼) (Nocedal & Wright 2006, algorithm 4.1).
     low_cutoff: float = 0.1
-    #: The radius grows if the ratio exceeds this at the boundary; ¾ there. Sensitivity: ¼ to 1 are as good, also of the
-    #: former from 0.05 to 0.2.
+    #: The radius grows if the ratio exceeds this and the radius limited the step; ¾ in Nocedal & Wright. Sensitivity:
+    #: ¼ to 1 are as good here, and 0.05 to 0.2 for ``low_cutoff``.
     high_cutoff: float = 0.5
-    #: The radius, nats, shrinks and grows by this factor. A KL is a squared distance, so that the distance is doubled
-    #: (Nocedal & Wright) or halved (Conn, Gould & Toint 2000, section 6.1). Sensitivity: 2 or 8 leave a centred
-    #: hierarchy 3 nats off instead of 1.7.
+    #: The radius, nats, shrinks and grows by this factor. KL is a squared distance: 4 doubles the distance (Nocedal &
+    #: Wright) or halves it (Conn, Gould & Toint 2000). Sensitivity: 2 or 8 leave a centred hierarchy 3 nats off instead
+    #: of 1.7.
     radius_factor: float = 4.0
-    #: Radii that one step may try. Ablation: 120 steps instead of 68 on GLMM with one, 17 instead of 11 on diamonds.
+    #: The most radii tried in a step. Ablation: 120 steps instead of 68 on GLMM with one, 17 instead of 11 on diamonds.
     radius_trials: int = 6
-    #: Bounds of the radius: nats, and multiples of the KL below which steps are not compared. Sensitivity: none.
+    #: Bounds of the radius: the upper in nats, the lower in multiples of the KL below which steps are not compared.
+    #: Sensitivity: none.
     radius_max: float = 1e12
     radius_min: float = 1e-3
-    #: Nats of KL, and per latent, below which noise of the loss would decide: such steps are taken uncompared.
+    #: Steps below this KL, nats, and nats per latent, are taken uncompared: noise of the loss would decide.
     #: Sensitivity: 15 steps instead of 19 on eight schools with twice as much per latent, else none.
     comparison_kl: float = 0.1
     comparison_kl_per_latent: float = 0.02
 
     # ---- Cones of natural parameters ---------------------------------------------------------------------------------
-    #: Fraction of a precision that remains where a step begins to bend back from the cone's boundary
-    #: (:func:`.positive_ratio`): steps are exact while no variance grows more than twentyfold. A bounded natural
-    #: parameter keeps a quarter, since draws of a Gamma without shape are zeros in float32. Without a KL limit the bend
-    #: only has to keep the cone. Sensitivity: 6 to 10 steps instead of 7 on a Poisson regression within a factor of
-    #: two.
+    #: A step is exact until this fraction of a precision remains (no variance grows more than twentyfold); beyond, it
+    #: bends away from the cone's boundary (:func:`.positive_ratio`). Bounded natural parameters keep ¼: draws of
+    #: a Gamma with a shape near zero are zeros in float32. Without a KL limit a step only has to stay in the cone.
+    #: Sensitivity: 6 to 10 steps instead of 7 on a Poisson regression within a factor of two.
     precision_margin: float = 0.05
     natural_margin: float = 0.25
     unlimited_margin: float = 1e-6
@@ -111,26 +109,25 @@ class RuleConstants(NamedTuple):
     # ---- Which block (:mod:`.partition`) -----------------------------------------------------------------------------
     #: Latents up to which all Gaussian sites share one dense step: an eigendecomposition of 128 takes a millisecond.
     joint_limit: int = 128
-    #: Gradients are regressed on draws if those of this many steps determine slope and curvature, d + 1 numbers each.
-    #: Sensitivity: with ¾, 40 % fewer steps on eight schools, by products that cost ten times the gradients.
+    #: Gradients are regressed on draws if this many steps have the d + 1 draws that determine slope and curvature.
+    #: Sensitivity: with ¾ eight schools takes 40 % fewer steps, with products that cost ten times the gradients.
     regression_steps: float = 1.5
     #: Parameters up to which a Fisher matrix is formed.
     dense_limit: int = 512
-    #: Random numbers a step up to which what does not depend on parameters is kept for the whole step.
+    #: Up to this many random numbers a step, values that depend on no parameter are computed once and kept.
     kept_draws: int = 1_000_000
 
     # ---- Stein regression (:mod:`.stein_regression`) -----------------------------------------------------------------
-    #: Ridge λ, in draws: the weight of the present Gaussian against them. It keeps the regression well posed in
-    #: directions without draws, and holds back 0.2/n of the way to the fit of n draws. Eight schools and 60 counts,
-    #: full and mean field, take 0.6 to 1.7 times the steps with 0.02, 1 to 1.7 times with 2. Ablation: a hundred times
-    #: as much costs twice the steps.
+    #: Ridge λ: the weight of the present Gaussian, in draws. It keeps the regression well posed in directions without
+    #: draws, and shortens the way to the fit of n draws by 0.2/n. Eight schools and 60 counts, full and mean field,
+    #: take 0.6 to 1.7 times the steps with 0.02, 1 to 1.7 with 2. Ablation: a hundredfold ridge doubles the steps.
     ridge: float = 0.2
-    #: A draw's influence ‖e‖²(1 + ‖x‖²) is truncated at this fraction of all influence so far: a mean truncated at the
-    #: root of n times the second moment has no heavy tail, and its bias vanishes with n (Catoni 2012). Ablation: all
-    #: five fits with a regression end 27 to 9e5 nats off without it.
+    #: A draw's influence ‖e‖²(1 + ‖x‖²) is truncated at this fraction of all influence so far: such a mean has no heavy
+    #: tail, and its bias vanishes with n (Catoni 2012). Ablation: all five fits with a regression end 27 to 9e5 nats
+    #: off without it.
     influence_max: float = 0.25
-    #: Remembered draws whose mean square exceeds this multiple of its expectation, their dimension d, lose weight. By
-    #: chance that of n draws scatters by √(2/nd): 0.16 for eight draws of ten dimensions.
+    #: Remembered draws lose weight if their mean square exceeds this multiple of its expectation d. By chance it
+    #: scatters by √(2/nd): 0.16 for n = 8 draws of d = 10 dimensions.
     spread_max: float = 1.5
 
     # ---- Probes and products -----------------------------------------------------------------------------------------
@@ -143,37 +140,34 @@ class RuleConstants(NamedTuple):
     diagonal_weight_min: float = 1 / 8
 
     # ---- Fisher matrices of their own (:mod:`numpyro_natgrad.blocks.fisher`) -----------------------------------------
-    #: Damping relative to each parameter's own scale; conjugate gradients stop at this relative residual or step: a
-    #: natural gradient is a direction, for which 1 % will do.
+    #: Damping relative to each parameter's own scale; the relative residual or the number of steps at which conjugate
+    #: gradients stop: 1 % is enough for a direction.
     fisher_damping: float = 3e-3
     fisher_cg_tolerance: float = 1e-2
     fisher_cg_steps: int = 50
-    #: Networks: k steps of conjugate gradients from μ times the last step, damping relative to vᵀFv/vᵀv. Three to ten
-    #: steps, 0.9 to 0.99 and any damping from 0.01 to 1 of the mean diagonal were as good.
+    #: Networks: steps of conjugate gradients, momentum μ, and damping relative to vᵀFv/vᵀv
+    #: (:class:`.MomentumConjugateGradients`). Three to ten steps, 0.9 to 0.99 and 0.01 to 1 were as good.
     network_cg_steps: int = 3
     network_momentum: float = 0.97
     network_damping: float = 0.01
-    #: Scores: draws, damping relative to tr F, and nats beyond which a natural gradient is shortened: so far away KL is
-    #: not its quadratic model.
+    #: Scores: draws, damping relative to tr F, and the nats to which a longer natural gradient is shortened, because KL
+    #: is not its quadratic model so far away.
     score_draws: int = 64
     score_damping: float = 1e-2
     score_norm_max: float = 4.0
 
     # ---- Exponential families in natural parameters (:mod:`numpyro_natgrad.blocks.exponential_family`) ---------------
-    #: Natural parameters up to which the first step takes the draws' own Fisher matrix, the draws for each of them that
-    #: it needs, and the ratio of the two Fisher norms within which it is trusted.
+    #: The first step uses the Fisher matrix F̂ of the draws up to this many natural parameters, with at least this many
+    #: draws for each, if its norm of v is between this multiple and its inverse of that by F.
     sampled_fisher_limit: int = 16
     sampled_fisher_draws: int = 2
     sampled_fisher_ratio: float = 0.1
-    #: Nats that one element of a batch may ask for in a unit step: the KL limit is shared by all of them.
+    #: The most nats of one batch element in a unit step: the KL limit is shared by all elements.
     element_kl: float = 16.0
 
     @property
     def nonstationarity(self) -> float:
-        """Multiple of the squared norm that noise explains, beyond which a running mean shows movement.
-
-        One outlier, shortened to ``outlier`` standard deviations, must not end the average.
-        """
+        """A running mean moves if its square exceeds this multiple of what noise explains; one outlier does not."""
         return 1 + self.outlier**2
 
 
@@ -202,7 +196,7 @@ class Options(NamedTuple):
 
     @property
     def fixed_max_kl(self) -> bool:
-        """Whether the limit is a number of nats: the KL of the guide then has to keep it."""
+        """Whether the limit is a number of nats, which then bounds the KL of the guide itself."""
         return self.max_kl is not None and not self.adaptive
 
     @property

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The fallback optimizer moves, in the same step, the parameters that have no Fisher matrix."""
+"""The fallback optimizer: it moves the parameters without a Fisher matrix, in the same step as the blocks."""
 
 from typing import Any, NamedTuple
 
@@ -21,11 +21,11 @@ class FallbackOptimizer(NamedTuple):
     optimizer: Any
 
     def init(self, params: Params) -> Any:
-        """The optimizer's state, for all parameters: which ones it moves is known when the loss is traced."""
+        """The state for all parameters: which of them it moves is not known before the loss is traced."""
         return self.optimizer.init(params)
 
     def step(self, params: Params, gradient: Params, state: Any, unowned: tuple[str, ...]) -> tuple[Params, Any]:
-        """Move the parameters ``unowned`` and no others; nothing is computed if there are none."""
+        """Move the parameters ``unowned`` and no others."""
         if not unowned:
             return params, state
         masked = {p: g if p in unowned else jax.tree.map(jnp.zeros_like, g) for p, g in gradient.items()}

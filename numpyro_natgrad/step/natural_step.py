@@ -4,9 +4,8 @@
 
     loss, gradient ──▶ natural gradients ──▶ noise ──▶ step sizes ──▶ trust region ──▶ new state
 
-It never raises and leaves no NaN in the state. A step that would leave the trust region is *shortened*, and shortened
-again while it does not reduce the loss on its own draws; one that never does, or is not finite, is *skipped* and
-counted.
+It never raises and leaves no NaN in the state. A step that would leave the trust region is *shortened*, again and again
+while it does not reduce the loss on its own draws. One that never does, or is not finite, is *skipped* and counted.
 """
 
 from collections.abc import Iterable
@@ -57,7 +56,7 @@ class NaturalGradients(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the natural gradients of this step add to what earlier ones said."""
+    """The running means and the noise after the natural gradients of this step."""
 
     memory: Memory
     noise: NoiseStatistics
@@ -79,7 +78,7 @@ class Proposal(NamedTuple):
 
 
 class Search(NamedTuple):
-    """The best radius so far with the comparison of its step, the next one, nats, and whether it should be tried."""
+    """The best radius so far, nats, the result of its step, the next radius, and whether to try it (``is_open``)."""
 
     radius: jax.Array
     result: Acceptance
@@ -89,7 +88,7 @@ class Search(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """All steps from a state, by their KL radius: the blocks keep the ratio of their largest step sizes along it."""
+    """All steps from a state, by their KL radius: one fraction of the largest step sizes for all blocks."""
 
     context: Context
     state: NaturalGradientState
@@ -139,9 +138,9 @@ def natural_step(
 
 
 def run_seed(loss: jax.Array, step: jax.Array, seed: jax.Array) -> jax.Array:
-    """The seed of the blocks' probes: the bits of the first loss, which depends on the key of the run by its draws.
+    """The seed of the blocks' probes: the bits of the first loss, whose draws depend on the key of the run.
 
-    An optimizer is not given a key. A constant seed would give all runs, and all rows of a ``vmap``, the same probes.
+    An optimizer has no key, and a constant seed would give all runs and all rows of a ``vmap`` the same probes.
     """
     return jnp.where(step == 0, lax.bitcast_convert_type(loss.astype(jnp.float32), jnp.uint32), seed)
 
@@ -149,7 +148,7 @@ def run_seed(loss: jax.Array, step: jax.Array, seed: jax.Array) -> jax.Array:
 def natural_gradients(
     loss_info: LossInfo, partition: Partition, step: jax.Array, state: NaturalGradientState
 ) -> NaturalGradients:
-    """v = F⁻¹g of every block, of the loss rescaled to where squares are finite."""
+    """v = F⁻¹g of every block, for the rescaled loss (:func:`.rescale_loss`)."""
     rescaled, scale = rescale_loss(
         loss_info._replace(previous_step_skipped=state.info.skipped), partition.request.density_modes
     )
@@ -191,9 +190,9 @@ def choose_step_sizes(
 def search_trust_region(curve: Curve, loss_info: LossInfo, gradients: NaturalGradients) -> Search:
     """The best radius: smaller radii while the loss is not reduced, larger ones while that pays.
 
-    A trial costs one value of the loss, a step its gradient and Hessian-vector products as well. Where draws do not
-    follow the parameters the difference of two losses is noise, and the first radius is accepted. (The loop carries the
-    radius and not the step: carried parameters cost a mean-field guide of a million latents a quarter of its time.)
+    A trial costs one value of the loss. Where draws do not follow the parameters (``Partition.paired``) the difference
+    of two losses is noise, and the first radius is accepted. The loop carries the radius and not the step: carried
+    parameters cost a mean-field guide of a million latents a quarter of its time.
     """
     context, carried = curve.context, curve.state.radius
     start = trust_region.initial_radius(context.options, context.partition.latents)
@@ -211,7 +210,7 @@ def search_trust_region(curve: Curve, loss_info: LossInfo, gradients: NaturalGra
         better = result.accepted & (result.reduction > search.result.reduction)
         best, best_result = _choose(~widening | better, (proposal.radius, result), (search.radius, search.result))
         following = _resized(proposal, result, context)
-        # Larger radii while each one gains more than the last; smaller ones until one is accepted, and then no more.
+        # Widen while each radius gains more than the last; shrink until one is accepted.
         exact = jnp.array(context.partition.exact_on_conjugate)
         larger = exact & result.grows & jnp.where(widening, better, search.trials == 0)
         return Search(best, best_result, following, search.trials + 1, larger | ~(widening | result.accepted))

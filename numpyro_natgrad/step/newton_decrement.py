@@ -2,21 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""The Newton decrement ½ aᵀFa of the averaged iterate: the expected remaining gain, in nats, with its standard error.
 
-Near the optimum the loss is ½‖a‖² nats above its minimum, with a = η − η* in the Fisher metric, where η is the
-*average* that ``get_params`` returns. Let x be the error of the iterate, n ~ (0, v) the noise of one natural gradient x
-+ n, and m the running mean of natural gradients, from which blocks subtract the steps taken. One step is linear:
+Near the optimum the loss is ½‖a‖² nats above its minimum, where a is the error, in the Fisher metric, of the *average*
+that ``get_params`` returns. Let x be the error of the iterate, x + n a natural gradient with noise n of variance v, and
+m the running mean of natural gradients, from which blocks subtract the steps taken. One step is linear:
 
     x ← (1−ρ) x − ρ n        m ← (1−w) m + (w−ρ)(x + n)        a ← (1−α) a + α x
 
-so that z = m − x ← (1−w) z + w n is noise alone, wherever the optimum is. The noise in (x, z, a) has a covariance v C
-with C ← A C Aᵀ + b bᵀ, which ρ, w and α determine; what remains of the start shows in ‖m‖² beyond its noise:
+so that z = m − x ← (1−w) z + w n is noise alone. The noise in (x, z, a) has the covariance v C with
+C ← A C Aᵀ + b bᵀ, determined by ρ, w and α. The bias that remains of the start is the excess of ‖m‖² over its noise:
 
     E‖m‖² = ‖E x‖² + v (C_xx + 2 C_xz + C_zz),        ‖E a‖² ≤ Σ α-weighted ‖E x‖²  (Jensen)
     decrement = ½ (max(0, Σ α-weighted (‖m‖² − its noise)) + v C_aa)
 
-‖m‖ alone would not do: ρ = w makes it vanish, since then the iterate *is* the mean of what the natural gradients
-estimated, and only C_aa → 1/t says how far that mean is off. Past noise is expressed in units of the *current* noise v:
-the noise of early, distant steps can be 1e15 times larger and would hide the remaining bias for a hundred steps.
+‖m‖ alone is not enough: with ρ = w it vanishes, and the error of the iterate is noise, of which only C_aa tells. Past
+noise is expressed in units of the *current* noise v: that of early, distant steps can be 1e15 times larger and would
+hide the remaining bias for a hundred steps.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ from numpyro_natgrad.options import RuleConstants
 from numpyro_natgrad.step.state import DecrementState, NaturalGradientState
 from numpyro_natgrad.step.step_size import current_noise
 
-#: Nats beyond which all distances count the same: single precision can still add their squares to those near by.
+#: Distances are truncated at this many nats, so that their squares can be added in single precision.
 MAX_EXCESS = 1e15
 #: Standard deviation of a normal variable over its mean absolute deviation: √(π/2).
 NORMAL_DEVIATION = 1.2533
@@ -65,10 +65,9 @@ def observe(state: DecrementState, norms: SquaredNorms, noise: jax.Array, weight
 def newton_decrement(state: DecrementState, noise: jax.Array, window: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The decrement of all blocks together, nats, and its standard error; NaN where no parameter has a Fisher matrix.
 
-    v is the mean of about ``window`` squares, of relative variance at most 2 (χ² of one direction), and the excess
-    scatters as it was observed to; its terms are correlated, so that averaging does not reduce that. (Mean absolute
-    deviations forget the start as the average does; a root mean square would remember its nats for twice as many
-    steps.)
+    The error adds the variance of v, a mean of about ``window`` squares with a relative variance of at most 2 each (χ²
+    of one direction), and the observed scatter of the excess, whose terms are correlated, so that averaging does not
+    reduce it. A mean absolute deviation forgets the start twice as fast as a root mean square.
     """
     if not window.size:
         return jnp.array(jnp.nan), jnp.array(jnp.nan)
@@ -86,16 +85,12 @@ def noise_part(state: NaturalGradientState, constants: RuleConstants) -> tuple[f
 
 
 def visible_noise(state: DecrementState, noise: jax.Array) -> jax.Array:
-    """The noise that the guide shows, nats, for each block.
-
-    A block may move more than the guide shows (the whole precision of a full-covariance proxy); only the guide costs
-    nats.
-    """
+    """The noise in the guide, nats, for each block; the rest is in a full-covariance proxy, and does not cost nats."""
     return noise * state.visible
 
 
 def predicted_mean(state: DecrementState, noise: jax.Array) -> jax.Array:
-    """‖m‖² that noise alone would show before the next step, nats, for each block."""
+    """‖m‖² before the next step expected of noise alone, nats, for each block."""
     return noise * _noise_in_mean(state.covariance)
 
 

@@ -1,10 +1,10 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""What is carried from step to step, and what is reported of one step: two different types, arrays only.
+"""The state that is carried from step to step, and the report of one step.
 
-``SVI.init`` hands the parameters to the optimizer before any loss is known, and ``lax.scan`` keeps all shapes fixed.
-The carried arrays therefore have room for the largest partition that the parameters allow. :func:`unpack` cuts them to
-the partition at the top of a step, and :func:`pack` puts them back at its end; between the two every shape is exact.
+``SVI.init`` gives the optimizer the parameters before the loss is known, and ``lax.scan`` keeps all shapes fixed. The
+carried arrays therefore have room for the largest partition that the parameters allow. :func:`unpack` cuts them to the
+actual partition at the top of a step, :func:`pack` puts them back at its end, and between the two all shapes are exact.
 """
 
 from functools import partial
@@ -26,9 +26,8 @@ class NoiseStatistics(NamedTuple):
     :ivar noise: running mean of the noise, nats; ``(B,)``.
     :ivar recent: noise of each of the last steps, oldest first, nats; ``(recent_steps, B)``.
     :ivar window: effective number of steps in the running means; ``(B,)``.
-    :ivar stationary: number of steps since a block became stationary: the averaging window; ``(B,)``.
-    :ivar drift: running means of ⟨v − m, m⟩ and ⟨m, m⟩ as fractions of ⟨v, v⟩ + ⟨m, m⟩, for natural gradients v and the
-        running mean m that predicted them; ``(2, B)``.
+    :ivar stationary: number of stationary steps, the averaging window; ``(B,)``.
+    :ivar drift: running means of ⟨v − m, m⟩ and ⟨m, m⟩ as fractions of ⟨v, v⟩ + ⟨m, m⟩; ``(2, B)``.
     """
 
     noise: jax.Array
@@ -41,11 +40,10 @@ class NoiseStatistics(NamedTuple):
 class DecrementState(NamedTuple):
     """What the Newton decrement of B blocks is computed from (:mod:`.newton_decrement`).
 
-    :ivar covariance: C, the covariance of the errors in the iterate, in the running mean beyond it, and in the average,
-        for unit noise in the natural gradient; ``(3, 3, B)``.
-    :ivar excess: averages, as ``get_params`` averages, of ‖m‖² beyond its noise and of the absolute deviation from that
+    :ivar covariance: C, of the noise in (x, z, a) for unit noise in the natural gradient; ``(3, 3, B)``.
+    :ivar excess: averages, weighted as the iterates', of ‖m‖² minus its noise and of the absolute deviation from that
         average, nats; ``(2, B)``.
-    :ivar visible: running fraction of the noise that the guide shows; ``(B,)``.
+    :ivar visible: running mean of the fraction of the noise that is in the guide; ``(B,)``.
     """
 
     covariance: jax.Array
@@ -56,15 +54,15 @@ class DecrementState(NamedTuple):
 class StepInfo(NamedTuple):
     """One step in numbers; scalars. Read it with :meth:`.NaturalGradient.info`.
 
-    :ivar jax.Array kl: KL(q ‖ q₊) of this step, nats (0 if it was skipped); what ``max_kl`` bounds. It is that of the
-        full-covariance proxy where a step has one and ``max_kl`` is not a number.
+    :ivar jax.Array kl: KL(q ‖ q₊) of this step, nats, which ``max_kl`` bounds (0 if skipped); that of the
+        full-covariance proxy where there is one and ``max_kl`` is not a number.
     :ivar jax.Array natural_gradient_norm: Fisher norm √(gᵀF⁻¹g) of the natural gradient, √nats.
     :ivar jax.Array step_size: ρ, the fraction of the way to the minimum of the local model; the root mean square over
         blocks, weighted by their squared natural gradients.
     :ivar jax.Array signal: signal fraction of the squared natural gradient, between 0 and 1.
     :ivar jax.Array radius: trust-region radius of this step, nats.
-    :ivar jax.Array newton_decrement: expected remaining gain after this step, nats, from what ``get_params`` returns
-        (:mod:`.newton_decrement`). It does not include parameters of the fallback optimizer.
+    :ivar jax.Array newton_decrement: expected remaining gain, nats, at what ``get_params`` returns
+        (:mod:`.newton_decrement`), without parameters of the fallback optimizer.
     :ivar jax.Array newton_decrement_error: Monte-Carlo standard error of that, nats.
     :ivar jax.Array limited: whether the KL limit shortened this step, bool.
     :ivar jax.Array skipped: whether this step was not taken, bool.
@@ -109,9 +107,9 @@ class NaturalGradientState(NamedTuple):
 
 
 def initial(params: Params, fallback: Any, constants: RuleConstants) -> NaturalGradientState:
-    """The state before the first step, with room for as many blocks as there are parameters.
+    """The state before the first step, with room for a block per parameter and a joint latent per two entries.
 
-    A Gaussian site has at least two parameters for a latent, so that the joint block has at most half of their number.
+    A Gaussian site has at least two entries of parameters for each latent.
     """
     leaves = jax.tree.leaves(params)
     dtype = jnp.result_type(*leaves)

@@ -7,8 +7,8 @@
 
 m is the running mean of natural gradients v, n their noise E‖v − m‖² in nats, c the largest step size, τ the noise
 threshold, N the number of stationary steps, f the noise up to which the floor holds, and h ≤ 1 the Huber weight of an
-outlier. The signal fraction s is the adaptive rate of Ranganath et al. (2013) in the Fisher metric: it is 1 while steps
-agree, and 1/t where noise dominates, so that the iterate becomes a running mean.
+outlier. The signal fraction s is the adaptive rate of Ranganath et al. (2013) in the Fisher metric: 1 while natural
+gradients agree, and of order 1/t where noise dominates.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from numpyro_natgrad.step.state import NoiseStatistics
 
 
 class NoiseEstimate(NamedTuple):
-    """What one natural gradient says, compared with earlier ones; an entry for each block.
+    """Signal and noise of one natural gradient, compared with earlier ones; an entry for each block.
 
     :ivar weight: its weight in the running mean.
     :ivar signal: signal fraction, between 0 and 1.
@@ -50,7 +50,7 @@ def largest_step_size(
 
 
 def adaptive(estimate: NoiseEstimate, tolerance: NoiseTolerance, constants: RuleConstants) -> jax.Array:
-    """The rule of this module's head."""
+    """ρ by the formula at the head of this module."""
     dtype = estimate.signal.dtype
     tolerated = _tolerated(estimate.noise, tolerance.threshold)
     longest = jnp.maximum(jnp.maximum(estimate.signal, tolerated), step_size_floor(estimate, tolerance, constants))
@@ -60,17 +60,17 @@ def adaptive(estimate: NoiseEstimate, tolerance: NoiseTolerance, constants: Rule
 def step_size_floor(estimate: NoiseEstimate, tolerance: NoiseTolerance, constants: RuleConstants) -> jax.Array:
     """A lower bound of the step size, of order 1/√N after N stationary steps.
 
-    The signal fraction is the best *next* step, and a bad next hundred: T steps of size ρ up a slope of a nats gain
-    Tρa, and their noise costs ½nρ/(2−ρ) once. Along a bent valley (the scale of a hierarchy, started far too large) the
-    signal fraction alone takes a hundred times the steps. Averages of iterates are asymptotically optimal for any step
-    size that falls slower than 1/N (Polyak & Juditsky 1992).
+    The signal fraction is the best size of a single step, and too small for many: T steps of size ρ along a slope of a
+    nats gain Tρa, and their noise costs ½nρ/(2−ρ) only once. Along a bent valley (the scale of a hierarchy that starts
+    far too large) the signal fraction alone takes a hundred times the steps. Averages of iterates are asymptotically
+    optimal for any step size that falls slower than 1/N (Polyak & Juditsky 1992).
     """
     decay = jnp.minimum(1.0, constants.step_size_floor / jnp.sqrt(estimate.stationary))
     return _tolerated(estimate.noise, tolerance.floor_noise) * decay
 
 
 def _tolerated(noise: jax.Array, nats: float | np.ndarray | jax.Array) -> jax.Array:
-    """1 up to so many nats of noise, and beyond that the step size that passes no more of it on."""
+    """min(1, nats/noise)."""
     return jnp.minimum(1.0, jnp.asarray(nats, noise.dtype) / jnp.maximum(noise, jnp.finfo(noise.dtype).tiny))
 
 
@@ -79,10 +79,9 @@ def observe(
 ) -> tuple[NoiseStatistics, NoiseEstimate]:
     """Update the statistics by one natural gradient.
 
-    The squared innovation has the variance of one natural gradient and of the running mean that predicted it:
-    n (1 + w/(2−w)) = 2n/(2−w) for a running mean with weight w on the newest. An innovation more than ``outlier``
-    standard deviations long is shortened to that: one draw from a heavy tail must not decide about the next fifty
-    steps.
+    The expected squared innovation is the variance of a natural gradient plus that of the running mean, whose newest
+    term has the weight w: n (1 + w/(2−w)) = 2n/(2−w). Innovations longer than ``outlier`` standard deviations are
+    shortened to that: otherwise one draw from a heavy tail would shorten the next fifty steps.
     """
     tiny = jnp.finfo(norms.gradient.dtype).tiny
     first, weight = statistics.window < constants.window_min, 1 / statistics.window
@@ -92,7 +91,7 @@ def observe(
     huber = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(norms.innovation, tiny)))
     square = huber**2 * norms.innovation
     sample = jnp.where(first, 0.0, jnp.minimum(square * (2 - weight) / 2, norms.gradient))
-    # A running mean of less than two steps has been forgotten: so have the recent steps.
+    # Where the running mean has less than two effective steps, the recent steps are forgotten too.
     recent = jnp.where(weight > 0.5, sample, jnp.concatenate([statistics.recent[1:], sample[None]]))
     statistics = statistics._replace(noise=statistics.noise + weight * (sample - statistics.noise), recent=recent)
     noise = current_noise(statistics, constants)
@@ -107,21 +106,18 @@ def observe(
 
 
 def current_noise(statistics: NoiseStatistics, constants: RuleConstants) -> jax.Array:
-    """Noise of one natural gradient of each block, nats: the running mean, bounded by the latest steps.
-
-    After a change of scale the running mean is out of date for as many steps as it is long.
-    """
+    """Noise of each block, nats: the running mean, bounded by the latest steps because it lags behind."""
     return jnp.minimum(statistics.noise, constants.recent_factor * statistics.recent.mean(0))
 
 
 def _without_drift(
     drift: jax.Array, norms: SquaredNorms, weight: jax.Array, constants: RuleConstants
 ) -> tuple[jax.Array, SquaredNorms]:
-    """The norms with the running mean scaled to what recent natural gradients were.
+    """The norms with the running mean m scaled by β, for optima that move.
 
-    The running mean m loses ρv with every step, as if the optimum stood still. Where the optimum moves (a guide beside
-    parameters of the model that move as well, a model far from quadratic) the next natural gradient is βm with β > 1,
-    and v − m is not noise but drift. β − 1 = ⟨v − m, m⟩/⟨m, m⟩, both averaged; noise alone makes it negative.
+    Every step is subtracted from m, which is right for a fixed optimum. Where the optimum moves (a guide beside
+    parameters of the model, a model far from quadratic) the next natural gradient is βm with β > 1, and v − m is drift
+    and not noise. β − 1 = ⟨v − m, m⟩/⟨m, m⟩, both averaged; noise alone makes it negative.
     """
     mean2, innovation2, gradient2, _ = norms
     tiny = jnp.finfo(mean2.dtype).tiny
@@ -137,10 +133,9 @@ def _without_drift(
 def forget(statistics: NoiseStatistics, latents: int, kl: jax.Array, constants: RuleConstants) -> NoiseStatistics:
     """Shorten the windows after a step of ``kl`` nats.
 
-    Natural gradients at distant guides differ because the model does, by orders of magnitude where a fit starts far
-    from its posterior. As noise, that would shorten the next steps to nothing. A window therefore has at most as many
-    steps as the guide needs, at this speed, to move ``forgetting_kl`` nats per latent; below one step, variances are
-    scaled by that fraction.
+    Far from the posterior natural gradients change by orders of magnitude between distant guides. Counted as noise,
+    this would shorten the next steps to nothing. A window is therefore limited to the number of such steps that amount
+    to ``forgetting_kl`` nats per latent; if that is less than one, variances are scaled by it.
     """
     steps = constants.forgetting_kl * latents / jnp.maximum(kl, jnp.finfo(kl.dtype).tiny)
     steps = steps.astype(statistics.noise.dtype)
@@ -163,12 +158,11 @@ def count_stationary(
 ) -> NoiseStatistics:
     """Count this step as stationary unless the running mean shows more movement than noise explains.
 
-    :param predicted: ‖m‖² that noise alone would show, nats.
+    ``nonstationarity`` allows for the scatter of squares; without it the average would restart every fifty steps.
+
+    :param predicted: ‖m‖² expected of noise alone, nats.
     :param running_mean: ‖m‖², nats.
     :param noise: of one natural gradient, nats.
-
-    Squares scatter about their expectation; if all that exceeds it counted, the average would restart every fifty
-    steps.
     """
     tiny = jnp.finfo(predicted.dtype).tiny
     movement = jnp.maximum(running_mean - constants.nonstationarity * predicted, 0.0)
@@ -177,9 +171,6 @@ def count_stationary(
 
 
 def average_weight(options: Options, statistics: NoiseStatistics) -> jax.Array:
-    """The newest iterate's weight in the average over stationary steps, for each block.
-
-    With a step size of the user's, the average is the last iterate.
-    """
+    """The newest iterate's weight in the average, for each block; 1 (no average) with a step size of the user's."""
     steps, decay = statistics.stationary, options.constants.average_decay
     return jnp.ones_like(steps) if options.step_size is not None else (decay + 1) / (steps + decay)

@@ -4,7 +4,7 @@
 
     ρ = max{ρ ≤ ρ_max : KL(q ‖ q₊) ≤ δ}        ratio = actual reduction / predicted reduction
 
-The radius is in nats, so that it means the same in every parameterization. This is the only module that changes it.
+The radius is in nats, and so independent of the parameterization. Only this module changes it.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from numpyro_natgrad.options import Options, RuleConstants
 
 
 class Acceptance(NamedTuple):
-    """Whether a step is accepted, whether it has earned a larger radius, and its actual reduction, nats."""
+    """Whether a step is accepted, whether the radius grows after it, and its actual reduction, nats."""
 
     accepted: jax.Array
     grows: jax.Array
@@ -66,7 +66,7 @@ def accept(
 ) -> Acceptance:
     """Compare the actual reduction of the loss with the predicted one, both in nats.
 
-    :param large: the step is large enough for a comparison; a small one only must not lose more than ``floor`` nats.
+    :param large: the step is large enough for a comparison. Others are accepted if they lose at most ``floor`` nats.
     :param limited: the radius shortened the step.
     """
     accepted = actual >= jnp.where(large, constants.low_cutoff * predicted, -floor)
@@ -84,9 +84,8 @@ def resize(
 ) -> jax.Array:
     """The radius after a step of ``kl`` nats.
 
-    It shrinks after a rejected step, grows after one that earned it, and approaches what was needed where it did not
-    limit the step. Below ``floor`` the rejections that led there may have been noise, and every accepted step undoes
-    one.
+    It shrinks after a rejected step, and grows if ``result.grows``. If it did not limit the step, it falls towards
+    a multiple of ``kl``. Rejections below ``floor`` may have been noise, so that every accepted step there undoes one.
     """
     factor = constants.radius_factor
     grown = jnp.minimum(factor * radius, constants.radius_max)
