@@ -7,7 +7,7 @@
     forward_kl         v, ρ  ->  KL(q ‖ q₊) of the step −ρv, nats
     retract            v, ρ  ->  the parameters after that step, always valid
 
-A block is static; what it remembers is in :class:`Memory`, so that it can be carried through ``lax.scan``.
+A block is static; its running means are in :class:`Memory`, which ``lax.scan`` carries.
 """
 
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -29,8 +29,7 @@ ReportRow = tuple[str, str, str, str, str]
 class JointMemory(NamedTuple):
     """What the joint Gaussian block over D latents remembers.
 
-    :ivar factor: K of the full-covariance proxy ``(D, D)``, zero before the first step; used where the guide's family
-        is smaller than the full Gaussian.
+    :ivar factor: K of the full-covariance proxy ``(D, D)``, where there is one; zero before the first step.
     :ivar slope: running mean of the natural gradient, mean part, whitened ``(D,)``.
     :ivar curvature: the same, precision part ``(D, D)``.
     :ivar sums: sums over draws of the Stein regression.
@@ -49,18 +48,18 @@ class Memory(NamedTuple):
     joint: JointMemory
 
     def with_running_means(self, new: Params) -> "Memory":
-        """The memory with the running means of some parameters replaced, in the shapes of the parameters."""
+        """The memory with the running means of some parameters replaced."""
         shaped = {p: x.reshape(jnp.shape(self.running_mean[p])) for p, x in new.items()}
         return self._replace(running_mean={**self.running_mean, **shaped})
 
 
 class SquaredNorms(NamedTuple):
-    """Squared Fisher norms, nats, of the vectors that the noise is estimated from; scalars, or one for each block.
+    """Squared Fisher norms, nats, from which the noise is estimated; scalars, or one for each block.
 
     :ivar running_mean: of the running mean m of earlier natural gradients.
     :ivar innovation: of v − m.
     :ivar gradient: of the natural gradient v.
-    :ivar visible: the three of what the guide shows, ``(3, …)``, where a block moves more than that; else ``None``.
+    :ivar visible: the three of the guide's part, ``(3, …)``, where a block also moves a proxy; else ``None``.
     """
 
     running_mean: jax.Array
@@ -69,12 +68,12 @@ class SquaredNorms(NamedTuple):
     visible: jax.Array | None = None
 
     def visible_norms(self) -> jax.Array:
-        """``visible``, or the three squares of all that the block moves; ``(3, …)``."""
+        """``visible``, or by default the other three; ``(3, …)``."""
         return jnp.stack(self[:3]) if self.visible is None else self.visible
 
 
 class Scope(NamedTuple):
-    """What a block has to know of the whole fit to say how much noise its steps may have.
+    """The properties of the whole fit on which the noise tolerance of a block depends.
 
     :ivar latents: latent dimensions of the guide, for the whole data set.
     :ivar blocks: number of blocks.
@@ -105,7 +104,7 @@ class NoiseTolerance(NamedTuple):
 
 
 class Randomness(NamedTuple):
-    """Where a block's probes come from: a key of the run, and the number of the step."""
+    """The source of a block's probes: a key of the run, and the number of the step."""
 
     run_key: jax.Array
     step: jax.Array
@@ -130,7 +129,7 @@ class Block(Protocol, Generic[Tangent]):
 
     @property
     def density_modes(self) -> dict[str, DensityMode]:
-        """How the density of each of its sites is differentiated (:class:`.PathGradient`)."""
+        """How the densities of its sites are differentiated (:class:`.PathGradient`)."""
         return {}
 
     @property
@@ -172,10 +171,7 @@ class Block(Protocol, Generic[Tangent]):
 
 
 def default_noise_tolerance(scope: Scope, *, antithetic: bool = False) -> NoiseTolerance:
-    """The tolerance of a block without a reason for another one.
-
-    The threshold is shared between the blocks, and is per latent in wide guides.
-    """
+    """The default: a threshold that is shared between the blocks, and is per latent in wide guides."""
     c = scope.constants
     exact = max(c.noise_threshold, c.noise_threshold_per_latent * scope.latents)
     threshold = exact if scope.exact else c.noise_threshold_inexact
@@ -186,8 +182,8 @@ def max_step_size(scope: Scope, antithetic: bool) -> float:
     """The largest step size: S/(S + 2) with S independent draws, 1 with antithetic pairs.
 
     At a distance x from the optimum of a conjugate model, a natural gradient whose curvature comes from S draws has the
-    noise 2‖x‖²/S, and (1−ρ)²‖x‖² + 2ρ²‖x‖²/S is least at ρ = S/(S + 2). Antithetic draws have no such noise. (A step of
-    size 1 makes the precision of this step's Hessians alone: a single pair is too few where they vary.)
+    noise 2‖x‖²/S, and (1−ρ)²‖x‖² + 2ρ²‖x‖²/S is least at ρ = S/(S + 2). Antithetic draws have no such noise, but a step
+    of size 1 replaces the precision by this step's Hessians, for which one pair is too few.
     """
     return 1.0 if antithetic and scope.particles >= scope.constants.full_step_draws else 1 / (1 + 2 / scope.particles)
 
@@ -195,10 +191,9 @@ def max_step_size(scope: Scope, antithetic: bool) -> float:
 def statistical_threshold(parameters: int, numbers: int) -> float:
     """τ, nats, of a large block: half of the uncertainty that its data leave.
 
-    An estimate of P parameters is ½P nats from the one that infinite data would give; the threshold is half of that,
-    for no more than two parameters per observed number, which is what data can determine. Step sizes equal to the
-    signal fraction are the best next step and a bad next hundred where the Fisher matrix is not the Hessian of the loss
-    ("short-horizon bias", Wu et al. 2018); averaging removes the noise that longer steps leave (Polyak & Juditsky
-    1992).
+    An estimate of P parameters is ½P nats from that of infinite data; P counts up to twice the observed numbers, since
+    data determine no more. Step sizes equal to the signal fraction are too short where the Fisher matrix is not the
+    Hessian of the loss ("short-horizon bias", Wu et al. 2018); averaging removes the noise of longer ones (Polyak &
+    Juditsky 1992).
     """
     return 0.25 * min(parameters, 2 * numbers)

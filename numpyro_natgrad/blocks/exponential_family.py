@@ -2,16 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """One site of an exponential family whose arguments are parameters: steps in its natural parameters η.
 
-    η₊ = η − ρ v,    v = F⁻¹ ∇_η L = ∇_μ L,    μ = E[T]          (Khan & Rue 2023, eq. 4)
+    η₊ = η − ρ v,    v = F⁻¹ ∇_η L = ∇_μ L,    μ = E[T]          (Khan & Rue 2023)
 
-On a conjugate model η − v is the posterior for every η. Noise of draws is predicted by a guess w of v: tilting log q by
-⟨w, T⟩ changes the path gradient ĝ by F̂w, where F̂ is the draws' own estimate of F with E[F̂] = F. Hence
+On a conjugate model η − v is the posterior for every η. Given a guess w of v, the noise of draws has a control variate:
+tilting log q by ⟨w, T⟩ changes the path gradient ĝ by F̂w, where F̂ is the draws' own estimate of F, E[F̂] = F. Hence
 
     v = w + F⁻¹(ĝ − F̂w)
 
-is unbiased for any w that does not depend on these draws, and free of noise if w is right and the model conjugate. The
-guess is the running mean of earlier natural gradients. In the first step there is none, and v = F̂⁻¹ĝ is the regression
-of Salimans & Knowles (2013), exact on a conjugate model and biased on others.
+is unbiased for any w that does not depend on these draws, and free of noise if w = v and the model is conjugate. The
+guess is the running mean of earlier natural gradients. The first step has none, and takes v = F̂⁻¹ĝ, the regression of
+Salimans & Knowles (2013), exact on conjugate models and biased on others.
 """
 
 import math
@@ -50,7 +50,7 @@ class ExponentialFamilyTangent(NamedTuple):
 class ExponentialFamilyBlock(base.Block[ExponentialFamilyTangent]):
     """One site in natural parameters.
 
-    :ivar tilted: its draws are reparameterized, and their noise is predicted.
+    :ivar tilted: the noise of its draws is predicted as above.
     :ivar margin: fraction of a bounded natural parameter that a step keeps.
     :ivar limited: the options limit the KL of a step.
     """
@@ -128,7 +128,7 @@ class ExponentialFamilyBlock(base.Block[ExponentialFamilyTangent]):
         self, params: Params, memory: Memory, v: ExponentialFamilyTangent, rho: jax.Array
     ) -> tuple[Params, Memory]:
         change = self._change(v, rho)
-        # The running mean m stands for the optimum η − m, which stays where it is while η moves.
+        # The running mean m is that of η minus the estimated optimum, and changes with η.
         memory = self._with_running_mean(memory, self._running_mean(memory) + change)
         return self.site.write(params, v.eta + change), memory
 
@@ -138,8 +138,7 @@ class ExponentialFamilyBlock(base.Block[ExponentialFamilyTangent]):
     def _fraction(self, v: jax.Array, image: jax.Array) -> jax.Array:
         """The fraction of the natural gradient that each element of a batch may take, ``(*batch, 1)``.
 
-        The limit on KL is one for all elements. The noise of a single one must neither use it up nor decide the step
-        size of the others.
+        All elements share one KL limit, which the noise of a single one must not use up.
         """
         kl, limit = 0.5 * self.site.copies * jnp.sum(v * image, axis=-1, keepdims=True), self.constants.element_kl
         if not self.limited or kl.size == 1:

@@ -62,16 +62,15 @@ _SCANNED = (
 class Partition(NamedTuple):
     """Which block moves which parameters of one loss; static.
 
-    :ivar blocks: the blocks.
     :ivar unowned: parameters without a Fisher matrix, moved by the fallback optimizer, with their sizes.
     :ivar request: how the loss is differentiated.
     :ivar particles: draws a step; infinity where nothing is drawn.
-    :ivar latents: latent dimensions of the guide's sites, for the whole data set; of a likelihood, observations.
+    :ivar latents: latent dimensions of the guide, for the whole data set; observed numbers if there is no guide site.
     :ivar joint_latents: latent dimensions of the joint Gaussian block, 0 if there is none.
     :ivar exact_on_conjugate: whether a step of size 1 is exact on conjugate models.
-    :ivar tolerance: how much noise the steps of each block may have; every field has an entry for each block.
-    :ivar paired: whether draws follow the parameters, so that two values of the loss at common draws differ by less
-        than their noise. Draws of a discrete site jump.
+    :ivar tolerance: how much noise steps may have; every field has an entry for each block.
+    :ivar paired: whether draws follow the parameters, so that losses at two parameters and the same draws have most of
+        their noise in common. Draws of a discrete site jump.
     """
 
     blocks: tuple[Block, ...]
@@ -91,9 +90,8 @@ class Partition(NamedTuple):
 
 
 def partition_parameters(fn: Loss, params: Params, options: Options, forward: bool) -> Partition:
-    """Trace the loss and assign every parameter to a block.
+    """Trace the loss, ``params -> (loss, aux)``, and assign every parameter to a block.
 
-    :param fn: ``params -> (loss, aux)``.
     :param forward: differentiate in forward mode.
     :raises StructureError: if a site has no Fisher matrix of the kind that ``options.fisher`` requests.
     """
@@ -143,7 +141,7 @@ def _warn_of_first_order(blocks: tuple[Block, ...], options: Options) -> None:
 def _sites_with_coordinates(
     trace: LossTrace, options: Options
 ) -> tuple[list[GaussianSite | LowRankSite], list[ExponentialFamilyBlock]]:
-    """The sites that have coordinates of their own: Gaussians, and exponential families in natural parameters."""
+    """The Gaussian sites, and the sites of exponential families that step in natural parameters."""
     if options.fisher not in (None, "closed_form"):
         return [], []
     shared = _shared(trace)
@@ -177,8 +175,8 @@ def _curvature_estimator(
 ) -> CurvatureEstimator:
     """Stein regression if the draws of a few steps determine slope and curvature; Hessian-vector products otherwise.
 
-    Antithetic draws are used only if the joint block owns every parameter: other blocks would see draws that NumPyro
-    did not make. Regression is used only with full data: the particles of one minibatch share its error.
+    Both regression and antithetic draws, which are no draws of NumPyro's, require that the joint block owns every
+    parameter (``alone``). Regression needs full data: all particles share the error of a minibatch.
     """
     if not (alone and trace.batched and trace.particles < math.inf) or any(s.analytic for s in latents.sites):
         return HessianProducts()
@@ -194,8 +192,8 @@ def _single_site_block(site: GaussianSite | LowRankSite, trace: LossTrace, optio
     c, margin = options.constants, options.margin
     if isinstance(site, LowRankSite):
         return LowRankGaussian(site, DensityMode.DETACHED, True, margin, c)
-    # Beside the draws of a full Gaussian a few Hessian-vector products cost little; a mean-field site takes none unless
-    # the user requests second order.
+    # A full Gaussian uses Hessian-vector products by default, since they cost little beside its draws; a mean-field
+    # site only if the user requests second order.
     mode = DensityMode.PATH if options.path_gradient and trace.is_elbo else None
     if site.form.diagonal:
         return DiagonalGaussian(site, mode, options.estimator == "second_order" and trace.is_elbo, margin, c)
@@ -218,7 +216,7 @@ def _exponential_family_blocks(
 
 
 def _is_tilted(trace: LossTrace, name: str, options: Options) -> bool:
-    """Whether draws, and nothing else, carry the gradient: then their noise can be predicted."""
+    """Whether the gradient comes from draws alone, so that their noise can be predicted."""
     site = trace.sites[name]
     carried = site.reparameterized and not site.analytic and not site.leaks
     return options.path_gradient and trace.is_elbo and carried
@@ -231,7 +229,7 @@ def _kl_hessian_blocks(trace: LossTrace, taken: set[str], sizes: dict[str, int],
 
 
 def _components(owners: Mapping[str, frozenset[str] | set[str]]) -> list[tuple[set[str], list[str]]]:
-    """Connected components of the graph between sites and their parameters; sites without any are left out."""
+    """Connected components of the graph between sites and their parameters; sites without any are skipped."""
     groups: list[tuple[set[str], list[str]]] = []
     for name, mine in owners.items():
         if not mine:
@@ -248,7 +246,7 @@ def _kl_hessian_block(
     mine, constants = {p: size for p, size in sizes.items() if p in names}, options.constants
     traced = {n: trace.sites[n] for n in sites}
     block = partial(FisherBlock, sizes=mine, numbers=_numbers(traced))
-    # One density of many parameters has one score a draw; many densities of a few each have many.
+    # A single density has one score for each draw of the loss, too few for F: fresh draws are made for it.
     if any(s.elements == 1 and s.fisher_estimate == FisherEstimate.MONTE_CARLO for s in traced.values()):
         scores = ScoreSamples(fisher_sites(traced), constants.score_draws)
         return block(scores, Woodbury(constants.score_damping, constants.score_norm_max))
@@ -282,7 +280,7 @@ def _numbers(sites: Mapping[str, GuideSite | ModelSite]) -> int:
 
 
 def _is_local(names: tuple[str, ...], sites: list[str], trace: LossTrace) -> bool:
-    """Whether all parameters have an entry for every row of a subsampled plate, and sites are drawn for some rows."""
+    """Whether all parameters have an entry for every row of a subsampled plate."""
     mine = [trace.sites[name] for name in sites]
     return all(_has_rows(p, s, trace) for p in names for s in mine if p in s.params)
 

@@ -69,7 +69,7 @@ class FisherBlock(base.Block[FisherTangent]):
         return 0.5 * rho**2 * v.norms.gradient
 
     def compare(self, memory: Memory, v: FisherTangent) -> SquaredNorms:
-        # A solver with momentum does not solve to the end, so that steps differ even where the gradient has no noise.
+        # A solver with momentum stops early, so that its solutions differ even where the gradient has no noise.
         if self.metric.is_compared or self.solver.has_momentum:
             return v.norms
         return SquaredNorms(v.norms.gradient, jnp.zeros_like(v.norms.gradient), v.norms.gradient)
@@ -84,10 +84,10 @@ class FisherBlock(base.Block[FisherTangent]):
         params = {**params, **unravel(flat - rho * v.v)}
         if self.solver.has_momentum:
             return params, memory
-        # The running mean points from the parameters to the optimum, and gets shorter by the step.
+        # As natural gradients are differences from the optimum, the step is subtracted from their running mean.
         old, unravel = self._ravel(memory.running_mean)
         return params, memory._replace(running_mean={**memory.running_mean, **unravel(old - rho * v.v)})
 
     def _ravel(self, tree: Params) -> tuple[jax.Array, Callable[[jax.Array], Params]]:
-        """The part of a tree like all parameters that is this block's, ``(P,)``, and the function back."""
+        """The block's part of a tree of all parameters, ``(P,)``, and the function that undoes it."""
         return ravel_pytree({p: tree[p] for p in self.sizes})

@@ -1,13 +1,13 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Three metrics of parameters φ that have no coordinates of their own; each gives a :class:`.FisherOperator`.
+"""Three metrics of unconstrained parameters φ; each gives a :class:`.FisherOperator`.
 
     KLHessian      F(φ) = ∇²_φ' KL(q_φ ‖ q_φ') |_{φ'=φ} = E_z Σ_sites JᵀF_site J       sites of the guide
     Likelihood     F(φ) = E_z Σ_i JᵀF_obs J                                            sites of the model
     ScoreSamples   F(φ) = E_{z~q}[∇ log q_φ(z) ∇ log q_φ(z)ᵀ]                          a density without closed form
 
-The first two are derivatives of the loss itself, with Fisher surrogates (:mod:`.surrogate`) in the place of its
-densities at frozen draws, so that plates, scales, data and particles count as they do in NumPyro.
+The first two are derivatives of the loss itself with Fisher surrogates (:mod:`.surrogate`) in place of its densities,
+so that plates, scales, data and particles count as they do in NumPyro.
 """
 
 import math
@@ -41,7 +41,7 @@ class FisherSite(NamedTuple):
     """A site that contributes to F.
 
     :ivar family: name of its distribution's class.
-    :ivar point: of the model: its value is a point of the guide (``AutoDelta``), and its density a prior.
+    :ivar point: a site of the model whose value is a point of the guide (``AutoDelta``); its density is a prior.
     """
 
     name: str
@@ -58,10 +58,7 @@ def fisher_sites(sites: Mapping[str, GuideSite | ModelSite]) -> tuple[FisherSite
 
 @dataclass(frozen=True)
 class Metric(ABC):
-    """What F is the Fisher matrix of.
-
-    :ivar sites: the sites whose densities it is made of.
-    """
+    """What F is the Fisher matrix of: the densities of ``sites``."""
 
     sites: tuple[FisherSite, ...]
 
@@ -92,8 +89,8 @@ class Metric(ABC):
 class KLHessian(Metric):
     """The Hessian of the guide's KL to itself at the draws of the step.
 
-    :ivar local: its parameters are rows of a subsampled plate, of which each step sees a few. A row is revisited after
-        many steps, and sees all of its own data then (Hoffman et al. 2013): there is no noise to find by comparison.
+    :ivar local: its parameters are rows of a subsampled plate. A row is visited once in many steps, with all of its own
+        data (Hoffman et al. 2013), so that comparing successive natural gradients does not show noise.
     """
 
     local: bool = False
@@ -114,12 +111,11 @@ class KLHessian(Metric):
 class Likelihood(Metric):
     """The Fisher matrix of the likelihood, for parameters that no distribution of the guide owns: Amari (1998).
 
-    Without latents z a step is Fisher scoring, and iteratively reweighted least squares of a GLM. Beside a guide that
-    draws z, F is that of the complete data, the prior included: steps are those of online EM with F in the place of a
-    closed-form M-step (Titterington 1984; Sato 2000). The *empirical* Fisher matrix takes the observed y_i in the place
-    of an expectation over y_i: it is cheap, and no Fisher matrix away from the optimum of a well-specified model
-    (Kunstner, Balles & Hennig 2019). Points of the guide (``AutoDelta``) have a prior, whose curvature is added, so
-    that steps go to the mode.
+    Without latents z a step is Fisher scoring; for a GLM, iteratively reweighted least squares. Beside a guide of z,
+    F is that of the complete data with the prior, and steps are those of online EM with F⁻¹ in place of a closed-form
+    M-step (Titterington 1984; Sato 2000). The *empirical* Fisher matrix replaces the expectation over y_i by the
+    observed y_i; it equals F only at the optimum of a well-specified model (Kunstner, Balles & Hennig 2019). For points
+    of the guide (``AutoDelta``) the curvature of the prior is added, so that steps go to the mode.
 
     :ivar full_data: every step sees the whole data set.
     :ivar drawn: the guide draws latents.
@@ -151,10 +147,7 @@ class Likelihood(Metric):
 
 @dataclass(frozen=True)
 class ScoreSamples(Metric):
-    """The mean outer product of scores of fresh draws, whose number is independent of the particles of the loss.
-
-    :ivar draws: S, at least; a multiple of the particles.
-    """
+    """The mean outer product of the scores of ``draws`` fresh draws, rounded up to a multiple of the particles."""
 
     draws: int
 
@@ -196,10 +189,7 @@ def model_surrogates(sites: Iterable[FisherSite], key: jax.Array) -> dict[str, D
 def surrogate_operator(
     surrogate: Callable[[Params], jax.Array], params: Params, key: jax.Array, *, forward: bool
 ) -> FisherOperator:
-    """F from a function whose derivative along d at ``params`` is ½ dᵀFd.
-
-    :param forward: differentiate in forward mode only.
-    """
+    """F from a Fisher surrogate of the parameters; ``forward`` for derivatives in forward mode only."""
     flat, unravel = ravel_pytree(params)
     return FisherOperator(params, fisher_product(lambda x: surrogate(unravel(x)), flat, forward=forward), key)
 
@@ -207,7 +197,7 @@ def surrogate_operator(
 def _operator_of_loss(
     frozen: Frozen, loss_info: LossInfo, params: Params, names: Iterable[str], key: jax.Array
 ) -> FisherOperator:
-    """F from the loss with the surrogates that the handler ``frozen`` puts in."""
+    """F from the loss with the surrogates of the handler ``frozen``."""
 
     def surrogate(mine: Params) -> jax.Array:
         with frozen:

@@ -7,8 +7,7 @@
     MomentumConjugateGradients  v ← μv + (F + λ)⁻¹ (g − (F + λ) μv), by a few products a step: networks
     Woodbury                    [g − U (λI + UᵀU)⁻¹ Uᵀ g] / λ for F = UUᵀ: scores
 
-Operator and solver are separate, as in lineax: any metric (:mod:`.metrics`) can be combined with the solvers that need
-its products only.
+Operator and solver are separate, as in lineax: all solvers but Woodbury need products only, and go with any metric.
 """
 
 from abc import ABC, abstractmethod
@@ -31,7 +30,7 @@ Product = Callable[[jax.Array], jax.Array]
 
 
 class FisherTangent(NamedTuple):
-    """A natural gradient v = F⁻¹g of one block, ``(P,)``, and the squared norms that its noise is estimated from."""
+    """A natural gradient v = F⁻¹g of one block, ``(P,)``, and the squared norms for its noise."""
 
     v: jax.Array
     norms: SquaredNorms
@@ -40,11 +39,11 @@ class FisherTangent(NamedTuple):
 class FisherOperator(NamedTuple):
     """The Fisher matrix F of unconstrained parameters, symmetric and positive semi-definite, as an operator.
 
-    :ivar params: the parameters that F is taken at, a tree with P entries in all.
+    :ivar params: the parameters at which F is evaluated, a tree with P entries in all.
     :ivar product: d ↦ Fd, ``(P,) -> (P,)``, in the order of ``jax.flatten_util.ravel_pytree(params)``.
     :ivar key: PRNG key of the probe that estimates the trace of F where F is not formed.
-    :ivar owned: ``(P,)``, whether an entry belongs to a parameter of a distribution. The others have zero rows.
-    :ivar exact: whether F is in closed form, and no mean over draws.
+    :ivar owned: ``(P,)``, whether an entry is a parameter of a distribution. The others have zero rows.
+    :ivar exact: whether F is in closed form rather than a mean over draws.
     :ivar scores: U, ``(P, S)``, where F = UUᵀ is made of scores.
     """
 
@@ -109,9 +108,8 @@ class FisherOperator(NamedTuple):
 class Solver(ABC):
     """How a block solves for its natural gradient.
 
-    :cvar description: for the report.
-    :cvar has_momentum: whether it starts from the natural gradient of the last step, so that the memory holds that one
-        in place of a running mean.
+    :cvar has_momentum: whether it starts from the last natural gradient, which the memory holds in place of a running
+        mean.
     """
 
     description: ClassVar[str]
@@ -119,10 +117,10 @@ class Solver(ABC):
 
     @abstractmethod
     def natural_gradient(self, operator: FisherOperator, gradient: jax.Array, memory: jax.Array) -> FisherTangent:
-        """Solve for ``gradient`` and compare the solution with what the block remembers, ``memory``; both ``(P,)``."""
+        """Solve F v = ``gradient`` and compare v with the running mean ``memory``; all ``(P,)``."""
 
     def noise_threshold(self, scope: Scope, parameters: int, numbers: int) -> float | None:
-        """The noise threshold τ, nats, if the solver has a reason for one of its own (:class:`.NoiseTolerance`)."""
+        """The noise threshold τ, nats, or ``None`` for the default (:class:`.NoiseTolerance`)."""
         return None
 
 
@@ -130,10 +128,10 @@ class Solver(ABC):
 class Cholesky(Solver):
     """Form F, and solve (F + damping · diag F) v = g with F scaled to a unit diagonal.
 
-    :ivar damping: relative; ``None`` for rounding errors only. A Fisher matrix in closed form has the rank that the
-        data give it, and undamped steps converge like Newton's.
-    :ivar by_array: add to each entry of diag F the mean of its array, so that single entries of a noisy F that happen
-        to vanish are damped like the others; of an array that vanishes (a factor that starts at zero), of the block.
+    :ivar damping: relative; ``None`` for rounding errors only: with F in closed form undamped steps converge like
+        Newton's.
+    :ivar by_array: add to each entry of diag F the mean of its array, or of the block if that mean is zero (a factor
+        that starts at zero), so that entries of a noisy F that happen to vanish are damped like the others.
     """
 
     damping: float | None = None
@@ -161,9 +159,7 @@ class Cholesky(Solver):
 class ConjugateGradients(Solver):
     """Solve (F + damping · tr F/P) v = g by products with F; tr F from one Rademacher probe (Hutchinson 1990).
 
-    :ivar damping: relative to the mean of diag F.
-    :ivar tolerance: relative residual at which it stops.
-    :ivar steps: products, at most.
+    :ivar tolerance: relative residual at which it stops, after at most ``steps`` products.
     """
 
     damping: float
@@ -187,10 +183,9 @@ class ConjugateGradients(Solver):
 class MomentumConjugateGradients(Solver):
     """A few steps of conjugate gradients from μ times the last natural gradient.
 
-    A minibatch determines few of a network's directions. In these v is solved for; the others, which k steps do not
-    reach, stay as earlier minibatches left them (Martens & Sutskever 2012; "SPRING", Goldshlager, Abrahamsen & Lin
-    2024, does the same in the space of samples). A Levenberg–Marquardt λ, adapted to what steps achieve on their own
-    minibatch, tends to zero, and the steps overfit that minibatch.
+    A minibatch determines few of a network's directions. In these k steps solve for v; in the others v keeps the value
+    of earlier minibatches (Martens & Sutskever 2012; in the space of samples "SPRING", Goldshlager, Abrahamsen & Lin
+    2024). The damping is not adapted by Levenberg–Marquardt: on its own minibatch it tends to zero and overfits.
 
     :ivar damping: λ relative to vᵀFv/vᵀv, the curvature of F along the last natural gradient v.
     :ivar momentum: μ.
@@ -213,10 +208,10 @@ class MomentumConjugateGradients(Solver):
         damped = lambda v: operator.product(v) + damping * v
         correction, residual = conjugate_gradients(damped, residual, self.steps)
         v = start + correction
-        # Along v the quadratic model of this minibatch is least at gᵀv / vᵀ(F + λ)v. Where F has grown, this is below
-        # 1: the momentum comes from where F was smaller, and is too long.
+        # Along v the quadratic model of this minibatch is least at gᵀv / vᵀ(F + λ)v. That is below 1 where F has grown,
+        # because the momentum is then too long.
         fraction = jnp.clip(gradient @ v / jnp.maximum((gradient - residual) @ v, tiny), 0.0, 1.0)
-        # The two minibatches agree on the momentum that is left as far as this gradient points along it.
+        # The part of the norm on which this and earlier minibatches agree: the gradient along the momentum.
         squared_norm = jnp.maximum(fraction * (gradient @ v), 0.0)
         agreed = jnp.clip(fraction * (start @ gradient), 0.0, squared_norm)
         return FisherTangent(fraction * v, SquaredNorms(agreed, squared_norm - agreed, squared_norm))
@@ -232,8 +227,7 @@ class Woodbury(Solver):
     P parameters and S scores cost S²P. The Fisher matrix of a network is nearly singular, so that λ is not small.
 
     :ivar damping: λ relative to tr F, the mean of ‖score‖².
-    :ivar norm_max: nats. A longer natural gradient is shortened to that: so far away KL is not its quadratic model, and
-        v gives a direction but no distance.
+    :ivar norm_max: nats. A longer natural gradient is shortened to that, because KL is not its quadratic model there.
     """
 
     damping: float
@@ -255,11 +249,7 @@ class Woodbury(Solver):
 
 
 def damped_solver(parameters: int, constants: RuleConstants, *, local: bool = False) -> Solver:
-    """The solver of a Fisher matrix that varies from step to step.
-
-    :param parameters: P.
-    :param local: whether the parameters are rows of a subsampled plate: each step sees all data of its rows.
-    """
+    """The solver of a Fisher matrix that varies from step to step; ``local`` as in :class:`.KLHessian`."""
     c = constants
     if parameters <= c.dense_limit:
         return Cholesky(c.fisher_damping, by_array=True)
@@ -269,9 +259,9 @@ def damped_solver(parameters: int, constants: RuleConstants, *, local: bool = Fa
 
 
 def conjugate_gradients(product: Product, gradient: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
-    """An approximation of F⁻¹g by so many products with F, and its residual, which ``cg`` of JAX does not return.
+    """An approximation of F⁻¹g by ``steps`` products with F, and its residual, which JAX's ``cg`` does not return.
 
-    The loop is unrolled, so that the compiler can run those of two networks side by side.
+    The loop is unrolled, so that two networks can be solved for in parallel.
     """
     tiny = jnp.finfo(gradient.dtype).tiny
     v, residual, direction, square = jnp.zeros_like(gradient), gradient, gradient, gradient @ gradient
@@ -295,13 +285,13 @@ def woodbury_solve(scores: jax.Array, damping: jax.Array, gradient: jax.Array) -
 
 
 def _compare(v: jax.Array, image: jax.Array, mean: jax.Array, mean_image: jax.Array) -> FisherTangent:
-    """A natural gradient v with F v, and the running mean of earlier ones with F times that."""
+    """The tangent of v from F v, the running mean and F times that."""
     squares = mean @ mean_image, (v - mean) @ (image - mean_image), v @ image
     return FisherTangent(v, SquaredNorms(*(jnp.maximum(x, 0.0) for x in squares)))
 
 
 def _scale_of_arrays(diagonal: jax.Array, unravel: Callable[[jax.Array], Params]) -> jax.Array:
-    """diag F plus the mean over each array, or over all where an array has none that single precision can resolve."""
+    """diag F plus its mean over each array, or over the block where an array's mean is zero to single precision."""
     overall = jnp.mean(diagonal)
     overall = jnp.where(overall > 0, overall, 1.0)
 

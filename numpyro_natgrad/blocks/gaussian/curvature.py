@@ -44,11 +44,11 @@ class CurvatureEstimate(NamedTuple):
 
 
 class CurvatureEstimator(Protocol):
-    """How a joint Gaussian block learns slope and curvature from the loss."""
+    """How a joint Gaussian block estimates slope and curvature."""
 
     @property
     def density_mode(self) -> DensityMode:
-        """How the densities of the sites are differentiated."""
+        """How the sites' densities are differentiated."""
 
     def description(self, size: int) -> str:
         """What a step over ``size`` latents evaluates, for the report."""
@@ -81,13 +81,13 @@ class HessianProducts:
 class AntitheticProducts:
     """Products with the Hessians of antithetic draws m ± Kε, each direction with some of the pairs only.
 
-    *Pairs.* Every term that is odd in ε cancels from slope and curvature, so that no control variate is needed, and
-    where the posterior is Gaussian there is no noise at all. The last one of an odd number of draws has no partner, and
-    the Hessians of the others correct the slope for it.
+    *Pairs.* Terms that are odd in ε cancel from slope and curvature, so that no control variate is needed, and a
+    Gaussian posterior leaves no noise. The last of an odd number of draws has no partner: its contribution to the slope
+    is corrected by the Hessians of the others.
 
-    *Groups.* With H_p the mean Hessian of a pair p, E[H_p u] = E[H]u for any pair. G groups of pairs therefore divide
-    the D columns of K among them: D/G products a draw instead of D, for G times the variance of the curvature. Far from
-    the optimum that noise does not decide how good a step is; near it small steps and averaging remove it.
+    *Groups.* E[H_p u] = E[H]u for the mean Hessian H_p of any pair p. G groups of pairs therefore share the D columns
+    of K: D/G products a draw instead of D, for G times the variance of the curvature. Near the optimum, where that
+    noise matters, small steps and averaging remove it.
 
     :ivar particles: draws a step, at least 2.
     """
@@ -124,17 +124,14 @@ class AntitheticProducts:
 
 
 def group_count(d: int, particles: int, constants: RuleConstants) -> int:
-    """G: as many groups of pairs as leave ``full_probes`` directions to each, but no more than there are pairs.
-
-    A full Gaussian beyond the limit of a joint step is probed along as many directions a step.
-    """
+    """G: so many groups that each has ``full_probes`` directions, but no more groups than pairs."""
     return max(1, min(particles // 2, round(d / constants.full_probes)))
 
 
 def unpaired_draw_shift(draws: jax.Array, loc: jax.Array) -> jax.Array:
-    """Shifts u_s with (1/S) Σ H_s u_s = −H̄ (z_S − m)/S, H̄ the mean Hessian of the draws before the last.
+    """Shifts u_s with (1/S) Σ H_s u_s = −H̄ (z_S − m)/S, the slope's correction for an unpaired last draw.
 
-    That is the correction for the last one of an odd number of draws, ``(1, S, D)``; ``(0, S, D)`` for pairs alone.
+    H̄ is the mean Hessian of the draws before it. Shape ``(1, S, D)``; ``(0, S, D)`` for an even number of draws.
     """
     n = len(draws)
     others = jnp.arange(n)[:, None] < n - 1
@@ -155,9 +152,9 @@ def _from_products(
 class SteinRegression:
     """Regression of gradients on draws (:mod:`.stein_regression`), at the cost of one gradient a particle.
 
-    Draws are remembered, so that a step goes all of the way to the fit. Of n remembered draws S are new, and the fit
-    follows what these say by S/n: the natural gradient is n/S times the way to the fit, and the step size is S/n. The
-    noise is thereby estimated from what the new draws say.
+    Draws are remembered, so that a step goes all of the way to their fit. Of n draws S are new, and move the fit by S/n
+    of the way to their own fit. The natural gradient is therefore stated as n/S times the way to the fit, with the step
+    size S/n, so that its noise is that of the new draws.
     """
 
     constants: RuleConstants
@@ -170,7 +167,7 @@ class SteinRegression:
         self, latents: JointLatents, loss_info: LossInfo, params: Params, factor: jax.Array, sums: RegressionSums
     ) -> CurvatureEstimate:
         loc, own = latents.means(params), latents.cholesky(params)
-        # From the proxy's frame, K, to that of the guide, C, which the draws come from: K⁻¹C.
+        # K⁻¹C, from the frame K of the proxy to the frame C of the guide, from which the draws come.
         ratio = solve_triangular(factor, own, lower=True) if latents.has_proxy else jnp.eye(len(loc), dtype=loc.dtype)
         precision = ratio.T @ ratio
         draws, gradients = latents.draws(loss_info)

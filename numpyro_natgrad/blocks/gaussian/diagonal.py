@@ -3,7 +3,7 @@
 """One mean-field Gaussian site with too many latents for a joint step: everything is elementwise.
 
 With the whitened slope g = σ ∂L/∂m and curvature λ = σ ∂L/∂σ a step multiplies the precision by 1 + ρλ and moves the
-mean by −ρσg/(1 + ρλ) (Khan & Rue 2023, eq. 12). In first order λ comes from the gradient with respect to σ; in second
+mean by −ρσg/(1 + ρλ) (Khan & Rue 2023). In first order λ comes from the gradient with respect to σ; in second
 order from k Rademacher probes v of the Hessian of the loss (Bekas, Kokiopoulou & Saad 2007),
 
     λ = E[v ⊙ σHσv] − 1,      whose noise comes from the Hessian's off-diagonal entries and not from the draws.
@@ -64,7 +64,7 @@ class DiagonalGaussian(SiteBlock[GaussianSite, GaussianTangent]):
         loc, scale = self.site.read(params)
         shift = gaussian.mean_shift(v, rho, self.margin)
         ratio = gaussian.relative_factor(v, rho, self.margin)
-        # As in the joint block: the step is subtracted from the running mean, and the rest is whitened by the new σ.
+        # As in the joint block: the step is subtracted from the running mean, which is then whitened by the new σ.
         mean = self._running_mean(memory)
         values = mean.values - (ratio**-2 - 1)
         slope = ratio * (mean.slope - rho * v.slope + values * shift)
@@ -82,5 +82,5 @@ class DiagonalGaussian(SiteBlock[GaussianSite, GaussianTangent]):
         product = lambda v: v * scale * self._hessian_product(loss_info, scale * v)
         probes = jax.random.rademacher(randomness.key, (self.products, *self.site.shape), scale.dtype)
         curvature = jnp.mean(jax.vmap(product)(probes), axis=0)
-        # With path gradients log q varies along the draws, so that its Hessian −S is in the products already.
+        # With path gradients the products contain the Hessian −S of log q already.
         return curvature if self.density_mode == DensityMode.PATH and not self.site.analytic else curvature - 1

@@ -2,11 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One full Gaussian site with too many latents for a dense Hessian: k random probes of it, or first order.
 
-*Second order.* The whitened Hessian is probed along k orthonormal directions V (:func:`cosine_probes`), and M is
-replaced by its part of rank 2k that they determine (:func:`.sketched_tangent`). It has no noise at the solution.
+*Second order.* The whitened Hessian is probed along k orthonormal directions V (:func:`cosine_probes`), which determine
+a part of M of rank 2k (:func:`.sketched_tangent`), without noise at the solution.
 
-*First order.* M = tril(Kᵀ ∂L/∂K), made symmetric (Tan 2021, section 3), from the gradient alone. Its noise grows with d
-over the number of draws.
+*First order.* M = tril(Kᵀ ∂L/∂K), made symmetric (Tan 2021), whose noise grows with d over the number of draws.
 """
 
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ class FullGaussian(SiteBlock[GaussianSite, FullTangent]):
         return gaussian.reverse_kl(v.tangent, rho, self.margin)
 
     def compare(self, memory: Memory, v: FullTangent) -> SquaredNorms:
-        """The mean part only: successive sketches show different parts of M, which would pass for noise."""
+        """The mean part only: successive sketches contain different parts of M, which would count as noise."""
         mean, slope = self._running_mean(memory), v.tangent.slope
         return SquaredNorms(*(jnp.sum(x**2) for x in (mean, slope - mean, slope)))
 
@@ -101,8 +100,8 @@ class FullGaussian(SiteBlock[GaussianSite, FullTangent]):
 def cosine_probes(d: int, k: int, randomness: Randomness, dtype: jnp.dtype) -> jax.Array:
     """k orthonormal probes of d dimensions, ``(d, k)``: the next k vectors of a cosine (DCT-II) basis of random signs.
 
-    V_ij = ±√(2/d) cos(π (i + ½) j / d), the columns j in random order. Signs and order are those of the run, so that
-    every direction is probed once in d/k steps, and no orthogonalization is computed.
+    V_ij = ±√(2/d) cos(π (i + ½) j / d). Signs and order of the columns j are random and fixed for the run, so that
+    every direction is probed once in d/k steps.
     """
     sign_key, order_key = jax.random.split(randomness.run_key)
     signs = jax.random.rademacher(sign_key, (d, 1), dtype)

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """All Gaussian sites of a guide in one dense step of their full-covariance proxy, which is projected onto the guide.
 
-The proxy N(m, S⁻¹) over all latents takes the step S ← (1−ρ)S + ρ E_q[∇²f], whatever the guide's family. The guide is
-its projection (:func:`.gaussian_sites.project`), and the draws come from the guide. The fixed points are the guide's
-own optima: there S = E_q[∇²f] and E_q[∇f] = 0, and S − Σ⁻¹ is orthogonal to the family's tangent space because of the
-projection, which is ∇_Σ L = ½(E_q[∇²f] − Σ⁻¹) = 0 along it (Price). The means of mean-field guides take Newton steps
-with the full precision, so that correlated posteriors do not slow them down.
+The proxy N(m, S⁻¹) over all latents takes the step S ← (1−ρ)S + ρ E_q[∇²f], whatever the guide's family. The guide,
+from which the draws come, is its projection (:func:`.gaussian_sites.project`). The fixed points are the guide's optima:
+there E_q[∇f] = 0, S = E_q[∇²f], and ∇_Σ L = ½(S − Σ⁻¹) (Price) is orthogonal to the family's tangent space, as at every
+projection. The means of mean-field guides take Newton steps with the full precision, so that correlated posteriors do
+not slow them down.
 """
 
 from dataclasses import dataclass
@@ -38,11 +38,9 @@ from numpyro_natgrad.guide.handlers import DensityMode
 class JointTangent(NamedTuple):
     """A natural gradient of D latents, whitened by (m, K).
 
-    :ivar tangent: slope and eigendecomposition of the curvature.
-    :ivar estimate: what they were made of.
+    :ivar tangent: slope and eigendecomposition of the curvature of ``estimate``.
     :ivar loc: m, ``(D,)``.
     :ivar factor: K, ``(D, D)``: that of the proxy if there is one.
-    :ivar guide_factors: the factor of every site.
     """
 
     tangent: GaussianTangent
@@ -56,10 +54,9 @@ class JointTangent(NamedTuple):
 class JointGaussian(Block[JointTangent]):
     """The dense joint step.
 
-    :ivar curvature: the estimator of slope and curvature.
     :ivar margin: see :func:`.positive_ratio`.
-    :ivar kl_of_guide: whether the forward KL is that of the guide, which a limit in nats is about, at the price of a
-        projection for every step size that is tried. Otherwise it is that of the proxy.
+    :ivar kl_of_guide: whether the forward KL is that of the guide, for a limit in nats, at the price of a projection
+        for every trial step size. Otherwise it is that of the proxy.
     """
 
     latents: JointLatents
@@ -83,7 +80,7 @@ class JointGaussian(Block[JointTangent]):
         c = scope.constants
         antithetic = self.curvature.density_mode == DensityMode.ANTITHETIC
         tolerance = default_noise_tolerance(scope, antithetic=antithetic)
-        # Beyond τ the floor keeps steps long, so that the threshold need not grow with the number of latents.
+        # The threshold need not grow with the number of latents: the floor keeps steps long beyond it.
         threshold = min(tolerance.threshold, c.noise_threshold / scope.blocks)
         floor = c.floor_noise if scope.full_data else c.floor_noise_minibatch
         return tolerance._replace(threshold=threshold, floor_noise=floor * self.latents.size)
@@ -119,7 +116,7 @@ class JointGaussian(Block[JointTangent]):
         return gaussian.reverse_kl(v.tangent, rho, self.margin)
 
     def compare(self, memory: Memory, v: JointTangent) -> SquaredNorms:
-        """Squared norms in the proxy; visible is what the guide follows: the means, and its part of the curvature."""
+        """Squared norms in the proxy; ``visible`` are those of the means and of the guide's part of the curvature."""
         joint, (slope, curvature, *_) = memory.joint, v.estimate
         slopes = jnp.stack([joint.slope, slope - joint.slope, slope])
         curvatures = jnp.stack([joint.curvature, curvature - joint.curvature, curvature])
@@ -149,7 +146,7 @@ class JointGaussian(Block[JointTangent]):
         return self.latents.write(params, loc, factor, v.guide_factors), memory._replace(joint=joint)
 
     def _factor(self, params: Params, joint: JointMemory) -> jax.Array:
-        """K of the guide, or of the proxy, which begins as the guide's: the memory is zero before the first step."""
+        """K of the guide, or of the proxy, which starts as the guide."""
         own = self.latents.cholesky(params)
         return jnp.where(joint.factor[0, 0] > 0, joint.factor, own) if self.latents.has_proxy else own
 
@@ -158,9 +155,8 @@ class JointGaussian(Block[JointTangent]):
     ) -> JointMemory:
         """The running mean of natural gradients at the new point, whitened by its own factor K₊ = KT.
 
-        Each natural gradient v estimated the optimum η − v in natural parameters. That estimate stays while η moves by
-        −ρv, so that the step is subtracted. Natural parameters are affine coordinates, so that the change of frame is
-        exact: M' = TᵀMT and g' = Tᵀ(g + M K⁻¹(m₊ − m)).
+        A natural gradient v estimates the optimum η − v, which does not change as η moves by −ρv: the step is
+        subtracted. The change of frame is exact: M' = TᵀMT and g' = Tᵀ(g + M K⁻¹(m₊ − m)).
         """
         slope = joint.slope - rho * v.slope
         curvature = joint.curvature - gaussian.precision_change(v, rho, self.margin)

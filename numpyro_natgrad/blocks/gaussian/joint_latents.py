@@ -40,7 +40,7 @@ class JointLatents:
         return len(self.sites) > 1 or not self.sites[0].full_covariance
 
     def means(self, values: Params) -> jax.Array:
-        """The entries of the mean parameters, ``(D,)``: m of parameters, ∂L/∂m of a gradient."""
+        """The entries of the mean parameters, ``(D,)``: m from parameters, ∂L/∂m from a gradient."""
         return jnp.concatenate([values[s.loc].ravel() for s in self.sites])
 
     def cholesky(self, params: Params) -> jax.Array:
@@ -65,13 +65,13 @@ class JointLatents:
         return self.means(loss_info.hessian_product(tangents, {s.name: stretch for s in self.sites}))
 
     def hessian_product_per_draw(self, loss_info: LossInfo, shifts: jax.Array) -> jax.Array:
-        """H_s u_s/S of a shift u_s for every draw s, ``(S, D)``."""
+        """H_s u_s/S for every draw s and its shift u_s, ``(S, D)``."""
         shapes, split = loss_info.perturbation_gradients, zip(self.sites, self.split(shifts, axis=1), strict=True)
         images = loss_info.hessian_product_per_draw({s.name: x.reshape(shapes[s.name][1].shape) for s, x in split})
         return jnp.concatenate([images[s.name].reshape(len(shifts), -1) for s in self.sites], axis=1)
 
     def write(self, params: Params, loc: jax.Array, factor: jax.Array, starts: GuideFactors) -> Params:
-        """The parameters of the guide's member closest to N(m, KKᵀ); an iterative projection begins at ``starts``."""
+        """The parameters of the guide closest to N(m, KKᵀ); an iterative projection begins at ``starts``."""
         factors = project(inverse_lower(factor), self.sites, starts) if self.has_proxy else [factor]
         for site, mean, own in zip(self.sites, self.split(loc), factors, strict=True):
             params = site.write(params, mean, own)
@@ -84,7 +84,7 @@ class JointLatents:
         return sum((s.kl(a, b, x.reshape(s.shape)) for s, a, b, x in each), jnp.zeros(()))
 
     def projected_square(self, factor: jax.Array, curvature: jax.Array) -> jax.Array:
-        """‖M‖² of the part of a whitened curvature M that the guide's family can follow."""
+        """‖M‖² of the guide's part of a whitened curvature M."""
         columns = zip(self.sites, self.split(inverse_lower(factor), axis=1), strict=True)
         return sum((projected_square(x, curvature, s.block_size) for s, x in columns), jnp.zeros(()))
 

@@ -2,16 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """One low-rank Gaussian site N(m, D(I + WWᵀ)D) with too many latents for a joint step: no array is d × d.
 
-The step goes towards S ← (1−ρ)S + ρ E_q[∇²f] and to the family's member there (:func:`.low_rank_gaussian.step`). In
-units of s, it needs of the *excess* H − S of the Hessian over the guide's precision
+The step projects (1−ρ)S + ρ E_q[∇²f] onto the family (:func:`.low_rank_gaussian.step`). In units of s, it needs two
+properties of the *excess* H − S of the Hessian over the guide's precision:
 
-* (H − S)T along 2r + 10 orthonormal directions T: the columns of W; the residuals of the step before, so that W turns
-  as in LOBPCG (Knyazev 2001); the slope and the running mean of earlier ones, along which the mean then moves as in
-  conjugate gradients; and (H − S)ω of 8 random ω (a range finder, Halko, Martinsson & Tropp 2011);
+* (H − S)T along 2r + 10 orthonormal directions T: the columns of W; the residuals of the last step, as in LOBPCG
+  (Knyazev 2001); the slope and its running mean, as in conjugate gradients; and (H − S)ω of 8 random ω (a range finder,
+  Halko, Martinsson & Tropp 2011);
 * diag(H − S): exactly along T, and from 8 random signs ω as ω ⊙ (H − S)ω across T (Hutch++, Meyer et al. 2021).
 
-Where the target is a member of the family, H − S is zero at the optimum, and so is the noise. At W = 0, where fits
-begin, the gradient of W vanishes: random signs replace directions that are zero, which breaks the symmetry.
+If the posterior is in the family, H − S and the noise are zero at the optimum. At W = 0, where fits begin, the gradient
+of W vanishes; random signs in place of zero directions break that symmetry.
 """
 
 from dataclasses import dataclass
@@ -51,8 +51,8 @@ class LowRankBlockTangent(NamedTuple):
 class LowRankGaussian(SiteBlock[LowRankSite, LowRankBlockTangent]):
     """One low-rank site, in second order.
 
-    Running means stand in the place of the site's parameters, in units of the latents: of the slope for m, and of
-    diag(H − S) for s. In the place of W are the residuals of the last step.
+    The memory holds, in units of the latents, running means of the slope (in the place of m) and of diag(H − S) (of s),
+    and the residuals of the last step (of W).
     """
 
     @property
@@ -101,7 +101,7 @@ class LowRankGaussian(SiteBlock[LowRankSite, LowRankBlockTangent]):
         return jnp.sum(jax.vmap(low_rank_gaussian.forward_kl)(new.factor, old, 1 / new.ratio, new.shift / new.ratio))
 
     def compare(self, memory: Memory, v: LowRankBlockTangent) -> SquaredNorms:
-        """Mean and diagonal only: the curvature along T changes with T, which would pass for noise."""
+        """Mean and diagonal only: the curvature along T changes with T, which would count as noise."""
         mean, new = self._running_mean(memory, v.scale), (v.tangent.slope, v.tangent.diagonal)
         norm = jax.vmap(low_rank_gaussian.mean_scale_squared_norm)
         pairs = (mean, jax.tree.map(jnp.subtract, new, mean), new)
@@ -114,7 +114,7 @@ class LowRankGaussian(SiteBlock[LowRankSite, LowRankBlockTangent]):
     def retract(self, params: Params, memory: Memory, v: LowRankBlockTangent, rho: jax.Array) -> tuple[Params, Memory]:
         new = self._step(v, rho)
         slope, diagonal = self._running_mean(memory, v.scale)
-        # As in the diagonal block: the step is subtracted, and the slope is that at the new mean.
+        # As in the diagonal block: the step is subtracted, and the slope is transported to the new mean.
         change = jax.vmap(low_rank_gaussian.precision_diagonal_change, (0, None, None))
         diagonal = diagonal - change(v.tangent, rho, self.margin)
         memory = self._remembered(memory, v, slope - rho * v.tangent.slope + diagonal * new.shift, diagonal)
@@ -136,7 +136,7 @@ class LowRankGaussian(SiteBlock[LowRankSite, LowRankBlockTangent]):
     def _hessian_products(self, loss_info: LossInfo, scale: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
         """Hx of every batch element for its own x, ``(batch, d, n)``.
 
-        Elements are probed together, with random signs, so that in the mean they do not see each other.
+        All elements share a product; random signs cancel products between elements in expectation.
         """
         shape = (x.shape[0], 1, x.shape[-1])
         signs = random.rademacher(key, shape, x.dtype) if x.shape[0] > 1 else jnp.ones(shape, x.dtype)
@@ -157,7 +157,7 @@ _precision_product = jax.vmap(low_rank_gaussian.precision_product)
 
 
 def orthonormal_basis(known: jax.Array, substitutes: jax.Array, found: jax.Array, n: int) -> jax.Array:
-    """T, ``(d, n)``: of the known directions, with substitutes for columns of zeros, and then of those found."""
+    """T, ``(d, n)``, from the known directions, with substitutes for zeros, and then from those found."""
     norm = jnp.linalg.norm(known, axis=0)
     tiny = jnp.finfo(norm.dtype).tiny ** 0.5
     known = jnp.where(norm > tiny, known / jnp.maximum(norm, tiny), substitutes)
@@ -184,7 +184,7 @@ def _assemble(
     signs, along, across = probes[:, n:], images[:, :n], images[:, n:]
     inner = basis.T @ along
     outside = along - basis @ inner
-    # With P = TTᵀ: diag(H − S) is that of (I − P)(H − S)(I − P), which is probed, and of the rest, which is known.
+    # With P = TTᵀ, the diagonal of (I − P)(H − S)(I − P) is probed, and that of the rest of H − S is known.
     across = across - basis @ (basis.T @ across) - outside @ (basis.T @ signs)
     known = jnp.sum(basis * (2 * outside + basis @ (inner + inner.T) / 2), axis=1)
     innovations = known[:, None] + signs * across - mean_diagonal[:, None]

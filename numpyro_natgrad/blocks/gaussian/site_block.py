@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""What the blocks of one Gaussian site have in common: a site with too many latents for a joint step."""
+"""The base class of the blocks of a single Gaussian site with too many latents for a joint step."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ Site = TypeVar("Site", GaussianSite, LowRankSite)
 class SiteBlock(Block[Tangent], Generic[Site, Tangent]):
     """One Gaussian site.
 
-    :ivar density_mode: how its density is differentiated; ``None`` as NumPyro does it.
+    :ivar density_mode: how its density is differentiated; ``None`` for NumPyro's way.
     :ivar second_order: whether the curvature comes from products with the Hessian of the loss, or from the gradient.
     :ivar margin: see :func:`.positive_ratio`.
     """
