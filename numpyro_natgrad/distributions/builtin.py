@@ -4,9 +4,9 @@ r"""NumPyro's univariate, simplex and discrete distributions in the registry of 
 
     Gamma   η = (α, β)   T = (log z, −z)   A = log Γ(α) − α log β
 
-Each η is chosen such that its coordinates are bounded from below by 0 or unbounded: (α, β) instead of (α−1, −β).
-Location–scale families are no exponential families. With s = ∂ log f/∂z, the score of the standard density f, their
-Fisher matrix is σ⁻² [[a, b], [b, c]], a = E[s²], b = E[z s²], c = E[(1 + zs)²], in closed form.
+The coordinates of each η are unbounded or bounded from below by 0: (α, β) instead of (α−1, −β). Location–scale
+families are no exponential families. With the score s = ∂ log f/∂z of the standard density f, their Fisher matrix is
+σ⁻² [[a, b], [b, c]], a = E[s²], b = E[z s²], c = E[(1 + zs)²].
 """
 
 import math
@@ -41,8 +41,8 @@ _TINY_POWER = 0.45
 #: Probabilities are at most 1 minus this many roundings for each outcome: NumPyro's bijections recover 1 − Σp by a sum
 #: over all outcomes, and every one of them contributes a rounding error.
 _ODDS_ROUNDINGS = 4
-#: A rate e^η is at most max^0.9 of the floating-point type, and at least its inverse: a factor max^0.1 (7e3 in
-#: float32) is left for what it is multiplied by before that overflows.
+#: A rate e^η is at most max^0.9 of the floating-point type, and at least its inverse: it can be multiplied by max^0.1
+#: (7e3 in float32) without an overflow.
 _RATE_POWER = 0.9
 
 

@@ -6,8 +6,7 @@ r"""The registry of Fisher matrices in closed form: exponential families, and me
     E[T] = ∇A,    F_η = ∇²A,    KL(q_η ‖ q_η') = A(η') − A(η) − ⟨∇A(η), η' − η⟩
 
 An exponential family is stated by η as a function of NumPyro's arguments, by A, and by the arguments as a function of
-η. Its mean, Fisher matrix and KL follow by automatic differentiation. The built-in families (:mod:`.builtin`) are
-registered by the same function as a user's own.
+η. Its mean, Fisher matrix and KL follow by automatic differentiation.
 """
 
 from collections.abc import Callable
@@ -28,7 +27,7 @@ Metric = Callable[[Arguments, Arguments], jax.Array]
 #: of an exponential distribution whose rate changes by a factor r has the relative error 4e-8 for r in [½, 2], 6e-5 for
 #: r in [¼, 4] and 3e-3 at r = ⅛, the smallest factor that a step reaches at :data:`.NATURAL_MARGIN`.
 QUADRATURE_NODES = 6
-#: The least fraction of its distance to a bound that a natural parameter keeps, over ``margin``. It is the value of
+#: A natural parameter keeps at least this times ``margin`` of its distance to a bound, the value of
 #: :func:`.positive_ratio` for a change that leads exactly to the bound; longer changes keep the same.
 KEPT_FRACTION = 0.5
 
@@ -37,15 +36,7 @@ _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
 
 
 class ExponentialFamily(NamedTuple):
-    """An exponential family in natural parameters η, shape ``(*batch, k)``.
-
-    :ivar natural: the distribution's arguments, by keyword, to η. It may be any affine function of natural parameters.
-    :ivar log_normalizer: η, and the arguments named in ``fixed`` by keyword, to A, shape ``batch``.
-    :ivar arguments: η to a dict of arguments from which the class can be constructed.
-    :ivar lower: lower bounds of η, broadcast to ``(k,)``; ``-inf`` where it is unbounded.
-    :ivar fixed: arguments on which A depends and that are not natural parameters (a number of trials).
-    :ivar solve: η and g to F⁻¹g, where a formula is more accurate than a Cholesky factor of ∇²A.
-    :ivar move: η, its change and a margin to the new η, for a domain that is not a product of half-lines.
+    """An exponential family in η, shape ``(*batch, k)``; the fields are those of :func:`register_exponential_family`.
 
     .. doctest::
 
@@ -128,12 +119,11 @@ def register_exponential_family(
 ) -> None:
     """Register a distribution class as an exponential family q(z) = h(z) exp(⟨η, T(z)⟩ − A(η)).
 
-    Where its arguments are parameters of the guide, steps are taken in η, and a step of size 1 is exact on a conjugate
-    model (Hoffman et al. 2013, section 2.3). Where its arguments are computed from parameters, the Fisher matrix is
-    JᵀF J, with F = ∇²A and J the Jacobian of η.
+    If its arguments are parameters of the guide, steps are taken in η, and a step of size 1 is exact on a conjugate
+    model (Hoffman et al. 2013, section 2.3). If its arguments are computed from parameters, the Fisher matrix is JᵀF J,
+    with F = ∇²A and J the Jacobian of η.
 
-    :param type cls: the distribution class. Subclasses are not registered with it. Its ``arg_constraints`` name the
-        arguments.
+    :param type cls: the distribution class, without its subclasses. Its ``arg_constraints`` name the arguments.
     :param natural: ``natural(**arguments)`` returns η, a :class:`jax.Array` of shape ``(*batch, k)``. It may be any
         affine function of natural parameters.
     :param log_normalizer: ``log_normalizer(eta, **fixed_arguments)`` returns A, shape ``batch``, in nats.
@@ -141,10 +131,10 @@ def register_exponential_family(
     :param lower: lower bounds of η, broadcast to ``(k,)``; ``-inf``, the default, where it is unbounded.
     :param tuple fixed: names of the arguments on which A depends and that are not natural parameters, such as a number
         of trials.
-    :param solve: ``solve(eta, gradient)`` returns F⁻¹ ``gradient``, shape ``(*batch, k)``, where a formula is more
-        accurate than a Cholesky factor of ∇²A, the default.
-    :param move: ``move(eta, change, margin)`` returns the new η. It replaces the default, η + change within ``lower``,
-        where the domain is not a product of half-lines.
+    :param solve: ``solve(eta, gradient)`` returns F⁻¹ ``gradient``, shape ``(*batch, k)``, if a formula is more
+        accurate than the default, a Cholesky factor of ∇²A.
+    :param move: ``move(eta, change, margin)`` returns the new η if the domain is not a product of half-lines. The
+        default is η + change within ``lower``.
     :return: None
 
     .. doctest::
@@ -171,10 +161,10 @@ def register_exponential_family(
 def register_fisher(cls: type, metric: Metric, *, fixed: tuple[str, ...] = ()) -> None:
     """Register the Fisher matrix of a distribution class that is not an exponential family.
 
-    :param type cls: the distribution class. Subclasses are not registered with it.
+    :param type cls: the distribution class, without its subclasses.
     :param metric: ``metric(at, d)`` returns dᵀF(at)d, shape ``batch``: the squared Fisher norm, in nats, of a change
         ``d`` of the arguments ``at``. Both are dicts of the arguments from which the distribution was constructed.
-    :param tuple fixed: names of the arguments that the metric does not cover. Where one of them is computed from
+    :param tuple fixed: names of the arguments that the metric does not cover. If one of them is computed from
         parameters, the Fisher matrix is estimated from draws.
     :return: None
 
@@ -219,10 +209,7 @@ def free_arguments(family: ExponentialFamily, arguments: Arguments) -> Arguments
 
 
 def registered_kl(cls: type, frozen: Arguments, arguments: Arguments) -> jax.Array | None:
-    """KL(q_frozen ‖ q_arguments) or its quadratic model, in nats, shape ``batch``; ``None`` for an unknown class.
-
-    Its Hessian with respect to ``arguments``, at ``frozen``, is the Fisher matrix.
-    """
+    """KL(q_frozen ‖ q_arguments) or its quadratic model, in nats, shape ``batch``; ``None`` for an unknown class."""
     if cls in _EXPONENTIAL_FAMILIES:
         return _bregman_divergence(_EXPONENTIAL_FAMILIES[cls], frozen, arguments)
     if cls in _METRICS:
@@ -240,9 +227,8 @@ def _bregman_divergence(family: ExponentialFamily, frozen: Arguments, arguments:
 def positive_step(value: jax.Array, change: jax.Array, margin: float) -> jax.Array:
     """``value`` + ``change`` for a positive ``value``, kept positive by :func:`.positive_ratio` for any change.
 
-    The result is at least ½ ``margin`` times ``value``. Both the relative change and the result are limited to
-    [√tiny, √max] of the floating-point type, so that their squares, as in the Fisher matrix η⁻² of a rate, neither
-    overflow nor underflow.
+    The result is at least ½ ``margin`` times ``value``. It stays in [√tiny, √max] of the floating-point type, and the
+    relative change in ±√max, so that their squares (the Fisher matrix of a rate is η⁻²) neither overflow nor underflow.
     """
     info = jnp.finfo(value.dtype)
     small, large = info.tiny**0.5, info.max**0.5

@@ -8,8 +8,8 @@ S₊ = (1−ρ) S + ρ E[∇²f], m₊ = m − ρ S₊⁻¹ E[∇f] in natural p
     w = 1 + ρλ,   K₊ = K Q w^(−1/2) (rotated to be lower triangular),   m₊ = m − ρ K Q (Qᵀg / w)
     KL(q ‖ q₊) = ½ Σ [w − 1 − log w + ρ² (Qᵀg)² / w],      ‖v‖² = gᵀg + ½ tr M² in the Fisher metric
 
-No Fisher matrix is formed and no matrix is inverted. Rounding errors do not grow with the condition number of KKᵀ, so
-that float32 suffices. All functions accept leading batch axes.
+No Fisher matrix is formed and no matrix is inverted. Float32 suffices, because rounding errors do not grow with the
+condition number of KKᵀ. All functions accept leading batch axes.
 """
 
 from typing import NamedTuple
@@ -43,9 +43,7 @@ def sketched_tangent(slope: jax.Array, probes: jax.Array, image: jax.Array) -> G
     """Approximate M from its products with k probes: M̂ = YVᵀ + VYᵀ − V(VᵀY)Vᵀ for orthonormal V and Y = MV.
 
     M̂ agrees with M on the span of V, is zero where M is, and has rank at most 2k. Its eigenvalues cost O(d k²).
-
-    :param probes: V, ``(d, k)``.
-    :param image: Y, ``(d, k)``.
+    ``probes`` are V and ``image`` is Y, both ``(d, k)``.
     """
     basis, _ = jnp.linalg.qr(jnp.concatenate([probes, image], axis=1))
     v, y = basis.T @ probes, basis.T @ image
@@ -63,10 +61,9 @@ def squared_norm(t: GaussianTangent) -> jax.Array:
 def positive_ratio(x: jax.Array, margin: float) -> jax.Array:
     """Return 1 + x where it is at least ``margin``, and margin² / (2 margin − 1 − x) below.
 
-    Both have the value ``margin`` and the slope 1 where they meet, so that the function is positive, increasing and
-    continuously differentiable for every x. A precision that a step multiplies by 1 + x then stays positive definite,
-    even where the log density is not concave or its curvature is noisy. The step is exact where no variance grows by
-    more than 1/``margin``.
+    Both have the value ``margin`` and the slope 1 where they meet: the function is positive, increasing and
+    continuously differentiable. A precision that a step multiplies by it stays positive definite, even if the log
+    density is not concave or its curvature is noisy. The step is exact if no variance grows by more than 1/``margin``.
     """
     return jnp.where(x >= margin - 1, 1 + x, margin**2 / jnp.maximum(2 * margin - 1 - x, margin))
 
@@ -96,8 +93,8 @@ def mean_shift(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
 def relative_factor(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
     """K⁻¹K₊: lower triangular ``(..., d, d)``, or its diagonal ``(..., d)`` where M is diagonal.
 
-    It is the lower triangular root of B⁻¹ for B = I + Q (w − 1) Qᵀ. A QR factorization of the symmetric root of B⁻¹
-    does not square the condition number of that root, as a Cholesky factorization of B would.
+    It is the lower triangular root of B⁻¹ for B = I + Q (w − 1) Qᵀ, by a QR factorization of the symmetric root. A
+    Cholesky factorization would square the condition number of that root.
     """
     root = 1 / jnp.sqrt(positive_ratio(rho * t.values, margin))
     if t.vectors is None:
@@ -118,10 +115,7 @@ def _coefficients(t: GaussianTangent) -> jax.Array:
 
 
 def _squared_residual(t: GaussianTangent, coefficients: jax.Array) -> jax.Array | float:
-    """The squared length of the slope's part orthogonal to Q, where w = 1.
-
-    It is zero where Q is square; computing it there would only return rounding errors.
-    """
+    """The squared length of the slope's part orthogonal to Q, where w = 1; exactly zero if Q is square."""
     if t.vectors is None or t.vectors.shape[-1] == t.slope.shape[-1]:
         return 0.0
     return jnp.sum((t.slope - _expand(t.vectors, coefficients)) ** 2)
@@ -152,8 +146,8 @@ def scaled_cholesky_solve(
 ) -> jax.Array:
     """Solve (A + damping · D) x = b with D = diag(scale), by a Cholesky factor of D^(−½) A D^(−½) + damping · I.
 
-    Parameters may be of any order of magnitude: with ``scale`` = diag A, the default, the matrix that is factorized has
-    a unit diagonal, which minimizes its condition number up to a factor n (van der Sluis 1969).
+    The parameters may differ by orders of magnitude: with ``scale`` = diag A, the default, the factorized matrix has a
+    unit diagonal, which minimizes its condition number up to a factor n (van der Sluis 1969).
 
     :param matrix: A, symmetric positive semi-definite, ``(..., n, n)``. Only its lower triangle is read.
     :param rhs: b, ``(..., n)``.

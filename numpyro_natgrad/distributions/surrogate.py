@@ -1,15 +1,15 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Surrogate densities: they replace log q or log p, so that a derivative of the loss is the quantity that is needed.
+"""Surrogate densities, which replace log q or log p to make a derivative of the loss the quantity that is needed.
 
 A *Fisher surrogate* is a function with value zero whose derivative along a tangent d is ½ dᵀFd nats, the KL of a small
 step d, either from the KL in closed form or from the score at a draw z:
 
     ½ d² ∂²KL(q_frozen ‖ q) = ½ dᵀFd,        E_z ½ (∂_d log q(z))² = ½ dᵀFd
 
-It is quadratic in d, hence the derivative of no function; but forward-mode differentiation accepts it as a rule
-(``jax.custom_jvp``). The loss is affine in each log density, so that its derivative along d becomes ½ dᵀFd as well, and
-the gradient of that derivative with respect to d is Fd: one forward and one backward pass, without second derivatives.
+A derivative is linear in d and this rule is quadratic, but forward-mode differentiation accepts it
+(``jax.custom_jvp``). The loss is affine in each log density. Its derivative along d is therefore ½ dᵀFd as well, whose
+gradient with respect to d is Fd: one forward and one backward pass, without second derivatives.
 
 Other surrogates are Gaussian and exponential-family densities whose dependence on the parameters is changed.
 """
@@ -41,8 +41,8 @@ Tangents = tuple[jax.Array, ...]
 class FisherEstimate(StrEnum):
     """How the Fisher matrix of one site is computed; the values are the words of the report.
 
-    The empirical Fisher matrix is the second moment of the scores at the observed data. It is no Fisher matrix, whose
-    expectation is over data drawn from the model.
+    The empirical one is the second moment of the scores at the observed data; a Fisher matrix has data drawn from the
+    model.
     """
 
     CLOSED_FORM = "closed form"
@@ -90,8 +90,7 @@ def kl_surrogate(fn: dist.Distribution, value: jax.Array | None = None) -> jax.A
 def squared_score_surrogate(fn: dist.Distribution, value: jax.Array) -> jax.Array:
     """The Fisher surrogate by the score at a frozen draw.
 
-    F is the outer product of scores: unbiased for the Fisher matrix, and positive semi-definite at every draw, unlike
-    the Hessian of −log q.
+    The outer product of scores is an unbiased F, positive semi-definite at every draw, unlike the Hessian of −log q.
     """
     return _half_square(fn.log_prob(value))
 
@@ -110,8 +109,7 @@ def _(x: Tangents, d: Tangents) -> tuple[jax.Array, jax.Array]:
 def likelihood_surrogate(estimate: FisherEstimate, key: jax.Array) -> Density:
     """The Fisher surrogate of an observed site, in place of −log p.
 
-    Only the empirical Fisher matrix depends on the observed values. Without a closed form, the scores are those of data
-    drawn from the model at its current parameters.
+    The scores of the Monte-Carlo estimate are at data drawn from the model; the empirical one uses the observed values.
     """
     if estimate != FisherEstimate.MONTE_CARLO:
         return fisher_surrogate(estimate)
@@ -147,8 +145,7 @@ def fisher_product(
 ) -> Callable[[jax.Array], jax.Array]:
     """The linear function d ↦ Fd, from a function whose derivative along d at ``x`` is ½ dᵀFd.
 
-    :param surrogate: ``(P,) -> ()``.
-    :param forward: use forward-mode differentiation only.
+    With ``forward``, only forward-mode differentiation is used.
     """
     along = lambda d: jax.jvp(surrogate, (x,), (d,))[1]
     return jax.linearize((jax.jacfwd if forward else jax.grad)(along), jnp.zeros_like(x))[1]
@@ -174,9 +171,9 @@ def with_detached_log_prob(base: dist.Distribution, perturbation: jax.Array) -> 
 
 
 def with_tilted_log_prob(base: dist.Distribution, perturbation: jax.Array) -> dist.Distribution:
-    """The same exponential family with frozen arguments, tilted: log q has the gradient T(x) with respect to t.
+    """The same exponential family with frozen arguments: log q has the gradient T(x) with respect to ``perturbation``.
 
-    :param perturbation: t, zeros of the shape of η.
+    The perturbation t has the shape of η.
     """
     frozen = jax.tree.map(stop_gradient, base)
     family, arguments = exponential_family.find_exponential_family(type(base)), distribution_arguments(frozen)

@@ -4,7 +4,7 @@
 
     Masked(Independent(Expanded(Transformed(base))))      F is the base's, summed over the copies that are not masked
 
-A transform without parameters is a bijection of the sample space, which changes neither the KL nor the Fisher matrix.
+A transform without parameters changes neither the KL nor the Fisher matrix.
 """
 
 import copy
@@ -88,8 +88,8 @@ def is_wrapper(fn: dist.Distribution) -> bool:
 def is_reparameterized(fn: dist.Distribution) -> bool:
     """Whether draws are differentiable functions of the arguments.
 
-    NumPyro denies it for Wishart distributions because of their degrees of freedom. But it draws them by Bartlett's
-    decomposition, and JAX differentiates χ² variables with respect to their degrees of freedom.
+    NumPyro's Wishart distributions do not say so. They are drawn by Bartlett's decomposition, and JAX differentiates χ²
+    variables with respect to their degrees of freedom.
     """
     return bool(fn.has_rsample) or isinstance(base_distribution(fn), dist.WishartCholesky | dist.InverseWishartCholesky)
 
@@ -111,10 +111,7 @@ def _rewrapped(fn: dist.Distribution, base: dist.Distribution) -> dist.Distribut
 
 
 def with_log_prob(fn: dist.Distribution, log_prob: Callable[..., jax.Array]) -> dist.Distribution:
-    """Return the same distribution, of the same class, with another log density.
-
-    Registries of KL divergences, which look up the class, do not see the difference.
-    """
+    """The same distribution with another log density, of the same class, so that registries of KLs still find it."""
     changed = copy.copy(fn)
     changed.log_prob = log_prob
     return changed
@@ -127,10 +124,7 @@ def owns_parameters(chain: Sequence[Transform]) -> bool:
 
 
 def distribution_arguments(base: dist.Distribution) -> Arguments:
-    """The arguments that were passed to the constructor.
-
-    Others that NumPyro derives from them on access (a precision from a Cholesky factor) are not in ``__dict__``.
-    """
+    """The arguments that were passed to the constructor, without those that NumPyro derives from them on access."""
     found = {name: _argument(base, name) for name in type(base).arg_constraints}
     return {name: jnp.asarray(x, jnp.result_type(float, x)) for name, x in found.items() if x is not None}
 
@@ -166,10 +160,9 @@ Intermediates = Sequence[tuple[jax.Array, Any]]
 
 
 def without_flow_inverse(fn: dist.Distribution, intermediates: Intermediates) -> dist.Distribution:
-    """Return the same distribution with a ``log_prob`` that, at the frozen draw, does not invert a flow.
+    """The same distribution with a ``log_prob`` that, at the frozen draw, does not invert a flow.
 
-    :param fn: any distribution; one without a flow is returned as it is.
-    :param intermediates: the intermediate values that ``sample_with_intermediates`` returned with the draw.
+    ``intermediates`` are those that ``sample_with_intermediates`` returned with the draw.
     """
     if isinstance(fn, dist.TransformedDistribution):
         if not intermediates or not any(isinstance(t, FLOWS) for t in fn.transforms):
