@@ -1,9 +1,9 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""What one step evaluates of the loss: its value, its gradient, and products with its Hessian, all at the same draws.
+"""The value of the loss, its gradient, and products with its Hessian, all at the draws of one step.
 
-With z = m + Kε, log q does not depend on m along the draws. The Hessian of the loss with respect to m is therefore the
-particles' mean of ∇²f, f = −log p, which Price's identity turns into the gradient with respect to the covariance:
+At z = m + Kε, log q does not depend on m. The Hessian of the loss with respect to m is therefore the particles' mean of
+∇²f, f = −log p, and by Price's identity the gradient with respect to the covariance:
 
     ∇_Σ E[f(z)] = ½ E[∇²f(z)],       and a product with E[∇²f] costs one linearized gradient.
 """
@@ -19,33 +19,32 @@ from numpyro_natgrad.estimators.partial_evaluation import partially_evaluated
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import DensityMode, Frozen, Loss, PathGradient
 
-#: Losses above this value (nats) are rescaled to it before anything is squared: the square of a natural gradient is
-#: then below 1e28, far from the 3e38 where single precision ends. Nothing is lost: at 1e14 nats the spacing of double
-#: precision is 0.016 nats, and no difference that the step size rule looks at can be resolved.
+#: Larger losses (nats) are rescaled to this value before natural gradients are squared: 1e28 is far from the limit of
+#: single precision, 3e38. At 1e14 nats even double precision resolves only 0.016 nats.
 MAX_LOSS = 1e14
 
 
 class LossInfo(NamedTuple):
-    """What the blocks may use of the loss.
+    """The loss as the blocks use it.
 
     :ivar loss: the loss at the current parameters, nats.
     :ivar aux: ``fn``'s second output.
-    :ivar gradient: of the loss (score terms of Gaussian sites removed), per unconstrained parameter.
+    :ivar gradient: of the loss, without score terms of Gaussian sites, for each unconstrained parameter.
     :ivar perturbation_gradients: for each detached site the mean of its draws over the particles, ``site.shape``; for
         each per-particle or antithetic site the draws and the gradients of −log p there, over the number of particles,
         ``(2, particles, *site.shape)`` (:class:`.PathGradient`).
     :ivar hessian_product: ``(tangents, stretches={}) -> dict``, linear: the change of the gradient with respect to
         :attr:`GradientRequest.hessian_params` by a change of these parameters, and by stretching the draws of detached
         sites away from their means.
-    :ivar hessian_product_per_draw: ``shifts -> dict``, linear: of antithetic sites the change of the gradients of
-        −log p, over the number of particles, by a shift of every particle's draw; both ``(particles, *site.shape)``.
-    :ivar sampled_fisher_product: ``tilts -> dict``, linear, for tilted sites: ⟨t, T⟩ is added to log q, and its part of
-        the gradient is returned. That is F̂t, with F̂ the draws' own estimate of the Fisher matrix.
+    :ivar hessian_product_per_draw: ``shifts -> dict``, linear: the change of an antithetic site's gradients of −log p,
+        over the number of particles, by a shift of every particle's draw; both ``(particles, *site.shape)``.
+    :ivar sampled_fisher_product: ``tilts -> dict``, linear, for tilted sites: F̂t, the gradient of ⟨t, T⟩ added to
+        log q, with F̂ the draws' own estimate of the Fisher matrix.
     :ivar loss_at: the loss at other parameters and the same draws.
     :ivar fn: the loss function itself.
     :ivar forward: whether to differentiate in forward mode only.
     :ivar particles: draws a step; infinity where nothing is drawn.
-    :ivar previous_step_skipped: whether the step before was skipped, because something was not finite.
+    :ivar previous_step_skipped: whether the last step was skipped.
     """
 
     loss: jax.Array
@@ -70,9 +69,7 @@ class GradientRequest(NamedTuple):
     :ivar hessian_params: the mean parameters along which there are Hessian-vector products.
     :ivar mean_params: the mean parameter of every detached or antithetic site.
     :ivar score_sites: the sites whose score term is subtracted from the gradient.
-    :ivar forward: whether to differentiate in forward mode only.
-    :ivar cache_draws: compute what does not depend on the parameters, above all the draws, once a step
-        (:mod:`.partial_evaluation`).
+    :ivar cache_draws: whether to compute values that do not depend on the parameters once (:mod:`.partial_evaluation`).
     """
 
     density_modes: Mapping[str, DensityMode]
@@ -89,7 +86,7 @@ class GradientRequest(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """All that the loss is differentiated by: parameters, perturbations, and stretches of draws (all of them zero)."""
+    """The arguments of the differentiated loss: parameters, and zero perturbations and stretches of draws."""
 
     params: Params
     perturbations: Params
@@ -97,14 +94,14 @@ class _Inputs(NamedTuple):
 
 
 class _Directions(NamedTuple):
-    """What the gradient is linearized along: parameters, stretches, and shifts of the draws of antithetic sites."""
+    """Directions along which the gradient is linearized: parameters, stretches, and shifts of antithetic draws."""
 
     params: Params
     stretches: Params
     shifts: Params
 
     def padded(self, params: Params, stretches: Params, shifts: Params) -> "_Directions":
-        """A tangent with zeros for what is not given."""
+        """A tangent with zeros for directions that are not given."""
         return _Directions(*(_padded(new, at) for new, at in zip((params, stretches, shifts), self, strict=True)))
 
 
@@ -144,7 +141,7 @@ def _inputs(params: Params, request: GradientRequest) -> _Inputs:
 
 
 def _probed_loss(fn: Loss, request: GradientRequest) -> ProbedLoss:
-    """The loss as a function of all its inputs, twice: for the derivative, and to be returned beside it."""
+    """The loss as a function of all its inputs; the second output, with the loss again, is for ``has_aux``."""
 
     def probed(inputs: _Inputs) -> tuple[jax.Array, LossAndAux]:
         params, perturbations, stretches = inputs
@@ -203,7 +200,7 @@ def _sampled_fisher_product(probed: ProbedLoss, inputs: _Inputs, request: Gradie
 
 
 def _loss_at(fn: Loss, probed: ProbedLoss, inputs: _Inputs, request: GradientRequest) -> Callable:
-    # Only antithetic draws change the value of the loss. Where draws are not kept ``fn`` itself holds fewer arrays.
+    # ``fn`` alone holds fewer arrays, and has the same value unless draws are antithetic.
     if request.cache_draws or request.sites_in(DensityMode.ANTITHETIC):
         return lambda params: probed(inputs._replace(params=params))[0]
     return lambda params: fn(params)[0]
@@ -215,7 +212,7 @@ def _padded(tangents: Params, at: Params) -> Params:
 
 
 def _score(fn: Loss, params: Params, request: GradientRequest) -> Params:
-    """∇_φ E[log q_φ(z)] at frozen draws: zero in expectation, and no small part of a gradient's noise."""
+    """∇_φ E[log q_φ(z)] at frozen draws: zero in expectation, but noisy."""
 
     def log_q(values: Params) -> tuple[jax.Array, None]:
         with Frozen(dict.fromkeys(request.score_sites, lambda fn, value: fn.log_prob(value))):
@@ -227,14 +224,14 @@ def _score(fn: Loss, params: Params, request: GradientRequest) -> Params:
 def rescale_loss(loss_info: LossInfo, modes: Mapping[str, DensityMode]) -> tuple[LossInfo, jax.Array]:
     """The derivatives of ``scale`` times the loss, so that squared natural gradients are finite in single precision.
 
-    Rates of a log-linear model may be e^50 where a fit starts.
+    A log-linear model, for instance, may start with rates of e^50.
 
     :param modes: as in :class:`GradientRequest`.
-    :return: the rescaled derivatives (the value stays as it is), and the scale: 1 up to :data:`MAX_LOSS` nats.
+    :return: the rescaled derivatives (the value is unchanged), and the scale: 1 up to :data:`MAX_LOSS` nats.
     """
     scale = jnp.minimum(1.0, MAX_LOSS / jnp.abs(loss_info.loss))
     scaled = lambda tree: jax.tree.map(lambda x: (scale * x).astype(x.dtype), tree)
-    # Draws have no scale; the gradients beside them do.
+    # Of (draws, gradients) only the gradients are scaled.
     own = {name for name, mode in modes.items() if mode.per_particle}
     by_perturbation = {
         name: jnp.stack([x[0], scaled(x[1])]) if name in own else x
@@ -249,7 +246,7 @@ def rescale_loss(loss_info: LossInfo, modes: Mapping[str, DensityMode]) -> tuple
 
 
 def derivative(function: Callable, forward: bool) -> Callable:
-    """Gradient (first) and auxiliary output of a function, in reverse mode or in forward mode."""
+    """The gradient and the auxiliary output of a function."""
     return (jax.jacfwd if forward else jax.grad)(function, has_aux=True)
 
 

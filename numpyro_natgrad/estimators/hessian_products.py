@@ -1,8 +1,8 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Products with the mean Hessian of a step's draws, and the control variate of the slope that is made of them.
+"""Products with the mean Hessian of a step's draws, and the leave-one-out control variate of the slope.
 
-Leave-one-out: with H₋ₛ the mean Hessian of the particles other than s,
+With H₋ₛ the mean Hessian of the particles other than s,
 
     g = ∇f − (1/S) Σ_s H₋ₛ (z_s − m)        is an unbiased slope, and free of noise where f is quadratic.
 """
@@ -23,10 +23,9 @@ def whitened_hessian_products(
     offset: jax.Array | None,
     particles: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """KᵀH of each shift, ``(d, k)``, and the control variate of the slope Kᵀ∇f, to be added to it, ``(d,)``.
+    """KᵀH times each shift, ``(d, k)``, and the control variate to be added to the slope Kᵀ∇f, ``(d,)``.
 
-    A single particle has no others: its control variate is the Gaussian's own precision times its offset, whitened,
-    which is the path gradient ("sticking the landing").
+    A single particle has no others: the Gaussian's own precision takes the place of H₋ₛ, which gives the path gradient.
 
     :param hessian_product: the change of the gradient by a shift of the mean ``(d,)`` and a stretch of the draws.
     :param factor: K, ``(d, d)``.
@@ -47,10 +46,8 @@ def whitened_hessian_products(
 def leave_one_out_tangent(offset: jax.Array, particles: float) -> tuple[jax.Array, float]:
     """The shift of the mean and the stretch of the draws along which the gradient changes by its control variate.
 
-    The mean over s of H₋ₛ (z_s − m) needs Σ_s H_s (z_s − m)/S, which is the derivative of E[∇f] as the draws are
-    stretched away from m, and H̄ times the offset. Both together cost one product.
-
-    :param offset: of the draws' mean from m.
+    The mean over s of H₋ₛ (z_s − m) consists of Σ_s H_s (z_s − m)/S, the derivative of E[∇f] along a stretch of the
+    draws away from m, and of H̄ times the ``offset`` of their mean from m. Both together cost one product.
     """
     return -particles / (particles - 1) * offset, 1 / (particles - 1)
 
@@ -61,10 +58,10 @@ def fall_back_to_gradient(
     """Whitened slope and M V; the plain slope and M = 0 if they are non-finite in two consecutive steps.
 
     A Poisson rate of e^-50 has a gradient, but its Hessian is 0/0 in single precision. The step then follows the
-    gradient alone, with the covariance as it is, as far as the trust region allows.
+    gradient with an unchanged covariance, as far as the trust region allows.
 
     :param plain: the slope without the control variate.
-    :param image: M of the probes V.
+    :param image: M times the probes V.
     """
     lost = jnp.asarray(previous_step_skipped) & ~finite((slope, image))
     return jnp.where(lost, plain, slope), jnp.where(lost, 0.0, image)

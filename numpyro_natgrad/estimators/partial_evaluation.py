@@ -1,13 +1,10 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Compute what does not depend on the parameters, above all the random numbers, once a step.
+"""Compute values that do not depend on the parameters, above all the random numbers, once a step.
 
-A step evaluates the loss several times at the same draws: value, gradient, Hessian-vector products, and the value again
-where the step leads. ``partially_evaluated(fn, x)`` traces ``fn`` once and cuts its jaxpr in two, so that equations
-that do not depend on ``x`` are compiled once and run once. Random-number generators are slow to compile and to run; for
-a small model they are most of the loss.
-
-``jax.interpreters.partial_eval`` does the same cut, but is no public API; this module needs ``jax.extend.core`` only.
+A step evaluates the loss several times at the same draws. ``partially_evaluated(fn, x)`` traces ``fn`` and cuts its
+jaxpr in two, so that equations that do not depend on ``x`` are compiled and run once. For small models random-number
+generators take most of the loss's time. ``jax.interpreters.partial_eval`` could do the same, but is no public API.
 """
 
 from collections.abc import Callable
@@ -20,11 +17,7 @@ Values = dict[core.Var, Any]
 
 
 def partially_evaluated(fn: Callable, x: Any) -> Callable:
-    """``fn`` with everything computed that does not depend on its argument.
-
-    :param fn: a function of one tree of arrays.
-    :param x: an argument of the shapes and dtypes that it will be called with.
-    """
+    """``fn``, a function of trees like ``x``, with all equations evaluated that do not depend on its argument."""
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(x)
     known, rest = _split(closed.jaxpr, dict(zip(closed.jaxpr.constvars, closed.consts, strict=True)))
 

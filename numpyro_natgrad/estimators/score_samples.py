@@ -1,12 +1,12 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Score samples: fresh draws of the guide with the score of each, from which a Monte-Carlo Fisher matrix is made.
+"""Score samples: the scores of fresh draws of the guide, for a Monte-Carlo Fisher matrix.
 
     u_s = ∇_φ log q_φ(z_s),   z_s ~ q_φ,        E[uuᵀ] = F
 
-The loss has its keys closed over and averages over its particles. :class:`Resample` gives the guide other keys, so that
-there are as many draws as wanted, and gives *every particle a copy of the parameters*, so that one gradient with
-respect to all copies is one score for each particle.
+The loss closes over its keys and averages over its particles. :class:`Resample` gives the guide other keys, for any
+number of draws, and *every particle a copy of the parameters*, so that the gradient with respect to all copies contains
+the score of each particle.
 """
 
 import jax
@@ -25,14 +25,13 @@ def sample_scores(
 ) -> Params:
     """∇_φ log q_φ(z_s)/particles of as many fresh draws as there are particles.
 
-    :param fn: the loss.
     :param params: all parameters, unconstrained.
-    :param mine: those among them whose scores are wanted.
-    :param sites: whose densities make up q.
-    :param particles: the particles that the loss averages over.
+    :param mine: the parameters of the scores.
+    :param sites: the sites whose densities make up q.
+    :param particles: the particles over which the loss averages.
     :param number: of the set of draws; another number gives other draws.
     :return: like ``mine``, with ``(particles,)`` before each shape. Where the particles are not drawn in one batch
-        (``lax.map``), the first row is the sum of all of them, and the other rows are zero.
+        (``lax.map``), the first row is the sum of all scores, and the other rows are zero.
     """
 
     def log_q(copies: Params) -> jax.Array:
@@ -45,11 +44,11 @@ def sample_scores(
 class Resample(Messenger):
     """Let the guide draw again, and give every particle its own copy of the parameters.
 
-    Every key is replaced by the ``number``-th of those that follow from it. Draws of the model stay as they are. (A
-    plate that the guide opens after a ``param`` has other rows than in the loss, because the copy needs a key.)
+    Draws of the model do not change. (A plate that the guide opens after a ``param`` has other rows than in the loss,
+    because the copy uses a key.)
 
     :param copies: of the unconstrained parameters, one for each particle, ``(particles, *shape)``.
-    :param number: of the set of draws.
+    :param number: of the set of draws, folded into every key.
     """
 
     def __init__(self, copies: Params, number: jax.Array) -> None:
@@ -57,7 +56,7 @@ class Resample(Messenger):
         self.copies, self.number = copies, number
 
     def process_message(self, msg: Message) -> None:
-        # This handler is the outermost one: NumPyro has put its key there by now.
+        # This handler is the outermost one: NumPyro has set the key by now.
         if mark_guide_site(msg) and msg["kwargs"].get("rng_key") is not None:
             msg["kwargs"]["rng_key"] = jax.random.fold_in(msg["kwargs"]["rng_key"], self.number)
 
@@ -72,8 +71,7 @@ class Resample(Messenger):
 class ScoreDensities(Frozen):
     """The guide's log-densities at frozen draws.
 
-    A ``scale`` c stands for c independent copies of a site, whose Fisher matrix is c times as large, so that its score
-    is multiplied by √c.
+    A ``scale`` c stands for c independent copies of a site: F is c times as large, and the score √c times.
     """
 
     def __init__(self, sites: frozenset[str]) -> None:

@@ -7,9 +7,8 @@ With x ~ N(0, I) and g(x) = Cᵀ∇f(m + Cx) Stein's identity says
     E[g xᵀ] = E[Cᵀ∇²f C],        so that  g(x) ≈ E[g] + E[Cᵀ∇²f C] x  is the regression of g on x.
 
 Least squares over draws (x_s, g_s) is exact for a quadratic f as soon as the draws span the space; the mean of g xᵀ
-never is, because it keeps the noise of the draws. Sums over draws are remembered from step to step, so that few draws
-a step suffice. They are sums over u = (1, x), and the frame of the next Gaussian is a linear map of u, so that
-:func:`change_frame` is exact.
+is not. Sums over draws are remembered from step to step, so that few draws a step suffice. They are sums over
+u = (1, x), and the frame of the next Gaussian is a linear map of u, so that :func:`change_frame` is exact.
 """
 
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from numpyro_natgrad.options import CONSTANTS, RuleConstants
 
 
 class RegressionSums(NamedTuple):
-    """Weighted sums over draws u = (1, x), with room for n dimensions of which the leading d are in use.
+    """Weighted sums over draws u = (1, x) of n dimensions.
 
     :ivar loc: m, the origin of the frame of the draws, ``(n,)``.
     :ivar factor: C, the axes of that frame, ``(n, n)``.
@@ -69,7 +68,7 @@ def change_frame(
     )
     kl = 0.5 * (jnp.sum(inverse**2) - loc.size - 2 * jnp.sum(jnp.log(jnp.diagonal(inverse))) + jnp.sum(shift**2))
     weight = frame_change_weight(kl, spread)
-    # All draws are forgotten where the new frame is so far away that the sums are not finite there.
+    # All draws are forgotten if the sums are not finite in the new frame.
     ok = jnp.isfinite((jnp.sum(gram) + jnp.sum(cross)) * weight)
     return RegressionSums(loc, factor, sums.influence, *(jnp.where(ok, weight * x, 0.0) for x in (gram, cross)))
 
@@ -78,10 +77,9 @@ def frame_change_weight(kl: jax.Array, spread: jax.Array) -> jax.Array:
     """The factor of remembered draws' weights after the Gaussian has changed by ``kl`` nats: min(spread, 1)²/(1 + kl).
 
     n draws of q are worth n E[w]²/E[w²] draws of q₊ with the importance weights w = q₊/q, and E[w²] ≥ exp(KL(q₊ ‖ q)).
-    Here all draws share one weight. 1/(1 + κ) has the slope of exp(−κ) at κ = 0, and a longer tail, because a
-    regression is exact for a quadratic f wherever the draws are: old draws lose relevance, not validity.
-    Without the factor kidiq takes 187 steps to 0.1 nats instead of 17, arK 72 instead of 11, mesquite 87 instead of 29,
-    eight schools 13 instead of 17 (docs/benchmarks/ablation.md).
+    1/(1 + kl) has the slope of exp(−kl) at 0 and a longer tail, because a regression is exact for a quadratic f
+    wherever the draws are. Without the factor kidiq takes 187 steps to 0.1 nats instead of 17, arK 72 instead of 11,
+    mesquite 87 instead of 29, eight schools 13 instead of 17 (docs/benchmarks/ablation.md).
 
     :param kl: KL(q₊ ‖ q), nats.
     :param spread: ``spread_max`` times the expected mean square of draws, over that of these draws in the new frame.
@@ -92,9 +90,9 @@ def frame_change_weight(kl: jax.Array, spread: jax.Array) -> jax.Array:
 def add_draws(
     sums: RegressionSums, x: jax.Array, g: jax.Array, precision: jax.Array, constants: RuleConstants = CONSTANTS
 ) -> RegressionSums:
-    """The sums with more draws, those of too large an influence ‖e‖²(1 + ‖x‖²) winsorized.
+    """The sums with more draws, winsorized if their influence ‖e‖²(1 + ‖x‖²) is too large.
 
-    In the bound the median of the new draws stands for them, which their own outliers cannot raise.
+    In the bound the median represents the new draws, so that their outliers cannot raise it.
 
     :param x: draws in the sums' frame, ``(S, d)``.
     :param g: gradients of f there, ``(S, d)``.
@@ -115,13 +113,12 @@ def add_draws(
 
 
 def forget(sums: RegressionSums, new: int, d: int) -> RegressionSums:
-    """The sums before ``new`` draws come: n − S(1 − (d + 1)/n) of n draws are kept, so that n grows as √(2(d + 1)St).
+    """The sums before S = ``new`` draws are added: of n draws n − S(1 − (d + 1)/n) are kept, so that n ≈ √(2(d + 1)St).
 
-    A step goes S/n of the way to the fit of its own draws. If all draws counted for ever that would be 1/t, an average
-    that settles early where the loss is flatter than the Fisher matrix: a Poisson hierarchy by 32 particles a step
-    stayed 3 nats off for hundreds of steps. With n ∝ √t step sizes fall as 1/√t, and the average of the iterates
-    removes the noise that is left (Polyak & Juditsky 1992). d + 1 draws determine a fit, and fewer are never reached;
-    3(d + 1) instead took 772 steps on a funnel instead of 355.
+    A step goes S/n of the way to the fit of its own draws. If no draw was forgotten that would be 1/t, which is too
+    short where the loss is flatter than the Fisher matrix: a Poisson hierarchy with 32 particles stayed 3 nats off for
+    hundreds of steps. With 1/√t the average of the iterates removes the remaining noise (Polyak & Juditsky 1992). At
+    least the d + 1 draws that determine a fit are kept; with 3(d + 1) a funnel took 772 steps instead of 355.
     """
     n = jnp.maximum(sums.weight, 1.0)
     kept = 1 - jnp.clip(new / n * (1 - (d + 1) / n), 0.0, 1.0)
@@ -133,13 +130,12 @@ def fit(
 ) -> tuple[jax.Array, jax.Array]:
     """b ``(d,)`` and Δ ``(d, d)``, symmetric: the slope and the curvature beyond the precision P of the Gaussian.
 
-    What the Gaussian does not explain of the gradients is fitted, so that directions without draws stay as they are:
+    The residuals of the gradients from the present Gaussian are fitted, so that directions without draws do not change:
 
         e_s = g_s − P x_s,     min  Σ w_s ‖e_s − b − Δ x_s‖² + λ (‖b‖² + ‖Δ‖²)     over b and symmetric Δ.
 
-    In the eigenbasis of the centred Gram matrix G = Σ w x xᵀ − ss'/(n + λ) the normal equations
-    ΔG + GΔ + 2λΔ = E + Eᵀ are solved entry by entry. Because Δ is symmetric, fewer draws than dimensions suffice to
-    learn something of all of it.
+    In the eigenbasis of the centred Gram matrix G = Σ w x xᵀ − ssᵀ/(n + λ) the normal equations
+    ΔG + GΔ + 2λΔ = E + Eᵀ are solved entry by entry.
     """
     n, s = sums.weight + constants.ridge, sums.gram[1:, 0]
     missing = sums.cross - precision @ sums.gram[1:]

@@ -24,12 +24,9 @@ _FAR = 1e3
 class ExponentialFamilySite(NamedTuple):
     """A guide site of an exponential family whose arguments *are* parameters.
 
-    :ivar family: its exponential family.
     :ivar cls: its distribution class.
-    :ivar arguments: the names of the arguments that are parameters.
-    :ivar params: the parameter of each of them.
-    :ivar transforms: the bijection of each of them from unconstrained to constrained values.
-    :ivar shapes: the shape of each constrained value.
+    :ivar arguments: the arguments that are parameters, with the ``params``, the bijections ``transforms`` from
+        unconstrained to constrained values, and the ``shapes`` of the constrained values in the same order.
     :ivar eta_shape: ``(*batch, k)``, with the batch shape of the arguments.
     :ivar copies: how many draws share each natural parameter (a parameter outside of a plate).
     :ivar event_size: numbers in one draw.
@@ -63,13 +60,13 @@ class ExponentialFamilySite(NamedTuple):
         return {**params, **new}
 
     def pull(self, params: Params, gradient: Params) -> jax.Array:
-        """The gradient with respect to η, of one draw, from that of the unconstrained parameters."""
+        """The gradient with respect to η, for one of the copies, from that of the unconstrained parameters."""
         mine = lambda eta: {p: x for p, x in self.write(params, eta).items() if p in self.params}
         return jax.vjp(mine, self.read(params))[1]({p: gradient[p] for p in self.params})[0] / self.copies
 
 
 def read_exponential_site(name: str, trace: LossTrace) -> ExponentialFamilySite | None:
-    """The site in natural parameters, or ``None`` if it has none, or if they are not parameters of the guide."""
+    """The site in natural parameters, or ``None`` if it has none, or its arguments are not parameters."""
     site = trace.sites[name]
     family = find_exponential_family(site.base)
     if family is None or family.fixed or not site.plain:
@@ -123,7 +120,7 @@ def _site(
 
 
 def _order(site: GuideSite) -> int:
-    """d of a random d × d matrix, whose degrees of freedom exceed d − 1; else 1."""
+    """d for a d × d matrix, whose degrees of freedom must exceed d − 1; else 1."""
     is_matrix = site.base.support in (constraints.positive_definite, constraints.lower_cholesky)
     return math.isqrt(site.event_size) if is_matrix else 1
 

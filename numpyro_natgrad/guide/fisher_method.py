@@ -12,7 +12,7 @@ Site = TypeVar("Site", GuideSite, ModelSite)
 
 
 def resolve_fisher_method(trace: LossTrace, fisher: str | None) -> LossTrace:
-    """The trace with every site's ``fisher_estimate`` as the option ``fisher`` asks.
+    """The trace with every site's ``fisher_estimate`` set by the option ``fisher``.
 
     ==================  =======================================================  ==================================
     ``fisher``          the Fisher matrix is                                     refuses
@@ -24,7 +24,7 @@ def resolve_fisher_method(trace: LossTrace, fisher: str | None) -> LossTrace:
     ``"empirical"``     Σ ∇log p(y_i) ∇log p(y_i)ᵀ at the observed data          guides that draw, no observations
     ==================  =======================================================  ==================================
 
-    :raises StructureError: naming the sites for which that is not possible.
+    :raises StructureError: naming the sites that it refuses.
     """
     if fisher in ("closed_form", "kl_hessian"):
         model_sites = {n: site for n, site in trace.model_sites.items() if site.params}

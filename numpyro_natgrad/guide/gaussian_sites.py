@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mean and covariance factor (m, K), Σ = KKᵀ, of a Gaussian guide site, from NumPyro's parameters and back.
 
-A :class:`CovarianceForm` says how one argument of a distribution encodes K. The registry is open:
-:func:`register_gaussian` adds a user's own location-scale class, as it adds the built-in ones.
+A :class:`CovarianceForm` says how one argument of a distribution encodes K; :func:`register_gaussian` adds classes.
 """
 
 import math
@@ -76,8 +75,8 @@ def register_gaussian(cls: type[dist.Distribution], *, loc: str = "loc", forms: 
     :param type cls: the distribution class; subclasses are not included.
     :param str loc: the name of its mean argument, of shape ``(*batch, d)`` or ``(*batch,)``.
     :param dict forms: for each argument that can hold the covariance, its :class:`CovarianceForm`. A form is used where
-        the argument is a parameter with NumPyro's constraint for it (positive, lower Cholesky, positive definite). A
-        parameter that is unconstrained, or bounded otherwise, is moved by the Hessian of KL instead.
+        the argument is a parameter with NumPyro's constraint for it (positive, lower Cholesky, positive definite);
+        with other constraints the Hessian of KL is used instead.
     :return: ``None``; the class is known to every optimizer from now on.
 
     .. doctest::
@@ -176,7 +175,7 @@ class GaussianSite(NamedTuple):
     :ivar family: the name of the distribution's class.
     :ivar loc: the mean parameter.
     :ivar scale: the covariance parameter.
-    :ivar argument: of the distribution, which the covariance parameter is.
+    :ivar argument: the distribution's argument that is the covariance parameter.
     :ivar shape: ``(*batch, d)``: shape of a draw; K is ``(*batch, d, d)``, or ``(*batch, d)`` in a diagonal form.
     :ivar scale_shape: the shape of the covariance argument's constrained value.
     """
@@ -316,7 +315,7 @@ def covers(transform: transforms.Transform, form: CovarianceForm) -> bool:
     while isinstance(transform, transforms.IndependentTransform):
         transform = transform.base_transform
     parts = transform.parts if isinstance(transform, transforms.ComposeTransform) else [transform]
-    # What follows must not narrow the range again: a shift after an exponential is a bound other than zero.
+    # A shift after an exponential would be a bound other than zero.
     narrow = [t for t in parts[1:] if isinstance(t, transforms.AffineTransform)]
     return isinstance(parts[0], _POSITIVE if form.diagonal else CHOLESKY) and not narrow
 
@@ -335,9 +334,9 @@ def project(
 
 
 def projected_square(columns: jax.Array, curvature: jax.Array, d: int) -> jax.Array:
-    """‖K_bᵀ ΔS_bb K_b‖², summed over blocks b: the square of a change ΔS of the joint precision that the guide shows.
+    """‖K_bᵀ ΔS_bb K_b‖², summed over blocks b: the square of the guide's part of a change ΔS of the joint precision.
 
-    To second order a block Σ_b moves by a quarter of it in nats, whatever happens outside of the block.
+    A quarter of it is the KL, to second order, nats, between the guide's covariances.
 
     :param columns: the sites' columns of P with PᵀP = S, ``(D, batch · d)``.
     :param curvature: P⁻ᵀ ΔS P⁻¹, ``(D, D)``.

@@ -2,16 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """NumPyro effect handlers that change the loss which ``SVI.update`` hands to an optimizer.
 
-That loss is one function, ``fn(params) -> (loss, mutable_state)``, of the unconstrained parameters, with the step's
-draws and data closed over. It runs NumPyro primitives, so a handler around the *call* of ``fn`` meets every site of
-guide and model:
+That loss is a function ``fn(params) -> (loss, mutable_state)`` of the unconstrained parameters, which closes over the
+draws and data of the step. A handler around the *call* of ``fn`` processes every site of guide and model:
 
 * :class:`PathGradient` lets a Gaussian site's density depend on the parameters through the draw alone:
 
       ∇_φ E[f(z) + log q_φ(z)]  =  E[∇_z (f + log q)(z_φ(ε)) ∂z_φ(ε)],     because E[∇_φ log q_φ(z)] = 0 at fixed z
   (Roeder, Wu & Duvenaud 2017, "sticking the landing");
-* :class:`Frozen` freezes the draws and replaces log q and log p by other densities. With Fisher surrogates
-  (:mod:`.surrogate`) the derivative of the loss is the KL of a small step, which defines the Fisher matrix.
+* :class:`Frozen` freezes the draws and replaces log q and log p by other densities, such as Fisher surrogates
+  (:mod:`.surrogate`).
 """
 
 from collections.abc import Callable, Mapping
@@ -52,7 +51,7 @@ class DensityMode(StrEnum):
 
     PATH = "path"  #: through the draw alone (path gradient)
     DETACHED = "detached"  #: not at all: log q keeps its value, and the gradient is that of −log p
-    PER_PARTICLE = "per_particle"  #: detached, and the gradients of the particles can be told from each other
+    PER_PARTICLE = "per_particle"  #: detached, with a gradient for each particle
     ANTITHETIC = "antithetic"  #: per particle, with draws in pairs m ± Kε
     TILTED = "tilted"  #: through the draw and an exponential tilting of the family
 
@@ -63,14 +62,14 @@ class DensityMode(StrEnum):
 
 
 def mark_guide_site(msg: Message) -> bool:
-    """Mark a message, before it is processed, as one of a site that the guide draws."""
-    # This handler is the outermost one: sites of the model that the guide has drawn carry their value by now.
+    """Mark the message of a site that the guide draws, before NumPyro processes it."""
+    # The caller is the outermost handler: sites of the model that the guide has drawn have a value by now.
     msg["is_guide_site"] = msg["type"] == "sample" and not msg["is_observed"] and msg["value"] is None
     return bool(msg["is_guide_site"])
 
 
 def is_guide_site(msg: Message) -> bool:
-    """Whether a message has been marked by :func:`mark_guide_site`, and its site is no point."""
+    """Whether :func:`mark_guide_site` has marked a message, and its site is not a ``Delta``."""
     return bool(msg.get("is_guide_site", False)) and not isinstance(base_distribution(msg["fn"]), dist.Delta)
 
 
@@ -81,16 +80,15 @@ def is_enumerated(msg: Message) -> bool:
 
 
 def is_summed(msg: Message) -> bool:
-    """Whether the loss sums over a site here; else it replays the guide's, with what the guide's trace wrote down."""
+    """Whether the loss sums over a site here; a replayed site of the guide has a ``dim_to_name`` from its trace."""
     return is_enumerated(msg) and "dim_to_name" not in msg["infer"]
 
 
 def per_particle(copies: jax.Array, key: jax.Array) -> jax.Array:
     """Row s of ``copies`` in the s-th particle; row 0 where particles are not drawn in one batch.
 
-    A loss averages over particles without showing them. Only a batching rule sees that the function is called for a
-    batch, whose size it is given. What the rule returns is an integer, which has no derivative, so that the gather
-    below is all that is differentiated.
+    A loss averages over particles by ``vmap``, and only a batching rule knows its size. The rule returns integers,
+    so that only the indexing with them is differentiated.
     """
 
     @custom_vmap
@@ -107,9 +105,9 @@ def per_particle(copies: jax.Array, key: jax.Array) -> jax.Array:
 
 @custom_vmap
 def antithetic_key(key: jax.Array) -> jax.Array:
-    """The key of a particle's partner: of 2h particles the second half has the keys of the first half.
+    """The key of a particle's partner: the second half of a batch has the keys of the first half.
 
-    A last particle without a partner keeps its key, and so does one outside of a batch.
+    An unpaired last particle keeps its key, and so does one outside of a batch.
     """
     return key
 
@@ -121,7 +119,7 @@ def _(size: int, batched: list[bool], keys: jax.Array) -> tuple[jax.Array, bool]
 
 
 def antithetic_signs(particles: int) -> jax.Array:
-    """1 for the first of a pair of particles and for one without a partner, −1 for the second; ``(particles,)``."""
+    """−1 for the second particle of each pair, 1 for all others; ``(particles,)``."""
     half = particles // 2
     return jnp.concatenate([jnp.ones(half), -jnp.ones(half), jnp.ones(particles % 2)])
 
@@ -131,13 +129,12 @@ class PathGradient(Messenger):
 
     A perturbation is an array of zeros. Its cotangent, the gradient of the loss with respect to it, is
 
-    * of a detached site (``site.shape``) the mean of the draws over the particles: ⟨perturbation, x⟩ is added to log q,
-      with its value taken out again;
+    * of a detached site (``site.shape``) the mean of the draws over the particles: ⟨perturbation, x⟩ is added to the
+      gradient of log q, not to its value;
     * of a tilted site (the shape of η) the gradient along η: ⟨perturbation, T(x)⟩ is added in the same way, and along
       the draw;
     * of a per-particle or antithetic site (``(2, particles, *site.shape)``) the draws and the gradients of −log p at
-      each of them, over the number of particles: the first half acts as at a detached site, the second half is added
-      to the draws.
+      them, over the number of particles: the first half acts as at a detached site, the second is added to the draws.
 
     :param modes: the density mode of every site that has one.
     :param perturbations: of every detached, tilted, per-particle or antithetic site.
@@ -188,10 +185,9 @@ class PathGradient(Messenger):
 
 
 class Frozen(Messenger):
-    """Freeze the guide's draws and replace log q, or −log p, by other densities; they are zero at all other sites.
+    """Freeze the guide's draws and replace log q and −log p by other densities, which are zero where none is given.
 
-    :param densities: for guide sites ``density(fn, value)``, an array of the batch shape, from the distribution and its
-        frozen draw.
+    :param densities: for guide sites ``density(fn, value)``, of the batch shape, from distribution and frozen draw.
     :param model_sites: the same for sites of the model, at their value.
     """
 
@@ -220,12 +216,12 @@ class Frozen(Messenger):
 
 
 class Assigned(dist.Distribution):
-    """A distribution whose log-density at its one value has been assigned. No KL is registered for it.
+    """A distribution with an assigned log-density at its one value, and without a registered KL.
 
     :param base: the distribution whose value it is.
     :param density: the log-density at that value, of the batch shape.
     :param measure: log-weights of a sum over its values; ``TraceEnum_ELBO`` takes them from the expanded distribution.
-    :param drawn: its draws are frozen, so that it is differentiated like a reparameterized one whatever it is.
+    :param drawn: its draws are frozen, so that the loss may treat it as reparameterized.
     """
 
     def __init__(

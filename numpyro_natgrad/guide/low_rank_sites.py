@@ -2,11 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mean, scales and factor (m, s, W) of a low-rank Gaussian guide site, Σ = D(I + WWᵀ)D with D = diag(s).
 
-``LowRankMultivariateNormal`` takes V = DW and ψ = s². Both arguments may be products of parameters:
+The arguments V = DW and ψ = s² of ``LowRankMultivariateNormal`` may be products of parameters, whose exponents
+:class:`.Origin` gives:
 
     V = x_W x_s^a,   ψ = x_s^b           (a, b) = (0, 1) by hand;  (1, 2) in ``AutoLowRankMultivariateNormal``
-
-:class:`.Origin` gives the exponents, so that no guide has to be known by its name.
 """
 
 import math
@@ -38,9 +37,7 @@ LowRankFactor = tuple[jax.Array, jax.Array]
 class LowRankSite(NamedTuple):
     """A guide site ``LowRankMultivariateNormal`` whose arguments are products of parameters.
 
-    :ivar loc: the parameter m.
-    :ivar factor: the parameter x_W.
-    :ivar scale: the parameter x_s.
+    :ivar loc: the name of the parameter m, as ``factor`` of x_W and ``scale`` of x_s.
     :ivar powers: (a, b).
     :ivar transform: of x_s.
     :ivar shape: ``(*batch, d)``: shape of a draw.
@@ -82,11 +79,11 @@ class LowRankSite(NamedTuple):
         return [(p, self.name, name, how, size) for p, name, size in rows]
 
     def read(self, params: Params) -> tuple[jax.Array, LowRankFactor]:
-        """m, ``(batch, d)``, and s and W, at unconstrained parameters."""
+        """m, ``(batch, d)``, and (s, W)."""
         return params[self.loc].reshape(-1, self.shape[-1]), self.covariance_factor(params)
 
     def covariance_factor(self, params: Params) -> LowRankFactor:
-        """s, ``(batch, d)``, and W, ``(batch, d, r)``, with one batch axis."""
+        """(s, W), with one batch axis."""
         (a, b), d = self.powers, self.shape[-1]
         x = self.transform(params[self.scale]).reshape(-1, d)
         factor = params[self.factor].reshape(-1, d, self.rank)
@@ -153,7 +150,7 @@ def _powers(argument: str, site: GuideSite) -> Mapping[str, int] | None:
 def _fits(loc: str, factor: str, scale: str, site: GuideSite, trace: LossTrace) -> bool:
     """Whether every latent has its own mean, scale and row of W, and no constraint excludes a valid value.
 
-    Where r = d, the axis along which a scale has been multiplied is ambiguous.
+    r = d is refused, because the axis of V along which a scale is multiplied is then ambiguous.
     """
     found = [trace.params[p] for p in (loc, factor, scale)]
     if any(x.shape is None for x in found):

@@ -2,15 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which parameters, draws and log-densities a value of the loss depends on: one forward walk through its jaxpr.
 
-Values are tagged (:func:`tag`) while the loss is traced. :func:`origins` then carries an :class:`Origin` from every tag
-through every equation, and answers three questions without running anything:
+Values are tagged (:func:`tag`) while the loss is traced. :func:`origins` propagates an :class:`Origin` from every tag
+through every equation, which answers three questions:
 
 * Is a distribution's argument a parameter itself, a product of parameters, or computed in another way?
 * Does a parameter reach the loss by another path than the draws and the density of its site?
 * Is the loss affine in the guide's log-densities? An ELBO is; a Rényi bound is not.
 
-``numpyro.ops.provenance.eval_provenance`` finds the sources of a value only. The first question needs exponents, the
-third one the degree, and the number of particles needs the sizes of the tagged values.
+``numpyro.ops.provenance.eval_provenance`` finds sources only; the first question needs exponents, the third a degree,
+and the number of particles the sizes of tagged values.
 """
 
 import math
@@ -53,7 +53,7 @@ class LabelKind(StrEnum):
 
     @property
     def is_source(self) -> bool:
-        """Whether what follows the tag depends on the tag alone, and not on what came before it."""
+        """Whether values behind the tag depend on the tag alone, and not on the sources of the tagged value."""
         return self in (LabelKind.PARAM, LabelKind.DRAW, LabelKind.DENSITY)
 
 
@@ -74,7 +74,7 @@ class Label(NamedTuple):
 
     @staticmethod
     def decode(text: str) -> "Label | None":
-        """The label from that string; ``None`` if the string is somebody else's."""
+        """The label from that string; ``None`` for any other string."""
         if not text.startswith(f"{_PREFIX}:"):
             return None
         _, kind, argument, name = text.split(":", 3)  # a site's name may hold colons
@@ -125,8 +125,8 @@ class Origin(NamedTuple):
 class TaggedValue(NamedTuple):
     """The origin of a tagged value, and how many numbers it has in all particles together.
 
-    :ivar sizes: by equation, because particles may come in batches with a program each, and the body of a loop is
-        walked more than once.
+    :ivar sizes: for each equation that computes it: one for every batch of particles. Loop bodies are visited
+        repeatedly, but count once.
     :ivar looped: whether it is computed inside of a loop.
     """
 
@@ -153,11 +153,7 @@ def tag(label: Label, value: jax.Array) -> jax.Array:
 
 
 def origins(fn: Callable, *args: Any) -> tuple[Origin, Tags]:
-    """Trace ``fn(*args)`` and follow its tags.
-
-    :param fn: a function whose first output leaf is the loss.
-    :return: the origin of the loss, and what was found at each tag.
-    """
+    """Trace ``fn(*args)``; return the origin of its first output leaf, the loss, and of each tagged value."""
     closed = jax.make_jaxpr(fn)(*args)
     tags: Tags = {}
     outputs = _walk(closed.jaxpr, [Origin()] * len(closed.jaxpr.invars), tags, repeats=1)
@@ -206,7 +202,7 @@ def _scan(eqn: core.JaxprEqn, inputs: list[Origin], tags: Tags, repeats: int) ->
     carry = _unstacked(eqn.outvars, body.outvars)
     consts = _unstacked(eqn.invars, body.invars) - carry
     outputs: list[Origin] = []
-    for _ in range(carry + 1):  # each round a carried value learns of one more
+    for _ in range(carry + 1):  # a dependence passes at most one carried value a round
         outputs = _walk(body, inputs, tags, repeats * eqn.params["length"])
         carried = [_join(a, b) for a, b in zip(inputs[consts : consts + carry], outputs[:carry], strict=True)]
         if carried == inputs[consts : consts + carry]:
@@ -257,7 +253,7 @@ def _degree(kind: str, inputs: list[Origin]) -> int:
 
 
 def _affine(kind: str, degrees: list[int]) -> bool:
-    """Whether log-densities enter one operand only, and one that counts linearly."""
+    """Whether log-densities enter one operand only, in which the result is linear."""
     if kind == "select_n":
         return degrees[0] == 0
     return degrees[1] == 0 if kind == "div" else 0 in degrees

@@ -1,9 +1,9 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in one loss function: its parameters, the sites of guide and model, and how each depends on the others.
+"""The parameters of one loss function, its sites of guide and model, and how they depend on each other.
 
-:class:`TraceHandler` finds the sites while the loss is traced; :mod:`.provenance` reads off the jaxpr what their values
-are computed from. Nothing is run, and the guide's author declares nothing.
+:class:`TraceHandler` finds the sites while the loss is traced, without running it; :mod:`.provenance` finds in the
+jaxpr what their values are computed from.
 """
 
 import math
@@ -54,13 +54,12 @@ class ParamSite(NamedTuple):
 
 
 class ModelSite(NamedTuple):
-    """A sample site of the model, at its value: observed, drawn by the guide, or a point of it (``AutoDelta``).
+    """A sample site of the model: observed, drawn by the guide, or a point of the guide (``AutoDelta``).
 
     :ivar base: the class of the distribution under its wrappers.
     :ivar size: numbers in its value.
     :ivar observed: its value is data.
-    :ivar weight: how many rows of the whole data set one row stands for; ``None`` where that is not known.
-    :ivar fisher_estimate: how its Fisher matrix is computed.
+    :ivar weight: how many rows of the whole data set one row stands for; ``None`` if unknown.
     :ivar params: the parameters that its density, or its value, is computed from.
     :ivar point: its value is computed from parameters.
     :ivar drawn: its density depends on draws of the guide.
@@ -86,13 +85,12 @@ class GuideSite(NamedTuple):
     :ivar elements: how many densities its batch has.
     :ivar draw_size: numbers in its value, of one particle.
     :ivar reparameterized: whether gradients flow through its draws.
-    :ivar weight: how many draws of the whole data set one draw stands for (the ``scale`` of a subsampled plate);
-        ``None`` where that is not known.
-    :ivar plain: no ``scale`` and no parameter in a transform: but for a mask, the base's Fisher matrix is the site's.
-    :ivar masked: some of its densities may not count.
-    :ivar fisher_estimate: how its Fisher matrix is computed, ``"closed form"`` or ``"Monte Carlo"``.
-    :ivar arguments: for each argument of the base distribution, its origin.
-    :ivar density: origin of the density at frozen draws; ``None`` where it cannot be computed at given draws.
+    :ivar weight: the ``scale`` of a subsampled plate: how many draws of the whole data one draw stands for; ``None`` if
+        unknown.
+    :ivar plain: no ``scale`` and no parameter in a transform: up to a mask, the base's Fisher matrix is the site's.
+    :ivar masked: a mask may exclude some of its densities.
+    :ivar arguments: the origin of each argument of the base distribution.
+    :ivar density: origin of the density at frozen draws; ``None`` if it has none at given draws.
     :ivar analytic: the loss integrates this site itself (``TraceMeanField_ELBO``, or ``TraceEnum_ELBO`` by summing).
     :ivar leaks: sources of the arguments that the loss depends on by another path than draw and density.
     """
@@ -124,11 +122,10 @@ class GuideSite(NamedTuple):
 
 
 class LossTrace(NamedTuple):
-    """All that stands in one loss function.
+    """Parameters and sites of one loss function.
 
-    :ivar params: its parameters.
     :ivar sites: the latent sites of the guide.
-    :ivar model_sites: the sites of the model; none if the loss sums over values of any.
+    :ivar model_sites: the sites of the model; none if the loss sums over a discrete site.
     :ivar full_data: whether every step uses all of the data: no site stands for more rows than it has.
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar batched: whether all particles are drawn in one batch.
@@ -147,11 +144,10 @@ class LossTrace(NamedTuple):
 
 
 def trace_loss(fn: Loss, params: Params) -> LossTrace:
-    """Trace the loss, without running it, and say what stands in it.
+    """Trace the loss without running it.
 
-    A loss that integrates a site's KL itself is traced once more with that KL hidden from it: the parameters' effect
-    through the KL would hide their other effects. A loss that enumerates sites is traced again when it is known which
-    of them are the guide's.
+    A loss that integrates a site's KL itself is traced a second time without that KL, to find other effects of the
+    parameters. A loss that enumerates sites is traced a second time, when the guide's sites among them are known.
 
     :raises StructureError: if a parameter's name is taken twice.
     """
@@ -167,7 +163,7 @@ def trace_loss(fn: Loss, params: Params) -> LossTrace:
     }
     draws = {name: tags[Label(LabelKind.DRAW, name)] for name in found if name not in handler.enumerated}
     counts = [draw.size // max(found[name].draw_size, 1) for name, draw in draws.items()]
-    # Sums over values stand between densities and loss, and draws inside of a scan have no tags.
+    # Origins are unknown behind sums over values, and for draws inside of a scan, which have no tags.
     hidden = handler.enumerated or handler.enumerates or handler.scanned
     weights = [s.weight for s in handler.model_sites.values()] + [s.weight for s in sites.values()]
     return LossTrace(
@@ -211,7 +207,7 @@ def _model_sites_with_origins(sites: Mapping[str, ModelSite], tags: Tags) -> dic
         {name: tags[Label(kind, name)].origin for name in sites}
         for kind in (LabelKind.MODEL_DENSITY, LabelKind.MODEL_VALUE)
     )
-    # Parameters that act on draws on their way to the model (the steps of an annealed guide) are not the model's.
+    # Parameters that transform draws before the model uses them (the steps of an annealed guide) are not the model's.
     carriers = frozenset().union(*(origin.params for origin in value.values() if origin.is_drawn))
     return {
         name: site._replace(
@@ -224,7 +220,7 @@ def _model_sites_with_origins(sites: Mapping[str, ModelSite], tags: Tags) -> dic
 
 
 class TraceHandler(Messenger):
-    """Tag every parameter, every draw, argument and density of the guide's sites, and the model's values and densities.
+    """Tag parameters, draws, arguments and densities of the guide's sites, and values and densities of the model's.
 
     :param names: the names of all parameters.
     :param opaque: hide the sites' classes, so that no KL is known in closed form.
@@ -341,7 +337,7 @@ def _is_plain(fn: dist.Distribution, scale: Any) -> bool:
 
 
 def _weight(scale: Any) -> float | None:
-    """The scale of a site where it is one known number, 1 where there is none, else ``None``."""
+    """The scale if it is a known scalar, 1 if there is none, else ``None``."""
     if scale is None:
         return 1.0
     return None if isinstance(scale, jax.core.Tracer) or jnp.ndim(scale) else float(scale)

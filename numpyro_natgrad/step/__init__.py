@@ -1,3 +1,3 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""One step: how long it is, whether it is taken, and what is kept of it."""
+"""One step: its size, whether it is taken, and the state after it."""
