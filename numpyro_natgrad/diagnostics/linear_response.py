@@ -5,8 +5,8 @@ r"""Linear response: the covariance of a Gaussian guide, corrected by how its me
     Cov_LR = ∂m*/∂t = [ (∇²L)⁻¹ ]_mm,     L(m, b) = E[f(m + (1 + b) ∘ Kε)] − Σ log(1 + bᵢ),     f = −log p(x, z)
 
 The posterior is tilted by exp(tᵀz). The derivative of its exact mean with respect to t is its covariance, and that of
-the guide's optimal mean m* is Cov_LR (Giordano, Broderick & Jordan 2018, JMLR 19:51, equation 11). b is the relative
-change of the standard deviations, and ∇²L is taken at b = 0.
+the guide's optimal mean m* is Cov_LR (Giordano, Broderick & Jordan 2018, *Covariances, robustness, and variational
+Bayes*, JMLR 19:51, equation 11). b is the relative change of the standard deviations, and ∇²L is taken at b = 0.
 """
 
 # (m, b) are all parameters of a mean-field guide; the correlations of other Gaussian guides are held fixed. For a
@@ -97,7 +97,7 @@ class GaussianLatents(NamedTuple):
 def linear_response(
     svi: SVI, result: Fitted, rng_key: jax.Array, *args: Any, num_particles: int = 256, **kwargs: Any
 ) -> LinearResponse:
-    """Correct the covariance of a Gaussian guide at the optimum of its ELBO.
+    """Correct the covariance of a Gaussian guide at the optimum of its ELBO (Giordano et al. 2018, equation 11).
 
     The guide is ``AutoNormal``, ``AutoDiagonalNormal``, ``AutoMultivariateNormal``, ``AutoLowRankMultivariateNormal``,
     or your own of independent Gaussian sites. Other parameters of the fit are held fixed. The result is exact if the
@@ -125,13 +125,9 @@ def linear_response(
     :param int num_particles: draws that the Hessian of the loss is a mean over, rounded down to a multiple of 4.
     :param kwargs: keyword arguments of model and guide.
     :return: the corrected covariance.
-    :rtype: LinearResponse
     :raises StructureError: if a site of the guide is not Gaussian, or the loss has no minimum at these parameters.
     :raises TypeError: if ``result`` is not the result of a fit.
     :raises ValueError: if ``svi.init`` has not been called.
-
-    **Reference:** Giordano, Broderick & Jordan (2018), *Covariances, robustness, and variational Bayes*, JMLR 19:51,
-    equation 11.
     """
     guide = fitted_guide(svi, result, args, kwargs)
     return respond(gaussian_latents(guide, rng_key), rng_key, num_particles)
@@ -222,10 +218,7 @@ def substitute_latents(latents: GaussianLatents, z: jax.Array) -> tuple[jax.Arra
 
 
 class SubstituteBaseDraws(Messenger):
-    """Let the base distribution of each guide site draw a given value, with density 1.
-
-    The log density of the guide is then the log Jacobian of its transforms alone.
-    """
+    """Let base distributions draw given values with density 1: log q is then the log Jacobian of the transforms."""
 
     def __init__(self, draws: Params) -> None:
         super().__init__()

@@ -4,8 +4,9 @@
 
     k-hat < 0.5  good,    < min(1 − 1/log₁₀ S, 0.7)  usable,    else the family is too small for the posterior
 
-These thresholds are those of Vehtari et al. 2024, JMLR 25:72, section 3, and for variational inference of Yao, Vehtari,
-Simpson & Gelman 2018, ICML. If the ELBO can still rise within the family, more steps are recommended instead.
+These thresholds are those of Vehtari, Simpson, Gelman, Yao & Gabry 2024, *Pareto smoothed importance sampling*, JMLR
+25:72, section 3, and for variational inference of Yao, Vehtari, Simpson & Gelman 2018, *Yes, but did it work?*, ICML.
+If the ELBO can still rise within the family, more steps are recommended instead.
 """
 
 import math

@@ -105,7 +105,7 @@ def verdict(
     sites: Sequence[str] | str | None = None,
     **kwargs: Any,
 ) -> Verdict:
-    """Judge a fitted guide by importance sampling.
+    """Judge a fitted guide by importance sampling (Yao et al. 2018; Vehtari et al. 2024: :mod:`.recommendation`).
 
     It works with any guide whose draws have a density, and after any optimizer. Linear response is computed for
     Gaussian guides of at most 256 latents.
@@ -138,13 +138,9 @@ def verdict(
         model's own argument named ``sites`` or ``num_draws`` by position.)
     :param kwargs: keyword arguments of model and guide.
     :return: estimates, moments and a recommendation.
-    :rtype: Verdict
     :raises StructureError: if the guide does not draw all latent sites of the model, or a name in ``sites`` is unknown.
     :raises TypeError: if ``num_draws`` is not an integer, or ``result`` not the result of a fit.
     :raises ValueError: if ``num_draws`` is below 100.
-
-    **References:** Yao, Vehtari, Simpson & Gelman (2018), *Yes, but did it work?*, ICML; Vehtari, Simpson, Gelman, Yao
-    & Gabry (2024), *Pareto smoothed importance sampling*, JMLR 25:72.
     """
     if isinstance(num_draws, bool) or not isinstance(num_draws, int | np.integer):
         raise TypeError(f"`num_draws={num_draws!r}`: expected an integer, such as 4000.")

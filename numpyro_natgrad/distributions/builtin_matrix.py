@@ -25,12 +25,11 @@ from numpyro_natgrad.distributions.gaussian import inverse_lower, lower_factor, 
 _BESSEL_SERIES_FROM = {"float32": 30.0, "float64": 200.0}
 #: The coefficients ((2k−1)!!)² / k! of (8κ)^−k for k = 5, …, 1. The first omitted one is 150078.
 _HANKEL = (7441.875, 459.375, 37.5, 4.5, 1.0)
-#: Eigenvalues of a new rate matrix, in units of the old one, are at least this many roundings of the largest. The
-#: Cholesky factorization of a d × d matrix succeeds if they are more than d(d+1)/2 roundings (Higham 2002, theorem
-#: 10.7), which 100 roundings ensure up to d = 13.
+#: Eigenvalues of a new rate matrix, in units of the old one, are at least this many roundings of the largest. Cholesky
+#: factorizations succeed with more than d(d+1)/2 roundings (Higham 2002, theorem 10.7): 100 suffice up to d = 13.
 _CONDITION_ROUNDINGS = 1e2
-#: Degrees of freedom exceed d − 1 by a relative distance of at least this many roundings: then the difference, of which
-#: NumPyro's bijection takes the logarithm, does not round to zero.
+#: Degrees of freedom exceed d − 1 by at least this many roundings, because NumPyro's bijection takes the logarithm of
+#: the difference.
 _BOUND_ROUNDINGS = 4
 
 
@@ -52,7 +51,7 @@ def _log_bessel(kappa: jax.Array) -> jax.Array:
 
 
 def _solve_von_mises(eta: jax.Array, gradient: jax.Array) -> jax.Array:
-    # ∇²A(|η|) = A″ rrᵀ + A′/κ (I − rrᵀ) with r = η/κ has the condition number 2κ; its two parts are inverted apart.
+    # ∇²A(|η|) = A″ rrᵀ + A′/κ (I − rrᵀ) with r = η/κ has the condition number 2κ: each part is inverted by itself.
     kappa = _concentration(eta)
     slope_of = lambda k: jax.jvp(_log_bessel, (k,), (jnp.ones_like(k),))[1]
     slope, curvature = (x[..., None] for x in jax.jvp(slope_of, (kappa,), (jnp.ones_like(kappa),)))
@@ -133,7 +132,7 @@ def _rate_matrix(**forms: jax.Array) -> jax.Array:
 
 
 def _scale_matrix(**forms: jax.Array) -> jax.Array:
-    """The scale matrix, likewise."""
+    """The scale matrix from the same three."""
     if "scale_matrix" in forms:
         return forms["scale_matrix"]
     if "rate_matrix" in forms:

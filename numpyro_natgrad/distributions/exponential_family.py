@@ -187,7 +187,6 @@ def register_fisher(cls: type, metric: Metric, *, fixed: tuple[str, ...] = ()) -
 
 
 def find_exponential_family(cls: type) -> ExponentialFamily | None:
-    """The exponential family that a class is registered as."""
     return _EXPONENTIAL_FAMILIES.get(cls)
 
 

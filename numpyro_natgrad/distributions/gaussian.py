@@ -136,7 +136,6 @@ def lower_factor(square_root: jax.Array) -> jax.Array:
 
 
 def inverse_lower(lower: jax.Array) -> jax.Array:
-    """The inverse of a lower triangular matrix."""
     eye = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
     return lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
 

@@ -51,7 +51,6 @@ class FisherEstimate(StrEnum):
 
 
 def zero_density(fn: dist.Distribution, value: jax.Array) -> jax.Array:
-    """A log density of zero."""
     return jnp.zeros(fn.batch_shape)
 
 
@@ -200,8 +199,6 @@ def with_rescaled_draws(base: dist.Distribution, mean: jax.Array, by: jax.Array)
 
 
 def with_antithetic_draws(base: dist.Distribution, mean: jax.Array, sign: jax.Array) -> dist.Distribution:
-    """The same symmetric distribution, with every draw x replaced by mean + sign (x − mean)."""
-
     def reflect(x: jax.Array) -> jax.Array:
         m = mean.reshape(x.shape)
         return m + sign.astype(x.dtype) * (x - m)

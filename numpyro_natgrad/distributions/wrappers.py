@@ -95,7 +95,6 @@ def is_reparameterized(fn: dist.Distribution) -> bool:
 
 
 def is_masked(fn: dist.Distribution) -> bool:
-    """Whether one of the wrappers is a mask."""
     return is_wrapper(fn) and (isinstance(fn, dist.MaskedDistribution) or is_masked(fn.base_dist))
 
 

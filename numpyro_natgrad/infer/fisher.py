@@ -73,7 +73,6 @@ def fisher(
     :param bool forward_mode_differentiation: as for ``svi.update``.
     :param kwargs: keyword arguments of model and guide, as for ``svi.update``.
     :return: F at the parameters of the state, nats.
-    :rtype: FisherOperator
     :raises ValueError: if ``svi.init`` has not been called.
     """
     params = _initialised(svi).optim.get_params(state.optim_state)
@@ -147,7 +146,6 @@ def kl(svi: SVI, old: SVIState, new: SVIState, *args: Any, num_draws: int = 64, 
     :param int num_draws: draws of q_old, at least 2 for a standard error.
     :param kwargs: keyword arguments of the guide.
     :return: the mean and its standard error, nats.
-    :rtype: Estimate
     :raises ValueError: if ``svi.init`` has not been called.
     :raises StructureError: if the guide has a flow without an inverse: it has no density at the draws of q_old.
     """
@@ -192,7 +190,6 @@ def scale_by_fisher(
     :param float damping: as for :meth:`.FisherOperator.solve`.
     :param kwargs: keyword arguments of model and guide.
     :return: a transformation whose ``update`` needs the parameters.
-    :rtype: optax.GradientTransformation
     :raises ValueError: if ``svi.init`` has not been called, or ``update`` is called without parameters.
     """
     _initialised(svi)

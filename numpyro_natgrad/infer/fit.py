@@ -126,7 +126,6 @@ def fit(
     :param bool forward_mode_differentiation: as for ``svi.run``.
     :param kwargs: keyword arguments of model and guide, the same in every step.
     :return: parameters, state, history, and why the fit ended.
-    :rtype: FitResult
     :raises TypeError: if the optimizer is not a :class:`.NaturalGradient`, or an argument has the wrong type.
     :raises ValueError: if an argument has a value that cannot be used.
     :raises StructureError: if model or guide have mutable state that the loss would drop.

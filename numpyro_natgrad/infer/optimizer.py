@@ -62,11 +62,8 @@ class NaturalGradient(_NumPyroOptim):
     ``get_params`` returns the average of the iterates over the stationary steps, or the last iterate if ``step_size``
     is given. Gradients are taken at the last iterate, ``NaturalGradientState.params``.
 
-    **References:**
-
-    1. Amari (1998), *Natural gradient works efficiently in learning*, Neural Computation 10.
-    2. Khan & Rue (2023), *The Bayesian learning rule*, JMLR 24.
-    3. Kristiadi (2018), *Natural gradient descent*.
+    **References:** Amari (1998), *Natural gradient works efficiently in learning*, Neural Computation 10; Khan & Rue
+    (2023), *The Bayesian learning rule*, JMLR 24; Kristiadi (2018), *Natural gradient descent*.
     """
 
     def __init__(
@@ -180,7 +177,6 @@ class NaturalGradient(_NumPyroOptim):
         :param bool forward_mode_differentiation: as for ``svi.update``.
         :param kwargs: keyword arguments of model and guide, as for ``svi.update``.
         :return: the table.
-        :rtype: str
         :raises ValueError: if ``svi.init`` has not been called.
         """
         params = _initialised(svi).optim.get_params(state.optim_state)
