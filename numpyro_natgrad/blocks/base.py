@@ -48,7 +48,6 @@ class Memory(NamedTuple):
     joint: JointMemory
 
     def with_running_means(self, new: Params) -> "Memory":
-        """The memory with the running means of some parameters replaced."""
         shaped = {p: x.reshape(jnp.shape(self.running_mean[p])) for p, x in new.items()}
         return self._replace(running_mean={**self.running_mean, **shaped})
 
@@ -111,7 +110,6 @@ class Randomness(NamedTuple):
 
     @property
     def key(self) -> jax.Array:
-        """A key of this step."""
         return jax.random.fold_in(self.run_key, self.step)
 
 

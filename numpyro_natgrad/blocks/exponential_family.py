@@ -75,7 +75,6 @@ class ExponentialFamilyBlock(base.Block[ExponentialFamilyTangent]):
 
     @property
     def numbers(self) -> int:
-        """How many numbers the site draws."""
         return self.site.copies * self.site.event_size * math.prod(self.site.eta_shape[:-1])
 
     def noise_tolerance(self, scope: base.Scope) -> base.NoiseTolerance:

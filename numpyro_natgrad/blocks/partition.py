@@ -223,7 +223,6 @@ def _is_tilted(trace: LossTrace, name: str, options: Options) -> bool:
 
 
 def _kl_hessian_blocks(trace: LossTrace, taken: set[str], sizes: dict[str, int], options: Options) -> list[FisherBlock]:
-    """Connected components of the remaining parameters and the sites that depend on them."""
     owners = {name: site.params & set(sizes) for name, site in trace.sites.items() if name not in taken}
     return [_kl_hessian_block(names, sites, trace, sizes, options) for names, sites in _components(owners)]
 
@@ -300,7 +299,6 @@ def _gradient_request(
     options: Options,
     forward: bool,
 ) -> GradientRequest:
-    """What the blocks need of the loss, in one request."""
     modes = {name: mode for block in blocks for name, mode in block.density_modes.items()}
     detached = [name for name, mode in modes.items() if mode == DensityMode.DETACHED]
     own = [name for name, mode in modes.items() if mode.per_particle]

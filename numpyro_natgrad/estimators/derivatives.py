@@ -27,8 +27,7 @@ MAX_LOSS = 1e14
 class LossInfo(NamedTuple):
     """The loss as the blocks use it.
 
-    :ivar loss: the loss at the current parameters, nats.
-    :ivar aux: ``fn``'s second output.
+    :ivar loss: the value of ``fn`` at the current parameters, nats; ``aux`` is its second output.
     :ivar gradient: of the loss, without score terms of Gaussian sites, for each unconstrained parameter.
     :ivar perturbation_gradients: for each detached site the mean of its draws over the particles, ``site.shape``; for
         each per-particle or antithetic site the draws and the gradients of −log p there, over the number of particles,
@@ -41,10 +40,8 @@ class LossInfo(NamedTuple):
     :ivar sampled_fisher_product: ``tilts -> dict``, linear, for tilted sites: F̂t, the gradient of ⟨t, T⟩ added to
         log q, with F̂ the draws' own estimate of the Fisher matrix.
     :ivar loss_at: the loss at other parameters and the same draws.
-    :ivar fn: the loss function itself.
     :ivar forward: whether to differentiate in forward mode only.
     :ivar particles: draws a step; infinity where nothing is drawn.
-    :ivar previous_step_skipped: whether the last step was skipped.
     """
 
     loss: jax.Array
@@ -81,7 +78,6 @@ class GradientRequest(NamedTuple):
     cache_draws: bool
 
     def sites_in(self, mode: DensityMode) -> list[str]:
-        """The sites of one density mode."""
         return [site for site, other in self.density_modes.items() if other == mode]
 
 
@@ -101,7 +97,6 @@ class _Directions(NamedTuple):
     shifts: Params
 
     def padded(self, params: Params, stretches: Params, shifts: Params) -> "_Directions":
-        """A tangent with zeros for directions that are not given."""
         return _Directions(*(_padded(new, at) for new, at in zip((params, stretches, shifts), self, strict=True)))
 
 
@@ -246,12 +241,10 @@ def rescale_loss(loss_info: LossInfo, modes: Mapping[str, DensityMode]) -> tuple
 
 
 def derivative(function: Callable, forward: bool) -> Callable:
-    """The gradient and the auxiliary output of a function."""
     return (jax.jacfwd if forward else jax.grad)(function, has_aux=True)
 
 
 def finite(tree: Any) -> jax.Array:
-    """Whether every entry of a tree is finite."""
     return jnp.isfinite(sum((jnp.sum(jnp.abs(x) * 0) for x in jax.tree.leaves(tree)), jnp.zeros(())))
 
 

@@ -25,8 +25,7 @@ def sample_scores(
 ) -> Params:
     """∇_φ log q_φ(z_s)/particles of as many fresh draws as there are particles.
 
-    :param params: all parameters, unconstrained.
-    :param mine: the parameters of the scores.
+    :param mine: those of ``params``, unconstrained, whose scores are computed.
     :param sites: the sites whose densities make up q.
     :param particles: the particles over which the loss averages.
     :param number: of the set of draws; another number gives other draws.

@@ -43,7 +43,6 @@ class RegressionSums(NamedTuple):
 
 
 def empty_sums(n: int, dtype: jnp.dtype) -> RegressionSums:
-    """Sums over no draws."""
     shapes = (n,), (n, n), (), (n + 1, n + 1), (n, n + 1)
     return RegressionSums(*(jnp.zeros(shape, dtype) for shape in shapes))
 

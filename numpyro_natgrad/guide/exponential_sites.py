@@ -44,12 +44,10 @@ class ExponentialFamilySite(NamedTuple):
     event_size: int
 
     def read(self, params: Params) -> jax.Array:
-        """η at unconstrained parameters, ``(*batch, k)``."""
         values = (t(params[p]) for t, p in zip(self.transforms, self.params, strict=True))
         return self.family.natural(**dict(zip(self.arguments, values, strict=True))).reshape(self.eta_shape)
 
     def write(self, params: Params, eta: jax.Array) -> Params:
-        """The parameters with those of this site replaced."""
         made = self.cls(**self.family.arguments(eta), validate_args=False)
         new = {}
         for argument, p, transform, shape in zip(

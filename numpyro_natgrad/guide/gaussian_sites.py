@@ -173,9 +173,7 @@ class GaussianSite(NamedTuple):
     """A guide site whose mean and covariance arguments *are* parameters: a :class:`GaussianParameterization`.
 
     :ivar family: the name of the distribution's class.
-    :ivar loc: the mean parameter.
-    :ivar scale: the covariance parameter.
-    :ivar argument: the distribution's argument that is the covariance parameter.
+    :ivar argument: the distribution's argument that is the covariance parameter ``scale``.
     :ivar shape: ``(*batch, d)``: shape of a draw; K is ``(*batch, d, d)``, or ``(*batch, d)`` in a diagonal form.
     :ivar scale_shape: the shape of the covariance argument's constrained value.
     """
@@ -222,7 +220,6 @@ class GaussianSite(NamedTuple):
         return k.reshape(self.shape if self.form.diagonal else (*self.shape, self.shape[-1]))
 
     def unconstrain(self, factor: jax.Array) -> jax.Array:
-        """The covariance parameter from K."""
         value = self.transform.inv(self.form.inverse(factor).reshape(self.scale_shape))
         return jnp.asarray(value, factor.dtype)
 

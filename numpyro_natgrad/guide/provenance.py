@@ -58,11 +58,7 @@ class LabelKind(StrEnum):
 
 
 class Label(NamedTuple):
-    """The name of a tagged value.
-
-    :ivar name: of the parameter or site.
-    :ivar argument: of the distribution, where the label is one of an argument.
-    """
+    """The kind of a tagged value, the name of its parameter or site, and its ``argument`` if it is one."""
 
     kind: LabelKind
     name: str
@@ -100,12 +96,10 @@ class Origin(NamedTuple):
 
     @property
     def params(self) -> frozenset[str]:
-        """The parameters it depends on."""
         return frozenset(label.name for label in self.sources if label.kind == LabelKind.PARAM)
 
     @property
     def is_drawn(self) -> bool:
-        """Whether it depends on draws of the guide."""
         return any(label.kind == LabelKind.DRAW for label in self.sources)
 
     @property

@@ -82,7 +82,7 @@ class GuideSite(NamedTuple):
     :ivar shape: shape of the innermost draw, of one particle.
     :ivar batch: batch shape of the base distribution, before it is expanded.
     :ivar event_size: numbers in the base distribution's event.
-    :ivar elements: how many densities its batch has.
+    :ivar elements: number of densities in its batch.
     :ivar draw_size: numbers in its value, of one particle.
     :ivar reparameterized: whether gradients flow through its draws.
     :ivar weight: the ``scale`` of a subsampled plate: how many draws of the whole data one draw stands for; ``None`` if

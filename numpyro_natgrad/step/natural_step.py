@@ -43,8 +43,8 @@ class NaturalGradients(NamedTuple):
 
     :ivar tangents: v of each block, in its own coordinates; zero where ``ok`` is false.
     :ivar squared_norms: vᵀFv, nats; ``(B,)``.
-    :ivar own_step_sizes: the step size that a block prescribes; zero where the rule decides; ``(B,)``.
-    :ivar scale: factor on the loss that they are gradients of (:func:`.rescale_loss`).
+    :ivar own_step_sizes: the step size that a block prescribes, or zero; ``(B,)``.
+    :ivar scale: the factor on the loss by :func:`.rescale_loss`.
     :ivar ok: whether loss, gradient and norms are finite.
     """
 
@@ -119,9 +119,8 @@ def natural_step(
 ) -> tuple[LossInfo, NaturalGradientState]:
     """Evaluate the loss at the iterate and take one step.
 
-    :param fn: ``params -> (loss, aux)``.
     :param step: number of the step, from 0.
-    :param carried: the state, with arrays of the size that the optimizer allocated.
+    :param carried: the state, in arrays of the size that the optimizer allocated.
     :return: the loss at the iterate before the step, and the state after it.
     """
     partition = context.partition
@@ -249,7 +248,6 @@ def _floor(context: Context) -> jax.Array:
 
 
 def _resized(proposal: Proposal, result: Acceptance, context: Context) -> jax.Array:
-    """The radius that follows a proposal."""
     kl, limited, constants = jnp.sum(proposal.kl), proposal.limited, context.options.constants
     return trust_region.resize(
         proposal.radius, result, kl=kl, limited=limited, floor=_floor(context), constants=constants

@@ -51,7 +51,6 @@ class FisherSite(NamedTuple):
 
 
 def fisher_sites(sites: Mapping[str, GuideSite | ModelSite]) -> tuple[FisherSite, ...]:
-    """What a metric needs of traced sites."""
     point = lambda site: isinstance(site, ModelSite) and site.point
     return tuple(FisherSite(n, s.base.__name__, s.fisher_estimate, point(s)) for n, s in sites.items())
 
@@ -69,7 +68,6 @@ class Metric(ABC):
 
     @property
     def exact_on_conjugate(self) -> bool:
-        """Whether a step of size 1 is exact on conjugate models."""
         return False
 
     @property
@@ -174,7 +172,6 @@ class ScoreSamples(Metric):
 
 
 def guide_surrogates(sites: Iterable[FisherSite]) -> dict[str, Density]:
-    """The Fisher surrogate of each site of the guide."""
     return {site.name: fisher_surrogate(site.estimate) for site in sites}
 
 
@@ -197,8 +194,6 @@ def surrogate_operator(
 def _operator_of_loss(
     frozen: Frozen, loss_info: LossInfo, params: Params, names: Iterable[str], key: jax.Array
 ) -> FisherOperator:
-    """F from the loss with the surrogates of the handler ``frozen``."""
-
     def surrogate(mine: Params) -> jax.Array:
         with frozen:
             return loss_info.fn({**params, **mine})[0]

@@ -171,7 +171,6 @@ class ConjugateGradients(Solver):
         return _compare(self.solve(operator, gradient), gradient, memory, operator.product(memory))
 
     def solve(self, operator: FisherOperator, gradient: jax.Array) -> jax.Array:
-        """v, ``(P,)``."""
         probe = jax.random.rademacher(operator.key, gradient.shape, gradient.dtype)
         mean = jnp.abs(probe @ operator.product(probe)) / gradient.size
         damping = self.damping * jnp.where(mean > 0, mean, 1.0)

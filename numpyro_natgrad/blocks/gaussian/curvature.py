@@ -29,10 +29,8 @@ from numpyro_natgrad.options import RuleConstants
 
 
 class CurvatureEstimate(NamedTuple):
-    """What an estimator returns.
+    """Slope g, ``(D,)``, and curvature M, symmetric, ``(D, D)``.
 
-    :ivar slope: g, ``(D,)``.
-    :ivar curvature: M, symmetric, ``(D, D)``.
     :ivar sums: the sums that a regression remembers; ``None`` for the other estimators.
     :ivar step_size: ρ, if the estimator prescribes it.
     """

@@ -33,11 +33,8 @@ from numpyro_natgrad.guide.low_rank_sites import LowRankSite
 
 
 class LowRankBlockTangent(NamedTuple):
-    """A natural gradient; arrays have a leading batch axis.
+    """A natural gradient in units of s, with m and s, ``(batch, d)``; all arrays have a leading batch axis.
 
-    :ivar tangent: in units of s.
-    :ivar loc: m, ``(batch, d)``.
-    :ivar scale: s, ``(batch, d)``.
     :ivar residuals: (H − S − diag(H − S))T outside of the span of T, ``(batch, d, n)``.
     """
 
