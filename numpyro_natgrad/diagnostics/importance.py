@@ -110,10 +110,7 @@ class Moments(NamedTuple):
 
 
 def fitted_guide(svi: SVI, result: Fitted, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FittedGuide:
-    """Read the parameters from what a fit returned.
-
-    :raises TypeError: if ``result`` is not the result of a fit.
-    """
+    """Read the parameters from what a fit returned; raise TypeError for anything else."""
     if isinstance(result, SVIRunResult | FitResult):
         params, mutable_state = result.params, result.state.mutable_state
     elif isinstance(result, SVIState):

@@ -21,11 +21,10 @@ from jax.scipy.linalg import cho_factor, cho_solve
 
 
 class GaussianTangent(NamedTuple):
-    """A natural gradient at N(m, KKᵀ), in whitened coordinates.
+    """A natural gradient at N(m, KKᵀ): the slope g, ``(..., d)``, and eigenvalues and eigenvectors of M, whitened.
 
-    :ivar slope: g, shape ``(..., d)``.
-    :ivar values: eigenvalues λ of M, ``(..., r)``; the other d − r are zero.
-    :ivar vectors: orthonormal eigenvectors Q, ``(..., d, r)``; ``None`` where M is diagonal (r = d).
+    :ivar values: λ, ``(..., r)``; the other d − r are zero.
+    :ivar vectors: Q, orthonormal, ``(..., d, r)``; ``None`` where M is diagonal (r = d).
     """
 
     slope: jax.Array

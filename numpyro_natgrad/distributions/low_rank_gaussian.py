@@ -98,12 +98,9 @@ class LowRankTangent(NamedTuple):
 
 
 class LowRankStep(NamedTuple):
-    """The Gaussian after a step, relative to the one before.
+    """The Gaussian after a step, relative to the one before: s₊/s, ``(d,)``, W₊, ``(d, r)``, (m₊ − m)/s, ``(d,)``, Y.
 
-    :ivar ratio: s₊/s, ``(d,)``.
-    :ivar factor: W₊, ``(d, r)``.
-    :ivar shift: (m₊ − m)/s, ``(d,)``.
-    :ivar coefficients: Y, ``(n, r)``: the columns of W₊ are those of TY up to scale and rotation.
+    The columns of W₊ are those of TY, Y of shape ``(n, r)``, up to scale and rotation.
     """
 
     ratio: jax.Array
@@ -130,10 +127,9 @@ def covariance_root(factor: jax.Array, basis: jax.Array) -> jax.Array:
 
 
 def squared_norm(t: LowRankTangent) -> jax.Array:
-    """Squared Fisher norm, nats, of the part of the tangent that lies in the family.
+    """Squared Fisher norm, nats, of the part of the tangent in the family.
 
-    To :func:`mean_scale_squared_norm` it adds the part of M with at least one index among the first r columns of T,
-    which span W.
+    It adds to :func:`mean_scale_squared_norm` the part of M with an index among the first r columns of T, which span W.
     """
     rest = t.vectors[t.factor.shape[1] :]
     outside = (rest * t.values) @ rest.T

@@ -50,8 +50,7 @@ class History(NamedTuple):
     :ivar numpy.ndarray loss: the loss at the iterate before the step, nats.
     :ivar numpy.ndarray kl: forward KL(q ‖ q₊) of the step, nats; 0 if it was skipped.
     :ivar numpy.ndarray step_size: ρ, where 1 is a step to the minimum of the local model.
-    :ivar numpy.ndarray newton_decrement: expected remaining gain, nats, of the parameters that ``get_params`` returns
-        after the step.
+    :ivar numpy.ndarray newton_decrement: expected remaining gain of ``get_params`` after the step, nats.
     :ivar numpy.ndarray newton_decrement_error: its Monte-Carlo standard error, nats.
     :ivar numpy.ndarray limited: whether the trust region shortened the step, bool.
     :ivar numpy.ndarray skipped: whether the step was not taken, bool.

@@ -38,7 +38,7 @@ from numpyro_natgrad.options import RuleConstants, StructureError
 from numpyro_natgrad.step.newton_decrement import noise_part
 from numpyro_natgrad.step.state import NaturalGradientState
 
-#: Why a fit may end.
+#: Reasons for the end of a fit.
 CONVERGED, MAX_STEPS, EXHAUSTED, INTERRUPTED = (
     "converged",
     "`max_steps` was reached",

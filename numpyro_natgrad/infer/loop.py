@@ -53,11 +53,9 @@ Chunk = Callable[[SVIState, int, Arguments], tuple[SVIState, StepRecords]]
 
 
 class Program(NamedTuple):
-    """A compiled chunk, and the partition of the loss that it was traced for.
+    """A compiled chunk ``(state, steps, batches) -> (state, records)``, and its blocks for all shapes of ``batches``.
 
-    :ivar chunk: ``(state, steps, batches) -> (state, records)``, of :data:`STEPS_PER_CHUNK` steps at most; ``batches``
-        are the stacked arguments of the steps, or ``()``.
-    :ivar partitions: the blocks of parameters, by the shapes of ``batches`` (:func:`shapes`).
+    A chunk has at most :data:`STEPS_PER_CHUNK` steps; ``batches`` are their stacked arguments, or ``()``.
     """
 
     chunk: Chunk
@@ -156,10 +154,7 @@ class BatchIterator:
         return self._pending[0] if self._pending else None
 
     def take(self, most: int) -> tuple[int, tuple[Any, ...]]:
-        """The number of steps, ``most`` at most, and their arguments, stacked and padded to :data:`STEPS_PER_CHUNK`.
-
-        The batches of one call have the same shapes and types.
-        """
+        """At most ``most`` batches of equal shapes and types: their number, and their stacked and padded arguments."""
         if self.fixed:
             return most, ()
         group: list[tuple[Any, ...]] = []
