@@ -154,7 +154,7 @@ class BatchIterator:
         return self._pending[0] if self._pending else None
 
     def take(self, most: int) -> tuple[int, tuple[Any, ...]]:
-        """At most ``most`` batches of equal shapes and types: their number, and their stacked and padded arguments."""
+        """The number of steps, at most ``most``, and their batches of equal shapes and types, stacked and padded."""
         if self.fixed:
             return most, ()
         group: list[tuple[Any, ...]] = []
