@@ -88,8 +88,7 @@ class RuleConstants(NamedTuple):
     radius_factor: float = 4.0
     #: The most radii tried in a step. Ablation: 120 steps instead of 68 on GLMM with one, 17 instead of 11 on diamonds.
     radius_trials: int = 6
-    #: Bounds of the radius: the upper in nats, the lower in multiples of the KL below which steps are not compared.
-    #: Sensitivity: none.
+    #: Bounds of the radius: nats, and multiples of the KL below which steps are not compared. Sensitivity: none.
     radius_max: float = 1e12
     radius_min: float = 1e-3
     #: Steps below this KL, nats, and nats per latent, are taken uncompared: noise of the loss would decide.
@@ -176,10 +175,7 @@ CONSTANTS = RuleConstants()
 
 
 class Options(NamedTuple):
-    """See :class:`.NaturalGradient`, whose arguments they are.
-
-    :ivar has_fallback: the user gave an optimizer for parameters without a Fisher matrix.
-    """
+    """The arguments of :class:`.NaturalGradient`; ``has_fallback``: the user gave a fallback optimizer."""
 
     step_size: float | Callable[[Any], Any] | None
     max_kl: float | Literal["adaptive"] | None

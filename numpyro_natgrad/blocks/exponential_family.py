@@ -34,11 +34,7 @@ from numpyro_natgrad.options import RuleConstants
 
 
 class ExponentialFamilyTangent(NamedTuple):
-    """A natural gradient v of η, ``(*batch, k)``.
-
-    :ivar image: F v.
-    :ivar running_mean_image: F times the running mean of earlier natural gradients.
-    """
+    """A natural gradient v of η, ``(*batch, k)``, with the images of v and of the running mean under F."""
 
     v: jax.Array
     image: jax.Array
@@ -52,7 +48,7 @@ class ExponentialFamilyBlock(base.Block[ExponentialFamilyTangent]):
 
     :ivar tilted: the noise of its draws is predicted as above.
     :ivar margin: fraction of a bounded natural parameter that a step keeps.
-    :ivar limited: the options limit the KL of a step.
+    :ivar limited: the KL of a step is limited.
     """
 
     site: ExponentialFamilySite
@@ -135,10 +131,7 @@ class ExponentialFamilyBlock(base.Block[ExponentialFamilyTangent]):
         return self.site.family.step(v.eta, -rho * v.v, self.margin) - v.eta
 
     def _fraction(self, v: jax.Array, image: jax.Array) -> jax.Array:
-        """The fraction of the natural gradient that each element of a batch may take, ``(*batch, 1)``.
-
-        All elements share one KL limit, which the noise of a single one must not use up.
-        """
+        """Fractions of v, ``(*batch, 1)``, so that no element of a batch uses up the KL limit that all share."""
         kl, limit = 0.5 * self.site.copies * jnp.sum(v * image, axis=-1, keepdims=True), self.constants.element_kl
         if not self.limited or kl.size == 1:
             return jnp.ones_like(kl)

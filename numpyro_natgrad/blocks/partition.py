@@ -67,8 +67,7 @@ class Partition(NamedTuple):
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar latents: latent dimensions of the guide, for the whole data set; observed numbers if there is no guide site.
     :ivar joint_latents: latent dimensions of the joint Gaussian block, 0 if there is none.
-    :ivar exact_on_conjugate: whether a step of size 1 is exact on conjugate models.
-    :ivar tolerance: how much noise steps may have; every field has an entry for each block.
+    :ivar tolerance: every field has an entry for each block.
     :ivar paired: whether draws follow the parameters, so that losses at two parameters and the same draws have most of
         their noise in common. Draws of a discrete site jump.
     """
@@ -175,8 +174,8 @@ def _curvature_estimator(
 ) -> CurvatureEstimator:
     """Stein regression if the draws of a few steps determine slope and curvature; Hessian-vector products otherwise.
 
-    Both regression and antithetic draws, which are no draws of NumPyro's, require that the joint block owns every
-    parameter (``alone``). Regression needs full data: all particles share the error of a minibatch.
+    Regression, and antithetic draws (which NumPyro would not make), require that the joint block owns every parameter
+    (``alone``). Regression also needs full data: all particles share the error of a minibatch.
     """
     if not (alone and trace.batched and trace.particles < math.inf) or any(s.analytic for s in latents.sites):
         return HessianProducts()

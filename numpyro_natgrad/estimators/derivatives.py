@@ -219,10 +219,8 @@ def _score(fn: Loss, params: Params, request: GradientRequest) -> Params:
 def rescale_loss(loss_info: LossInfo, modes: Mapping[str, DensityMode]) -> tuple[LossInfo, jax.Array]:
     """The derivatives of ``scale`` times the loss, so that squared natural gradients are finite in single precision.
 
-    A log-linear model, for instance, may start with rates of e^50.
-
-    :param modes: as in :class:`GradientRequest`.
-    :return: the rescaled derivatives (the value is unchanged), and the scale: 1 up to :data:`MAX_LOSS` nats.
+    :return: the rescaled derivatives (the value is unchanged), and the scale: 1 up to :data:`MAX_LOSS` nats. (A
+        log-linear model may start with rates of e^50.)
     """
     scale = jnp.minimum(1.0, MAX_LOSS / jnp.abs(loss_info.loss))
     scaled = lambda tree: jax.tree.map(lambda x: (scale * x).astype(x.dtype), tree)

@@ -46,8 +46,8 @@ def whitened_hessian_products(
 def leave_one_out_tangent(offset: jax.Array, particles: float) -> tuple[jax.Array, float]:
     """The shift of the mean and the stretch of the draws along which the gradient changes by its control variate.
 
-    The mean over s of H₋ₛ (z_s − m) consists of Σ_s H_s (z_s − m)/S, the derivative of E[∇f] along a stretch of the
-    draws away from m, and of H̄ times the ``offset`` of their mean from m. Both together cost one product.
+    The mean of H₋ₛ (z_s − m) consists of Σ_s H_s (z_s − m)/S, the derivative of E[∇f] along a stretch of the draws
+    away from m, and of H̄ times the ``offset`` of their mean from m. Both together cost one product.
     """
     return -particles / (particles - 1) * offset, 1 / (particles - 1)
 
@@ -58,10 +58,7 @@ def fall_back_to_gradient(
     """Whitened slope and M V; the plain slope and M = 0 if they are non-finite in two consecutive steps.
 
     A Poisson rate of e^-50 has a gradient, but its Hessian is 0/0 in single precision. The step then follows the
-    gradient with an unchanged covariance, as far as the trust region allows.
-
-    :param plain: the slope without the control variate.
-    :param image: M times the probes V.
+    gradient (``plain``, without the control variate) at an unchanged covariance.
     """
     lost = jnp.asarray(previous_step_skipped) & ~finite((slope, image))
     return jnp.where(lost, plain, slope), jnp.where(lost, 0.0, image)

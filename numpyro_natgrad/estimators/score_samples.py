@@ -68,10 +68,7 @@ class Resample(Messenger):
 
 
 class ScoreDensities(Frozen):
-    """The guide's log-densities at frozen draws.
-
-    A ``scale`` c stands for c independent copies of a site: F is c times as large, and the score √c times.
-    """
+    """The guide's log-densities at frozen draws. A ``scale`` c multiplies F by c, and hence scores by √c."""
 
     def __init__(self, sites: frozenset[str]) -> None:
         super().__init__(dict.fromkeys(sites, lambda fn, value: fn.log_prob(value)))

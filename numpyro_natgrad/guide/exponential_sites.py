@@ -24,7 +24,6 @@ _FAR = 1e3
 class ExponentialFamilySite(NamedTuple):
     """A guide site of an exponential family whose arguments *are* parameters.
 
-    :ivar cls: its distribution class.
     :ivar arguments: the arguments that are parameters, with the ``params``, the bijections ``transforms`` from
         unconstrained to constrained values, and the ``shapes`` of the constrained values in the same order.
     :ivar eta_shape: ``(*batch, k)``, with the batch shape of the arguments.

@@ -108,10 +108,7 @@ Factor = TypeVar("Factor")
 
 
 class GaussianParameterization(Protocol[Factor]):
-    """What a step uses of a Gaussian site, in the coordinates (m, factor) of its family; D is the joint dimension.
-
-    The factor is K (:class:`GaussianSite`) or the pair (s, W) (:class:`.LowRankSite`).
-    """
+    """A Gaussian site by its mean m and factor: K (:class:`GaussianSite`) or (s, W) (:class:`.LowRankSite`)."""
 
     @property
     def name(self) -> str: ...
@@ -160,10 +157,7 @@ class GaussianParameterization(Protocol[Factor]):
         """K as lower triangular matrices, ``(batch, d, d)``."""
 
     def project(self, columns: jax.Array, start: Factor) -> Factor:
-        """The factor closest to a joint Gaussian (:func:`project`), from the site's columns ``(D, d)`` of P, PᵀP = S.
-
-        :param start: where an iterative projection begins.
-        """
+        """The factor by :func:`project`, from the site's columns ``(D, d)`` of P; iterations begin at ``start``."""
 
     def kl(self, before: Factor, after: Factor, shift: jax.Array) -> jax.Array:
         """KL(N(m, before) ‖ N(m + shift, after)), nats."""
@@ -322,8 +316,8 @@ def project(
 ) -> list[Any]:
     """The factor of each site in the member of the guide's family closest to a joint Gaussian, from P with PᵀP = S.
 
-    The minimiser of KL(guide ‖ N(m, S⁻¹)) has the joint precision's diagonal blocks: Σ_b = (S_bb)⁻¹, and
-    σᵢ = Sᵢᵢ^(−1/2) for independent components. A projection without a closed form is iterated from ``starts``.
+    The minimizer of KL(guide ‖ N(m, S⁻¹)) has Σ_b = (S_bb)⁻¹ in each block b, and σᵢ = Sᵢᵢ^(−1/2) in independent
+    components. A projection without a closed form is iterated from ``starts``.
     """
     ends = list(accumulate(site.size for site in sites))
     columns = jnp.split(precision_root, ends[:-1], axis=1)

@@ -105,10 +105,7 @@ def per_particle(copies: jax.Array, key: jax.Array) -> jax.Array:
 
 @custom_vmap
 def antithetic_key(key: jax.Array) -> jax.Array:
-    """The key of a particle's partner: the second half of a batch has the keys of the first half.
-
-    An unpaired last particle keeps its key, and so does one outside of a batch.
-    """
+    """A particle's own key, or in the second half of a batch (but for an unpaired last one) that of its partner."""
     return key
 
 

@@ -38,10 +38,8 @@ class LowRankSite(NamedTuple):
     """A guide site ``LowRankMultivariateNormal`` whose arguments are products of parameters.
 
     :ivar loc: the name of the parameter m, as ``factor`` of x_W and ``scale`` of x_s.
-    :ivar powers: (a, b).
-    :ivar transform: of x_s.
+    :ivar powers: (a, b); ``rank``: r; ``transform``: of x_s.
     :ivar shape: ``(*batch, d)``: shape of a draw.
-    :ivar rank: r.
     """
 
     name: str
@@ -148,10 +146,7 @@ def _powers(argument: str, site: GuideSite) -> Mapping[str, int] | None:
 
 
 def _fits(loc: str, factor: str, scale: str, site: GuideSite, trace: LossTrace) -> bool:
-    """Whether every latent has its own mean, scale and row of W, and no constraint excludes a valid value.
-
-    r = d is refused, because the axis of V along which a scale is multiplied is then ambiguous.
-    """
+    """Whether every latent has its own mean, scale and row of W (r = d is ambiguous), with all valid values."""
     found = [trace.params[p] for p in (loc, factor, scale)]
     if any(x.shape is None for x in found):
         return False

@@ -119,8 +119,7 @@ class Origin(NamedTuple):
 class TaggedValue(NamedTuple):
     """The origin of a tagged value, and how many numbers it has in all particles together.
 
-    :ivar sizes: for each equation that computes it: one for every batch of particles. Loop bodies are visited
-        repeatedly, but count once.
+    :ivar sizes: for each equation that computes it, since every batch of particles may have one.
     :ivar looped: whether it is computed inside of a loop.
     """
 

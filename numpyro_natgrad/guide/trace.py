@@ -58,7 +58,6 @@ class ModelSite(NamedTuple):
 
     :ivar base: the class of the distribution under its wrappers.
     :ivar size: numbers in its value.
-    :ivar observed: its value is data.
     :ivar weight: how many rows of the whole data set one row stands for; ``None`` if unknown.
     :ivar params: the parameters that its density, or its value, is computed from.
     :ivar point: its value is computed from parameters.
@@ -78,13 +77,11 @@ class ModelSite(NamedTuple):
 class GuideSite(NamedTuple):
     """A latent sample site of the guide. The fields with defaults are known when the whole loss has been traced.
 
-    :ivar base: the class of the distribution under its wrappers.
     :ivar shape: shape of the innermost draw, of one particle.
     :ivar batch: batch shape of the base distribution, before it is expanded.
     :ivar event_size: numbers in the base distribution's event.
     :ivar elements: number of densities in its batch.
     :ivar draw_size: numbers in its value, of one particle.
-    :ivar reparameterized: whether gradients flow through its draws.
     :ivar weight: the ``scale`` of a subsampled plate: how many draws of the whole data one draw stands for; ``None`` if
         unknown.
     :ivar plain: no ``scale`` and no parameter in a transform: up to a mask, the base's Fisher matrix is the site's.
@@ -126,7 +123,7 @@ class LossTrace(NamedTuple):
 
     :ivar sites: the latent sites of the guide.
     :ivar model_sites: the sites of the model; none if the loss sums over a discrete site.
-    :ivar full_data: whether every step uses all of the data: no site stands for more rows than it has.
+    :ivar full_data: whether every step uses all of the data.
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar batched: whether all particles are drawn in one batch.
     :ivar is_elbo: whether it is affine in log q.

@@ -137,10 +137,7 @@ def natural_step(
 
 
 def run_seed(loss: jax.Array, step: jax.Array, seed: jax.Array) -> jax.Array:
-    """The seed of the blocks' probes: the bits of the first loss, whose draws depend on the key of the run.
-
-    An optimizer has no key, and a constant seed would give all runs and all rows of a ``vmap`` the same probes.
-    """
+    """The seed of the blocks' probes: the bits of the first loss, since an optimizer has no key of the run."""
     return jnp.where(step == 0, lax.bitcast_convert_type(loss.astype(jnp.float32), jnp.uint32), seed)
 
 

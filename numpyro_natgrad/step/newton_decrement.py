@@ -45,11 +45,7 @@ class StepWeights(NamedTuple):
 
 
 def observe(state: DecrementState, norms: SquaredNorms, noise: jax.Array, weights: StepWeights) -> DecrementState:
-    """Update after one step with these weights.
-
-    :param norms: the natural gradient compared with the running mean before it.
-    :param noise: v, nats.
-    """
+    """Update after one step; ``norms`` compare v with the earlier running mean, ``noise`` is its variance, nats."""
     covariance = _propagated(state.covariance, weights)
     squares, tiny = norms.visible_norms(), jnp.finfo(noise.dtype).tiny
     fraction = jnp.minimum(squares[1] / jnp.maximum(norms.innovation, tiny), 1.0)

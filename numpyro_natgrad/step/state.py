@@ -86,13 +86,9 @@ class NaturalGradientState(NamedTuple):
 
     :ivar dict params: the iterate, unconstrained.
     :ivar dict average: the averaged iterate, unconstrained; what ``get_params`` returns.
-    :ivar Memory memory: running means of the natural gradient.
-    :ivar NoiseStatistics statistics: what the step size depends on.
-    :ivar DecrementState decrement: what the Newton decrement depends on.
     :ivar jax.Array radius: trust-region radius, nats; zero before the first step.
     :ivar Any fallback: the state of the fallback optimizer.
     :ivar jax.Array seed: seed of the blocks' probes, set in the first step, uint32.
-    :ivar StepInfo info: the last step in numbers.
     """
 
     params: Params
@@ -107,10 +103,7 @@ class NaturalGradientState(NamedTuple):
 
 
 def initial(params: Params, fallback: Any, constants: RuleConstants) -> NaturalGradientState:
-    """The state before the first step, with room for a block per parameter and a joint latent per two entries.
-
-    A Gaussian site has at least two entries of parameters for each latent.
-    """
+    """The state before the first step. A block has at least one parameter, a Gaussian latent at least two entries."""
     leaves = jax.tree.leaves(params)
     dtype = jnp.result_type(*leaves)
     latents = min(sum(jnp.size(x) for x in leaves) // 2, constants.joint_limit)

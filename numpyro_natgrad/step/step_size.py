@@ -25,7 +25,7 @@ from numpyro_natgrad.step.state import NoiseStatistics
 class NoiseEstimate(NamedTuple):
     """Signal and noise of one natural gradient, compared with earlier ones; an entry for each block.
 
-    :ivar weight: its weight in the running mean.
+    :ivar weight: of the natural gradient in the running mean.
     :ivar signal: signal fraction, between 0 and 1.
     :ivar noise: variance of a natural gradient, nats.
     :ivar huber: 1, or the factor that shortens an outlier.

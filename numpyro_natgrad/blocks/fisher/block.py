@@ -22,11 +22,7 @@ from numpyro_natgrad.guide.gaussian_sites import Params
 
 @dataclass(frozen=True)
 class FisherBlock(base.Block[FisherTangent]):
-    """One connected component of parameters and sites.
-
-    :ivar sizes: number of entries of each of its parameters.
-    :ivar numbers: how many numbers its sites draw or observe, for the whole data set.
-    """
+    """A connected component: its parameters' ``sizes``, and how many ``numbers`` its sites draw or observe in all."""
 
     metric: Metric
     solver: Solver

@@ -38,11 +38,7 @@ from numpyro_natgrad.guide.trace import GuideSite, ModelSite
 
 
 class FisherSite(NamedTuple):
-    """A site that contributes to F.
-
-    :ivar family: name of its distribution's class.
-    :ivar point: a site of the model whose value is a point of the guide (``AutoDelta``); its density is a prior.
-    """
+    """A site that contributes to F; ``point`` if its value is a point of the guide, and its density a prior."""
 
     name: str
     family: str

@@ -106,11 +106,7 @@ class FisherOperator(NamedTuple):
 
 
 class Solver(ABC):
-    """How a block solves for its natural gradient.
-
-    :cvar has_momentum: whether it starts from the last natural gradient, which the memory holds in place of a running
-        mean.
-    """
+    """How a block solves for v; with ``has_momentum`` from the last v, kept in place of a running mean."""
 
     description: ClassVar[str]
     has_momentum: ClassVar[bool] = False
@@ -157,10 +153,7 @@ class Cholesky(Solver):
 
 @dataclass(frozen=True)
 class ConjugateGradients(Solver):
-    """Solve (F + damping · tr F/P) v = g by products with F; tr F from one Rademacher probe (Hutchinson 1990).
-
-    :ivar tolerance: relative residual at which it stops, after at most ``steps`` products.
-    """
+    """Solve (F + damping · tr F/P) v = g by products with F; tr F from one Rademacher probe (Hutchinson 1990)."""
 
     damping: float
     tolerance: float
@@ -258,10 +251,7 @@ def damped_solver(parameters: int, constants: RuleConstants, *, local: bool = Fa
 
 
 def conjugate_gradients(product: Product, gradient: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
-    """An approximation of F⁻¹g by ``steps`` products with F, and its residual, which JAX's ``cg`` does not return.
-
-    The loop is unrolled, so that two networks can be solved for in parallel.
-    """
+    """F⁻¹g by ``steps`` products with F, and the residual; unrolled, so that two networks can run in parallel."""
     tiny = jnp.finfo(gradient.dtype).tiny
     v, residual, direction, square = jnp.zeros_like(gradient), gradient, gradient, gradient @ gradient
     for _ in range(steps):

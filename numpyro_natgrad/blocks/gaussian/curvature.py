@@ -29,11 +29,7 @@ from numpyro_natgrad.options import RuleConstants
 
 
 class CurvatureEstimate(NamedTuple):
-    """Slope g, ``(D,)``, and curvature M, symmetric, ``(D, D)``.
-
-    :ivar sums: the sums that a regression remembers; ``None`` for the other estimators.
-    :ivar step_size: ρ, if the estimator prescribes it.
-    """
+    """Slope g, ``(D,)``, and curvature M, symmetric, ``(D, D)``; of a regression also its sums and step size ρ."""
 
     slope: jax.Array
     curvature: jax.Array

@@ -100,8 +100,7 @@ class FullGaussian(SiteBlock[GaussianSite, FullTangent]):
 def cosine_probes(d: int, k: int, randomness: Randomness, dtype: jnp.dtype) -> jax.Array:
     """k orthonormal probes of d dimensions, ``(d, k)``: the next k vectors of a cosine (DCT-II) basis of random signs.
 
-    V_ij = ±√(2/d) cos(π (i + ½) j / d). Signs and order of the columns j are random and fixed for the run, so that
-    every direction is probed once in d/k steps.
+    V_ij = ±√(2/d) cos(π (i + ½) j / d), in a random, fixed order of j: d/k steps probe each direction once.
     """
     sign_key, order_key = jax.random.split(randomness.run_key)
     signs = jax.random.rademacher(sign_key, (d, 1), dtype)

@@ -46,11 +46,7 @@ class LowRankBlockTangent(NamedTuple):
 
 @dataclass(frozen=True)
 class LowRankGaussian(SiteBlock[LowRankSite, LowRankBlockTangent]):
-    """One low-rank site, in second order.
-
-    The memory holds, in units of the latents, running means of the slope (in the place of m) and of diag(H − S) (of s),
-    and the residuals of the last step (of W).
-    """
+    """One low-rank site. In place of (m, s, W) its memory has running means of slope and diag(H − S), and residuals."""
 
     @property
     def basis_size(self) -> int:
@@ -131,10 +127,7 @@ class LowRankGaussian(SiteBlock[LowRankSite, LowRankBlockTangent]):
         return memory.with_running_means({self.site.loc: slope / v.scale, self.site.scale: diagonal / v.scale**2})
 
     def _hessian_products(self, loss_info: LossInfo, scale: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
-        """Hx of every batch element for its own x, ``(batch, d, n)``.
-
-        All elements share a product; random signs cancel products between elements in expectation.
-        """
+        """Hx of every batch element, ``(batch, d, n)``, by shared products; random signs cancel cross terms in mean."""
         shape = (x.shape[0], 1, x.shape[-1])
         signs = random.rademacher(key, shape, x.dtype) if x.shape[0] > 1 else jnp.ones(shape, x.dtype)
         product = lambda column: self._hessian_product(loss_info, scale * column)
