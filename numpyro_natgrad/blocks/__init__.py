@@ -1,3 +1,3 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of parameters: the geometry in which each one is moved."""
+"""Blocks of parameters, each with the geometry of its steps."""

@@ -58,7 +58,7 @@ class LabelKind(StrEnum):
 
 
 class Label(NamedTuple):
-    """The kind of a tagged value, the name of its parameter or site, and its ``argument`` if it is one."""
+    """The kind of a tagged value, the name of its parameter or site, and which ``argument`` of a distribution it is."""
 
     kind: LabelKind
     name: str

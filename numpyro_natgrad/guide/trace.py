@@ -127,7 +127,7 @@ class LossTrace(NamedTuple):
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar batched: whether all particles are drawn in one batch.
     :ivar is_elbo: whether it is affine in log q.
-    :ivar scanned: sites that the guide draws inside of NumPyro's ``scan``, which shows their names only.
+    :ivar scanned: sites that the guide draws inside of NumPyro's ``scan``, where only their names are known.
     """
 
     params: dict[str, ParamSite]

@@ -137,7 +137,7 @@ def natural_step(
 
 
 def run_seed(loss: jax.Array, step: jax.Array, seed: jax.Array) -> jax.Array:
-    """The seed of the blocks' probes: the bits of the first loss, since an optimizer has no key of the run."""
+    """The seed of the blocks' probes: the bits of the first loss, which differs between runs (there is no key)."""
     return jnp.where(step == 0, lax.bitcast_convert_type(loss.astype(jnp.float32), jnp.uint32), seed)
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A block of parameters with a Fisher matrix of its own: a metric says what F is, a solver how F⁻¹g is found.
 
-Steps are taken in NumPyro's unconstrained parameters, φ₊ = φ − ρv, where KL is known by its quadratic model ½ρ²vᵀFv.
+Steps are taken in NumPyro's unconstrained parameters, φ₊ = φ − ρv, where KL is approximated by ½ρ²vᵀFv.
 """
 
 from collections.abc import Callable, Mapping
