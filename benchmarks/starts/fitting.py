@@ -22,7 +22,7 @@ from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.infer.compilation import quick_jit
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK
 
-from .problems import GUIDES, Problem, Setting
+from .problems import Problem, Setting
 
 #: Rates of Adam; each decays to zero by a cosine over :data:`ADAM_STEPS` steps.
 RATES = (0.1, 0.03, 0.01)
@@ -36,7 +36,7 @@ class Starts:
 
     def __init__(self, problem: Problem, guide: str, setting: Setting, count: int) -> None:
         self.problem, self.count = problem, count
-        self._guide, self._particles = GUIDES[guide], setting.particles
+        self._guide, self._particles = guide, setting.particles
         self._model, self.args = problem.make()
 
     def begin(self, key: jax.Array, args: Any, optimizer: Any = None) -> tuple[SVI, SVIState]:
@@ -46,7 +46,9 @@ class Starts:
         operations would be compiled by itself.
         """
         optimizer = optimizer or NaturalGradient()
-        svi = SVI(self._model, self._guide(self._model), optimizer, self.problem.loss(self._particles))
+        svi = SVI(
+            self._model, self.problem.guide(self._guide, self._model), optimizer, self.problem.loss(self._particles)
+        )
         return svi, svi.init(key, *args, **self.problem.training)
 
     @cached_property

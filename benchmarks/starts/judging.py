@@ -13,7 +13,7 @@ from numpyro.infer import SVI
 
 from numpyro_natgrad import NaturalGradient
 
-from .problems import GUIDES, Problem
+from .problems import Problem
 
 DRAWS = 2000
 
@@ -25,7 +25,7 @@ class Judge:
         with jax.enable_x64(True):
             model, self._args = problem.make()
         self._width = width
-        self._losses = _losses(lambda: SVI(model, GUIDES[guide](model), NaturalGradient(), problem.loss(DRAWS)))
+        self._losses = _losses(lambda: SVI(model, problem.guide(guide, model), NaturalGradient(), problem.loss(DRAWS)))
 
     def elbos(self, params: dict[str, Any]) -> np.ndarray:
         """The ELBO of each entry of the parameters, which have a leading axis; nats."""

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.infer import ELBO, Trace_ELBO
+from numpyro.handlers import block, substitute
+from numpyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 Model = Callable[..., Any]
@@ -45,7 +46,7 @@ class Problem(NamedTuple):
     :ivar int seed: of the generator that ``build`` draws the data from.
     :ivar bool every_setting: whether it is run in all of :data:`SETTINGS`.
     :ivar bool tenth: whether it is part of the representative tenth.
-    :ivar loss: from a number of particles to the loss.
+    :ivar bool enumerated: whether the loss sums out discrete sites.
     :ivar tuple guides: names of :data:`GUIDES` that can fit it.
     :ivar dict training: keyword arguments of the model in training only, such as the size of minibatches.
     """
@@ -56,7 +57,7 @@ class Problem(NamedTuple):
     seed: int
     every_setting: bool
     tenth: bool
-    loss: Callable[[int], ELBO]
+    enumerated: bool
     guides: tuple[str, ...]
     training: dict[str, Any]
 
@@ -64,6 +65,14 @@ class Problem(NamedTuple):
         """The model and its arguments, in the current precision."""
         model, *arrays = self.build(np.random.default_rng(self.seed))
         return model, jax.tree.map(_array, tuple(arrays))
+
+    def loss(self, particles: int) -> ELBO:
+        """The loss."""
+        return TraceEnum_ELBO(particles, max_plate_nesting=1) if self.enumerated else Trace_ELBO(particles)
+
+    def guide(self, name: str, model: Model) -> Any:
+        """A new guide of the continuous latents."""
+        return GUIDES[name](_continuous(model) if self.enumerated else model)
 
     @property
     def fingerprint(self) -> str:
@@ -80,7 +89,7 @@ def problem(
     *,
     every_setting: bool = False,
     tenth: bool = False,
-    loss: Callable[[int], ELBO] = Trace_ELBO,
+    enumerated: bool = False,
     guides: tuple[str, ...] = tuple(GUIDES),
     training: dict[str, Any] | None = None,
 ) -> Callable[[Build], Build]:
@@ -89,10 +98,17 @@ def problem(
     def register(build: Build) -> Build:
         name = build.__name__
         assert name not in PROBLEMS, name
-        PROBLEMS[name] = Problem(name, kind, build, seed, every_setting, tenth, loss, guides, training or {})
+        PROBLEMS[name] = Problem(name, kind, build, seed, every_setting, tenth, enumerated, guides, training or {})
         return build
 
     return register
+
+
+def _continuous(model: Model) -> Model:
+    """The model without its discrete latents, which autoguides refuse."""
+    hidden = lambda site: site["type"] == "sample" and not site["is_observed"] and site["fn"].is_discrete
+    zeros = lambda site: jnp.zeros(site["fn"].shape(), int) if hidden(site) else None
+    return block(substitute(model, substitute_fn=zeros), hide_fn=hidden)
 
 
 def _array(x: Any) -> jax.Array:

@@ -2,6 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The problems, by kind; importing this package registers them."""
 
-from . import changes, hierarchies, mixtures, multimodal
+from . import changes, counts, curves, discrete, hierarchies, mixtures, multimodal, processes, regressions
 
-__all__ = ["changes", "hierarchies", "mixtures", "multimodal"]
+__all__ = [
+    "changes",
+    "counts",
+    "curves",
+    "discrete",
+    "hierarchies",
+    "mixtures",
+    "multimodal",
+    "processes",
+    "regressions",
+]
