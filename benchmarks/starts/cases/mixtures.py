@@ -35,6 +35,49 @@ def line_with_outliers(rng: np.random.Generator) -> tuple[Any, ...]:
     return model, x, y
 
 
+@problem("mixture in the likelihood", 7, every_setting=True)
+def points_from_background(rng: np.random.Generator) -> tuple[Any, ...]:
+    """A line through 30 points with known errors, six of them from a background with a mean and scale of its own."""
+    x = np.sort(rng.uniform(-3, 3, 30))
+    errors = rng.uniform(0.1, 0.2, 30)
+    y = 0.6 + 1.1 * x + errors * rng.normal(size=30)
+    y[rng.choice(30, 6, replace=False)] = rng.normal(-0.5, 2, 6)
+
+    def model(x: Any, errors: Any, y: Any) -> None:
+        slope = numpyro.sample("slope", dist.Normal(0, 3))
+        intercept = numpyro.sample("intercept", dist.Normal(0, 3))
+        center = numpyro.sample("center", dist.Normal(0, 3))
+        spread = numpyro.sample("spread", dist.HalfNormal(4))
+        share = numpyro.sample("share", dist.Uniform(0, 1))
+        line = dist.Normal(intercept + slope * x, errors).log_prob(y)
+        background = dist.Normal(center, jnp.sqrt(spread**2 + errors**2)).log_prob(y)
+        with numpyro.plate("points", len(x)):
+            numpyro.factor("y", jnp.logaddexp(jnp.log(share) + line, jnp.log1p(-share) + background))
+
+    return model, x, errors, y
+
+
+@problem("mixture in the likelihood", 8)
+def blunders_in_a_curve(rng: np.random.Generator) -> tuple[Any, ...]:
+    """A decay with three blunders in twenty readings, by a mixture of a narrow and a wide Gaussian."""
+    t = np.linspace(0, 5, 20)
+    y = 4 * np.exp(-0.7 * t) + 0.05 * rng.normal(size=20)
+    y[[2, 8, 15]] += [1.5, -1.0, 2.0]
+
+    def model(t: Any, y: Any) -> None:
+        start = numpyro.sample("start", dist.LogNormal(0, 1))
+        rate = numpyro.sample("rate", dist.LogNormal(0, 1))
+        sigma = numpyro.sample("sigma", dist.LogNormal(-3, 1))
+        blunder = numpyro.sample("blunder", dist.Beta(1, 5))
+        scales = jnp.stack([sigma, sigma + 2.0])
+        with numpyro.plate("readings", len(t)):
+            which = dist.Categorical(jnp.stack([1 - blunder, blunder]))
+            mean = start * jnp.exp(-rate * t)
+            numpyro.sample("y", dist.MixtureSameFamily(which, dist.Normal(mean[:, None], scales)), obs=y)
+
+    return model, t, y
+
+
 @problem("mixture in the likelihood", 2)
 def zero_inflated_counts(rng: np.random.Generator) -> tuple[Any, ...]:
     """Counts with two covariates, of which 40 % are zero for another reason that depends on the first covariate."""
