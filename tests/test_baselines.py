@@ -11,7 +11,7 @@ import pytest
 from oracles import kl, root_eps, spd
 from scipy import optimize
 
-from benchmarks.posteriordb import batch_and_match, deterministic_advi
+from benchmarks.posteriordb import adam_estimators, batch_and_match, deterministic_advi
 from benchmarks.posteriordb.path import Path
 
 D = 5
@@ -190,6 +190,41 @@ def test_deterministic_advi_stops_at_nan_and_at_its_budget(x64: Any) -> None:
 
 
 # --- BlackJAX ---
+
+
+# --- Adam with other estimators ---
+
+
+ESTIMATORS = {"path": adam_estimators.path_gradient, "price": adam_estimators.price_gradient}
+
+
+def test_estimators_agree_in_the_mean_and_path_gradients_vanish_at_the_posterior(x64: Any) -> None:
+    """Of a quadratic f, Price's gradient in L has no variance, and the path gradient none where q is the posterior."""
+    factor = np.tril(np.asarray(spd(4, D)))
+    eps = jax.random.normal(KEY, (20_000, D))
+    found = {name: estimator(f, jnp.ones(D), factor, eps) for name, estimator in ESTIMATORS.items()}
+    exact = PRECISION @ (1 - MEAN), PRECISION @ factor - np.linalg.inv(factor).T
+    np.testing.assert_allclose(found["price"][1], exact[1], atol=1e-10)
+    for loc, _ in found.values():
+        np.testing.assert_allclose(loc, exact[0], atol=5 * np.abs(PRECISION @ factor).sum(1).max() / np.sqrt(20_000))
+    np.testing.assert_allclose(found["path"][1], exact[1], atol=10 * np.abs(exact[1]).max() / np.sqrt(20_000))
+    for gradient in adam_estimators.path_gradient(f, jnp.asarray(MEAN), np.linalg.cholesky(COVARIANCE), eps[:8]):
+        np.testing.assert_allclose(gradient, 0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_adam_with_an_estimator_is_exact_on_a_gaussian(name: str, dtype: str) -> None:
+    walk = adam_estimators._walk(f, ESTIMATORS[name], True, D, jnp.dtype(dtype), 0.1, 1000)
+    path = walk(adam_estimators._initial(start(), True, 0.1, 1000), KEY, 8)
+    assert_sound(path, dtype)
+    assert loss(path) < 10 * root_eps(dtype)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_adam_with_an_estimator_finds_the_best_diagonal_gaussian(name: str, x64: Any) -> None:
+    walk = adam_estimators._walk(f, ESTIMATORS[name], False, D, jnp.dtype(float), 0.1, 2000)
+    path = walk(adam_estimators._initial(start(), False, 0.1, 2000), KEY, 8)
+    np.testing.assert_allclose(np.log(path.factor[-1] ** 2 * np.diag(PRECISION)), 0, atol=0.02)
 
 
 @pytest.fixture

@@ -263,6 +263,14 @@ def test_comparisons_with_infinite_costs(mine, adam, values):
         assert [c.value for c in hits] == pytest.approx([expected] * len(hits)), hits
 
 
+def test_the_gain_is_stated_against_the_best_estimator_of_adam():
+    entries = [entry(name, (x, x)) for name, x in (("natural_gradient", 20.0), ("adam", 100.0), ("adam_path", 60.0))]
+    found = {c.measure: c.value for c in comparison.comparisons(entries)}
+    best = [value for measure, value in found.items() if "best estimator" in measure]
+    assert best == pytest.approx([3.0] * 4)
+    assert not any("best estimator" in c.measure for c in comparison.comparisons(entries[:2]))
+
+
 def test_second_benchmark_run_keeps_existing_results(small, tmp_path, monkeypatch):
     """The first run stores its results, the second keeps them, and a run with more seeds measures again."""
     plan = run.Plan(small, tmp_path / "results", seeds=1, draws=20, steps=(4, 4))

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from . import svi
+from . import adam_estimators, svi
 from .guides import INIT_SCALE
 from .svi import Attempt, Problem
 
@@ -51,6 +51,12 @@ METHODS = {
     "natural_gradient": Method("NaturalGradient()", ALL, svi.natural_gradient, ("x64", "float32")),
     "reference": Method("64 particles", ALL, svi.reference),
     "adam": Method("Adam", ALL, svi.adam),
+    "adam_path": Method(
+        "Adam, path gradient", ALL[:2], adam_estimators.runner(adam_estimators.path_gradient, products=False)
+    ),
+    "adam_price": Method(
+        "Adam, Price's gradient", ALL[:2], adam_estimators.runner(adam_estimators.price_gradient, products=True)
+    ),
     "batch_and_match": Method("batch and match", ("full",), _fitted("batch_and_match")),
     "deterministic_advi": Method("deterministic ADVI", ("full",), _fitted("deterministic_advi")),
     "deterministic_mean_field": Method(

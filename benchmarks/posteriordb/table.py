@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .comparison import NATURAL, comparisons
+from .comparison import ADAM, NATURAL, comparisons
 from .guides import GUIDES
 from .methods import METHODS
 from .models import MODELS
@@ -33,7 +33,9 @@ within 0.1 nats, or within 0.01 nats where the column says so: medians over {see
 reference standard deviation over the parameters. *With compilation* compiles the natural gradient as `fit` does and
 Adam as `SVI.run` does ([compile time](compiling.md) has both ways for both). A *failure* never came within 1 nat or
 ended with a non-finite ELBO. *Adam, oracle* is the best of ten settings on that posterior, chosen with hindsight;
-*Adam, best single* is the best setting over all posteriors. Adam is scored at steps 10 % apart, the natural gradient at
+*Adam, best single* is the best setting over all posteriors. Two rivals are Adam with path gradients (sticking the
+landing) and with Price's gradient, each at the best of five rates with a cosine decay, so that the gain of the
+estimator can be told from that of the natural gradient. Adam is scored at steps 10 % apart, the natural gradient at
 every step up to 60.
 
 `python -m benchmarks.posteriordb --checkout PATH --draws {draws}` runs what is missing; `… table` and `… figures` write
@@ -105,7 +107,11 @@ def shown(here: list[Entry], single: str) -> list[tuple[str, Entry]]:
         best = oracle(adam)
         first.append((f"Adam, oracle: {best.setting}", best))
         first += [(f"Adam, best single: {e.setting}", e) for e in adam if e.setting == single]
-    others = [e for e in here if e.method not in (NATURAL, "adam", "reference")]
+    for method in ADAM[1:]:
+        if found := [e for e in here if e.method == method]:
+            best = oracle(found)
+            first.append((f"{METHODS[method].title}, oracle: {best.setting}", best))
+    others = [e for e in here if e.method not in (NATURAL, *ADAM, "reference")]
     return [*first, *((f"{METHODS[e.method].title} {e.setting}".strip(), e) for e in others)]
 
 
