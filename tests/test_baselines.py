@@ -213,11 +213,12 @@ def test_estimators_agree_in_the_mean_and_path_gradients_vanish_at_the_posterior
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_adam_with_an_estimator_is_exact_on_a_gaussian(name: str, dtype: str) -> None:
+def test_adam_with_an_estimator_arrives_at_a_gaussian(name: str, dtype: str) -> None:
+    """Only path gradients have no variance there; the mean's gradient by Price has that of ∇f at eight draws."""
     walk = adam_estimators._walk(f, ESTIMATORS[name], True, D, jnp.dtype(dtype), 0.1, 1000)
     path = walk(adam_estimators._initial(start(), True, 0.1, 1000), KEY, 8)
     assert_sound(path, dtype)
-    assert loss(path) < 10 * root_eps(dtype)
+    assert loss(path) < {"path": 10 * root_eps(dtype), "price": 0.01}[name]
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
