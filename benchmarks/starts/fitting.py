@@ -39,7 +39,9 @@ class Starts:
         self._guide, self._particles = guide, setting.particles
         self._model, self.args = problem.make()
 
-    def begin(self, key: jax.Array, args: Any, optimizer: Any = None) -> tuple[SVI, SVIState]:
+    def begin(
+        self, key: jax.Array, args: Any, optimizer: Any = None, training: Params | None = None
+    ) -> tuple[SVI, SVIState]:
         """An ``SVI`` with a guide of its own, and its state before the first step.
 
         It is called inside of each program, where a start that is not used costs nothing; outside, each of its
@@ -49,7 +51,7 @@ class Starts:
         svi = SVI(
             self._model, self.problem.guide(self._guide, self._model), optimizer, self.problem.loss(self._particles)
         )
-        return svi, svi.init(key, *args, **self.problem.training)
+        return svi, svi.init(key, *args, **(self.problem.training if training is None else training))
 
     @cached_property
     def states(self) -> SVIState:
@@ -57,6 +59,10 @@ class Starts:
         keys = jax.random.split(jax.random.key(self.problem.seed), self.count)
         begin = lambda key, args: self.begin(key, args)[1]
         return quick_jit(jax.vmap(begin, in_axes=(0, None)))(keys, self.args)
+
+    def resumed(self, states: SVIState) -> SVIState:
+        """States of a walk as they were before they were kept."""
+        return jax.tree.map(jnp.asarray, states._replace(rng_key=jax.random.wrap_key_data(states.rng_key)))
 
     def params(self, states: SVIState) -> Params:
         """The unconstrained parameters of all starts."""

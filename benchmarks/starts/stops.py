@@ -7,6 +7,7 @@ at its best rate on this problem. If the ELBO falls by more than that on the str
 gain lies in another basin: this is not counted as false, since the starts that arrive are counted for themselves.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,18 +30,18 @@ POINTS = 9
 
 def first_stops(walk: Walk) -> np.ndarray:
     """The step at which each start would stop; 0 if it would not."""
-    loss = walk.records[0]
-    return np.array([_first_stop(jax.tree.map(lambda x, i=i: x[i], walk.records)) for i in range(len(loss))])
+    starts = range(len(walk.records[0]))
+    return np.array([next(proposals(walk, i), 0) for i in starts])
 
 
-def _first_stop(records: Any) -> int:
-    loss, info = records
+def proposals(walk: Walk, start: int) -> Iterator[int]:
+    """The steps after which the running estimate proposes a stop, in their order."""
+    loss, info = jax.tree.map(lambda x: x[start], walk.records)
     fields = info.kl, info.step_size, info.newton_decrement, info.newton_decrement_error, info.limited, info.skipped
     history = History(loss, *fields, np.zeros(len(loss)))
     for step in range(STEPS_PER_CHUNK, len(loss) + 1, STEPS_PER_CHUNK):
         if converged(History(*(x[:step] for x in history)), TOLERANCE):
-            return step
-    return 0
+            yield step
 
 
 def judged_stops(starts: Starts, walk: Walk, judge: Judge, best: float, rate: float) -> list[dict[str, Any]]:
