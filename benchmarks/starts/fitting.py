@@ -99,7 +99,7 @@ class Starts:
             step = lambda _, state: svi.update(state, *args, **self.problem.training)[0]
             return svi.optim.get_params(lax.fori_loop(0, ADAM_STEPS, step, state).optim_state)
 
-        return jax.jit(jax.vmap(run, in_axes=(None, 0, 0, None)))
+        return quick_jit(jax.vmap(run, in_axes=(None, 0, 0, None)))
 
     def adam(self, rate: float, params: Params) -> Params:
         """The parameters after Adam at this rate, from these parameters."""
