@@ -15,6 +15,9 @@ from .results import FOLDER, Store
 from .run import Plan, cells, run
 from .table import rows, table
 
+OUTPUT = pathlib.Path("docs/benchmarks/starts.md")
+HEADING = "## The table\n\n"
+
 
 def main() -> None:
     """Run what is missing, and print the table."""
@@ -25,7 +28,10 @@ def main() -> None:
     methods = (*options.methods, "verdicts") if options.verdicts else tuple(options.methods)
     plan = Plan(Store(options.cache), options.label, methods, options.starts, options.steps)
     failed = [] if options.table else run(plan, wanted, options.jobs)
-    print(table(rows(plan.store, options.label, wanted)))
+    found = table(rows(plan.store, options.label, wanted))
+    print(found)
+    if options.document:
+        OUTPUT.write_text(OUTPUT.read_text().partition(HEADING)[0] + HEADING + found)
     if options.verdicts:
         print(verdicts.table(plan.store, options.label, wanted))
     if failed:
@@ -43,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--verdicts", action="store_true", help="also what `verdict` says of starts that did not arrive"
     )
+    parser.add_argument("--document", action="store_true", help=f"write the table to {OUTPUT}")
     parser.add_argument("--starts", type=int, default=20)
     parser.add_argument("--steps", type=int, default=300, help="steps of the natural gradient")
     parser.add_argument("--label", default="main", help="name of our results")

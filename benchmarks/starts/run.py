@@ -117,7 +117,7 @@ def _adam(plan: Plan, cell: Cell, starts: Starts, judge: Judge) -> dict[str, Any
     ends, seconds = {}, []
     for rate in RATES:
         clock = time.perf_counter()
-        ends[rate] = starts.adam(rate, begin)
+        ends[rate] = starts.adam(rate, begin)[-1]
         seconds.append(round(time.perf_counter() - clock, 1))
     return {"elbos": {f"{rate:g}": judge.elbos(end).tolist() for rate, end in ends.items()}, "seconds": seconds}
 
