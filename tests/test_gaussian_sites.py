@@ -21,7 +21,7 @@ from tables import FORMS, gram
 from numpyro_natgrad import CovarianceForm, NaturalGradient, register_gaussian
 from numpyro_natgrad.guide import gaussian_sites
 from numpyro_natgrad.guide.trace import trace_loss
-from numpyro_natgrad.infer.report import table
+from numpyro_natgrad.infer.optimizer import table
 
 
 def model() -> None:

@@ -17,7 +17,7 @@ from numpyro_natgrad.guide import gaussian_sites
 from numpyro_natgrad.guide.low_rank_sites import read_low_rank_site
 from numpyro_natgrad.guide.provenance import Label, LabelKind, origins, tag
 from numpyro_natgrad.guide.trace import trace_loss
-from numpyro_natgrad.infer.report import table
+from numpyro_natgrad.infer.optimizer import table
 
 # loss, draws a step, whether it is an ELBO
 LOSSES = {

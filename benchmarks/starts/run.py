@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK
 
-from . import verdicts
 from .fitting import RATES, Starts
 from .judging import Judge
 from .problems import COMMON, PROBLEMS, SETTINGS
@@ -33,7 +32,7 @@ class Plan(NamedTuple):
 
     :ivar Store store: the folder of results.
     :ivar str label: of our results, to compare two versions of the package.
-    :ivar tuple methods: of :data:`METHODS`.
+    :ivar tuple methods: of ``ours`` and ``adam``.
     :ivar int starts: random starts of each cell.
     :ivar int steps: steps of the natural gradient.
     """
@@ -50,7 +49,7 @@ class Plan(NamedTuple):
 
     def stored(self, method: str) -> str:
         """The name that results of a method are stored under."""
-        return method if method == "adam" else f"{method}-{self.label}"
+        return f"ours-{self.label}" if method == "ours" else method
 
 
 def cells(only: Iterable[str], guides: Iterable[str], settings: Iterable[str], *, tenth: bool) -> Iterator[Cell]:
@@ -98,10 +97,10 @@ def run_cell(plan: Plan, cell: Cell) -> str:
             problem = PROBLEMS[cell.problem]
             starts = Starts(problem, cell.guide, SETTINGS[cell.setting], plan.starts)
             judge = Judge(problem, cell.guide, plan.starts)
-            for method in METHODS:
-                if method in plan.methods and not plan.store.read(cell, plan.stored(method)):
+            for method in sorted(plan.methods):  # the rates of Adam are compared first
+                if not plan.store.read(cell, plan.stored(method)):
                     begin = time.perf_counter()
-                    result = METHODS[method](plan, cell, starts, judge)
+                    result = (_adam if method == "adam" else _ours)(plan, cell, starts, judge)
                     seconds = round(time.perf_counter() - begin, 1)
                     plan.store.write(cell, plan.stored(method), result | {"total": seconds})
                     said.append(f"{method} {seconds:.0f} s {result['seconds']}")
@@ -117,7 +116,7 @@ def _adam(plan: Plan, cell: Cell, starts: Starts, judge: Judge) -> dict[str, Any
     ends, seconds = {}, []
     for rate in RATES:
         clock = time.perf_counter()
-        ends[rate] = starts.adam(rate, begin)[-1]
+        ends[rate] = starts.adam(rate, begin)
         seconds.append(round(time.perf_counter() - clock, 1))
     return {"elbos": {f"{rate:g}": judge.elbos(end).tolist() for rate, end in ends.items()}, "seconds": seconds}
 
@@ -140,12 +139,3 @@ def _ours(plan: Plan, cell: Cell, starts: Starts, judge: Judge) -> dict[str, Any
     clock.append(time.perf_counter())
     skipped = int(walk.records[1].skipped.sum())
     return {"elbos": elbos, "stops": stops, "skipped": skipped, "seconds": np.diff(clock).round(1).tolist()}
-
-
-def _verdicts(plan: Plan, cell: Cell, starts: Starts, judge: Judge) -> dict[str, Any]:
-    found = verdicts.judged(cell, plan.store, plan.label, starts, judge)
-    return {"elbos": {}, "verdicts": found, "seconds": []}
-
-
-#: Methods in the order in which they are run, because each needs the results of those before.
-METHODS = {"adam": _adam, "ours": _ours, "verdicts": _verdicts}

@@ -99,12 +99,13 @@ class HistoryRecorder:
     def __init__(self, past: History) -> None:
         self._parts = [past]
         self._start = past.seconds[-1] if past.steps else 0.0
-        self.recent = past
+        self.recent, self.steps = past, past.steps
 
     def append(self, part: History) -> None:
         """Append a part, whose ``seconds`` count from the creation of this recorder."""
         part = part._replace(seconds=part.seconds + self._start)
         self._parts.append(part)
+        self.steps += part.steps
         self.recent = History(*(x[-STOPPING.memory :] for x in concatenate([self.recent, part])))
 
     def history(self) -> History:

@@ -23,6 +23,7 @@ from numpyro_natgrad.infer.convergence import (
     format_interval,
     remaining_effort,
 )
+from numpyro_natgrad.infer.judge import MIN_HELD, Judgement, StopCheck
 from numpyro_natgrad.infer.loop import (
     STEPS_PER_CHUNK,
     BatchIterator,
@@ -32,8 +33,7 @@ from numpyro_natgrad.infer.loop import (
     compiled,
     shapes,
 )
-from numpyro_natgrad.infer.optimizer import NaturalGradient
-from numpyro_natgrad.infer.report import table
+from numpyro_natgrad.infer.optimizer import NaturalGradient, table
 from numpyro_natgrad.options import RuleConstants, StructureError
 from numpyro_natgrad.step.newton_decrement import noise_part
 from numpyro_natgrad.step.state import NaturalGradientState
@@ -58,9 +58,11 @@ class FitResult(NamedTuple):
     :ivar SVIState state: the last state.
     :ivar numpy.ndarray losses: the loss of every step, ``(steps,)``, nats.
     :ivar History history: figures of every step.
-    :ivar bool converged: whether the expected remaining gain was below the tolerance, beyond noise.
+    :ivar bool converged: whether the judge found the expected remaining gain below the tolerance, beyond noise.
     :ivar str reason: why the fit ended, the remaining gain, and how many more steps or particles it needs, if any.
     :ivar str report: the table of :meth:`.NaturalGradient.report` for the last arguments; empty without steps.
+    :ivar Judgement judgement: what the judge found last; ``None`` if no stop was proposed.
+    :ivar float judge_seconds: seconds that the judge took, with compilation.
     """
 
     params: dict[str, Any]
@@ -70,6 +72,8 @@ class FitResult(NamedTuple):
     converged: bool
     reason: str
     report: str
+    judgement: Judgement | None = None
+    judge_seconds: float = 0.0
 
     def __repr__(self) -> str:
         """The outcome without the arrays."""
@@ -92,9 +96,9 @@ def fit(
 ) -> FitResult:
     """Take the steps of ``svi.run`` until the expected remaining gain is below ``tolerance`` nats.
 
-    The remaining gain is estimated for the parameters that have a Fisher matrix, relative to the best guide of this
-    family nearby. How close that guide is to the posterior, :func:`.verdict` estimates. After a keyboard interrupt the
-    result so far is returned.
+    The remaining gain is relative to the best guide of this family nearby. A running estimate proposes a stop, and an
+    independent one, by fresh draws and over all parameters, grants it (:mod:`.judge`). How close that guide is to the
+    posterior, :func:`.verdict` estimates. After a keyboard interrupt the result so far is returned.
 
     .. doctest::
 
@@ -138,15 +142,15 @@ def fit(
         raise ValueError("`batches` is empty: expected at least one tuple of arguments for model and guide.")
     state, past = _start(svi, rng_key, first, kwargs, init_state, init_params, resume)
     _check_mutable_state(svi, state)
-    _check_parameters(state)
     parts = svi.model, svi.guide, svi.loss, svi.optim
     program = compiled(svi, StaticInputs(parts=parts, args=args, kwargs=kwargs, forward=forward_mode_differentiation))
     with tqdm(total=max_steps, disable=not progress_bar, mininterval=0.2) as bar:
-        run = _Run(program, state, HistoryRecorder(past), bar)
+        run = _Run(program, state, HistoryRecorder(past), bar, StopCheck(svi, args, kwargs, past.steps))
         end = run.until(source, max_steps, tolerance)
         history = run.recorder.history()
         unowned = tuple(run.partition.unowned) if run.partition else ()
-        reason = _reason(end, history, tolerance, run.state.optim_state[1], unowned, svi.optim._options.constants)
+        effort = _effort(end, history, tolerance, run.state.optim_state[1], svi.optim._options.constants)
+        reason = _reason(end, history, tolerance, effort, unowned, run.check)
         bar.set_postfix_str(reason)
     return FitResult(
         params=svi.get_params(run.state),
@@ -156,14 +160,18 @@ def fit(
         converged=end == CONVERGED,
         reason=reason,
         report=table(run.partition.rows()) if run.partition else "",
+        judgement=run.check.last,
+        judge_seconds=run.check.seconds,
     )
 
 
 class _Run:
-    """A fit in progress: its state, its history, and the partition of the last chunk."""
+    """A fit in progress: its state, its history, its judge, and the partition of the last chunk."""
 
-    def __init__(self, program: Program, state: SVIState, recorder: HistoryRecorder, bar: tqdm) -> None:
-        self.state, self.recorder, self._program, self._bar = state, recorder, program, bar
+    def __init__(
+        self, program: Program, state: SVIState, recorder: HistoryRecorder, bar: tqdm, check: StopCheck
+    ) -> None:
+        self.state, self.recorder, self._program, self._bar, self.check = state, recorder, program, bar, check
         self.partition: Partition | None = None
         self._begin = time.perf_counter()
 
@@ -179,11 +187,16 @@ class _Run:
                 left -= steps
                 if diverged(self.recorder.recent):
                     return DIVERGED
-                if converged(self.recorder.recent, tolerance):
+                if converged(self.recorder.recent, tolerance) and self._is_granted(source, tolerance):
                     return CONVERGED
         except KeyboardInterrupt:
             return INTERRUPTED
         return MAX_STEPS
+
+    def _is_granted(self, source: BatchIterator, tolerance: float) -> bool:
+        assert self.partition is not None
+        hold = None if source.fixed else source.hold
+        return self.check.grants(self.state, self.recorder.steps, self.partition.particles, hold, tolerance)
 
     def _advance(self, steps: int, batches: tuple[Any, ...]) -> None:
         begin = time.perf_counter() - self._begin
@@ -231,22 +244,30 @@ def _progress(part: History) -> str:
     return text + (f", {skipped} of {part.steps} skipped" if skipped else "")
 
 
+def _effort(end: str, history: History, tolerance: float, state: NaturalGradientState, constants: RuleConstants) -> str:
+    """How many more steps are needed, as the end of a sentence, if that is unknown to the reader."""
+    known = end in (CONVERGED, DIVERGED) or not tolerance or not history.steps
+    return "" if known else remaining_effort(history, tolerance, *noise_part(state, constants))
+
+
 def _reason(
-    end: str,
-    history: History,
-    tolerance: float,
-    state: NaturalGradientState,
-    unowned: tuple[str, ...],
-    constants: RuleConstants,
+    end: str, history: History, tolerance: float, effort: str, unowned: tuple[str, ...], check: StopCheck
 ) -> str:
-    """Why the fit ended, the remaining gain, the parameters that it leaves out, and how many more steps are needed."""
+    """Why the fit ended, the remaining gain and who estimated it, and how many more steps are needed."""
     if end == DIVERGED or not history.steps:
         return end
     gain = format_interval(history.newton_decrement[-1], history.newton_decrement_error[-1])
-    known = end == CONVERGED or not tolerance
-    effort = "" if known else remaining_effort(history, tolerance, *noise_part(state, constants))
     rest = f" (without {', '.join(map(repr, unowned))}, moved by the fallback optimizer)" if unowned else ""
-    return f"{end}: {gain} nats to gain{rest}, `tolerance={tolerance:g}`{effort}"
+    running = f"{gain} nats to gain{rest}, `tolerance={tolerance:g}`"
+    if check.last is not None and check.last.abstains:
+        return f"{end}: {running}, by the running estimate alone, since {check.last.cause}{effort}"
+    if end == CONVERGED and check.last is not None:
+        return f"{end}: {check.last}, by {check.last.draws} fresh draws, `tolerance={tolerance:g}`"
+    if check.last is not None:
+        when = "" if check.at == history.steps else f" after {check.at} steps"
+        return f"{end}: an independent check{when} found {check.last}, `tolerance={tolerance:g}`"
+    few = f"; fewer than {MIN_HELD} batches are left for an independent check" if check.few else ""
+    return f"{end}: {running}{few or effort}"
 
 
 def _check(args: tuple[Any, ...], max_steps: Any, tolerance: Any, batches: Any) -> None:
@@ -283,14 +304,6 @@ def _check_optimizer(svi: SVI) -> None:
         raise TypeError(
             f"the optimizer of this `SVI` is `{type(svi.optim).__name__}`: expected `NaturalGradient`, which estimates "
             "the remaining gain. Use `SVI(model, guide, NaturalGradient(), loss)`, or call `svi.run`."
-        )
-
-
-def _check_parameters(state: SVIState) -> None:
-    if not jax.tree.leaves(state.optim_state[1].params):
-        raise ValueError(
-            "the guide and the model have no parameters, so there is nothing to fit; expected at least one "
-            "`numpyro.param` site. Use an autoguide such as `AutoMultivariateNormal(model)`, or add a `param`."
         )
 
 

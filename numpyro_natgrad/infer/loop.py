@@ -11,6 +11,7 @@ program, as in ``SVI.run``, and a model may branch on their values. Minibatches 
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 import jax
@@ -149,9 +150,20 @@ class BatchIterator:
 
     def peek(self) -> tuple[Any, ...] | None:
         """The arguments of the next step, without consuming them; ``None`` if there are none."""
-        if not self._pending and self._batches is not None:
-            self._pending = [_arguments(b) for b in _first(self._batches)]
+        self._read(1)
         return self._pending[0] if self._pending else None
+
+    def hold(self, most: int) -> tuple[Any, ...]:
+        """At most ``most`` of the next batches, of equal shapes and types, stacked, without consuming them."""
+        self._read(most)
+        held = self._pending[:most]
+        alike = list(takewhile(lambda batch: _signature(batch) == _signature(held[0]), held))
+        return jax.tree.map(_stacked, *alike) if alike else ()
+
+    def _read(self, count: int) -> None:
+        if self._batches is not None:
+            missing = max(count - len(self._pending), 0)
+            self._pending += [_arguments(batch) for batch in islice(self._batches, missing)]
 
     def take(self, most: int) -> tuple[int, tuple[Any, ...]]:
         """The number of steps, at most ``most``, and their batches of equal shapes and types, stacked and padded."""
@@ -161,20 +173,13 @@ class BatchIterator:
         while len(group) < most and (batch := self.peek()) is not None:
             if group and _signature(group[0]) != _signature(batch):
                 break
-            group.append(batch)
-            self._pending = []
+            group.append(self._pending.pop(0))
         padded = group + group[-1:] * (STEPS_PER_CHUNK - len(group))
         return len(group), jax.tree.map(_stacked, *padded) if group else ()
 
 
 def _stacked(*arrays: Any) -> Any:
     return (jnp if isinstance(arrays[0], jax.Array) else np).stack(arrays)
-
-
-def _first(batches: Iterator[Any]) -> list[Any]:
-    for batch in batches:
-        return [batch]
-    return []
 
 
 def _arguments(batch: Any) -> tuple[Any, ...]:

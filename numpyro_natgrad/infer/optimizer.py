@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``NaturalGradient``: the optimizer that ``numpyro.infer.SVI`` calls. The work is done in :mod:`.step`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,7 +15,6 @@ from numpyro_natgrad.blocks.partition import Partition, partition_parameters
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Loss
 from numpyro_natgrad.infer.fisher import _initialised, _loss
-from numpyro_natgrad.infer.report import table
 from numpyro_natgrad.step import fallback
 from numpyro_natgrad.step.natural_step import Context, natural_step
 from numpyro_natgrad.step.state import NaturalGradientState, StepInfo, initial
@@ -82,10 +81,15 @@ class NaturalGradient(_NumPyroOptim):
         self._fallback_optimizer = fallback_optimizer
 
     def init(self, params: Params) -> OptimizerState:
-        """The state before the first step. Without parameters steps evaluate the loss and change nothing.
+        """The state before the first step.
 
-        :raises ValueError: if a parameter is neither float32 nor float64.
+        :raises ValueError: if there is no parameter, or one that is neither float32 nor float64.
         """
+        if not jax.tree.leaves(params):
+            raise ValueError(
+                "the guide and the model have no parameters, so there is nothing to fit; expected at least one "
+                "`numpyro.param` site. Use an autoguide such as `AutoMultivariateNormal(model)`, or add a `param`."
+            )
         discrete = [name for name, x in params.items() if not all(map(_is_floating, jax.tree.leaves(x)))]
         if discrete:
             raise ValueError(
@@ -110,8 +114,6 @@ class NaturalGradient(_NumPyroOptim):
         :return: ``((loss, mutable_state), state)``, the loss at the iterate before the step, in nats.
         """
         step, carried = state
-        if not jax.tree.leaves(carried.params):
-            return fn(carried.params), (step + 1, carried)
         partition = self._partition(fn, carried.params, forward_mode_differentiation)
         context = Context(partition, self._options, self._fallback)
         loss_info, new = natural_step(fn, context, step, carried)
@@ -192,3 +194,15 @@ class NaturalGradient(_NumPyroOptim):
 
 def _is_floating(x: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(x), jnp.floating))
+
+
+#: Columns of :func:`table`.
+HEADER = ("parameter", "site", "family", "Fisher", "size")
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows under :data:`HEADER`, aligned, as one string."""
+    lines = [HEADER, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([text[0], "─" * len(text[0]), *text[1:]])

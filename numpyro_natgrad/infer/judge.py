@@ -1,0 +1,441 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+r"""An independent estimate of the expected remaining gain, nats: the cross-validated Newton decrement.
+
+    ½ g_Aᵀ H⁻¹ g_B,      g_A, g_B: gradients of the loss at independent halves of fresh draws,  H: Hessian of the loss
+
+Nothing is shared with the steps: neither draws, nor Fisher matrices, nor damping. The gradient and the Hessian are
+those of all unconstrained parameters of guide and model together. Since the halves are independent, the noise of the
+gradients adds nothing to the mean. A Hessian of negative curvature, or a real reduction of the loss along the Newton
+step, on other draws, refutes convergence whatever the quadratic model says.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax, random
+from jax.flatten_util import ravel_pytree
+from numpyro import distributions as dist
+from numpyro.handlers import replay, seed, substitute, trace
+from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from numpyro.infer.svi import SVIState
+
+from numpyro_natgrad.estimators.relative_moves import Mirrored, moved, no_move, owned, path_sites, relative_sites
+from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.guide.trace import trace_loss
+from numpyro_natgrad.infer.compilation import quick_jit
+from numpyro_natgrad.infer.convergence import format_interval
+from numpyro_natgrad.infer.fisher import _initialised, _loss
+
+Arguments = tuple[Any, ...]
+
+
+class JudgeConstants(NamedTuple):
+    """Every number of the judge."""
+
+    #: Pairs of draws m ± Kε in a group; the scatter of the groups gives the standard error.
+    group: int = 8
+    #: Groups in a call of the compiled program: the Hessian is a mean over 32 pairs.
+    chunk: int = 4
+    #: Chunks of pairs for the gradients: 256 draws at least, 4096 at most. While noise hides whether the gain is below
+    #: the tolerance, the number is multiplied by ``more``.
+    min_chunks: int = 4
+    max_chunks: int = 64
+    more: int = 4
+    #: Pairs of draws that see each row of a subsampled plate with latents of its own, in the mean.
+    row_pairs: int = 8
+    #: Products with the Hessian, at most, and the relative residual at which conjugate gradients stop.
+    products: int = 64
+    residual: float = 1e-2
+    #: Curvature, in units of these scales, that counts as none: the error of differenced gradients.
+    flat: float = 1e-3
+    #: Products from a random vector that look for negative curvature.
+    saddle_products: int = 8
+    #: Random vectors from which the scale of every parameter is estimated, for preconditioning.
+    probes: int = 4
+    #: Gradients are differenced over a distance, in the metric of these scales, of the precision to this power.
+    difference: float = 0.2
+    #: Draws for the gradients, at most, as a multiple of the fit's.
+    draws: float = 2.0
+    #: After a refusal, the factor by which the number of steps has to grow before the next judgement.
+    growth: float = 1.25
+    #: Steps of the fit for each minibatch that a judgement holds, and the most minibatches.
+    steps_per_batch: int = 5
+    max_held: int = 64
+    #: Standard errors by which a measured reduction of the loss has to exceed the quadratic model's.
+    errors: float = 2.0
+
+
+JUDGE = JudgeConstants()
+#: Minibatches that a judgement needs: two independent halves with a standard error each.
+MIN_HELD = 4
+#: Folded into the key of the run for the draws of the judge, which are then independent of those of the steps.
+JUDGE_KEY = 0x6A756467
+#: Lengths, in units of the Newton step, at which the real reduction of the loss is measured; both signs.
+LENGTHS = (0.1, 0.3, 1.0, 3.0)
+EPS = float(np.finfo(np.float64).eps)
+_MEAN_OVER_PARTICLES = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
+
+
+class Judgement(NamedTuple):
+    """What the judge found.
+
+    :ivar float gain: expected remaining gain, nats; NaN if it could not be computed.
+    :ivar float error: its standard error, nats.
+    :ivar bool saddle: whether the loss falls along a direction of negative curvature.
+    :ivar int draws: draws of the loss that were examined, and ``nonfinite``, how many of them were not finite.
+    :ivar str cause: the site at which losses are not finite, or why the gain could not be computed; else ``""``.
+    :ivar bool abstains: the loss has no Hessian, so that only finiteness was checked.
+    """
+
+    gain: float
+    error: float
+    saddle: bool
+    draws: int
+    nonfinite: int
+    cause: str
+    abstains: bool = False
+
+    def grants(self, tolerance: float) -> bool:
+        """Whether a proposed stop is granted."""
+        return self.abstains or (not self.nonfinite and not self.saddle and self.gain + self.error < tolerance)
+
+    def __str__(self) -> str:
+        if self.nonfinite:
+            cause = f": {self.cause}" if self.cause else ""
+            return f"{self.nonfinite} of {self.draws} draws have a non-finite loss{cause}"
+        if self.abstains:
+            return f"finite losses, and cannot estimate the gain: {self.cause}"
+        if self.cause:
+            return f"an unknown number of nats to gain: {self.cause}"
+        where = " along a direction of no or negative curvature" if self.saddle else ""
+        return f"{format_interval(max(self.gain, 0.0), self.error)} nats to gain{where}"
+
+
+class _Pairs(NamedTuple):
+    """The randomness of a chunk of groups: keys ``(chunk, group)``, and their minibatches ``(chunk, …)`` or ``()``."""
+
+    keys: jax.Array
+    batches: Arguments
+
+
+class _Hessian(NamedTuple):
+    """The Hessian of the loss at common draws: ``v -> Hv``, the scale of its rows, and a direction where it falls."""
+
+    product: Callable[[np.ndarray], np.ndarray]
+    scale: np.ndarray
+    falls: np.ndarray | None
+
+
+class Judge:
+    """Judges parameters of one ``SVI``; its program is compiled at the first call.
+
+    :param batch: arguments of one minibatch that follow ``args``, or ``()``.
+    """
+
+    def __init__(
+        self, svi: SVI, state: SVIState, params: Params, args: Arguments, kwargs: Params, batch: Arguments = ()
+    ) -> None:
+        self.svi, self.args, self.kwargs = _single_particle(_initialised(svi)), args, kwargs
+        self.mutable_state = state.mutable_state
+        self.vectorized = bool(getattr(svi.loss, "vectorize_particles", True))
+        found = trace_loss(self._fn(params, random.key(0), batch), params)
+        self.path = path_sites(found)
+        self.rough = sorted(name for name, s in found.sites.items() if not (s.reparameterized or s.analytic))
+        self.row_weight = max([1.0, *(s.weight or 1.0 for s in found.sites.values())])
+        self.sites = relative_sites(found)
+        zero = no_move(params, self.sites)
+        flat, self._unravel = ravel_pytree(zero)
+        self.size, self.dtype = flat.size, flat.dtype
+        mine = {p: jax.tree.map(lambda x, p=p: jnp.full_like(x, owned(p, self.sites)), x) for p, x in zero.items()}
+        self._relative = np.asarray(ravel_pytree(mine)[0]) > 0
+        self._slopes = quick_jit(self._slopes_)
+        self._cause: str | None = None
+
+    # ---- the program -------------------------------------------------------------------------------------------------
+
+    def _fn(self, params: Params, key: jax.Array, args: Arguments) -> Callable[[Params], tuple[jax.Array, Any]]:
+        return _loss(self.svi, params, SVIState(params, self.mutable_state, key), self.args + args, self.kwargs)
+
+    def _slopes_(self, params: Params, x: jax.Array, score: jax.Array, pairs: _Pairs) -> tuple[jax.Array, jax.Array]:
+        """Losses ``(groups, pairs, 2)`` and mean gradients ``(groups, P)`` after a move x.
+
+        :param score: 1 to include the score term of the gradient, 0 for path gradients.
+        """
+        signs = jnp.array([1.0, -1.0], x.dtype)
+
+        def group(inputs: _Pairs) -> tuple[jax.Array, jax.Array]:
+            def mean(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+                values = moved(params, self._unravel(x), self.sites)
+
+                def one(key: jax.Array, sign: jax.Array) -> jax.Array:
+                    with Mirrored(self.path, sign, score):
+                        return self._fn(values, key, inputs.batches)(values)[0]
+
+                both = lambda key: self._each(lambda sign: one(key, sign), signs)
+                losses = self._each(both, inputs.keys)
+                return jnp.mean(losses), losses
+
+            slope, losses = jax.grad(mean, has_aux=True)(x)
+            return losses, slope
+
+        return lax.map(group, pairs)
+
+    def _each(self, function: Callable, inputs: jax.Array) -> Any:
+        return jax.vmap(function)(inputs) if self.vectorized else lax.map(function, inputs)
+
+    # ---- the judgement -----------------------------------------------------------------------------------------------
+
+    def __call__(
+        self, params: Params, key: jax.Array, tolerance: float, batches: Arguments = (), draws: float = math.inf
+    ) -> Judgement:
+        """Judge unconstrained parameters by fresh draws, as many as it takes to compare the gain with ``tolerance``.
+
+        :param batches: stacked arguments of held minibatches, or ``()``.
+        :param draws: the most draws for the gradients, above the least number of :class:`JudgeConstants`.
+        """
+        rule, held = JUDGE, _held(batches)
+        groups = rule.group * rule.chunk
+        rows = min(math.ceil(rule.row_pairs * self.row_weight / groups), rule.max_chunks // 2)
+        chunks = max(rule.min_chunks, 2 * math.ceil(held / rule.chunk / 2), 2 * rows)
+        keys = random.split(key, 4)
+        losses, slopes = self._evaluate(params, np.zeros(self.size), 0.0, self._pairs(keys[0], chunks, batches))
+        hessian: _Hessian | None = None
+        while True:
+            problem = self._problem(params, losses, slopes, keys[3], batches)
+            if problem is not None:
+                return problem
+            if hessian is None:
+                common = self._pairs(keys[1], max(math.ceil(held / rule.chunk), rows, 1), batches)
+                hessian = self._hessian(params, common)
+            if not np.isfinite(hessian.scale).all():
+                return _unknown(losses.size, 0, "derivatives of the loss are not finite")
+            others = self._pairs(keys[2], len(losses) // rule.chunk // 2, batches)
+            found = self._judged(params, losses, slopes, hessian, others)
+            known = found.grants(tolerance) or found.gain - rule.errors * found.error > tolerance
+            if known or rule.more * losses.size > min(draws, 2 * groups * rule.max_chunks):
+                return found
+            count = (rule.more - 1) * len(losses) // rule.chunk
+            extra = self._pairs(random.fold_in(keys[0], losses.size), count, batches)
+            parts = self._evaluate(params, np.zeros(self.size), 0.0, extra)
+            losses, slopes = np.concatenate([losses, parts[0]]), np.concatenate([slopes, parts[1]])
+
+    def _problem(
+        self, params: Params, losses: np.ndarray, slopes: np.ndarray, key: jax.Array, batches: Arguments
+    ) -> Judgement | None:
+        """Why there is no estimate of the gain."""
+        count, lost = losses.size, int(np.sum(~np.isfinite(losses)))
+        if lost:
+            return _unknown(count, lost, self._culprit(params, key, batches))
+        if self.rough:
+            names = ", ".join(f"`{name}`" for name in self.rough)
+            cause = f"draws of {names} are not differentiable, so that the loss has no Hessian"
+            return _unknown(count, 0, cause)._replace(abstains=True)
+        return None if np.isfinite(slopes).all() else _unknown(count, 0, "derivatives of the loss are not finite")
+
+    def _judged(
+        self, params: Params, losses: np.ndarray, slopes: np.ndarray, hessian: "_Hessian", others: list[_Pairs]
+    ) -> Judgement:
+        """The cross-validated Newton decrement, corrected by reductions of the loss at ``others``."""
+        x, direction, curvature = conjugate_gradients(hessian.product, slopes[::2].mean(0), hessian.scale)
+        gain, error = _mean(0.5 * slopes[1::2] @ x)
+        falls = direction if curvature <= JUDGE.flat else hessian.falls
+        along = x if falls is None else falls
+        at = lambda t: self._evaluate(params, -t * along, 0.0, others)[0].mean((1, 2))
+        reductions = at(0.0)[:, None] - np.stack([at(s * t) for t in LENGTHS for s in (1, -1)], axis=1)
+        return _combined(gain, math.sqrt(2) * error, falls is not None, reductions, losses.size)
+
+    def _hessian(self, params: Params, pairs: list[_Pairs]) -> "_Hessian":
+        """Products with H, and a direction of negative curvature if conjugate gradients from a random vector find one.
+
+        Those from the gradient miss a saddle whose direction is orthogonal to the gradient, as by symmetry.
+        """
+        product = lambda v, scale: self._product(params, v, scale, pairs)
+        scale = self._scales(product)
+        if not np.isfinite(scale).all():
+            return _Hessian(lambda v: v, scale, None)
+        own = lambda v: product(v, scale)
+        start = np.sqrt(scale) * np.random.default_rng(1).standard_normal(self.size)
+        _, direction, curvature = conjugate_gradients(own, start, scale, JUDGE.saddle_products)
+        return _Hessian(own, scale, direction if curvature < -JUDGE.flat else None)
+
+    def _pairs(self, key: jax.Array, chunks: int, batches: Arguments) -> list[_Pairs]:
+        """Independent pairs; the groups go round the minibatches, so that those of even and odd number differ."""
+        held, rule = _held(batches), JUDGE
+        keys = random.split(key, (chunks, rule.chunk, rule.group))
+        which = np.arange(chunks * rule.chunk).reshape(chunks, -1) % max(held, 1)
+        return [_Pairs(k, jax.tree.map(lambda b, i=i: b[i], batches)) for k, i in zip(keys, which, strict=True)]
+
+    def _evaluate(
+        self, params: Params, x: np.ndarray, score: float, pairs: list[_Pairs]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        move = jnp.asarray(x, self.dtype)
+        parts = [self._slopes(params, move, jnp.asarray(score, self.dtype), chunk) for chunk in pairs]
+        losses, slopes = zip(*jax.device_get(parts), strict=True)
+        return np.concatenate(losses).astype(np.float64), np.concatenate(slopes).astype(np.float64)
+
+    def _product(self, params: Params, v: np.ndarray, scale: np.ndarray, pairs: list[_Pairs]) -> np.ndarray:
+        """Hv by a difference of gradients at common draws, which needs no second derivatives of the model."""
+        step = float(np.finfo(self.dtype).eps) ** JUDGE.difference / math.sqrt(max(v @ (scale * v), EPS))
+        ahead, behind = (self._evaluate(params, s * step * v, 1.0, pairs)[1].mean(0) for s in (1, -1))
+        return (ahead - behind) / (2 * step)
+
+    def _scales(self, product: Callable) -> np.ndarray:
+        """The root mean square of each row of H, from random vectors: an upper bound of its diagonal entry.
+
+        In relative moves of Gaussian sites it is at least 1, the guide's own Fisher matrix. The scale
+        of other parameters is found first, by smaller steps.
+        """
+        random_ = np.random.default_rng(0)
+        probes = random_.choice([-1.0, 1.0], (JUDGE.probes, self.size))
+        scale = np.ones(self.size)
+        for chosen in ([] if self._relative.all() else [~self._relative] * 2) + [np.ones(self.size, bool)]:
+            rows = np.sqrt(np.mean([product(v * chosen, scale) ** 2 for v in probes], axis=0))
+            scale = np.where(chosen, np.maximum(rows, EPS + 1e-6 * rows.max()), scale)
+        return np.where(self._relative, np.maximum(scale, 1.0), scale)
+
+    def _culprit(self, params: Params, key: jax.Array, batches: Arguments) -> str:
+        if self._cause is None:  # named once: another program has to be compiled for it
+            args = self.args + jax.tree.map(lambda x: x[0], batches)
+            self._cause = nonfinite_site(self.svi, self.svi.constrain_fn(params), key, args, self.kwargs)
+        return self._cause
+
+
+class StopCheck:
+    """The judge of a fit: compiled when a stop is first proposed, and consulted ever more rarely after refusals.
+
+    :ivar last: the last judgement, and ``at`` the number of steps before it.
+    :ivar seconds: seconds that all judgements took, with compilation.
+    :ivar few: whether too few minibatches were left for a judgement.
+    """
+
+    def __init__(self, svi: SVI, args: Arguments, kwargs: Params, steps: int = 0) -> None:
+        self._svi, self._args, self._kwargs, self._next = svi, args, kwargs, steps
+        self._judge: Judge | None = None
+        self.last: Judgement | None = None
+        self.at, self.seconds, self.few = 0, 0.0, False
+
+    def grants(
+        self,
+        state: SVIState,
+        steps: int,
+        particles: float,
+        hold: Callable[[int], Arguments] | None,
+        tolerance: float,
+    ) -> bool:
+        """Whether the stop that is proposed after so many steps is granted.
+
+        :param hold: the stacked arguments of at most so many coming steps; ``None`` for fixed data.
+        """
+        if steps < self._next:
+            return False
+        begin, batches = time.perf_counter(), ()
+        if hold is not None:
+            batches = hold(int(np.clip(steps // JUDGE.steps_per_batch, MIN_HELD, JUDGE.max_held)))
+            self.few = _held(batches) < MIN_HELD
+            if self.few:
+                return False
+        params = self._svi.optim.get_params(state.optim_state)
+        if self._judge is None:
+            first = jax.tree.map(lambda x: x[0], batches)
+            self._judge = Judge(self._svi, state, params, self._args, self._kwargs, first)
+        draws = JUDGE.draws * steps * (particles if math.isfinite(particles) else 1)
+        self.last = self._judge(params, random.fold_in(state.rng_key, JUDGE_KEY), tolerance, batches, draws)
+        self.at, self._next = steps, math.ceil(JUDGE.growth * steps)
+        self.seconds += time.perf_counter() - begin
+        return self.last.grants(tolerance)
+
+
+def _combined(gain: float, error: float, negative: bool, reductions: np.ndarray, count: int) -> Judgement:
+    """Correct the quadratic model by the reductions ``(groups, lengths)`` that were measured on other draws."""
+    usable, saddle = reductions[:, np.isfinite(reductions).all(0)], False
+    if usable.size:
+        best = int(np.argmax(usable.mean(0)))
+        real, noise = _mean(usable[:, best])
+        beyond = real - JUDGE.errors * noise
+        saddle = bool(negative and beyond > 0)
+        # Where the curvature is negative there is no Newton step to compare with.
+        if (negative and real > gain) or beyond > gain + JUDGE.errors * error:
+            gain, error = real, noise
+    return Judgement(gain=gain, error=error, saddle=saddle, draws=count, nonfinite=0, cause="")
+
+
+def _mean(x: np.ndarray) -> tuple[float, float]:
+    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x)))
+
+
+def _unknown(draws: int, lost: int, cause: str) -> Judgement:
+    return Judgement(gain=math.nan, error=math.nan, saddle=False, draws=draws, nonfinite=lost, cause=cause)
+
+
+def _held(batches: Arguments) -> int:
+    leaves = jax.tree.leaves(batches)
+    return len(leaves[0]) if leaves else 0
+
+
+def _single_particle(svi: SVI) -> SVI:
+    """A copy whose loss takes one draw, if the loss is a mean over particles."""
+    if isinstance(svi.loss, _MEAN_OVER_PARTICLES):
+        svi = copy.copy(svi)
+        svi.loss = copy.copy(svi.loss)
+        svi.loss.num_particles = 1
+    return svi
+
+
+def conjugate_gradients(
+    product: Callable, right: np.ndarray, scale: np.ndarray, most: int = JUDGE.products
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Solve Hx = g until the residual is small, or the loss is flat or falls along a direction p.
+
+    :return: x; p, of length 1 in the metric of ``scale``; and the last curvature pᵀHp/‖p‖².
+    """
+    x, residual, least = np.zeros_like(right), right, math.inf
+    p = residual / scale
+    rest = first = residual @ p
+    for _ in range(most):
+        if rest <= JUDGE.residual**2 * first:
+            break
+        image = product(p)
+        curvature = p @ image
+        least = min(least, curvature / (p @ (scale * p)))
+        if not curvature > JUDGE.flat * (p @ (scale * p)):
+            break
+        x, residual = x + rest / curvature * p, residual - rest / curvature * image
+        after = residual @ (residual / scale)
+        p, rest = residual / scale + after / rest * p, after
+    return x, p / math.sqrt(max(p @ (scale * p), EPS)), least
+
+
+def nonfinite_site(svi: SVI, params: Params, key: jax.Array, args: Arguments, kwargs: Params, draws: int = 256) -> str:
+    """Which site of the model makes log densities non-finite, as a clause; ``params`` are constrained."""
+    kwargs = {**getattr(svi, "static_kwargs", {}), **kwargs}
+    observed: dict[str, bool] = {}
+
+    def one(key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        model_key, guide_key = random.split(key)
+        drawn = trace(substitute(seed(svi.guide, guide_key), data=params)).get_trace(*args, **kwargs)
+        model = substitute(replay(seed(svi.model, model_key), drawn), data=params)
+        sites = {n: s for n, s in trace(model).get_trace(*args, **kwargs).items() if s["type"] == "sample"}
+        observed.update({n: bool(s["is_observed"]) for n, s in sites.items()})
+        inside = {n: jnp.all(_inside(s["fn"], s["value"])) for n, s in sites.items()}
+        return inside, {n: jnp.all(jnp.isfinite(s["fn"].log_prob(s["value"]))) for n, s in sites.items()}
+
+    inside, finite = jax.device_get(jax.jit(lambda keys: lax.map(one, keys))(random.split(key, draws)))
+    for name, x in inside.items():
+        if not x.all():
+            what = "the data of" if observed[name] else f"{np.mean(~x):.2g} of the guide's draws of"
+            return f"{what} `{name}` {'are' if observed[name] else 'lie'} outside of its support"
+    for name, x in finite.items():
+        if not x.all():
+            return f"the log density of `{name}` is not finite at {np.mean(~x):.2g} of the draws"
+    return ""
+
+
+def _inside(fn: dist.Distribution, value: jax.Array) -> jax.Array:
+    return fn.support(value) if fn.support is not None else jnp.ones((), bool)

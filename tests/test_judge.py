@@ -1,0 +1,244 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""The judge's expected gain is the exact one on Gaussian targets, and it refuses what only looks converged."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+from jax import random
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from numpyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
+from numpyro.infer.initialization import init_to_value
+from oracles import spd
+
+from numpyro_natgrad import NaturalGradient, fit
+from numpyro_natgrad.infer.judge import JUDGE, Judge, conjugate_gradients
+
+D = 4
+CENTRE, COVARIANCE = np.arange(1.0, D + 1), spd(3, D, low=0.5, high=8.0)
+AWAY = np.array([0.5, -0.4, 0.3, 0.2])
+TOLERANCE = 0.05
+
+
+def gaussian():
+    numpyro.sample("z", dist.MultivariateNormal(jnp.array(CENTRE), jnp.array(COVARIANCE)))
+
+
+def judged(svi, params, *args, key=0, **changed):
+    """The judgement of parameters, constrained ones, of an SVI."""
+    state = svi.init(random.key(0), *args)
+    values = {**svi.get_params(state), **{name: jnp.asarray(x) for name, x in params.items()}}
+    unconstrained = svi.constrain_fn(values, invert=True)
+    return Judge(svi, state, unconstrained, args, {})(unconstrained, random.key(key), TOLERANCE, **changed)
+
+
+def started(model, guide, loss=None):
+    return SVI(model, guide, NaturalGradient(), loss or Trace_ELBO())
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), Trace_ELBO(8), TraceMeanField_ELBO()], ids=["1", "8", "analytic"])
+def test_gain_of_a_displaced_mean_is_half_its_squared_distance(loss, dtype):
+    """A full Gaussian has no noise at the right covariance, whatever the number of particles of the loss."""
+    svi = started(gaussian, AutoMultivariateNormal(gaussian), loss)
+    scale = np.linalg.cholesky(COVARIANCE)
+    found = judged(svi, {"auto_loc": CENTRE + AWAY, "auto_scale_tril": scale})
+    exact = 0.5 * AWAY @ np.linalg.solve(COVARIANCE, AWAY)
+    assert abs(found.gain - exact) < 4 * found.error + 0.01 * exact
+    assert found.error < 0.05 * exact
+
+
+def test_gain_of_a_mean_field_guide_is_that_of_all_means_together():
+    """The best mean-field guide, displaced: the curvature of its means is the joint precision, not their own."""
+    precision = np.linalg.inv(COVARIANCE)
+    svi, scale = started(gaussian, AutoNormal(gaussian)), np.diag(precision) ** -0.5
+    exact = 0.5 * AWAY @ precision @ AWAY
+    found = [judged(svi, {"z_auto_loc": CENTRE + AWAY, "z_auto_scale": scale}, key=key) for key in range(4)]
+    for x in found:
+        assert abs(x.gain - exact) < 4 * x.error + 0.01 * exact
+    assert judged(svi, {"z_auto_loc": CENTRE, "z_auto_scale": scale}).grants(TOLERANCE)
+
+
+def test_gain_of_a_low_rank_guide():
+    def model():
+        numpyro.sample("z", dist.Normal(jnp.array(CENTRE), 1.0).to_event(1))
+
+    svi = started(model, AutoLowRankMultivariateNormal(model, rank=1))
+    right = {"auto_cov_factor": np.zeros((D, 1)), "auto_scale": np.ones(D)}
+    found = judged(svi, {"auto_loc": CENTRE + AWAY, **right})
+    exact = 0.5 * AWAY @ AWAY
+    assert abs(found.gain - exact) < 4 * found.error + 0.01 * exact
+
+
+def test_gain_counts_parameters_of_the_model_together_with_the_guide():
+    """Empirical Bayes: z ~ N(μ, 1), y ~ N(z, 9). With q(z) the posterior at μ, the gain is that of log N(y | μ, 10).
+
+    The Fisher matrix of μ given z is ten times the curvature of this profile.
+    """
+    y, mu = 2.0, 0.5
+
+    def model():
+        z = numpyro.sample("z", dist.Normal(numpyro.param("mu", 0.0), 1.0))
+        numpyro.sample("y", dist.Normal(z, 3.0), obs=y)
+
+    svi = started(model, AutoNormal(model))
+    mean = 0.9 * mu + 0.1 * y
+    found = judged(svi, {"mu": mu, "z_auto_loc": mean, "z_auto_scale": np.sqrt(0.9)})
+    exact = (y - mu) ** 2 / 20
+    assert abs(found.gain - exact) < 4 * found.error + 0.02 * exact
+
+
+def test_standard_error_covers_the_truth():
+    """The gain is 0 at the optimum of a correlated mean-field guide, whose draws are noisy: z-scores are of order 1."""
+    precision = np.linalg.inv(COVARIANCE)
+    svi = started(gaussian, AutoNormal(gaussian))
+    right = {"z_auto_loc": CENTRE, "z_auto_scale": np.diag(precision) ** -0.5}
+    found = [judged(svi, right, key=key) for key in range(8)]
+    scores = np.array([x.gain / x.error for x in found])
+    assert np.sqrt(np.mean(scores**2)) < 2
+    assert np.abs(np.mean([x.gain for x in found])) < 0.01
+
+
+def test_draws_outside_of_a_support_are_never_converged():
+    def model():
+        numpyro.sample("share", dist.Uniform(0.0, 1.0))
+
+    def guide():
+        loc, scale = numpyro.param("m", 0.5), numpyro.param("s", 0.2, constraint=constraints.positive)
+        numpyro.sample("share", dist.Normal(loc, scale))
+
+    found = judged(started(model, guide), {})
+    assert not found.grants(np.inf)
+    assert found.nonfinite > 0
+    assert "`share` lie outside of its support" in str(found)
+
+
+def test_data_outside_of_a_support_are_named():
+    def model():
+        rate = numpyro.sample("rate", dist.Gamma(1.0, 1.0))
+        numpyro.sample("counts", dist.Poisson(rate), obs=jnp.array([1.0, jnp.nan]))
+
+    with warnings.catch_warnings(action="ignore"):  # NumPyro's own, of the same data
+        found = judged(started(model, lambda: numpyro.sample("rate", dist.Gamma(numpyro.param("a", 2.0), 1.0))), {})
+    assert "data of `counts`" in str(found)
+
+
+def wells():
+    z = numpyro.sample("z", dist.ImproperUniform(constraints.real, (), ()))
+    numpyro.factor("wells", -8 * (z**2 - 1) ** 2)
+
+
+def test_a_saddle_is_refused_and_a_well_is_granted(dtype):
+    """Between two wells the loss has no slope in the mean, by symmetry."""
+    svi = started(wells, AutoNormal(wells))
+    between = judged(svi, {"z_auto_loc": 0.0, "z_auto_scale": 0.15})
+    assert between.saddle
+    assert not between.grants(0.1)
+    assert "negative curvature" in str(between)
+    result = fit(
+        started(wells, AutoNormal(wells, init_loc_fn=init_to_value(values={"z": 1.0}))),
+        random.key(0),
+        progress_bar=False,
+    )
+    assert result.converged
+
+
+def test_a_collapsed_scale_is_refused():
+    """The entropy of a collapsed row has a slope of one nat, whatever the Fisher matrix of other rows."""
+    scale = np.array([1e-5, 1.0, 1.0, 1.0])
+    model = lambda: numpyro.sample("z", dist.Normal(jnp.zeros(D), 1.0).to_event(1))
+    found = judged(started(model, AutoNormal(model)), {"z_auto_loc": np.zeros(D), "z_auto_scale": scale})
+    assert found.gain - 2 * found.error > 0.4
+
+
+def test_local_rows_of_a_minibatch_are_all_judged():
+    """Forty rows, four of them in a batch, and one that is three standard deviations off: 4.5 nats."""
+    y = jnp.linspace(-1.0, 1.0, 40)
+
+    def model():
+        with numpyro.plate("rows", 40, subsample_size=4):
+            data = numpyro.subsample(y, event_dim=0)
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("y", dist.Normal(z, 1.0), obs=data)
+
+    svi = started(model, AutoNormal(model, create_plates=lambda: numpyro.plate("rows", 40, subsample_size=4)))
+    right = {"z_auto_loc": y / 2, "z_auto_scale": np.full(40, np.sqrt(0.5))}
+    off = {**right, "z_auto_loc": (y / 2).at[7].add(3 * np.sqrt(0.5))}
+    assert judged(svi, right).grants(TOLERANCE)
+    found = judged(svi, off)
+    assert not found.grants(1.0)
+    assert abs(found.gain - 4.5) < 4 * found.error
+
+
+def test_batches_are_judged_by_their_mean():
+    """Two halves of the data contradict each other, and their common optimum is granted at no batch alone."""
+
+    def model(y):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        with numpyro.plate("rows", 16, subsample_size=8):
+            numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    svi = started(model, AutoNormal(model))
+    state = svi.init(random.key(0), jnp.zeros(8))
+    values = svi.constrain_fn({"z_auto_loc": jnp.array(0.3), "z_auto_scale": jnp.array(17**-0.5)}, invert=True)
+    judge = Judge(svi, state, values, (), {}, (jnp.zeros(8),))
+    held = jnp.asarray(np.tile(np.array([-1.0, -1.0, 1.0, 1.0]), 4))[:, None] * jnp.ones(8)
+    found = judge(values, random.key(1), TOLERANCE, (held,))
+    assert abs(found.gain - 0.5 * 17 * 0.3**2) < 4 * found.error + 0.02
+    assert found.error > 0.1
+
+
+def test_too_few_batches_are_no_convergence():
+    """The running estimate proposes a stop after the last batch but three; with more batches it is granted."""
+
+    def model(y):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    svi, batch = started(model, AutoNormal(model), Trace_ELBO(8)), (jnp.array(1.0),)
+    enough = fit(svi, random.key(0), batches=[batch] * 100, tolerance=0.1, progress_bar=False)
+    assert enough.converged
+    short = fit(svi, random.key(0), batches=[batch] * len(enough.losses), tolerance=0.1, progress_bar=False)
+    assert not short.converged
+    assert "fewer than 4 batches are left for an independent check" in short.reason
+
+
+def test_discrete_draws_have_no_hessian():
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        numpyro.sample("y", dist.Normal(z * 1.0, 1.0), obs=0.5)
+
+    def guide():
+        numpyro.sample("z", dist.Bernoulli(numpyro.param("p", 0.4, constraint=constraints.unit_interval)))
+
+    found = judged(started(model, guide, TraceGraph_ELBO()), {})
+    assert found.abstains
+    assert "draws of `z` are not differentiable" in str(found)
+
+
+def test_conjugate_gradients_solve_and_find_negative_curvature():
+    matrix, right = spd(1, 6), np.arange(6.0)
+    x, _, least = conjugate_gradients(lambda v: matrix @ v, right, np.ones(6))
+    assert least > 0
+    np.testing.assert_allclose(x, np.linalg.solve(matrix, right), rtol=0.05, atol=0.05)
+    saddle = np.diag([1.0, 1.0, 1.0, 1.0, 1.0, -1.0])
+    _, direction, least = conjugate_gradients(lambda v: saddle @ v, right, np.ones(6))
+    assert least <= 0
+    assert direction @ saddle @ direction < 0
+
+
+def test_a_stop_costs_few_draws_and_is_reproducible():
+    svi = started(gaussian, AutoNormal(gaussian), Trace_ELBO(8))
+    first, second = (fit(svi, random.key(3), tolerance=0.05, progress_bar=False) for _ in range(2))
+    assert first.converged
+    assert first.reason == second.reason
+    assert first.judgement.draws <= max(
+        2 * JUDGE.group * JUDGE.chunk * JUDGE.min_chunks, JUDGE.draws * 8 * len(first.losses)
+    )
+    assert first.judge_seconds > 0
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), first.params, second.params))
