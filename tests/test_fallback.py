@@ -17,6 +17,7 @@ from oracles import assert_close, root_eps, walk
 from tables import DATA, school, with_model_param
 
 from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.step.fallback import fallback_optimizer
 
 STEPS = 30
 X = jnp.asarray(DATA, jnp.float32)
@@ -77,3 +78,13 @@ def test_fallback_optimizer_does_not_change_parameters_of_gaussian_sites():
             assert_close(with_adam[1][name], without[1][name], root_eps("float32"))
             assert not np.isclose(with_adam[1][name], with_adam[0][name])
     assert without[-1]["noise"] == without[0]["noise"]
+
+
+def test_gradients_whose_squares_overflow_do_not_stay_in_the_fallback_optimizer():
+    """In single precision Adam's second moment would be infinite, and its steps zero, ever after."""
+    wrapped = fallback_optimizer(optax.adam(0.1))
+    params = {"x": jnp.array(1.0)}
+    after, state = wrapped.step(params, {"x": jnp.array(1e25)}, wrapped.init(params), ("x",))
+    assert after == params
+    moved, _ = wrapped.step(params, {"x": jnp.array(1.0)}, state, ("x",))
+    np.testing.assert_allclose(moved["x"], 0.9, rtol=1e-5)

@@ -18,12 +18,13 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal
 from scipy import stats
 
-from benchmarks.starts import cases, run, stops, table
+from benchmarks.starts import cases, run, stops, table, verdicts
 from benchmarks.starts.fitting import Starts, Walk, gathered
 from benchmarks.starts.judging import Judge
 from benchmarks.starts.problems import COMMON, GUIDES, PROBLEMS, SETTINGS, Problem, Setting
 from benchmarks.starts.results import Cell, Store
 from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.diagnostics import recommendation
 from numpyro_natgrad.infer.convergence import converged
 from numpyro_natgrad.step.state import StepInfo
 
@@ -95,7 +96,7 @@ def test_both_methods_arrive_and_a_walk_can_be_resumed_from_its_states(toy):
     starts, walk = toy
     judge = Judge(TOY, "full", 3)
     np.testing.assert_allclose(judge.elbos(starts.params(walk.states[-1])), EVIDENCE, atol=1e-3)
-    np.testing.assert_allclose(judge.elbos(starts.adam(0.1, starts.params(starts.states))), EVIDENCE, atol=0.01)
+    np.testing.assert_allclose(judge.elbos(starts.adam(0.1, starts.params(starts.states))[-1]), EVIDENCE, atol=0.01)
     resumed = starts.walk(gathered(walk, np.full(3, 10)), 5)
     for x, y in zip(*map(jax.tree.leaves, (resumed.states[-1], walk.states[-1])), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -134,10 +135,13 @@ def test_a_gain_beyond_a_barrier_is_another_basin():
     assert not stops.is_false(stop(9.0, 3.0))
     assert stops.is_other_basin(stop(9.0, 3.0))
     assert stops.is_false({"elbo": -np.inf, "continued": {"ours": -5.0}, "barriers": {"ours": np.nan}})
-    judge = SimpleNamespace(elbos=lambda p: -((p["x"][:, 0] ** 2 - 1) ** 2))  # two modes, and a barrier of one nat
-    ends = {"x": np.array([[-1.0]])}, {"x": np.array([[1.0]])}
-    assert stops._barrier(judge, *ends, 0) == pytest.approx(1.0)
-    assert stops._barrier(judge, ends[0], {"x": np.array([[-0.9]])}, 0) == pytest.approx(0.0, abs=0.05)
+    judge = SimpleNamespace(elbos=lambda p: -((np.sum(p["x"] ** 2, 1) - 1) ** 2))  # a ring, and a hill inside of it
+    way = lambda *points: [{"x": np.array([[0.0, 0.0], point])} for point in points]
+    assert stops._barrier(judge, way((-1.0, 0.0), *[(0.0, 0.0)] * 7, (1.0, 0.0)), 1) == pytest.approx(1.0)
+    around = [(-np.cos(t), np.sin(t)) for t in np.linspace(0, np.pi, 9)]
+    assert stops._barrier(judge, way(*around), 1) == pytest.approx(0.0, abs=1e-9)  # a curved valley
+    rough = [(-1.0, 0.0), *[(9.0, 0.0)] * 7, (-0.9, 0.0)]
+    assert stops._barrier(judge, way(*rough), 1) == pytest.approx(0.0, abs=0.05)  # a rough way
 
 
 def test_results_of_a_problem_that_has_changed_are_not_used(tmp_path):
@@ -171,6 +175,15 @@ def test_the_table_counts_starts_and_stops(tmp_path):
     assert "| 0 | **1** | 3 | 2 |" in text
     assert "brings 4 home: 25.0%" in text
     assert "False stops: 1 of 2" in text
+
+
+def test_the_first_advice_of_a_verdict_is_recognised():
+    case = recommendation.Case(("AutoNormal",), 5, 4000, 0, 0.9, 10.0, 1.0, 0.0, 0.0, False, (), False, (), ("z", 1.0))
+    cases_ = [(case, "full covariance"), (case._replace(newton_decrement=2.0), "more steps")]
+    cases_ += [(case._replace(guide=("AutoMultivariateNormal",)), "flow"), (case._replace(k_hat=0.1), "use it")]
+    for x, expected in cases_:
+        assert verdicts.advice(recommendation.recommend(x)) == expected
+    assert verdicts.advice("Take 32 particles, or more steps.") == "more particles"
 
 
 def test_the_common_setting_comes_first_and_the_tenth_has_no_other():

@@ -18,7 +18,7 @@ from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from oracles import assert_close, root_eps
 from tables import DATA
 
-from numpyro_natgrad import NaturalGradient, NaturalGradientState
+from numpyro_natgrad import NaturalGradient, NaturalGradientState, fit
 
 STEPS = 4
 X = jnp.asarray(DATA, jnp.float32)
@@ -210,3 +210,17 @@ def test_mutable_state_is_updated_once_a_step():
         counts.append(float(state.mutable_state["count"]["n"]))
     assert list(np.diff(counts)) == [1.0, 1.0, 1.0]
     assert not svi.optim.info(state).skipped
+
+
+def test_no_parameters_are_accepted_as_by_numpyros_optimizers():
+    """Steps evaluate the loss and change nothing; ``fit`` says that there is nothing to fit."""
+    model = lambda: numpyro.sample("x", dist.Normal(0.0, 1.0), obs=1.0)
+    svi = SVI(model, lambda: None, NaturalGradient(), Trace_ELBO())
+    for stable in (False, True):
+        result = svi.run(random.key(0), 3, progress_bar=False, stable_update=stable)
+        np.testing.assert_allclose(result.losses, -dist.Normal(0.0, 1.0).log_prob(1.0), rtol=1e-6)
+        assert result.params == {}
+    assert svi.evaluate(svi.init(random.key(0))) == result.losses[0]
+    assert svi.optim.report(svi, result.state).startswith("parameter")
+    with pytest.raises(ValueError, match="nothing to fit"):
+        fit(svi, random.key(0), progress_bar=False)

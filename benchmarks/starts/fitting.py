@@ -27,6 +27,8 @@ from .problems import Problem, Setting
 #: Rates of Adam; each decays to zero by a cosine over :data:`ADAM_STEPS` steps.
 RATES = (0.1, 0.03, 0.01)
 ADAM_STEPS = 3000
+#: Points at which Adam's way is kept.
+MARKS = 20
 
 Params = dict[str, Any]
 
@@ -39,7 +41,9 @@ class Starts:
         self._guide, self._particles = guide, setting.particles
         self._model, self.args = problem.make()
 
-    def begin(self, key: jax.Array, args: Any, optimizer: Any = None) -> tuple[SVI, SVIState]:
+    def begin(
+        self, key: jax.Array, args: Any, optimizer: Any = None, training: Params | None = None
+    ) -> tuple[SVI, SVIState]:
         """An ``SVI`` with a guide of its own, and its state before the first step.
 
         It is called inside of each program, where a start that is not used costs nothing; outside, each of its
@@ -49,7 +53,7 @@ class Starts:
         svi = SVI(
             self._model, self.problem.guide(self._guide, self._model), optimizer, self.problem.loss(self._particles)
         )
-        return svi, svi.init(key, *args, **self.problem.training)
+        return svi, svi.init(key, *args, **(self.problem.training if training is None else training))
 
     @cached_property
     def states(self) -> SVIState:
@@ -57,6 +61,10 @@ class Starts:
         keys = jax.random.split(jax.random.key(self.problem.seed), self.count)
         begin = lambda key, args: self.begin(key, args)[1]
         return quick_jit(jax.vmap(begin, in_axes=(0, None)))(keys, self.args)
+
+    def resumed(self, states: SVIState) -> SVIState:
+        """States of a walk as they were before they were kept."""
+        return jax.tree.map(jnp.asarray, states._replace(rng_key=jax.random.wrap_key_data(states.rng_key)))
 
     def params(self, states: SVIState) -> Params:
         """The unconstrained parameters of all starts."""
@@ -89,16 +97,22 @@ class Starts:
     def _adam(self) -> Callable[..., Any]:
         def run(rate: jax.Array, params: Params, key: jax.Array, args: Any) -> Params:
             svi, _ = self.begin(key, args, optax_to_numpyro(optax.adam(lambda t: rate * _cosine(t))))
+
+            def leg(state: SVIState, _: None) -> tuple[SVIState, Params]:
+                step = lambda _, state: svi.update(state, *args, **self.problem.training)[0]
+                state = lax.fori_loop(0, ADAM_STEPS // MARKS, step, state)
+                return state, svi.optim.get_params(state.optim_state)
+
             state = SVIState(svi.optim.init(params), None, key)
-            step = lambda _, state: svi.update(state, *args, **self.problem.training)[0]
-            return svi.optim.get_params(lax.fori_loop(0, ADAM_STEPS, step, state).optim_state)
+            return lax.scan(leg, state, None, length=MARKS)[1]
 
-        return jax.jit(jax.vmap(run, in_axes=(None, 0, 0, None)))
+        return quick_jit(jax.vmap(run, in_axes=(None, 0, 0, None), out_axes=1))
 
-    def adam(self, rate: float, params: Params) -> Params:
-        """The parameters after Adam at this rate, from these parameters."""
+    def adam(self, rate: float, params: Params) -> list[Params]:
+        """The parameters at ``MARKS`` equal distances along Adam's way at this rate, from these parameters."""
         keys = jax.random.split(jax.random.key(self.problem.seed + 1), self.count)
-        return jax.device_get(self._adam(jnp.array(rate), params, keys, self.args))
+        found = jax.device_get(self._adam(jnp.array(rate), params, keys, self.args))
+        return [jax.tree.map(lambda x, i=i: x[i], found) for i in range(MARKS)]
 
 
 class Walk(NamedTuple):

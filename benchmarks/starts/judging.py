@@ -12,6 +12,7 @@ from jax import lax
 from numpyro.infer import SVI
 
 from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad.infer.compilation import quick_jit
 
 from .problems import Problem
 
@@ -46,7 +47,7 @@ def _losses(new_svi: Callable[[], SVI]) -> Callable[..., Any]:
         loss = lambda p: svi.loss.loss(jax.random.key(1), svi.constrain_fn(p), svi.model, svi.guide, *args)
         return lax.map(loss, params)
 
-    return jax.jit(losses)
+    return quick_jit(losses)
 
 
 def _split(params: dict[str, Any], width: int) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK
 
+from . import verdicts
 from .fitting import RATES, Starts
 from .judging import Judge
 from .problems import COMMON, PROBLEMS, SETTINGS
@@ -32,7 +33,7 @@ class Plan(NamedTuple):
 
     :ivar Store store: the folder of results.
     :ivar str label: of our results, to compare two versions of the package.
-    :ivar tuple methods: of ``ours`` and ``adam``.
+    :ivar tuple methods: of :data:`METHODS`.
     :ivar int starts: random starts of each cell.
     :ivar int steps: steps of the natural gradient.
     """
@@ -49,7 +50,7 @@ class Plan(NamedTuple):
 
     def stored(self, method: str) -> str:
         """The name that results of a method are stored under."""
-        return f"ours-{self.label}" if method == "ours" else method
+        return method if method == "adam" else f"{method}-{self.label}"
 
 
 def cells(only: Iterable[str], guides: Iterable[str], settings: Iterable[str], *, tenth: bool) -> Iterator[Cell]:
@@ -97,10 +98,10 @@ def run_cell(plan: Plan, cell: Cell) -> str:
             problem = PROBLEMS[cell.problem]
             starts = Starts(problem, cell.guide, SETTINGS[cell.setting], plan.starts)
             judge = Judge(problem, cell.guide, plan.starts)
-            for method in sorted(plan.methods):  # the rates of Adam are compared first
-                if not plan.store.read(cell, plan.stored(method)):
+            for method in METHODS:
+                if method in plan.methods and not plan.store.read(cell, plan.stored(method)):
                     begin = time.perf_counter()
-                    result = (_adam if method == "adam" else _ours)(plan, cell, starts, judge)
+                    result = METHODS[method](plan, cell, starts, judge)
                     seconds = round(time.perf_counter() - begin, 1)
                     plan.store.write(cell, plan.stored(method), result | {"total": seconds})
                     said.append(f"{method} {seconds:.0f} s {result['seconds']}")
@@ -116,7 +117,7 @@ def _adam(plan: Plan, cell: Cell, starts: Starts, judge: Judge) -> dict[str, Any
     ends, seconds = {}, []
     for rate in RATES:
         clock = time.perf_counter()
-        ends[rate] = starts.adam(rate, begin)
+        ends[rate] = starts.adam(rate, begin)[-1]
         seconds.append(round(time.perf_counter() - clock, 1))
     return {"elbos": {f"{rate:g}": judge.elbos(end).tolist() for rate, end in ends.items()}, "seconds": seconds}
 
@@ -139,3 +140,12 @@ def _ours(plan: Plan, cell: Cell, starts: Starts, judge: Judge) -> dict[str, Any
     clock.append(time.perf_counter())
     skipped = int(walk.records[1].skipped.sum())
     return {"elbos": elbos, "stops": stops, "skipped": skipped, "seconds": np.diff(clock).round(1).tolist()}
+
+
+def _verdicts(plan: Plan, cell: Cell, starts: Starts, judge: Judge) -> dict[str, Any]:
+    found = verdicts.judged(cell, plan.store, plan.label, starts, judge)
+    return {"elbos": {}, "verdicts": found, "seconds": []}
+
+
+#: Methods in the order in which they are run, because each needs the results of those before.
+METHODS = {"adam": _adam, "ours": _ours, "verdicts": _verdicts}

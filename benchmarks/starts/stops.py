@@ -3,10 +3,11 @@
 """Where ``fit`` would stop, and whether it should have gone on.
 
 A stop is *false* if going on from there gains more than :data:`GAIN` nats: :data:`MORE_STEPS` further steps, or Adam
-at its best rate on this problem. If the ELBO falls by more than that on the straight line between the two ends, the
+at its best rate on this problem. If the ELBO falls by more than that on the way there and on the straight line too, the
 gain lies in another basin: this is not counted as false, since the starts that arrive are counted for themselves.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,31 +17,31 @@ from numpyro_natgrad import History
 from numpyro_natgrad.infer.convergence import converged
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK
 
-from .fitting import Starts, Walk, gathered
+from .fitting import MARKS, Starts, Walk, gathered
 from .judging import Judge
 
 TOLERANCE = 0.05
 #: Nats: a fit arrives within this of the best ELBO, and a stop is false beyond it.
 GAIN = 0.3
 MORE_STEPS = 1000
-#: Points between the two ends at which a barrier is looked for.
+#: Points of the straight line at which the ELBO is evaluated.
 POINTS = 9
 
 
 def first_stops(walk: Walk) -> np.ndarray:
     """The step at which each start would stop; 0 if it would not."""
-    loss = walk.records[0]
-    return np.array([_first_stop(jax.tree.map(lambda x, i=i: x[i], walk.records)) for i in range(len(loss))])
+    starts = range(len(walk.records[0]))
+    return np.array([next(proposals(walk, i), 0) for i in starts])
 
 
-def _first_stop(records: Any) -> int:
-    loss, info = records
+def proposals(walk: Walk, start: int) -> Iterator[int]:
+    """The steps after which the running estimate proposes a stop, in their order."""
+    loss, info = jax.tree.map(lambda x: x[start], walk.records)
     fields = info.kl, info.step_size, info.newton_decrement, info.newton_decrement_error, info.limited, info.skipped
     history = History(loss, *fields, np.zeros(len(loss)))
     for step in range(STEPS_PER_CHUNK, len(loss) + 1, STEPS_PER_CHUNK):
         if converged(History(*(x[:step] for x in history)), TOLERANCE):
-            return step
-    return 0
+            yield step
 
 
 def judged_stops(starts: Starts, walk: Walk, judge: Judge, best: float, rate: float) -> list[dict[str, Any]]:
@@ -77,21 +78,29 @@ def _continued(
     starts: Starts, states: Any, params: Any, judge: Judge, wanting: list[int], rate: float
 ) -> dict[str, tuple[np.ndarray, dict[int, float]]]:
     """ELBOs after going on, and the ELBOs lost on the way there, by start."""
-    further = {
-        "ours": jax.device_get(starts.params(starts.walk(states, MORE_STEPS, every=MORE_STEPS).states[-1])),
+    walk = starts.walk(states, MORE_STEPS, every=MORE_STEPS // MARKS)
+    ways = {
+        "ours": [jax.device_get(starts.params(x)) for x in walk.states],
         "adam": starts.adam(rate, params),
     }
     return {
-        name: (judge.elbos(end), {i: _barrier(judge, params, end, i) for i in wanting}) for name, end in further.items()
+        name: (judge.elbos(way[-1]), {i: _barrier(judge, [params, *way], i) for i in wanting})
+        for name, way in ways.items()
     }
 
 
-def _barrier(judge: Judge, start: Any, end: Any, i: int) -> float:
-    """By how much the ELBO falls below its value at the start, on the line to the end; nats."""
-    at = np.linspace(0, 1, POINTS + 2)[:-1]
-    line = jax.tree.map(lambda a, b: np.stack([(1 - t) * a[i] + t * b[i] for t in at]), start, end)
-    elbos = judge.elbos(line)
-    return float(np.max(elbos[0] - elbos, initial=0.0))
+def _barrier(judge: Judge, way: list[Any], start: int) -> float:
+    """By how much the ELBO falls below its first value, on the way or on the straight line to its end; nats.
+
+    The less of the two counts: the line leaves a curved valley, and the way of a large step size is rough.
+    """
+    way = [jax.tree.map(lambda x: np.asarray(x[start], np.float64), point) for point in way]
+    at = np.linspace(0, 1, POINTS + 2)[1:-1]
+    line = [jax.tree.map(lambda a, b, t=t: (1 - t) * a + t * b, way[0], way[-1]) for t in at]
+    elbos = judge.elbos(jax.tree.map(lambda *xs: np.stack(xs), *way, *line))
+    elbos = np.where(np.isnan(elbos), -np.inf, elbos)
+    falls = np.where(elbos == elbos[0], 0.0, elbos[0] - elbos)  # both may be infinite
+    return float(max(min(np.max(falls[: len(way)]), np.max(falls[len(way) :])), 0.0))
 
 
 def is_false(stop: dict[str, Any]) -> bool:

@@ -142,6 +142,7 @@ def fit(
         raise ValueError("`batches` is empty: expected at least one tuple of arguments for model and guide.")
     state, past = _start(svi, rng_key, first, kwargs, init_state, init_params, resume)
     _check_mutable_state(svi, state)
+    _check_parameters(state)
     parts = svi.model, svi.guide, svi.loss, svi.optim
     program = compiled(svi, StaticInputs(parts=parts, args=args, kwargs=kwargs, forward=forward_mode_differentiation))
     with tqdm(total=max_steps, disable=not progress_bar, mininterval=0.2) as bar:
@@ -304,6 +305,14 @@ def _check_optimizer(svi: SVI) -> None:
         raise TypeError(
             f"the optimizer of this `SVI` is `{type(svi.optim).__name__}`: expected `NaturalGradient`, which estimates "
             "the remaining gain. Use `SVI(model, guide, NaturalGradient(), loss)`, or call `svi.run`."
+        )
+
+
+def _check_parameters(state: SVIState) -> None:
+    if not jax.tree.leaves(state.optim_state[1].params):
+        raise ValueError(
+            "the guide and the model have no parameters, so there is nothing to fit; expected at least one "
+            "`numpyro.param` site. Use an autoguide such as `AutoMultivariateNormal(model)`, or add a `param`."
         )
 
 

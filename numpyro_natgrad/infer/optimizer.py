@@ -81,15 +81,10 @@ class NaturalGradient(_NumPyroOptim):
         self._fallback_optimizer = fallback_optimizer
 
     def init(self, params: Params) -> OptimizerState:
-        """The state before the first step.
+        """The state before the first step. Without parameters steps evaluate the loss and change nothing.
 
-        :raises ValueError: if there is no parameter, or one that is neither float32 nor float64.
+        :raises ValueError: if a parameter is neither float32 nor float64.
         """
-        if not jax.tree.leaves(params):
-            raise ValueError(
-                "the guide and the model have no parameters, so there is nothing to fit; expected at least one "
-                "`numpyro.param` site. Use an autoguide such as `AutoMultivariateNormal(model)`, or add a `param`."
-            )
         discrete = [name for name, x in params.items() if not all(map(_is_floating, jax.tree.leaves(x)))]
         if discrete:
             raise ValueError(
@@ -114,6 +109,8 @@ class NaturalGradient(_NumPyroOptim):
         :return: ``((loss, mutable_state), state)``, the loss at the iterate before the step, in nats.
         """
         step, carried = state
+        if not jax.tree.leaves(carried.params):
+            return fn(carried.params), (step + 1, carried)
         partition = self._partition(fn, carried.params, forward_mode_differentiation)
         context = Context(partition, self._options, self._fallback)
         loss_info, new = natural_step(fn, context, step, carried)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from numpyro.optim import _NumPyroOptim
 
+from numpyro_natgrad.estimators.derivatives import finite
 from numpyro_natgrad.guide.gaussian_sites import Params
 
 #: Learning rate of the default, Adam. NumPyro's examples use 0.001 to 0.05.
@@ -25,12 +26,15 @@ class FallbackOptimizer(NamedTuple):
         return self.optimizer.init(params)
 
     def step(self, params: Params, gradient: Params, state: Any, unowned: tuple[str, ...]) -> tuple[Params, Any]:
-        """Move the parameters ``unowned`` and no others."""
+        """Move the parameters ``unowned`` and no others, unless the optimizer's state would not be finite."""
         if not unowned:
             return params, state
         masked = {p: g if p in unowned else jax.tree.map(jnp.zeros_like, g) for p, g in gradient.items()}
-        new, state = self._step(params, masked, state)
-        return {p: new[p] if p in unowned else x for p, x in params.items()}, state
+        new, new_state = self._step(params, masked, state)
+        moved = {p: new[p] if p in unowned else x for p, x in params.items()}
+        # The squares of large gradients, for instance, are infinite in single precision.
+        ok = finite(new_state)
+        return jax.tree.map(lambda a, b: jnp.where(ok, a, b), (moved, new_state), (params, state))
 
     def _step(self, params: Params, gradient: Params, state: Any) -> tuple[Params, Any]:
         if isinstance(self.optimizer, _NumPyroOptim):

@@ -25,7 +25,7 @@ from numpyro_natgrad.options import Options
 from numpyro_natgrad.step import newton_decrement, step_size, trust_region
 from numpyro_natgrad.step.fallback import FallbackOptimizer
 from numpyro_natgrad.step.newton_decrement import StepWeights
-from numpyro_natgrad.step.state import NaturalGradientState, NoiseStatistics, StepInfo, pack, unpack
+from numpyro_natgrad.step.state import NaturalGradientState, NoiseStatistics, StepInfo, fresh, pack, unpack
 from numpyro_natgrad.step.step_size import NoiseEstimate
 from numpyro_natgrad.step.trust_region import Acceptance
 
@@ -46,6 +46,7 @@ class NaturalGradients(NamedTuple):
     :ivar own_step_sizes: the step size that a block prescribes, or zero; ``(B,)``.
     :ivar scale: the factor on the loss by :func:`.rescale_loss`.
     :ivar ok: whether loss, gradient and norms are finite.
+    :ivar stuck: loss and gradient are finite, but not the norms, and the step before was skipped too.
     """
 
     tangents: list[Any]
@@ -53,6 +54,7 @@ class NaturalGradients(NamedTuple):
     own_step_sizes: jax.Array
     scale: jax.Array
     ok: jax.Array
+    stuck: jax.Array
 
 
 class Statistics(NamedTuple):
@@ -151,11 +153,12 @@ def natural_gradients(
     randomness = Randomness(jax.random.key(state.seed), step)
     tangents = [b.natural_gradient(rescaled, state.params, state.memory, randomness) for b in partition.blocks]
     squared_norms = _stack(b.squared_norm(v) for b, v in zip(partition.blocks, tangents, strict=True))
-    ok = finite((loss_info.loss, loss_info.gradient, squared_norms))
+    ok = finite((loss_info.loss, loss_info.gradient, squared_norms, tangents))
+    stuck = state.info.skipped & ~ok & finite((loss_info.loss, loss_info.gradient))
     tangents = zero_unless(ok, tangents)
     own = [b.own_step_size(v) for b, v in zip(partition.blocks, tangents, strict=True)]
     own_step_sizes = _stack(jnp.zeros(()) if rho is None else rho for rho in own)
-    return NaturalGradients(tangents, jnp.where(ok, squared_norms, 0.0), own_step_sizes, scale, ok)
+    return NaturalGradients(tangents, jnp.where(ok, squared_norms, 0.0), own_step_sizes, scale, ok, stuck)
 
 
 def update_statistics(gradients: NaturalGradients, context: Context, state: NaturalGradientState) -> Statistics:
@@ -192,7 +195,7 @@ def search_trust_region(curve: Curve, loss_info: LossInfo, gradients: NaturalGra
     """
     context, carried = curve.context, curve.state.radius
     start = trust_region.initial_radius(context.options, context.partition.latents)
-    radius = jnp.where(carried > 0, carried, start)
+    radius = jnp.where((carried > 0) & jnp.isfinite(carried), carried, start)
     uncompared = Acceptance(jnp.array(True), jnp.array(False), jnp.zeros_like(loss_info.loss))
     trials = jnp.array(0, jnp.int32)
     search = Search(radius, uncompared, radius, trials, gradients.ok)
@@ -262,22 +265,28 @@ def finish(
     """Take the step or skip it, and update what later steps depend on."""
     ok, constants = gradients.ok, context.options.constants
     taken = ok & result.accepted & finite(proposal.params)
+    start = fresh(state, context.partition, constants)
     noise = _choose(ok, _after_step(statistics, proposal, taken, context, state), state.statistics)
+    noise = _finite_or(noise, start.statistics)
     radius = proposal.radius
     if context.options.adaptive:
-        radius = _choose(ok, _resized(proposal, result._replace(accepted=taken), context), state.radius)
+        resized = _resized(proposal, result._replace(accepted=taken), context)
+        radius = _finite_or(_choose(ok, resized, state.radius), start.radius)
     params = _choose(taken, proposal.params, state.params)
     average = jnp.where(taken, step_size.average_weight(context.options, noise), 0.0)
     weights = StepWeights(jnp.where(taken, proposal.rho, 0.0), statistics.estimate.weight, average)
     decrement = newton_decrement.observe(state.decrement, statistics.norms, statistics.estimate.noise, weights)
-    decrement, current = _choose(ok, decrement, state.decrement), step_size.current_noise(noise, constants)
+    decrement = _finite_or(_choose(ok, decrement, state.decrement), start.decrement)
+    current = step_size.current_noise(noise, constants)
     remaining = newton_decrement.newton_decrement(decrement, current, noise.window)
-    # The natural gradient of a skipped step stays in the running means if it was finite.
-    skipped_memory = _choose(ok, statistics.memory, state.memory)
+    # The natural gradient of a skipped step stays in the running means if it was finite. If it is not, twice in a row
+    # with a finite gradient, it may be the running means that make it so.
+    kept = _choose(gradients.stuck, start.memory, state.memory)
+    memory = _choose(taken, proposal.memory, _choose(ok, statistics.memory, kept))
     return NaturalGradientState(
         params,
         _averaged(state.average, params, context.partition, average),
-        _choose(taken, proposal.memory, skipped_memory),
+        _finite_or(memory, start.memory),
         noise,
         decrement,
         radius,
@@ -319,11 +328,12 @@ def _info(
 ) -> StepInfo:
     square = jnp.sum(gradients.squared_norms)
     fractions = gradients.squared_norms / jnp.maximum(square, jnp.finfo(square.dtype).tiny)
+    known = lambda x: jnp.where(jnp.isfinite(x), x, 0.0)
     new = StepInfo(
         kl=jnp.where(taken, jnp.sum(proposal.kl), 0.0),
-        natural_gradient_norm=jnp.sqrt(square),
-        step_size=jnp.where(taken, jnp.sqrt(jnp.sum(fractions * proposal.rho**2)), 0.0),
-        signal=jnp.sum(fractions * estimate.signal),
+        natural_gradient_norm=known(jnp.sqrt(square)),
+        step_size=known(jnp.where(taken, jnp.sqrt(jnp.sum(fractions * proposal.rho**2)), 0.0)),
+        signal=known(jnp.sum(fractions * estimate.signal)),
         radius=proposal.radius,
         newton_decrement=remaining[0],
         newton_decrement_error=remaining[1],
@@ -336,6 +346,11 @@ def _info(
 
 def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b).astype(b.dtype), yes, no)
+
+
+def _finite_or(tree: Any, start: Any) -> Any:
+    """The tree, or all of ``start`` if one of its numbers is not finite."""
+    return _choose(finite(tree), tree, start)
 
 
 def _stack(terms: Iterable[jax.Array]) -> jax.Array:

@@ -105,7 +105,7 @@ class NaturalGradientState(NamedTuple):
 def initial(params: Params, fallback: Any, constants: RuleConstants) -> NaturalGradientState:
     """The state before the first step. A block has at least one parameter, a Gaussian latent at least two entries."""
     leaves = jax.tree.leaves(params)
-    dtype = jnp.result_type(*leaves)
+    dtype = jnp.result_type(*leaves or [float])
     latents = min(sum(jnp.size(x) for x in leaves) // 2, constants.joint_limit)
     joint, statistics, decrement = allocated(latents, len(params), constants, dtype)
     zero, no, seed = jnp.zeros((), dtype), jnp.array(False), jnp.array(0, jnp.uint32)
@@ -123,6 +123,15 @@ def allocated(
     ones, recent = jnp.ones_like(each), jnp.zeros((constants.recent_steps, blocks), dtype)
     statistics = NoiseStatistics(each, recent, ones, ones, jnp.zeros((2, blocks), dtype))
     return joint, statistics, DecrementState(jnp.zeros((3, 3, blocks), dtype), jnp.zeros((2, blocks), dtype), ones)
+
+
+def fresh(state: NaturalGradientState, partition: Partition, constants: RuleConstants) -> NaturalGradientState:
+    """The state with the radius, memory and statistics of a new one, for the partition of the loss."""
+    sizes = partition.joint_latents, len(partition.blocks)
+    joint, statistics, decrement = allocated(*sizes, constants, state.radius.dtype)
+    memory = Memory(jax.tree.map(jnp.zeros_like, state.memory.running_mean), joint)
+    radius = jnp.zeros_like(state.radius)
+    return state._replace(memory=memory, statistics=statistics, decrement=decrement, radius=radius)
 
 
 def unpack(state: NaturalGradientState, partition: Partition, constants: RuleConstants) -> NaturalGradientState:

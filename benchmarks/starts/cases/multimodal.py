@@ -38,8 +38,8 @@ def one_factor(rng: np.random.Generator) -> tuple[Any, ...]:
         loadings = numpyro.sample("loadings", dist.Normal(0, 1).expand([5]).to_event(1))
         noise = numpyro.sample("noise", dist.HalfNormal(1).expand([5]).to_event(1))
         with numpyro.plate("rows", len(y)):
-            joint = dist.LowRankMultivariateNormal(jnp.zeros(5), loadings[:, None], noise**2)
-            numpyro.sample("y", joint, obs=y)
+            covariance = jnp.outer(loadings, loadings) + jnp.diag(noise**2 + 1e-4)
+            numpyro.sample("y", dist.MultivariateNormal(0, covariance), obs=y)
 
     return model, y
 
