@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .problems import PROBLEMS
+from .cases import PROBLEMS
 
 FOLDER = pathlib.Path("benchmarks/results/starts")
 

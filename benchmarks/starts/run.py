@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK
 
 from . import verdicts
+from .cases import PROBLEMS
 from .fitting import RATES, Starts
 from .judging import Judge
-from .problems import COMMON, PROBLEMS, SETTINGS
+from .problems import COMMON, SETTINGS
 from .results import Cell, Store
 from .stops import judged_stops
 from .table import best_rate, gaps

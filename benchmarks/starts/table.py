@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .problems import PROBLEMS
+from .cases import PROBLEMS
 from .results import Cell, Store
 from .stops import GAIN, is_false, is_other_basin
 

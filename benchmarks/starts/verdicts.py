@@ -15,9 +15,10 @@ import numpy as np
 
 from numpyro_natgrad import verdict
 
+from .cases import PROBLEMS
 from .fitting import Starts
 from .judging import Judge
-from .problems import PROBLEMS, SETTINGS
+from .problems import SETTINGS
 from .results import Cell, Store
 from .stops import GAIN, MORE_STEPS
 from .table import arrived, gaps

@@ -2,9 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The problems, by kind; importing this package registers them."""
 
+from ..problems import PROBLEMS
 from . import changes, counts, curves, discrete, hierarchies, mixtures, multimodal, processes, regressions
 
 __all__ = [
+    "PROBLEMS",
     "changes",
     "counts",
     "curves",
