@@ -24,7 +24,7 @@ from benchmarks.starts.fitting import Starts, Walk, gathered
 from benchmarks.starts.judging import Judge
 from benchmarks.starts.problems import COMMON, GUIDES, SETTINGS, Problem, Setting
 from benchmarks.starts.results import Cell, Store
-from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad import NaturalGradient, fit
 from numpyro_natgrad.diagnostics import recommendation
 from numpyro_natgrad.infer.convergence import converged
 from numpyro_natgrad.step.state import StepInfo
@@ -116,16 +116,29 @@ def records(decrement):
     return zero, info
 
 
-def test_a_stop_is_the_first_chunk_at_which_the_rule_of_fit_holds():
+def test_a_stop_is_proposed_at_the_chunks_where_the_rule_of_fit_holds():
     decrement = np.where(np.arange(40) < 17, 1.0, 0.01)
-    walk = Walk([], records(decrement))
-    history = lambda n: stops.History(*(np.zeros(n),) * 3, decrement[:n], *(np.zeros(n),) * 4)
-    found = stops.first_stops(walk)
-    assert found[0] == found[1] > 17
-    bools = lambda h: h._replace(limited=h.loss > 0, skipped=h.loss > 0)
-    assert converged(bools(history(found[0])), stops.TOLERANCE)
-    assert not converged(bools(history(found[0] - 5)), stops.TOLERANCE)
-    assert (stops.first_stops(Walk([], records(np.ones(40)))) == 0).all()
+    found = list(stops.proposals(Walk([], records(decrement)), 1))
+    zero, no = np.zeros(40), np.zeros(40) > 0
+    history = stops.History(zero, zero, zero, decrement, zero, no, no, zero)
+    assert found == list(range(found[0], 41, 5))
+    assert found[0] > 17
+    assert converged(stops.History(*(x[: found[0]] for x in history)), stops.TOLERANCE)
+    assert not converged(stops.History(*(x[: found[0] - 5] for x in history)), stops.TOLERANCE)
+    assert not list(stops.proposals(Walk([], records(np.ones(40))), 0))
+
+
+def test_stops_are_those_of_fit(toy):
+    """From the same state, which fixes all draws."""
+    starts, _ = toy
+    walk = starts.walk(starts.states, 60)
+    granted = stops.granted_stops(starts, walk)
+    svi, _ = starts.begin(jax.random.key(0), starts.args)
+    for i, step in enumerate(granted):
+        state = jax.tree.map(lambda x, i=i: x[i], starts.states)
+        result = fit(svi, None, *starts.args, init_state=state, tolerance=stops.TOLERANCE, progress_bar=False)
+        assert result.converged
+        assert len(result.losses) == step or (step == 0 and len(result.losses) > 60)
 
 
 def test_a_gain_beyond_a_barrier_is_another_basin():

@@ -38,7 +38,7 @@ class Starts:
 
     def __init__(self, problem: Problem, guide: str, setting: Setting, count: int) -> None:
         self.problem, self.count = problem, count
-        self._guide, self._particles = guide, setting.particles
+        self._guide, self.particles = guide, setting.particles
         self._model, self.args = problem.make()
 
     def begin(
@@ -51,7 +51,7 @@ class Starts:
         """
         optimizer = optimizer or NaturalGradient()
         svi = SVI(
-            self._model, self.problem.guide(self._guide, self._model), optimizer, self.problem.loss(self._particles)
+            self._model, self.problem.guide(self._guide, self._model), optimizer, self.problem.loss(self.particles)
         )
         return svi, svi.init(key, *args, **(self.problem.training if training is None else training))
 

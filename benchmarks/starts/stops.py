@@ -7,6 +7,7 @@ at its best rate on this problem. If the ELBO falls by more than that on the way
 gain lies in another basin: this is not counted as false, since the starts that arrive are counted for themselves.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from numpyro_natgrad import History
 from numpyro_natgrad.infer.convergence import converged
+from numpyro_natgrad.infer.judge import StopCheck
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK
 
 from .fitting import MARKS, Starts, Walk, gathered
@@ -28,10 +30,26 @@ MORE_STEPS = 1000
 POINTS = 9
 
 
-def first_stops(walk: Walk) -> np.ndarray:
-    """The step at which each start would stop; 0 if it would not."""
-    starts = range(len(walk.records[0]))
-    return np.array([next(proposals(walk, i), 0) for i in starts])
+def granted_stops(starts: Starts, walk: Walk) -> np.ndarray:
+    """The step at which ``fit`` would stop from each start; 0 if it would not within the walk."""
+    proposed = [list(proposals(walk, i)) for i in range(starts.count)]
+    if not any(proposed):
+        return np.zeros(starts.count, int)
+    svi, _ = starts.begin(jax.random.key(0), starts.args)
+    first, steps = StopCheck(svi, starts.args, starts.problem.training), []
+    for start, at in enumerate(proposed):
+        check = copy.copy(first)
+        grants = (
+            step for step in at if check.grants(_state(walk, start, step), step, starts.particles, None, TOLERANCE)
+        )
+        steps.append(next(grants, 0))
+        first._judge = check._judge  # compiled once for all starts
+    return np.array(steps)
+
+
+def _state(walk: Walk, start: int, step: int) -> Any:
+    states = gathered(walk, np.full(len(walk.records[0]), step))
+    return jax.tree.map(lambda x: x[start], states)
 
 
 def proposals(walk: Walk, start: int) -> Iterator[int]:
@@ -49,7 +67,7 @@ def judged_stops(starts: Starts, walk: Walk, judge: Judge, best: float, rate: fl
 
     A stop within ``GAIN`` of the best ELBO cannot gain more than that, and is not continued.
     """
-    steps = first_stops(walk)
+    steps = granted_stops(starts, walk)
     stopped = [i for i, step in enumerate(steps) if step]
     if not stopped:
         return []
