@@ -35,7 +35,7 @@ def judged(svi, params, *args, key=0, **changed):
     state = svi.init(random.key(0), *args)
     values = {**svi.get_params(state), **{name: jnp.asarray(x) for name, x in params.items()}}
     unconstrained = svi.constrain_fn(values, invert=True)
-    return Judge(svi, state, unconstrained, args, {})(unconstrained, random.key(key), TOLERANCE, **changed)
+    return Judge(svi, None, unconstrained, args, {})(unconstrained, random.key(key), TOLERANCE, **changed)
 
 
 def started(model, guide, loss=None):
@@ -184,9 +184,9 @@ def test_batches_are_judged_by_their_mean():
             numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
     svi = started(model, AutoNormal(model))
-    state = svi.init(random.key(0), jnp.zeros(8))
+    svi.init(random.key(0), jnp.zeros(8))
     values = svi.constrain_fn({"z_auto_loc": jnp.array(0.3), "z_auto_scale": jnp.array(17**-0.5)}, invert=True)
-    judge = Judge(svi, state, values, (), {}, (jnp.zeros(8),))
+    judge = Judge(svi, None, values, (), {}, (jnp.zeros(8),))
     held = jnp.asarray(np.tile(np.array([-1.0, -1.0, 1.0, 1.0]), 4))[:, None] * jnp.ones(8)
     found = judge(values, random.key(1), TOLERANCE, (held,))
     assert abs(found.gain - 0.5 * 17 * 0.3**2) < 4 * found.error + 0.02

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
 from numpyro.handlers import replay, seed
@@ -22,7 +23,9 @@ from numpyro.infer.util import log_density
 from tqdm.auto import tqdm
 
 from numpyro_natgrad.diagnostics import arviz_compat
+from numpyro_natgrad.distributions.wrappers import base_distribution
 from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.infer.compilation import quick_jit
 from numpyro_natgrad.infer.fisher import Estimate
 from numpyro_natgrad.infer.fit import FitResult
 from numpyro_natgrad.options import StructureError
@@ -40,6 +43,8 @@ MIN_WEIGHTS_FOR_TAIL = 25
 #: Pareto fit to rounding errors would report a heavy tail. Not tuned.
 EQUAL_WITHIN_ROUNDINGS = 64
 
+EPS32 = float(np.finfo(np.float32).eps)
+
 #: What fits return: :func:`fitted_guide` reads the parameters from any of these.
 Fitted: TypeAlias = "SVIRunResult | FitResult | SVIState | Mapping[str, Any]"
 #: What ``numpyro.handlers.trace`` records, by the name of the site.
@@ -47,12 +52,17 @@ Sites = Mapping[str, dict[str, Any]]
 
 
 class FittedGuide(NamedTuple):
-    """Model and guide in ``svi`` at the fitted constrained ``params``, which include mutable state."""
+    """Model and guide in ``svi`` at the fitted constrained ``params``, which include mutable state.
+
+    ``kwargs`` include those of the ``SVI``; ``given`` are those of the call.
+    """
 
     svi: SVI
     params: Params
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    given: Mapping[str, Any] = {}
+    mutable_state: Mapping[str, Any] = {}
 
     @property
     def vectorized(self) -> bool:
@@ -73,12 +83,14 @@ class Draws(NamedTuple):
 
     :ivar log_weights: ``(S,)``, nats, converted to float64 from ``dtype``, the precision of their computation.
     :ivar values: constrained values of latent and tabulated sites, ``(S, *shape)``.
+    :ivar log_scales: mean log scale of the distribution of each latent site in the model, ``(S,)``.
     """
 
     log_weights: np.ndarray
     values: dict[str, np.ndarray]
     sites: Inspection
     dtype: np.dtype
+    log_scales: dict[str, np.ndarray] = {}  # noqa: RUF012
 
 
 class ImportanceWeights(NamedTuple):
@@ -123,10 +135,25 @@ def fitted_guide(svi: SVI, result: Fitted, args: tuple[Any, ...], kwargs: Mappin
             "`svi.update`, or the dict of `svi.get_params(state)`."
         )
     static: Mapping[str, Any] = getattr(svi, "static_kwargs", {})
-    return FittedGuide(svi=svi, params={**params, **(mutable_state or {})}, args=args, kwargs={**static, **kwargs})
+    mutable = mutable_state or {}
+    return FittedGuide(
+        svi=svi,
+        params={**params, **mutable},
+        args=args,
+        kwargs={**static, **kwargs},
+        given=kwargs,
+        mutable_state=mutable,
+    )
 
 
-def draw(guide: FittedGuide, key: jax.Array, num_draws: int, sites: Sequence[str] | str | None = None) -> Draws:
+def draw(
+    guide: FittedGuide,
+    key: jax.Array,
+    num_draws: int,
+    sites: Sequence[str] | str | None = None,
+    *,
+    progress_bar: bool = False,
+) -> Draws:
     """Draw from the guide and compute the log weight of every draw, with a progress bar if that takes long.
 
     :param sites: names of latent or deterministic sites to tabulate; all latent sites by default.
@@ -135,16 +162,36 @@ def draw(guide: FittedGuide, key: jax.Array, num_draws: int, sites: Sequence[str
     found = _inspect(guide, key, sites)
     names = tuple(dict.fromkeys(found.latent + found.tabulated))
 
-    def one(key: jax.Array) -> tuple[jax.Array, Params]:
+    def one(key: jax.Array) -> tuple[jax.Array, Params, Params]:
         log_weight, _, trace = _traces(guide, key)
-        return log_weight, {name: trace[name]["value"] for name in names}
+        log_scales = {name: _log_scale(trace[name]) for name in found.latent}
+        return log_weight, {name: trace[name]["value"] for name in names}, log_scales
 
-    each = jax.jit(lambda keys: lax.map(one, keys, batch_size=DRAWS_PER_BATCH if guide.vectorized else None))
+    each = quick_jit(lambda keys: lax.map(one, keys, batch_size=DRAWS_PER_BATCH if guide.vectorized else None))
     keys, starts = random.split(key, num_draws), range(0, num_draws, DRAWS_PER_CALL)
-    bar = tqdm(starts, desc="draws", unit=f"×{DRAWS_PER_CALL}", delay=PROGRESS_BAR_DELAY, leave=False)
+    bar = tqdm(
+        starts,
+        desc="draws",
+        unit=f"×{DRAWS_PER_CALL}",
+        delay=PROGRESS_BAR_DELAY,
+        leave=False,
+        disable=not progress_bar,
+    )
     chunks = [jax.device_get(each(keys[start : start + DRAWS_PER_CALL])) for start in bar]
-    log_weights, values = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
-    return Draws(log_weights=np.asarray(log_weights, np.float64), values=values, sites=found, dtype=log_weights.dtype)
+    log_weights, values, log_scales = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+    return Draws(
+        log_weights=np.asarray(log_weights, np.float64),
+        values=values,
+        sites=found,
+        dtype=log_weights.dtype,
+        log_scales=log_scales,
+    )
+
+
+def _log_scale(site: dict[str, Any]) -> jax.Array:
+    """The mean log scale of a site's distribution, 0 if it has none: it varies where it depends on other latents."""
+    scale = getattr(base_distribution(site["fn"]), "scale", None)
+    return jnp.zeros(()) if scale is None else jnp.mean(jnp.log(scale))
 
 
 def _traces(guide: FittedGuide, key: jax.Array) -> tuple[jax.Array, Sites, Sites]:
@@ -223,6 +270,15 @@ def smooth(log_weights: np.ndarray, dtype: np.dtype | type[np.floating]) -> Impo
     log_mean = known[smallest] - smoothed[smallest] - math.log(count)
     error = math.sqrt(max(float(np.sum(normalised**2)) - 1 / count, 0.0))
     return ImportanceWeights(normalised=normalised, k_hat=k_hat, log_evidence=_estimate(log_mean, error))
+
+
+def tail_of_terms(log_weights: np.ndarray) -> float:
+    """The Pareto shape of the lowest log weights, the terms of the ELBO, which has a finite variance below ½."""
+    known = log_weights[np.isfinite(log_weights)]
+    if known.size < MIN_WEIGHTS_FOR_TAIL or np.ptp(known) <= EQUAL_WITHIN_ROUNDINGS * EPS32 * np.abs(known).max():
+        return 0.0
+    depth = known.max() - known
+    return arviz_compat.psis(np.log(np.maximum(depth, np.finfo(float).tiny)))[1]
 
 
 def moments(values: np.ndarray, weights: np.ndarray | None = None) -> Moments:

@@ -35,6 +35,7 @@ from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaus
 from numpyro_natgrad.guide.handlers import mark_guide_site
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
 from numpyro_natgrad.guide.trace import LossTrace, trace_loss
+from numpyro_natgrad.infer.compilation import quick_jit
 from numpyro_natgrad.infer.fisher import _initialised
 from numpyro_natgrad.options import StructureError
 
@@ -55,15 +56,12 @@ class LinearResponse(NamedTuple):
     :ivar jax.Array loc: means of the guide, ``(d,)``.
     :ivar jax.Array scale: standard deviations of the guide, ``(d,)``.
     :ivar jax.Array covariance: the corrected covariance, ``(d, d)``.
-    :ivar jax.Array newton_decrement: nats that a Newton step in (m, b) would gain, ½ gᵀ(∇²L)⁻¹g; scalar. The estimate
-        is unbiased and may be slightly negative.
     """
 
     names: tuple[str, ...]
     loc: jax.Array
     scale: jax.Array
     covariance: jax.Array
-    newton_decrement: jax.Array
 
     @property
     def sd(self) -> jax.Array:
@@ -122,7 +120,7 @@ def linear_response(
     :param result: what ``svi.run`` or :func:`.fit` returned, an ``SVIState``, or the dict of ``svi.get_params(state)``.
     :param jax.Array rng_key: key of the draws.
     :param args: positional arguments of model and guide.
-    :param int num_particles: draws that the Hessian of the loss is a mean over, rounded down to a multiple of 4.
+    :param int num_particles: draws that the Hessian of the loss is a mean over, in pairs.
     :param kwargs: keyword arguments of model and guide.
     :return: the corrected covariance.
     :raises StructureError: if a site of the guide is not Gaussian, or the loss has no minimum at these parameters.
@@ -139,21 +137,18 @@ def respond(latents: GaussianLatents, key: jax.Array, num_particles: int) -> Lin
     :raises NoMinimumError: if ∇²L is not positive definite.
     """
     d, dtype = latents.loc.size, latents.loc.dtype
-    # The Newton decrement takes its two gradients from independent halves of the draws, so that it is unbiased.
-    noise = random.normal(key, (2, max(num_particles // 4, 1), d), dtype)
+    noise = random.normal(key, (max(num_particles // 2, 1), d), dtype)
     solve = _dense_solver if 2 * d <= DENSE_HESSIAN_LIMIT else _iterative_solver
 
-    @jax.jit
-    def run() -> tuple[jax.Array, jax.Array, jax.Array]:
-        offsets = jax.vmap(jax.vmap(latents.spread))(noise)
-        halves = lambda at: jax.vmap(jax.grad(partial(_loss, latents)), (None, 0))(at, offsets)
-        slopes, hessian_product = jax.linearize(halves, jnp.zeros(2 * d, dtype))
-        right = jnp.concatenate([jnp.eye(d, 2 * d, dtype=dtype), slopes[1][None]])
-        columns, least = solve(lambda v: jnp.mean(hessian_product(v), axis=0), right)
-        block = columns[:d, :d] * latents.scale[:, None] * latents.scale
-        return (block + block.T) / 2, 0.5 * slopes[0] @ columns[d], least
+    @quick_jit
+    def run() -> tuple[jax.Array, jax.Array]:
+        gradient = jax.grad(partial(_loss, latents, offsets=jax.vmap(latents.spread)(noise)))
+        _, product = jax.linearize(gradient, jnp.zeros(2 * d, dtype))
+        columns, least = solve(product, jnp.eye(d, 2 * d, dtype=dtype))
+        block = columns[:, :d] * latents.scale[:, None] * latents.scale
+        return (block + block.T) / 2, least
 
-    covariance, newton_decrement, least = run()
+    covariance, least = run()
     usable = bool(jnp.all(jnp.isfinite(covariance))) and bool(jnp.all(jnp.diagonal(covariance) > 0))
     if not (least > 0 and usable):
         raise NoMinimumError(
@@ -165,7 +160,6 @@ def respond(latents: GaussianLatents, key: jax.Array, num_particles: int) -> Lin
         loc=latents.loc,
         scale=latents.scale,
         covariance=covariance,
-        newton_decrement=newton_decrement,
     )
 
 
@@ -199,7 +193,7 @@ def _iterative_solver(product: Product, right: jax.Array) -> tuple[jax.Array, ja
     solve = lambda b: cg(product, b, tol=HESSIAN_CG_TOLERANCE, maxiter=HESSIAN_CG_STEPS)[0]
     columns = lax.map(solve, right, batch_size=COLUMNS_PER_BATCH)
     curvatures = jnp.sum(columns * right, axis=1) / jnp.sum(columns**2, axis=1)
-    return columns, jnp.min(curvatures[:-1])  # the last row is the gradient, which may be zero
+    return columns, jnp.min(curvatures)
 
 
 def potential(latents: GaussianLatents, z: jax.Array) -> jax.Array:

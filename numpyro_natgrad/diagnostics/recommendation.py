@@ -28,6 +28,12 @@ SD_TOLERANCE = 0.1
 #: Rounding of a log weight, nats, that deserves a warning: weights are then off by 10 %.
 ROUNDING_TOLERANCE = 0.1
 
+#: Standard deviation of a site's log scale over the draws above which the site may be a funnel. Not tuned.
+FUNNEL_SD = 0.5
+#: Particles below which more of them are recommended.
+FEW_PARTICLES = 8
+
+_OTHER_STARTS = "other starts (`fit(..., num_starts=8)`, or the guide's `init_loc_fn=init_to_median`)"
 _FULL = "AutoMultivariateNormal"
 _LOW_RANK = "AutoLowRankMultivariateNormal"
 _FLOW_ADVICE = (
@@ -50,6 +56,10 @@ _NEXT = {
 }
 
 
+#: Guides with all correlations: a better start is cheaper than a family that is wider still.
+_FULL_COVARIANCE = ("AutoMultivariateNormal", "AutoLaplaceApproximation", "AutoBatchedMultivariateNormal")
+
+
 class Case(NamedTuple):
     """What a recommendation is based on, beside fields of :class:`.Verdict`.
 
@@ -62,6 +72,11 @@ class Case(NamedTuple):
     :ivar points: latent sites that the guide gives a single value; ``only_points`` if it gives one to all of them.
     :ivar subsampled: plates with a minibatch.
     :ivar worst: the entry whose standard deviation is most off, and the guide's divided by the importance-weighted one.
+    :ivar cause: the site at which losses are not finite, or why there is no Newton decrement; ``abstains``: the latter,
+        because draws of discrete sites are not differentiable.
+    :ivar term_tail: Pareto shape of the lowest terms of the ELBO.
+    :ivar funnel: the latent site whose scale varies with other latents, or ``""``.
+    :ivar correlated: whether linear response expects wider marginals than the guide's, or is unknown.
     """
 
     guide: tuple[str, ...]
@@ -78,6 +93,13 @@ class Case(NamedTuple):
     only_points: bool
     subsampled: tuple[str, ...]
     worst: tuple[str, float]
+    newton_decrement_error: float = 0.0
+    cause: str = ""
+    abstains: bool = False
+    term_tail: float = 0.0
+    particles: int = FEW_PARTICLES
+    funnel: str = ""
+    correlated: bool = True
 
 
 def threshold(draws: int) -> float:
@@ -109,7 +131,13 @@ def _reservations(case: Case) -> list[str]:
     """What limits the meaning of the numbers."""
     said = []
     if case.nonfinite:
-        said.append(f"{case.nonfinite} of {case.draws} draws have a non-finite log weight: check the model there.")
+        where = f"{case.cause}. Draw it in the guide from its support, or mend" if case.cause else "check"
+        said.append(f"{case.nonfinite} of {case.draws} draws have a non-finite log weight: {where} the model there.")
+    elif case.term_tail > MAX_K_HAT:
+        shape = f"{case.term_tail:.2f}"
+        said.append(
+            f"The ELBO has no finite variance: its lowest terms have the Pareto shape {shape} (finite below 0.5)."
+        )
     if case.subsampled:
         names = ", ".join(f"`{name}`" for name in case.subsampled)
         said.append(f"The plates {names} saw a minibatch, and the weights are those of it: pass all of the data.")
@@ -130,11 +158,34 @@ def _main(case: Case) -> str:
         return f"The guide is good: {k}. {_correction(case)}"
     if mark == "usable":
         return f"The guide is usable: {k}. Use the importance-weighted moments ({case.ess:.0f} effective draws)."
-    if case.newton_decrement > max(MIN_DECREMENT, MIN_DECREMENT_SHARE * case.gap):
-        gain = f"by about {case.newton_decrement:.1f} nats"
-        return f"The fit has not converged: its ELBO can rise {gain} within this family ({k}). Take more steps."
-    advice = f"The family is too small: {k}, trustworthy below {limit}. Try {next_guide(case)}."
-    return advice + (" The ELBO has no maximum where the fit stopped: more steps may help too." * case.no_maximum)
+    rise = f"its ELBO can rise by about {case.newton_decrement:.1f} nats within this family"
+    gain = f"The fit has not converged: {rise} ({k})."
+    unfinished = case.newton_decrement - case.newton_decrement_error > max(
+        MIN_DECREMENT, MIN_DECREMENT_SHARE * case.gap
+    )
+    if unfinished and case.no_maximum:
+        return f"{gain} It stopped where the ELBO has no maximum: try {_OTHER_STARTS}, then more steps."
+    if unfinished and 0 < case.particles < FEW_PARTICLES:
+        ratio = FEW_PARTICLES / case.particles
+        cost = f"a step then costs up to {ratio:.0f} times as much"
+        return f"{gain} Use more particles (`num_particles={FEW_PARTICLES}`; {cost}), or take more steps."
+    if unfinished:
+        return f"{gain} Take more steps, about as many again; if that does not help, try {_OTHER_STARTS}."
+    if case.abstains:
+        return f"The guide is too far off ({k}): sum over discrete sites by `TraceEnum_ELBO`, since {case.cause}."
+    return f"{_too_small(case, k, limit)}{' The ELBO has no maximum where the fit stopped.' * case.no_maximum}"
+
+
+def _too_small(case: Case, k: str, limit: str) -> str:
+    """What to do if the optimum of the family is too far from the posterior: first what costs least."""
+    said = f"The family is too small: {k}, trustworthy below {limit}."
+    wider = next_guide(case)
+    if case.funnel:
+        first = f"The scale of `{case.funnel}` varies with other latents: use `LocScaleReparam(0)` for it"
+        return f"{said} {first} (non-centred; the same cost), or {wider}."
+    if any(name in _FULL_COVARIANCE for name in case.guide) or not case.correlated:
+        return f"{said} Try {_OTHER_STARTS}, at the cost of as many fits; then {wider}."
+    return f"{said} Try {wider}."
 
 
 def _correction(case: Case) -> str:

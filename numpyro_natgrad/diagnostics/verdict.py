@@ -29,7 +29,9 @@ from numpyro_natgrad.diagnostics.importance import (
     ImportanceWeights,
     Moments,
 )
+from numpyro_natgrad.infer.compilation import quick_jit
 from numpyro_natgrad.infer.fisher import Estimate
+from numpyro_natgrad.infer.judge import Judgement, judge_of
 from numpyro_natgrad.options import StructureError
 
 #: Rows of the printed table: about one screen.
@@ -53,7 +55,9 @@ class Verdict(NamedTuple):
     :ivar Estimate elbo: E[w] with its standard error, nats.
     :ivar Estimate log_evidence: log p(x) by the smoothed weights, with its standard error, nats.
     :ivar float ess: effective number of draws, 1/Σw̄².
-    :ivar float newton_decrement: nats that a Newton step in means and standard deviations would gain; NaN if unknown.
+    :ivar float newton_decrement: expected remaining gain within the family, nats, by the judge of :func:`.fit`
+        (:mod:`.judge`); unbiased, and so slightly negative at times; NaN if unknown.
+    :ivar float newton_decrement_error: its standard error, nats.
     :ivar dict guide: :class:`.Moments` of each site under the guide.
     :ivar dict importance_weighted: importance-weighted :class:`.Moments` of each site.
     :ivar dict linear_response: standard deviations of each site by linear response, or ``{}``.
@@ -70,6 +74,7 @@ class Verdict(NamedTuple):
     log_evidence: Estimate
     ess: float
     newton_decrement: float
+    newton_decrement_error: float
     guide: dict[str, Moments]
     importance_weighted: dict[str, Moments]
     linear_response: dict[str, np.ndarray]
@@ -88,10 +93,13 @@ class Verdict(NamedTuple):
 
 
 class _Response(NamedTuple):
-    """Standard deviations of the tabulated sites by linear response; ``note`` says why there are none."""
+    """Standard deviations of the tabulated sites by linear response; ``note`` says why there are none.
+
+    ``widening`` is the largest of them, relative to the guide's, over all unconstrained latents.
+    """
 
     sd: dict[str, np.ndarray]
-    newton_decrement: float
+    widening: float
     note: str
     no_maximum: bool
 
@@ -101,8 +109,9 @@ def verdict(
     result: Fitted,
     rng_key: jax.Array,
     *args: Any,
-    num_draws: int = 4000,
+    num_draws: int = 2000,
     sites: Sequence[str] | str | None = None,
+    progress_bar: bool = True,
     **kwargs: Any,
 ) -> Verdict:
     """Judge a fitted guide by importance sampling (Yao et al. 2018; Vehtari et al. 2024: :mod:`.recommendation`).
@@ -136,6 +145,7 @@ def verdict(
     :param int num_draws: number S of draws, at least 100.
     :param sites: names of latent or deterministic sites of the model to tabulate; all latent sites by default. (Pass a
         model's own argument named ``sites`` or ``num_draws`` by position.)
+    :param bool progress_bar: show progress if the draws take longer than two seconds; nothing remains on the screen.
     :param kwargs: keyword arguments of model and guide.
     :return: estimates, moments and a recommendation.
     :raises StructureError: if the guide does not draw all latent sites of the model, or a name in ``sites`` is unknown.
@@ -143,18 +153,32 @@ def verdict(
     :raises ValueError: if ``num_draws`` is below 100.
     """
     if isinstance(num_draws, bool) or not isinstance(num_draws, int | np.integer):
-        raise TypeError(f"`num_draws={num_draws!r}`: expected an integer, such as 4000.")
+        raise TypeError(f"`num_draws={num_draws!r}`: expected an integer, such as 2000.")
     if num_draws < MIN_DRAWS:
-        raise ValueError(f"`num_draws={num_draws}`: expected {MIN_DRAWS} or more, such as 4000.")
+        raise ValueError(f"`num_draws={num_draws}`: expected {MIN_DRAWS} or more, such as 2000.")
     fitted = importance.fitted_guide(svi, result, args, kwargs)
-    keys = random.split(rng_key)
-    drawn = importance.draw(fitted, keys[0], num_draws, sites)
+    keys = random.split(rng_key, 3)
+    drawn = importance.draw(fitted, keys[0], num_draws, sites, progress_bar=progress_bar)
     if drawn.sites.subsampled:
         warnings.warn(_MINIBATCH.format(list(drawn.sites.subsampled)), stacklevel=2)
-    return _judge(fitted, drawn, _response(fitted, keys[1], num_draws, drawn.sites.tabulated))
+    judgement = _judgement(fitted, keys[2], num_draws)
+    return _verdict(fitted, drawn, judgement, _response(fitted, keys[1], num_draws, drawn.sites.tabulated))
 
 
-def _judge(fitted: FittedGuide, drawn: Draws, response: _Response) -> Verdict:
+def _judgement(fitted: FittedGuide, key: jax.Array, num_draws: int) -> Judgement:
+    """What the judge of :func:`.fit` finds, by as many draws as the verdict has."""
+    svi = fitted.svi
+    try:
+        params = svi.constrain_fn(
+            {name: x for name, x in fitted.params.items() if name not in fitted.mutable_state}, invert=True
+        )
+        judge = judge_of(svi, fitted.mutable_state or None, params, fitted.args, dict(fitted.given))
+        return judge(params, key, 0.0, draws=num_draws)
+    except (StructureError, ValueError, TypeError, NotImplementedError) as error:
+        return Judgement(gain=math.nan, error=math.nan, saddle=False, draws=0, nonfinite=0, cause=str(error))
+
+
+def _verdict(fitted: FittedGuide, drawn: Draws, judgement: Judgement, response: _Response) -> Verdict:
     latent, tabulated = drawn.sites.latent, drawn.sites.tabulated
     points = tuple(name for name in latent if _is_point(drawn.values[name]))
     only_points = bool(points) and len(points) == len(latent)
@@ -171,8 +195,15 @@ def _judge(fitted: FittedGuide, drawn: Draws, response: _Response) -> Verdict:
         ess=weights.ess,
         gap=float(weights.log_evidence.value - elbo.value),
         rounding=_rounding(drawn),
-        newton_decrement=response.newton_decrement,
-        no_maximum=response.no_maximum,
+        newton_decrement=judgement.gain,
+        newton_decrement_error=judgement.error,
+        no_maximum=response.no_maximum or judgement.saddle,
+        cause=judgement.cause,
+        abstains=judgement.abstains,
+        term_tail=importance.tail_of_terms(drawn.log_weights),
+        particles=int(getattr(fitted.svi.loss, "num_particles", 0)),
+        funnel=_funnel(drawn),
+        correlated=not response.widening <= 1 + recommendation.SD_TOLERANCE,
         points=points,
         only_points=only_points,
         subsampled=drawn.sites.subsampled,
@@ -184,7 +215,8 @@ def _judge(fitted: FittedGuide, drawn: Draws, response: _Response) -> Verdict:
         elbo=elbo,
         log_evidence=weights.log_evidence,
         ess=weights.ess,
-        newton_decrement=response.newton_decrement,
+        newton_decrement=judgement.gain,
+        newton_decrement_error=judgement.error,
         guide={name: guide[name] for name in tabulated},
         importance_weighted={name: weighted[name] for name in tabulated},
         linear_response=response.sd,
@@ -257,11 +289,11 @@ def _response(fitted: FittedGuide, key: jax.Array, num_draws: int, names: tuple[
         if 2 * latents.loc.size > linear_response.DENSE_HESSIAN_LIMIT:
             limit = linear_response.DENSE_HESSIAN_LIMIT // 2
             note = f"{latents.loc.size} latents are more than {limit}: call `linear_response` for them"
-            return _Response(sd={}, newton_decrement=math.nan, note=note, no_maximum=False)
+            return _Response(sd={}, widening=math.nan, note=note, no_maximum=False)
         corrected = linear_response.respond(latents, key, HESSIAN_DRAWS)
     except (StructureError, ValueError) as error:
         no_maximum = isinstance(error, linear_response.NoMinimumError)
-        return _Response(sd={}, newton_decrement=math.nan, note=str(error), no_maximum=no_maximum)
+        return _Response(sd={}, widening=math.nan, note=str(error), no_maximum=no_maximum)
     factor = jnp.linalg.cholesky(corrected.covariance)
 
     def one(key: jax.Array) -> dict[str, jax.Array]:
@@ -270,9 +302,16 @@ def _response(fitted: FittedGuide, key: jax.Array, num_draws: int, names: tuple[
         return {name: trace[name]["value"] for name in names}
 
     many = lambda keys: lax.map(one, keys, batch_size=DRAWS_PER_BATCH if fitted.vectorized else None)
-    values = jax.device_get(jax.jit(many)(random.split(key, num_draws)))
+    values = jax.device_get(quick_jit(many)(random.split(key, num_draws)))
     sd = {name: importance.moments(values[name]).sd for name in names}
-    return _Response(sd=sd, newton_decrement=float(corrected.newton_decrement), note="", no_maximum=False)
+    return _Response(sd=sd, widening=float(jnp.max(corrected.sd / corrected.scale)), note="", no_maximum=False)
+
+
+def _funnel(drawn: Draws) -> str:
+    """The latent site whose scale varies most with the other latents; ``""`` if none does by half a log unit."""
+    weights = {name: float(np.std(x)) for name, x in drawn.log_scales.items() if np.isfinite(x).all()}
+    name = max(weights, key=lambda name: weights[name], default="")
+    return name if weights.get(name, 0.0) > recommendation.FUNNEL_SD else ""
 
 
 class _Entry(NamedTuple):
@@ -317,13 +356,19 @@ def _summary_lines(v: Verdict) -> list[str]:
         ("effective draws", f"{v.ess:.0f}", f"of {count}"),
     ]
     if not math.isnan(v.newton_decrement):
-        rows.append(("Newton decrement", f"{v.newton_decrement:.2f}", "nats that a Newton step would gain"))
+        rows.append(
+            ("Newton decrement", _gain(v.newton_decrement, v.newton_decrement_error), "nats to gain in this family")
+        )
     width = max(len(value) for _, value, _ in rows)
     return [f"{name:<16}{value:>{width + 1}}  {remark}" for name, value, remark in rows]
 
 
 def _format(estimate: Estimate) -> str:
     return f"{float(estimate.value):.2f} ± {float(estimate.standard_error):.2f}"
+
+
+def _gain(value: float, error: float) -> str:
+    return f"0 within {error:.1g}" if value < error else f"{value:.2f} ± {error:.2f}"
 
 
 def _moment_lines(v: Verdict) -> list[str]:

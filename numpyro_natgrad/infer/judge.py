@@ -13,6 +13,7 @@ step, on other draws, refutes convergence whatever the quadratic model says.
 import copy
 import math
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from numpyro_natgrad.guide.trace import trace_loss
 from numpyro_natgrad.infer.compilation import quick_jit
 from numpyro_natgrad.infer.convergence import format_interval
 from numpyro_natgrad.infer.fisher import _initialised, _loss
+from numpyro_natgrad.infer.loop import StaticInputs, is_same, snapshot
 
 Arguments = tuple[Any, ...]
 
@@ -61,8 +63,8 @@ class JudgeConstants(NamedTuple):
     probes: int = 4
     #: Gradients are differenced over a distance, in the metric of these scales, of the precision to this power.
     difference: float = 0.2
-    #: Draws for the gradients, at most, as a multiple of the fit's.
-    draws: float = 2.0
+    #: Draws for the gradients, at most, as a multiple of the fit's, whose steps also take Hessian-vector products.
+    draws: float = 8.0
     #: After a refusal, the factor by which the number of steps has to grow before the next judgement.
     growth: float = 1.25
     #: Steps of the fit for each minibatch that a judgement holds, and the most minibatches.
@@ -104,7 +106,9 @@ class Judgement(NamedTuple):
 
     def grants(self, tolerance: float) -> bool:
         """Whether a proposed stop is granted."""
-        return self.abstains or (not self.nonfinite and not self.saddle and self.gain + self.error < tolerance)
+        return self.abstains or (
+            not self.nonfinite and not self.saddle and max(self.gain, 0.0) + self.error < tolerance
+        )
 
     def __str__(self) -> str:
         if self.nonfinite:
@@ -140,10 +144,10 @@ class Judge:
     """
 
     def __init__(
-        self, svi: SVI, state: SVIState, params: Params, args: Arguments, kwargs: Params, batch: Arguments = ()
+        self, svi: SVI, mutable_state: Any, params: Params, args: Arguments, kwargs: Params, batch: Arguments = ()
     ) -> None:
         self.svi, self.args, self.kwargs = _single_particle(_initialised(svi)), args, kwargs
-        self.mutable_state = state.mutable_state
+        self.mutable_state = mutable_state
         self.vectorized = bool(getattr(svi.loss, "vectorize_particles", True))
         found = trace_loss(self._fn(params, random.key(0), batch), params)
         self.path = path_sites(found)
@@ -344,7 +348,7 @@ class StopCheck:
         params = self._svi.optim.get_params(state.optim_state)
         if self._judge is None:
             first = jax.tree.map(lambda x: x[0], batches)
-            self._judge = Judge(self._svi, state, params, self._args, self._kwargs, first)
+            self._judge = judge_of(self._svi, state.mutable_state, params, self._args, self._kwargs, first)
         draws = JUDGE.draws * steps * (particles if math.isfinite(particles) else 1)
         self.last = self._judge(params, random.fold_in(state.rng_key, JUDGE_KEY), tolerance, batches, draws)
         self.at, self._next = steps, math.ceil(JUDGE.growth * steps)
@@ -381,11 +385,32 @@ def _held(batches: Arguments) -> int:
 
 def _single_particle(svi: SVI) -> SVI:
     """A copy whose loss takes one draw, if the loss is a mean over particles."""
+    svi = copy.copy(svi)
     if isinstance(svi.loss, _MEAN_OVER_PARTICLES):
-        svi = copy.copy(svi)
         svi.loss = copy.copy(svi.loss)
         svi.loss.num_particles = 1
     return svi
+
+
+#: The last judge of every ``SVI``, with what it was compiled for: ``verdict`` uses that of ``fit``.
+_JUDGES: "weakref.WeakKeyDictionary[SVI, tuple[StaticInputs, Judge]]" = weakref.WeakKeyDictionary()
+
+
+def judge_of(
+    svi: SVI, mutable_state: Any, params: Params, args: Arguments, kwargs: Params, batch: Arguments = ()
+) -> Judge:
+    """A judge of this ``SVI`` for these arguments: the last one if they are the same, else a new one."""
+    parts = svi.model, svi.guide, svi.loss, _initialised(svi).constrain_fn, _signature(batch)
+    static = StaticInputs(parts=parts, args=args, kwargs=kwargs, forward=False)
+    known = _JUDGES.get(svi)
+    if known is None or mutable_state is not None or not is_same(known[0], static):
+        known = snapshot(static), Judge(svi, mutable_state, params, args, kwargs, batch)
+        _JUDGES[svi] = known
+    return known[1]
+
+
+def _signature(batch: Arguments) -> str:
+    return str(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
 
 
 def conjugate_gradients(

@@ -70,8 +70,8 @@ _COMPILED: "weakref.WeakKeyDictionary[SVI, tuple[StaticInputs, Program]]" = weak
 def compiled(svi: SVI, static: StaticInputs) -> Program:
     """The program for these inputs: the last one of this ``SVI`` if they are the same, else a new one."""
     known = _COMPILED.get(svi)
-    if known is None or not _same(known[0], static):
-        known = _snapshot(static), _program(weakref.ref(svi), static)
+    if known is None or not is_same(known[0], static):
+        known = snapshot(static), _program(weakref.ref(svi), static)
         _COMPILED[svi] = known
     return known[1]
 
@@ -118,7 +118,8 @@ def shapes(batches: Arguments) -> Shapes:
     return tuple(x.shape for x in jax.tree.leaves(batches))
 
 
-def _same(old: StaticInputs, new: StaticInputs) -> bool:
+def is_same(old: StaticInputs, new: StaticInputs) -> bool:
+    """Whether a program that was compiled for the old inputs holds for the new ones."""
     trees: list[Any] = [jax.tree.structure(x) for x in (old, new)]
     leaves = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=False)  # as many where the structures agree
     return trees[0] == trees[1] and all(_same_leaf(*pair) for pair in leaves)
@@ -132,7 +133,8 @@ def _same_leaf(old: Any, new: Any) -> bool:
     return old is new
 
 
-def _snapshot(static: StaticInputs) -> StaticInputs:
+def snapshot(static: StaticInputs) -> StaticInputs:
+    """A copy of arrays that may be written to."""
     return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, static)
 
 
