@@ -108,6 +108,8 @@ class RuleConstants(NamedTuple):
     # ---- Which block (:mod:`.partition`) -----------------------------------------------------------------------------
     #: Latents up to which all Gaussian sites share one dense step: an eigendecomposition of 128 takes a millisecond.
     joint_limit: int = 128
+    #: The same where that is one full Gaussian, whose covariance is dense in any case and needs no proxy.
+    full_joint_limit: int = 1024
     #: Gradients are regressed on draws if this many steps have the d + 1 draws that determine slope and curvature.
     #: Sensitivity: with ¾ eight schools takes 40 % fewer steps, with products that cost ten times the gradients.
     regression_steps: float = 1.5

@@ -115,7 +115,9 @@ FITS = {
 def test_default_options_reach_the_best_elbo_of_the_guide(name, x64, monkeypatch):
     """Over the last 500 of 1000 steps the mean gap to the best ELBO is below the nats that the rule promises."""
     fit = FITS[name]
-    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=fit.limit))
+    monkeypatch.setattr(
+        "numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=fit.limit, full_joint_limit=fit.limit)
+    )
     svi, args = SVI(model, fit.guide, NaturalGradient(**fit.options), fit.loss), (jnp.asarray(A), jnp.asarray(Y))
 
     def step(state, _):

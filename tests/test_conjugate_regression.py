@@ -178,13 +178,13 @@ def test_one_particle_is_exact_after_two_steps(x64):
 
 
 def test_full_gaussian_above_the_joint_limit_is_exact_with_enough_probes(x64, monkeypatch):
-    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=2))
+    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=2, full_joint_limit=2))
     assert gap("AutoMultivariateNormal", Trace_ELBO(num_particles=2)) < TOLERANCE["float64"]
 
 
 def test_mean_field_above_the_joint_limit_is_exact_after_two_steps_on_independent_latents(x64, monkeypatch):
     """Random probes estimate a diagonal Hessian without noise; the path gradient then has none either."""
-    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=2))
+    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=2, full_joint_limit=2))
     orthogonal = np.linalg.qr(X)[0] * np.array([1, 3, 1, 0.3, 1, 1])
     options = {"steps": 2, "x": orthogonal, "estimator": "second_order"}
     assert gap("AutoDiagonalNormal", Trace_ELBO(num_particles=2), **options) < TOLERANCE["float64"]

@@ -41,7 +41,7 @@ def run(model: Any, guide: Any, steps: int, loss: Any = None, **options: Any) ->
 
 
 def test_two_full_gaussians_above_the_joint_limit_are_exact_after_one_step(x64, monkeypatch):
-    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=1))
+    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=1, full_joint_limit=1))
     guide = AutoGuideList(target)
     for name in "xy":
         one = numpyro.handlers.block(target, expose=[name])
@@ -53,7 +53,7 @@ def test_two_full_gaussians_above_the_joint_limit_are_exact_after_one_step(x64, 
 
 
 def test_two_mean_fields_above_the_joint_limit_are_exact_after_one_second_order_step(x64, monkeypatch):
-    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=1))
+    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=1, full_joint_limit=1))
     params, _ = run(target, AutoNormal(target), 1, estimator="second_order", **EXACT)
     # The Hessian is diagonal: one random probe determines it.
     np.testing.assert_allclose(params["x_auto_scale"], SD, rtol=1e-8)

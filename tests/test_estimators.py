@@ -117,7 +117,10 @@ def sampler(name: str) -> Any:
 
 @pytest.fixture(params=ROWS)
 def name(request, monkeypatch, x64):
-    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=ROWS[request.param].limit))
+    monkeypatch.setattr(
+        "numpyro_natgrad.options.CONSTANTS",
+        RuleConstants(joint_limit=(n := ROWS[request.param].limit), full_joint_limit=n),
+    )
     return request.param
 
 

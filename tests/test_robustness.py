@@ -136,7 +136,7 @@ def test_nonfinite_step_is_skipped_and_the_next_one_is_taken(fit, kind):
 )
 def test_falls_back_to_the_gradient_when_the_hessian_stays_nan(guide, limit, monkeypatch):
     """The first step is skipped; later ones follow the gradient and keep the covariance."""
-    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=limit))
+    monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=limit, full_joint_limit=limit))
     svi = SVI(model, guide, NaturalGradient(), Trace_ELBO(num_particles=2))
     state, update = svi.init(random.key(0), NONE), jax.jit(svi.stable_update)
     state, _ = update(state, NONE)

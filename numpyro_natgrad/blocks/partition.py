@@ -37,7 +37,7 @@ from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaus
 from numpyro_natgrad.guide.handlers import DensityMode, Loss
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace, ModelSite, trace_loss
-from numpyro_natgrad.options import Options
+from numpyro_natgrad.options import Options, RuleConstants
 
 _NO_ELBO = (
     "NaturalGradient: the loss is not affine in the guide's log-densities, so it is no ELBO (a Rényi bound, or "
@@ -163,10 +163,15 @@ def _gaussian_blocks(
     """One joint block if its Hessian is small enough to be formed, else a block for every site."""
     latents = JointLatents(tuple(sites))
     second = trace.is_elbo and options.estimator != "first_order"
-    if not (second and 0 < latents.size <= options.constants.joint_limit):
+    if not (second and sites and latents.size <= joint_limit(latents, options.constants)):
         return [_single_site_block(s, trace, options) for s in sites]
     estimator = _curvature_estimator(latents, trace, options, alone=names == set(latents.params))
     return [JointGaussian(latents, estimator, options.margin, options.fixed_max_kl)]
+
+
+def joint_limit(latents: JointLatents, constants: RuleConstants) -> int:
+    """Latents up to which there is a joint block; a single full Gaussian needs no proxy beside it."""
+    return constants.joint_limit if latents.has_proxy else constants.full_joint_limit
 
 
 def _curvature_estimator(
@@ -191,12 +196,11 @@ def _single_site_block(site: GaussianSite | LowRankSite, trace: LossTrace, optio
     c, margin = options.constants, options.margin
     if isinstance(site, LowRankSite):
         return LowRankGaussian(site, DensityMode.DETACHED, True, margin, c)
-    # A full Gaussian uses Hessian-vector products by default, since they cost little beside its draws; a mean-field
-    # site only if the user requests second order.
     mode = DensityMode.PATH if options.path_gradient and trace.is_elbo else None
+    second = options.estimator != "first_order" and trace.is_elbo
     if site.form.diagonal:
-        return DiagonalGaussian(site, mode, options.estimator == "second_order" and trace.is_elbo, margin, c)
-    second = options.estimator != "first_order" and trace.is_elbo and len(site.shape) == 1
+        return DiagonalGaussian(site, DensityMode.DETACHED if second else mode, second, margin, c)
+    second = second and len(site.shape) == 1
     return FullGaussian(site, DensityMode.DETACHED if second else mode, second, margin, c)
 
 

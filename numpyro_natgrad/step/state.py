@@ -7,6 +7,7 @@ carried arrays therefore have room for the largest partition that the parameters
 actual partition at the top of a step, :func:`pack` puts them back at its end, and between the two all shapes are exact.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -103,10 +104,14 @@ class NaturalGradientState(NamedTuple):
 
 
 def initial(params: Params, fallback: Any, constants: RuleConstants) -> NaturalGradientState:
-    """The state before the first step. A block has at least one parameter, a Gaussian latent at least two entries."""
+    """The state before the first step. A block has at least one parameter, a Gaussian latent at least two entries.
+
+    A full Gaussian over d latents has ½d(d + 3) of them.
+    """
     leaves = jax.tree.leaves(params)
-    dtype = jnp.result_type(*leaves or [float])
-    latents = min(sum(jnp.size(x) for x in leaves) // 2, constants.joint_limit)
+    dtype, entries = jnp.result_type(*leaves or [float]), sum(jnp.size(x) for x in leaves)
+    full = min((math.isqrt(8 * entries + 9) - 3) // 2, constants.full_joint_limit)
+    latents = max(full, min(entries // 2, constants.joint_limit))
     joint, statistics, decrement = allocated(latents, len(params), constants, dtype)
     zero, no, seed = jnp.zeros((), dtype), jnp.array(False), jnp.array(0, jnp.uint32)
     info = StepInfo(zero, zero, zero, zero, zero, zero, zero, no, no, jnp.array(0, jnp.int32))

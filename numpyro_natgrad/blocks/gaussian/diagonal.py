@@ -3,10 +3,13 @@
 """One mean-field Gaussian site with too many latents for a joint step: everything is elementwise.
 
 With the whitened slope g = σ ∂L/∂m and curvature λ = σ ∂L/∂σ a step multiplies the precision by 1 + ρλ and moves the
-mean by −ρσg/(1 + ρλ) (Khan & Rue 2023). In first order λ comes from the gradient with respect to σ; in second
-order from k Rademacher probes v of the Hessian of the loss (Bekas, Kokiopoulou & Saad 2007),
+mean by −ρσg/(1 + ρλ) (Khan & Rue 2023). In second order λ comes from k Rademacher probes v of the Hessian of the loss
+(Bekas, Kokiopoulou & Saad 2007),
 
-    λ = E[v ⊙ σHσv] − 1,      whose noise comes from the Hessian's off-diagonal entries and not from the draws.
+    λ = E[v ⊙ σHσv] − 1,      averaged over steps, each with the signal fraction of its k estimates as weight.
+
+In first order λ comes from the gradient with respect to σ. Its noise is that of σ ∇f ⊙ ε, which grows with the distance
+from the optimum; since 1 + ρλ must stay positive, such noise widens more than it narrows.
 """
 
 from dataclasses import dataclass
@@ -19,8 +22,8 @@ from numpyro_natgrad.blocks.gaussian.site_block import SiteBlock
 from numpyro_natgrad.distributions import gaussian
 from numpyro_natgrad.distributions.gaussian import GaussianTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
+from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, leave_one_out_tangent
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
-from numpyro_natgrad.guide.handlers import DensityMode
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,16 @@ class DiagonalGaussian(SiteBlock[GaussianSite, GaussianTangent]):
     def natural_gradient(
         self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness
     ) -> GaussianTangent:
-        scale = self.site.covariance_factor(params)
-        slope = scale * loss_info.gradient[self.site.loc].reshape(self.site.shape)
-        if self.second_order:
-            return GaussianTangent(slope, self._probed_curvature(loss_info, scale, randomness), None)
-        gradient = loss_info.gradient[self.site.scale]
-        # dx/dσ of the parameter x along each coordinate: its bijection is elementwise.
-        rate = jax.jvp(self.site.unconstrain, (scale,), (jnp.ones_like(scale),))[1].reshape(gradient.shape)
-        return GaussianTangent(slope, scale * (gradient * rate).reshape(self.site.shape), None)
+        loc, scale = self.site.read(params)
+        plain = scale * loss_info.gradient[self.site.loc].reshape(self.site.shape)
+        if not self.second_order:
+            return GaussianTangent(plain, self._first_order_curvature(loss_info, scale), None)
+        mean = self._running_mean(memory).values
+        slope = plain + self._control_variate(loss_info, loc, scale, mean)
+        innovations = self._probed_curvature(loss_info, scale, randomness) - mean
+        update = signal_fraction(innovations, self.constants.diagonal_weight_min) * jnp.mean(innovations, axis=0)
+        usable = fall_back_to_gradient(loss_info.previous_step_skipped, plain, slope, mean + update)
+        return GaussianTangent(*usable, None)
 
     def squared_norm(self, v: GaussianTangent) -> jax.Array:
         return gaussian.squared_norm(v)
@@ -58,7 +63,7 @@ class DiagonalGaussian(SiteBlock[GaussianSite, GaussianTangent]):
 
     def update_memory(self, memory: Memory, v: GaussianTangent, weight: jax.Array) -> Memory:
         mean = jax.tree.map(lambda m, x: m + weight * (x - m), self._running_mean(memory), v)
-        return self._remembered(memory, mean)
+        return self._remembered(memory, mean._replace(values=v.values) if self.second_order else mean)
 
     def retract(self, params: Params, memory: Memory, v: GaussianTangent, rho: jax.Array) -> tuple[Params, Memory]:
         loc, scale = self.site.read(params)
@@ -78,9 +83,35 @@ class DiagonalGaussian(SiteBlock[GaussianSite, GaussianTangent]):
     def _remembered(self, memory: Memory, mean: GaussianTangent) -> Memory:
         return memory.with_running_means({self.site.loc: mean.slope, self.site.scale: mean.values})
 
+    def _first_order_curvature(self, loss_info: LossInfo, scale: jax.Array) -> jax.Array:
+        gradient = loss_info.gradient[self.site.scale]
+        # dx/dσ of the parameter x along each coordinate: its bijection is elementwise.
+        rate = jax.jvp(self.site.unconstrain, (scale,), (jnp.ones_like(scale),))[1].reshape(gradient.shape)
+        return scale * (gradient * rate).reshape(self.site.shape)
+
+    def _control_variate(
+        self, loss_info: LossInfo, loc: jax.Array, scale: jax.Array, curvature: jax.Array
+    ) -> jax.Array:
+        """The leave-one-out control variate of the slope, as in :func:`.whitened_hessian_products`.
+
+        A single particle has no others: the curvature λ of earlier steps takes the place of H₋ₛ.
+        """
+        offset = self._mean_offset(loss_info, loc)
+        if offset is None:
+            return jnp.zeros_like(loc)
+        if loss_info.particles == 1:
+            return -(1 + curvature) * offset / scale
+        return scale * self._hessian_product(loss_info, *leave_one_out_tangent(offset, loss_info.particles))
+
     def _probed_curvature(self, loss_info: LossInfo, scale: jax.Array, randomness: Randomness) -> jax.Array:
+        """λ by each of k Rademacher probes, ``(k, *shape)``."""
         product = lambda v: v * scale * self._hessian_product(loss_info, scale * v)
         probes = jax.random.rademacher(randomness.key, (self.products, *self.site.shape), scale.dtype)
-        curvature = jnp.mean(jax.vmap(product)(probes), axis=0)
-        # With path gradients the products contain the Hessian −S of log q already.
-        return curvature if self.density_mode == DensityMode.PATH and not self.site.analytic else curvature - 1
+        return jax.vmap(product)(probes) - 1
+
+
+def signal_fraction(samples: jax.Array, least: float) -> jax.Array:
+    """1 − (variance of the mean) / ‖mean‖² of k estimates, ``(k, ...)``, in the Euclidean norm, at least ``least``."""
+    mean = jnp.mean(samples, axis=0)
+    variance = jnp.sum((samples - mean) ** 2) / (samples.shape[0] * (samples.shape[0] - 1))
+    return jnp.maximum(1 - variance / jnp.maximum(jnp.sum(mean**2), jnp.finfo(mean.dtype).tiny), least)

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import jax
 import jax.numpy as jnp
 
-from numpyro_natgrad.blocks.base import Block, ReportRow, Tangent
+from numpyro_natgrad.blocks.base import Block, NoiseTolerance, ReportRow, Scope, Tangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite
 from numpyro_natgrad.guide.handlers import DensityMode
@@ -50,6 +50,11 @@ class SiteBlock(Block[Tangent], Generic[Site, Tangent]):
     @property
     def hessian_params(self) -> tuple[str, ...]:
         return (self.site.loc,) if self.second_order else ()
+
+    def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
+        c = scope.constants
+        floor = c.floor_noise if scope.full_data else c.floor_noise_minibatch
+        return super().noise_tolerance(scope)._replace(floor_noise=floor * self.site.size)
 
     def report_rows(self) -> list[ReportRow]:
         how = f"{self.products} Hessian-vector products" if self.second_order else "draws ⊗ gradients"

@@ -1,0 +1,70 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Guides with more than 128 latents reach their optimum from every start, with few particles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+from jax import lax, random
+from numpyro import distributions as dist
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal
+
+from numpyro_natgrad import NaturalGradient
+
+D, STARTS = 140, 4
+RNG = np.random.default_rng(0)
+#: Precision of a Gaussian posterior: scales over a decade, four common directions.
+SD = 10 ** RNG.uniform(-0.5, 0.5, D)
+COMMON = 2 * np.linalg.qr(RNG.normal(size=(D, 4)))[0]
+PRECISION = (np.eye(D) + COMMON @ COMMON.T) / SD[:, None] / SD
+EVIDENCE = 0.5 * np.linalg.slogdet(PRECISION / (2 * np.pi))[1]
+GROUP = np.repeat(np.arange(D - 2), RNG.integers(1, 5, D - 2))
+Y = 1 + RNG.normal(size=D - 2)[GROUP] + RNG.normal(size=len(GROUP))
+
+
+def gaussian():
+    """Normalized: the log evidence is 0."""
+    z = numpyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (D,)))
+    numpyro.factor("f", EVIDENCE - 0.5 * z @ jnp.asarray(PRECISION, jnp.float32) @ z)
+
+
+def hierarchy():
+    mean, sd = numpyro.sample("mean", dist.Normal(0, 5)), numpyro.sample("sd", dist.HalfNormal(2))
+    effect = numpyro.sample("effect", dist.Normal(mean, sd).expand([D - 2]).to_event(1))
+    numpyro.sample("y", dist.Normal(effect[GROUP], 1).to_event(1), obs=Y)
+
+
+def elbos(model, make_guide, particles, marks, **options):
+    """ELBO from each start after each number of steps, nats, ``(marks, starts)``."""
+    svi = SVI(model, guide := make_guide(model), NaturalGradient(**options), Trace_ELBO(particles))
+    fresh, judge = svi.init(random.key(0)), Trace_ELBO(500)
+    name = f"{guide.prefix}_loc"
+    starts = fresh.optim_state[1].params[name] + 3 * random.normal(random.key(1), (STARTS, D))
+
+    def run(start, key):
+        params = {**fresh.optim_state[1].params, name: start}
+        state, found, taken = fresh._replace(optim_state=svi.optim.init(params), rng_key=key), [], 0
+        for mark in marks:
+            state = lax.fori_loop(taken, mark, lambda _, s: svi.update(s)[0], state)
+            found.append(-judge.loss(random.key(2), svi.get_params(state), model, guide))
+            taken = mark
+        return jnp.stack(found)
+
+    return np.asarray(jax.jit(jax.vmap(run))(starts, random.split(random.key(3), STARTS))).T
+
+
+@pytest.mark.parametrize("particles", [1, 2])
+def test_wide_mean_field_reaches_the_optimum_with_few_particles(particles):
+    """Where the scales are 1/√Hᵢᵢ. A draw's own scale gradients would widen the guide without bound."""
+    best = EVIDENCE - 0.5 * np.sum(np.log(np.diag(PRECISION) / (2 * np.pi)))
+    (found,) = elbos(gaussian, AutoDiagonalNormal, particles, [200])
+    assert (np.abs(found - best) < 0.5).all(), found - best
+
+
+def test_wide_full_gaussian_agrees_from_all_starts_of_a_centred_hierarchy():
+    early, late = elbos(hierarchy, AutoMultivariateNormal, 8, [30, 50])
+    assert np.ptp(late) < 0.1
+    assert (early > late.max() - 0.1).all(), late.max() - early
