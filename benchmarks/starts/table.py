@@ -75,8 +75,10 @@ def rows(store: Store, label: str, cells: Iterable[Cell]) -> list[Row]:
 
 def gaps(elbos: list[float], best: float) -> np.ndarray:
     """Nats to the best ELBO; infinite where an ELBO is not finite."""
+    if not np.isfinite(best):  # of no method
+        return np.full(len(elbos), np.inf)
     x = np.array(elbos, float)
-    return np.where(np.isfinite(x), best - x, np.inf)
+    return best - np.where(np.isfinite(x), x, -np.inf)
 
 
 def table(found: list[Row]) -> str:

@@ -167,7 +167,7 @@ def garch(rng: np.random.Generator) -> tuple[Any, ...]:
         mu = numpyro.sample("mu", dist.Normal(0, 1))
         base = numpyro.sample("base", dist.HalfNormal(1))
         shock = numpyro.sample("shock", dist.Uniform(0, 1))
-        memory = numpyro.sample("memory", dist.Uniform(0, 1 - shock))
+        memory = (1 - shock) * numpyro.sample("share", dist.Uniform(0, 1))
         step = lambda v, e: (base + shock * e**2 + memory * v, v)
         variances = lax.scan(step, jnp.var(y), y - mu)[1]
         with numpyro.plate("days", len(y)):
