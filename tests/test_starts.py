@@ -220,7 +220,7 @@ def tenth(tmp_path_factory):
     cache = tmp_path_factory.mktemp("starts")
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "benchmarks.starts", "--tenth", "--jobs", "1", "--cache", str(cache)]
-    subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True, timeout=1500)
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True, timeout=2700)
     wanted = run.cells((), GUIDES, SETTINGS, tenth=True)
     return {row.cell[:2]: row for row in table.rows(Store(cache), "main", wanted)}
 
