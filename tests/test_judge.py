@@ -17,7 +17,7 @@ from numpyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivari
 from numpyro.infer.initialization import init_to_value
 from oracles import spd
 
-from numpyro_natgrad import NaturalGradient, fit
+from numpyro_natgrad import NaturalGradient, fit, verdict
 from numpyro_natgrad.infer.judge import JUDGE, Judge, conjugate_gradients
 
 D = 4
@@ -230,6 +230,16 @@ def test_conjugate_gradients_solve_and_find_negative_curvature():
     _, direction, least = conjugate_gradients(lambda v: saddle @ v, right, np.ones(6))
     assert least <= 0
     assert direction @ saddle @ direction < 0
+
+
+def test_a_judge_is_compiled_once_for_several_fits_and_the_verdict(monkeypatch):
+    made = []
+    monkeypatch.setattr(Judge, "__init__", lambda self, *a, made_=Judge.__init__: made.append(1) or made_(self, *a))
+    svi = started(gaussian, AutoNormal(gaussian), Trace_ELBO(8))
+    results = [fit(svi, random.key(seed), tolerance=0.05, progress_bar=False) for seed in range(2)]
+    found = verdict(svi, results[1], random.key(2), num_draws=200, progress_bar=False)
+    assert len(made) == 1
+    assert found.newton_decrement - 2 * found.newton_decrement_error < 0.05
 
 
 def test_a_stop_costs_few_draws_and_is_reproducible():

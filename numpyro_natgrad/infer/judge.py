@@ -400,7 +400,7 @@ def judge_of(
     svi: SVI, mutable_state: Any, params: Params, args: Arguments, kwargs: Params, batch: Arguments = ()
 ) -> Judge:
     """A judge of this ``SVI`` for these arguments: the last one if they are the same, else a new one."""
-    parts = svi.model, svi.guide, svi.loss, _initialised(svi).constrain_fn, _signature(batch)
+    parts = svi.model, svi.guide, svi.loss, _signature(batch)
     static = StaticInputs(parts=parts, args=args, kwargs=kwargs, forward=False)
     known = _JUDGES.get(svi)
     if known is None or mutable_state is not None or not is_same(known[0], static):
