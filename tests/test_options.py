@@ -228,11 +228,6 @@ def test_options_but_the_step_size_are_keyword_only():
         NaturalGradient(0.1, 0.5)
 
 
-def test_model_without_parameters_is_refused():
-    with pytest.raises(ValueError, match=r"numpyro\.param"):
-        SVI(gaussian, lambda: None, NaturalGradient(), Trace_ELBO()).optim.init({})
-
-
 def test_update_by_gradient_alone_is_refused():
     optimizer = NaturalGradient()
     state = optimizer.init({"x": jnp.zeros(2)})

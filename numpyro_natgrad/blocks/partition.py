@@ -39,11 +39,16 @@ from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace, ModelSite, trace_loss
 from numpyro_natgrad.options import Options, RuleConstants
 
-_NO_ELBO = (
-    "NaturalGradient: the loss is not affine in the guide's log-densities, so it is no ELBO (a Rényi bound, or "
-    "score-function gradients of a discrete site). Steps use the plain Fisher metric: gradients without the path "
-    "estimator and without second derivatives, which hold for an ELBO only. A step of size 1 is then not exact on "
-    "conjugate models, and expect noisier steps."
+_NO_ELBO = "NaturalGradient: the loss is not affine in the guide's log-densities, so it is no ELBO (a Rényi bound). {}"
+
+_SCORE_FUNCTIONS = (
+    "NaturalGradient: the loss is not affine in the guide's log-densities, because the gradients of the sites {} are "
+    "score functions. {} If their values are few, sum over them with `TraceEnum_ELBO`; else use more particles."
+)
+
+_PLAIN_METRIC = (
+    "Steps use the plain Fisher metric: gradients without the path estimator and without second derivatives. A step of "
+    "size 1 is then not exact on conjugate models, and expect noisier steps."
 )
 
 _FIRST_ORDER = (
@@ -105,6 +110,7 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     blocks = (*guided, *_likelihood_blocks(trace, free, options))
     _warn_of_first_order(blocks, options)
     owned = {p for block in blocks for p in block.params}
+    unowned = {p: size for p, size in sizes.items() if p not in owned}
     scored = frozenset(site.name for block in kl_blocks for site in block.metric.sites)
     latents = _numbers(trace.sites or trace.model_sites)
     exact = trace.is_elbo and all(block.exact_on_conjugate for block in blocks)
@@ -112,7 +118,7 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     tolerances = np.array([block.noise_tolerance(scope) for block in blocks], float).reshape(-1, 3)
     return Partition(
         blocks=blocks,
-        unowned={p: size for p, size in sizes.items() if p not in owned},
+        unowned=unowned,
         request=_gradient_request(blocks, sites, natural, scored, trace, options, forward),
         particles=trace.particles,
         latents=latents,
@@ -125,7 +131,9 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
 
 def _warn_of_trace(trace: LossTrace) -> None:
     if not trace.is_elbo:
-        warnings.warn(_NO_ELBO, stacklevel=6)
+        scores = [name for name, site in trace.sites.items() if not (site.reparameterized or site.analytic)]
+        text = _SCORE_FUNCTIONS.format(scores, _PLAIN_METRIC) if scores else _NO_ELBO.format(_PLAIN_METRIC)
+        warnings.warn(text, stacklevel=6)
     if trace.scanned:
         warnings.warn(_SCANNED.format(sorted(trace.scanned)), stacklevel=6)
 

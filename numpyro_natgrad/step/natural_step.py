@@ -29,6 +29,9 @@ from numpyro_natgrad.step.state import NaturalGradientState, NoiseStatistics, St
 from numpyro_natgrad.step.step_size import NoiseEstimate
 from numpyro_natgrad.step.trust_region import Acceptance
 
+#: Natural gradients that have a signal and a noise.
+FORESEEING_STEPS = 2
+
 
 class Context(NamedTuple):
     """What does not change during a run."""
@@ -131,7 +134,10 @@ def natural_step(
     state = state._replace(seed=run_seed(loss_info.loss, step, state.seed))
     gradients = natural_gradients(loss_info, partition, step, state)
     statistics = update_statistics(gradients, context, state)
-    largest = choose_step_sizes(gradients, statistics.estimate, context, step)
+    if partition.paired or context.options.step_size is not None:
+        largest = choose_step_sizes(gradients, statistics.estimate, context, step)
+    else:
+        largest = foreseen_step_sizes(statistics, context, step, state)
     curve = Curve(context, state, gradients.tangents, statistics.memory, largest, loss_info.gradient)
     search = search_trust_region(curve, loss_info, gradients)
     proposal = curve.within(search.radius)
@@ -184,6 +190,29 @@ def choose_step_sizes(
     if context.options.step_size is not None:
         return largest
     return jnp.where(gradients.own_step_sizes > 0, gradients.own_step_sizes, largest)
+
+
+def foreseen_step_sizes(
+    statistics: Statistics, context: Context, step: jax.Array, state: NaturalGradientState
+) -> jax.Array:
+    """The step size of each block by earlier natural gradients alone, ``(B,)``; zero until there are two.
+
+    It is used where draws do not follow the parameters. No comparison of losses then bounds a step, so that the radius
+    bounds its expected KL too, which leaves the step unbiased. (The KL of the step itself is bounded like any other,
+    which matters far from the optimum only, where steps are long.)
+    """
+    norms, constants = statistics.norms, context.options.constants
+    noise = step_size.current_noise(state.statistics, constants)
+    predicted = newton_decrement.predicted_mean(state.decrement, noise)
+    running_mean = norms.running_mean
+    estimate = step_size.foreseen(state.statistics, running_mean, predicted, statistics.estimate, constants)
+    largest = step_size.largest_step_size(context.options, step, estimate, context.partition.tolerance)
+    square = norms.running_mean + estimate.noise
+    radius = trust_region.initial_radius(context.options, context.partition.latents)
+    kl = jnp.maximum(0.5 * jnp.sum(largest**2 * square), jnp.finfo(square.dtype).tiny)
+    known = (step >= FORESEEING_STEPS) & (square > 0)
+    ramp = 1 / (1 + step_size.FORESEEN_DRAWS / (jnp.maximum(step, 1) * context.partition.particles))
+    return jnp.where(known, ramp.astype(largest.dtype) * jnp.minimum(1.0, jnp.sqrt(radius / kl)) * largest, 0.0)
 
 
 def search_trust_region(curve: Curve, loss_info: LossInfo, gradients: NaturalGradients) -> Search:
@@ -269,7 +298,7 @@ def finish(
     noise = _choose(ok, _after_step(statistics, proposal, taken, context, state), state.statistics)
     noise = _finite_or(noise, start.statistics)
     radius = proposal.radius
-    if context.options.adaptive:
+    if context.options.adaptive and context.partition.paired:
         resized = _resized(proposal, result._replace(accepted=taken), context)
         radius = _finite_or(_choose(ok, resized, state.radius), start.radius)
     params = _choose(taken, proposal.params, state.params)

@@ -21,6 +21,10 @@ from numpyro_natgrad.blocks.base import NoiseTolerance, SquaredNorms
 from numpyro_natgrad.options import Options, RuleConstants
 from numpyro_natgrad.step.state import NoiseStatistics
 
+#: Draws after which a step size that does not depend on the present draws is half of its largest: steps of 1/(t + 10)
+#: with one draw each are stable on score functions of one latent.
+FORESEEN_DRAWS = 10.0
+
 
 class NoiseEstimate(NamedTuple):
     """Signal and noise of one natural gradient, compared with earlier ones; an entry for each block.
@@ -103,6 +107,29 @@ def observe(
     window = jnp.maximum(statistics.window * (1 - signal) + 1, constants.window_min)
     statistics = statistics._replace(window=window, drift=drift)
     return statistics, NoiseEstimate(w, signal, noise, huber, statistics.stationary)
+
+
+def foreseen(
+    statistics: NoiseStatistics,
+    running_mean: jax.Array,
+    predicted: jax.Array,
+    estimate: NoiseEstimate,
+    constants: RuleConstants,
+) -> NoiseEstimate:
+    """Signal and noise by earlier natural gradients alone, for a step size that does not depend on the present one.
+
+    Otherwise E[ρv] ≠ 0 where E[v] = 0: score functions have skewed noise, and ρ is smaller for longer v.
+
+    :param statistics: before :func:`observe`.
+    :param running_mean: ‖m‖², nats.
+    :param predicted: ‖m‖² expected of noise alone, nats: the signal is what exceeds ``nonstationarity`` times that.
+    """
+    noise, tiny = statistics.noise, jnp.finfo(running_mean.dtype).tiny
+    signal = jnp.maximum(running_mean - constants.nonstationarity * predicted, 0.0) / jnp.maximum(
+        running_mean + noise, tiny
+    )
+    signal = jnp.clip(jnp.maximum(signal, 1 / (statistics.window + FORESEEN_DRAWS)), constants.signal_floor, 1.0)
+    return estimate._replace(signal=signal, noise=noise, huber=jnp.ones_like(noise))
 
 
 def current_noise(statistics: NoiseStatistics, constants: RuleConstants) -> jax.Array:
