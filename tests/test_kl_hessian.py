@@ -231,7 +231,7 @@ def operator_of(matrix: np.ndarray) -> FisherOperator:
 
 
 def test_dense_and_iterative_solvers_solve_the_damped_system(dtype):
-    """Dense damping is relative to the diagonal, that of conjugate gradients to its mean, by the same factor."""
+    """Dense damping is relative to the diagonal, that of conjugate gradients to the rows, by the same factor."""
     matrix, slope = spd(3, 12, low=1.0, high=10.0), np.linspace(-1, 1, 12)
     expected = np.linalg.solve(matrix, slope)
     size = np.sqrt(expected @ matrix @ expected)
@@ -240,6 +240,13 @@ def test_dense_and_iterative_solvers_solve_the_damped_system(dtype):
         error = v - expected
         # In the Fisher norm, where a residual of 1 % and a condition number of 10 leave at most √10 %.
         assert np.sqrt(error @ matrix @ error) <= np.sqrt(10) * TOLERANCE * size
+
+
+def test_one_collapsed_parameter_does_not_damp_the_others(dtype):
+    """A local row of scale 1e-5 has an entry of 1e10 in the Fisher matrix, and a gradient to match."""
+    matrix, slope = np.diag([1e10, 4.0, 0.0, 1.0]), np.array([1e5, 1.0, 0.0, 1.0])
+    v = np.asarray(SOLVERS["conjugate gradients"].solve(operator_of(matrix), jnp.asarray(slope, dtype)), np.float64)
+    np.testing.assert_allclose(v, [1e-5, 0.25, 0.0, 1.0], rtol=TOLERANCE)
 
 
 def test_zero_row_of_the_fisher_matrix_leaves_other_parameters_finite(dtype):
