@@ -86,6 +86,32 @@ def test_gaussian_step_adds_rho_times_the_gradient_to_natural_parameters(case, d
 
 
 @pytest.mark.parametrize("rho", LENGTHS)
+@pytest.mark.parametrize("limit", [0.01, 1.0, 1e9])
+def test_a_step_whose_widening_waits_moves_the_mean_alike_and_widens_by_a_fraction(case, dtype, rho, limit):
+    """The precision changes by ρM whose negative eigenvalues are scaled by limit/δ², and the mean by the whole step."""
+    waiting = gaussian.wait(case.tangent, rho, limit, MARGIN)
+    before, after = natural_step(case, rho)
+    values, vectors = np.linalg.eigh(case.curvature)
+    moved = np.linalg.inv(K) @ (after[0] - before[0])
+    squares = (vectors.T @ moved) ** 2 * (1 + rho * values)
+    fractions = np.minimum(1.0, limit / squares)
+    held = vectors * np.where(values < 0, fractions * values, values) @ vectors.T
+    covariance = K @ np.linalg.inv(np.eye(D) + rho * held) @ K.T
+    assert_close(gaussian.mean_shift(waiting, rho, MARGIN), moved, root_eps(dtype))
+    factor = K @ matrix(gaussian.relative_factor(waiting, rho, MARGIN))
+    assert_close(factor @ factor.T, covariance, root_eps(dtype))
+    new = after[0], covariance
+    assert_close(gaussian.forward_kl(waiting, rho, MARGIN), kl(before, new), root_eps(dtype))
+    assert_close(gaussian.reverse_kl(waiting, rho, MARGIN), kl(new, before), root_eps(dtype))
+
+
+@pytest.mark.parametrize("rho", LENGTHS)
+def test_a_step_that_does_not_wait_promises_its_kl_over_rho(case, dtype, rho):
+    promised = gaussian.predicted_reduction(case.tangent, rho, MARGIN)
+    assert_close(promised, gaussian.forward_kl(case.tangent, rho, MARGIN) / rho, root_eps(dtype))
+
+
+@pytest.mark.parametrize("rho", LENGTHS)
 def test_forward_and_reverse_kl_equal_numpyros(case, dtype, rho):
     before, after = natural_step(case, rho)
     assert_close(gaussian.forward_kl(case.tangent, rho, MARGIN), kl(before, after), root_eps(dtype))

@@ -161,6 +161,14 @@ class Block(Protocol, Generic[Tangent]):
         """ρ, if the block's estimator prescribes one; ``None`` if the rule chooses it from the noise."""
         return None
 
+    def restrained(self, v: Tangent, rho: jax.Array, signal: jax.Array) -> Tangent:
+        """The step that is taken along ``v``, for the step size ρ before the KL limit and the signal fraction of v."""
+        return v
+
+    def predicted_reduction(self, v: Tangent, rho: jax.Array) -> jax.Array:
+        """The least reduction of the loss by a step of size ρ, nats, if the model is conjugate."""
+        return self.forward_kl(v, rho) / jnp.maximum(rho, jnp.finfo(rho.dtype).tiny)
+
     def update_memory(self, memory: Memory, v: Tangent, weight: jax.Array) -> Memory:
         """Average ``v`` into the running mean: m ← m + weight (v − m)."""
 

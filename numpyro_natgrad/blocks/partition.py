@@ -71,6 +71,7 @@ class Partition(NamedTuple):
     :ivar request: how the loss is differentiated.
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar latents: latent dimensions of the guide, for the whole data set; observed numbers if there is no guide site.
+    :ivar batch_weight: how many rows of the whole data set a row of a step stands for, N/B.
     :ivar joint_latents: latent dimensions of the joint Gaussian block, 0 if there is none.
     :ivar tolerance: every field has an entry for each block.
     :ivar paired: whether draws follow the parameters, so that losses at two parameters and the same draws have most of
@@ -82,6 +83,7 @@ class Partition(NamedTuple):
     request: GradientRequest
     particles: float
     latents: int
+    batch_weight: float
     joint_latents: int
     exact_on_conjugate: bool
     tolerance: NoiseTolerance
@@ -122,6 +124,7 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
         request=_gradient_request(blocks, sites, natural, scored, trace, options, forward),
         particles=trace.particles,
         latents=latents,
+        batch_weight=trace.batch_weight,
         joint_latents=sum(block.latents.size for block in blocks if isinstance(block, JointGaussian)),
         exact_on_conjugate=exact,
         tolerance=NoiseTolerance(*tolerances.T),
@@ -174,7 +177,8 @@ def _gaussian_blocks(
     if not (second and sites and latents.size <= joint_limit(latents, options.constants)):
         return [_single_site_block(s, trace, options) for s in sites]
     estimator = _curvature_estimator(latents, trace, options, alone=names == set(latents.params))
-    return [JointGaussian(latents, estimator, options.margin, options.fixed_max_kl)]
+    limit = options.constants.widening_decrement if options.is_adaptive else math.inf
+    return [JointGaussian(latents, estimator, options.margin, limit, options.fixed_max_kl)]
 
 
 def joint_limit(latents: JointLatents, constants: RuleConstants) -> int:

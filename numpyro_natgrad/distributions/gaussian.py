@@ -8,6 +8,8 @@ S₊ = (1−ρ) S + ρ E[∇²f], m₊ = m − ρ S₊⁻¹ E[∇f] in natural p
     w = 1 + ρλ,   K₊ = K Q w^(−1/2) (rotated to be lower triangular),   m₊ = m − ρ K Q (Qᵀg / w)
     KL(q ‖ q₊) = ½ Σ [w − 1 − log w + ρ² (Qᵀg)² / w],      ‖v‖² = gᵀg + ½ tr M² in the Fisher metric
 
+The covariance may widen by less than that (:func:`wait`): w is then larger in K₊, and the same in m₊.
+
 No Fisher matrix is formed and no matrix is inverted. Float32 suffices, because rounding errors do not grow with the
 condition number of KKᵀ. All functions accept leading batch axes.
 """
@@ -25,11 +27,13 @@ class GaussianTangent(NamedTuple):
 
     :ivar values: λ, ``(..., r)``; the other d − r are zero.
     :ivar vectors: Q, orthonormal, ``(..., d, r)``; ``None`` where M is diagonal (r = d).
+    :ivar widening: the fraction of each negative λ by which the covariance widens, between 0 and 1, ``(..., r)``.
     """
 
     slope: jax.Array
     values: jax.Array
     vectors: jax.Array | None
+    widening: jax.Array | float = 1.0
 
 
 def tangent(slope: jax.Array, curvature: jax.Array) -> GaussianTangent:
@@ -67,23 +71,45 @@ def positive_ratio(x: jax.Array, margin: float) -> jax.Array:
     return jnp.where(x >= margin - 1, 1 + x, margin**2 / jnp.maximum(2 * margin - 1 - x, margin))
 
 
+def wait(t: GaussianTangent, rho: jax.Array, limit: jax.Array | float, margin: float) -> GaussianTangent:
+    """Let the covariance widen in each direction only as far as the mean has arrived there.
+
+    A negative λ is multiplied by min(1, limit/δ²), where δ² = ρ²(Qᵀg)²/w is the squared step of the mean along its
+    eigenvector, in standard deviations of the new guide. The mean takes the whole step, and narrowing never waits.
+    A covariance that follows the local curvature at once is as wide as the prior before the mean has moved, and sees an
+    average over everything: of a mixture far from its mode this average is a basin of its own.
+
+    :param rho: the step size before the KL limit.
+    :param limit: squared step of the mean up to which the covariance widens freely.
+    """
+    square = rho**2 * _coefficients(t) ** 2 / positive_ratio(rho * t.values, margin)
+    return t._replace(widening=jnp.minimum(1.0, limit / jnp.maximum(square, jnp.finfo(square.dtype).tiny)))
+
+
 def forward_kl(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
     """KL(q ‖ q₊) in nats, exact, summed over the batch. It increases with ρ."""
-    w, a = positive_ratio(rho * t.values, margin), _coefficients(t)
-    inside = jnp.sum(w - 1 - jnp.log(w) + rho**2 * a**2 / w)
+    w, precision, a = _ratios(t, rho, margin)
+    inside = jnp.sum(precision - 1 - jnp.log(precision) + precision * (rho * a / w) ** 2)
     return 0.5 * (inside + rho**2 * _squared_residual(t, a))
 
 
 def reverse_kl(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
     """KL(q₊ ‖ q) in nats, exact, summed over the batch."""
-    w, a = positive_ratio(rho * t.values, margin), _coefficients(t)
-    inside = jnp.sum(1 / w - 1 + jnp.log(w) + rho**2 * a**2 / w**2)
+    w, precision, a = _ratios(t, rho, margin)
+    inside = jnp.sum(1 / precision - 1 + jnp.log(precision) + (rho * a / w) ** 2)
     return 0.5 * (inside + rho**2 * _squared_residual(t, a))
+
+
+def predicted_reduction(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
+    """The least reduction of the loss by the step, nats, if −log p is quadratic: KL(q ‖ q₊)/ρ where nothing waits."""
+    w, precision, a = _ratios(t, rho, margin)
+    inside = jnp.sum(precision - 1 - jnp.log(precision) + (rho * a) ** 2 / w)
+    return 0.5 * (inside + rho**2 * _squared_residual(t, a)) / jnp.maximum(rho, jnp.finfo(w.dtype).tiny)
 
 
 def mean_shift(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
     """K⁻¹(m₊ − m), shape ``(..., d)``."""
-    w, a = positive_ratio(rho * t.values, margin), _coefficients(t)
+    w, _, a = _ratios(t, rho, margin)
     if t.vectors is None:
         return -rho * a / w
     return -rho * (t.slope + _expand(t.vectors, a * (1 / w - 1)))
@@ -95,7 +121,7 @@ def relative_factor(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Ar
     It is the lower triangular root of B⁻¹ for B = I + Q (w − 1) Qᵀ, by a QR factorization of the symmetric root. A
     Cholesky factorization would square the condition number of that root.
     """
-    root = 1 / jnp.sqrt(positive_ratio(rho * t.values, margin))
+    root = 1 / jnp.sqrt(_ratios(t, rho, margin)[1])
     if t.vectors is None:
         return root
     eye = jnp.eye(t.slope.shape[-1], dtype=root.dtype)
@@ -105,7 +131,13 @@ def relative_factor(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Ar
 def precision_change(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
     """Kᵀ(S₊ − S)K = Q (w − 1) Qᵀ, ``(..., d, d)``: the change of the whitened precision."""
     assert t.vectors is not None
-    return (t.vectors * (positive_ratio(rho * t.values, margin) - 1)[..., None, :]) @ _transpose(t.vectors)
+    return (t.vectors * (_ratios(t, rho, margin)[1] - 1)[..., None, :]) @ _transpose(t.vectors)
+
+
+def _ratios(t: GaussianTangent, rho: jax.Array, margin: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """w, by which the mean's step is divided; by what the precision is multiplied; and Qᵀg."""
+    waiting = jnp.where(t.values < 0, t.widening * t.values, t.values)
+    return positive_ratio(rho * t.values, margin), positive_ratio(rho * waiting, margin), _coefficients(t)
 
 
 def _coefficients(t: GaussianTangent) -> jax.Array:

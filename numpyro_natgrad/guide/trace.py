@@ -124,6 +124,7 @@ class LossTrace(NamedTuple):
     :ivar sites: the latent sites of the guide.
     :ivar model_sites: the sites of the model; none if the loss sums over a discrete site.
     :ivar full_data: whether every step uses all of the data.
+    :ivar batch_weight: the largest known number of rows N/B for which one row of a step stands; at least 1.
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar batched: whether all particles are drawn in one batch.
     :ivar is_elbo: whether it is affine in log q.
@@ -134,6 +135,7 @@ class LossTrace(NamedTuple):
     sites: dict[str, GuideSite]
     model_sites: dict[str, ModelSite]
     full_data: bool
+    batch_weight: float
     particles: float
     batched: bool
     is_elbo: bool
@@ -168,6 +170,7 @@ def trace_loss(fn: Loss, params: Params) -> LossTrace:
         sites=sites,
         model_sites={} if hidden else _model_sites_with_origins(handler.model_sites, tags),
         full_data=all(weight is not None and weight <= 1 for weight in weights),
+        batch_weight=max([1.0, *(weight for weight in weights if weight is not None)]),
         particles=max(counts, default=math.inf),
         batched=all(draw.batched for draw in draws.values()),
         is_elbo=total.degree <= 1,

@@ -70,15 +70,21 @@ class Statistics(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """The step within a radius: ``kl`` is KL(q ‖ q₊) of each block, ``reverse_kl`` KL(q₊ ‖ q) of all, nats."""
+    """The step within a radius, nats.
+
+    :ivar kl: KL(q ‖ q₊) of each block, ``(B,)``.
+    :ivar predicted: reduction of the loss that it promises, for the rescaled loss.
+    :ivar large: :meth:`Curve.is_large`.
+    """
 
     params: Params
     memory: Memory
     fallback: Any
     rho: jax.Array
     kl: jax.Array
-    reverse_kl: jax.Array
+    predicted: jax.Array
     limited: jax.Array
+    large: jax.Array
     radius: jax.Array
 
 
@@ -104,19 +110,31 @@ class Curve(NamedTuple):
 
     def within(self, radius: jax.Array) -> Proposal:
         """The longest step within a radius, nats."""
-        pairs = list(zip(self.context.partition.blocks, self.tangents, strict=True))
-
-        def kl(fraction: jax.Array) -> jax.Array:
-            return _stack(block.forward_kl(v, fraction * self.largest[k]) for k, (block, v) in enumerate(pairs))
-
-        fraction = trust_region.longest(lambda f: jnp.sum(kl(f)), jnp.ones((), self.largest.dtype), radius)
+        pairs, fraction = self._pairs(), self._longest_fraction(radius)
         rho, params, memory = fraction * self.largest, self.state.params, self.memory
         for k, (block, v) in enumerate(pairs):
             params, memory = block.retract(params, memory, v, rho[k])
-        reverse_kl = jnp.sum(_stack(block.reverse_kl(v, rho[k]) for k, (block, v) in enumerate(pairs)))
         unowned = tuple(self.context.partition.unowned)
         params, fallback = self.context.fallback.step(params, self.gradient, self.state.fallback, unowned)
-        return Proposal(params, memory, fallback, rho, kl(fraction), reverse_kl, fraction < 1, radius)
+        kl = _stack(block.forward_kl(v, rho[k]) for k, (block, v) in enumerate(pairs))
+        predicted = jnp.sum(_stack(block.predicted_reduction(v, rho[k]) for k, (block, v) in enumerate(pairs)))
+        return Proposal(params, memory, fallback, rho, kl, predicted, fraction < 1, self.is_large(radius), radius)
+
+    def is_large(self, radius: jax.Array) -> jax.Array:
+        """Whether the step within a radius is so large that the loss at its end tells more than noise."""
+        fraction, floor = self._longest_fraction(radius), _floor(self.context)
+        reverse = (block.reverse_kl(v, fraction * self.largest[k]) for k, (block, v) in enumerate(self._pairs()))
+        return (jnp.sum(_stack(reverse)) > floor) | ((fraction < 1) & (radius >= floor))
+
+    def _longest_fraction(self, radius: jax.Array) -> jax.Array:
+        def kl(fraction: jax.Array) -> jax.Array:
+            each = (block.forward_kl(v, fraction * self.largest[k]) for k, (block, v) in enumerate(self._pairs()))
+            return jnp.sum(_stack(each))
+
+        return trust_region.longest(kl, jnp.ones((), self.largest.dtype), radius)
+
+    def _pairs(self) -> list[tuple[Any, Any]]:
+        return list(zip(self.context.partition.blocks, self.tangents, strict=True))
 
 
 def natural_step(
@@ -138,7 +156,9 @@ def natural_step(
         largest = choose_step_sizes(gradients, statistics.estimate, context, step)
     else:
         largest = foreseen_step_sizes(statistics, context, step, state)
-    curve = Curve(context, state, gradients.tangents, statistics.memory, largest, loss_info.gradient)
+    pairs = zip(partition.blocks, gradients.tangents, strict=True)
+    tangents = [b.restrained(v, largest[k], statistics.estimate.signal[k]) for k, (b, v) in enumerate(pairs)]
+    curve = Curve(context, state, tangents, statistics.memory, largest, loss_info.gradient)
     search = search_trust_region(curve, loss_info, gradients)
     proposal = curve.within(search.radius)
     return loss_info, pack(finish(gradients, statistics, proposal, search.result, context, state), carried)
@@ -226,8 +246,8 @@ def search_trust_region(curve: Curve, loss_info: LossInfo, gradients: NaturalGra
     start = trust_region.initial_radius(context.options, context.partition.latents)
     radius = jnp.where((carried > 0) & jnp.isfinite(carried), carried, start)
     uncompared = Acceptance(jnp.array(True), jnp.array(False), jnp.zeros_like(loss_info.loss))
-    trials = jnp.array(0, jnp.int32)
-    search = Search(radius, uncompared, radius, trials, gradients.ok)
+    trials, compared = jnp.array(0, jnp.int32), curve.is_large(radius) | (not context.partition.exact_on_conjugate)
+    search = Search(radius, uncompared, radius, trials, gradients.ok & compared)
     if not context.options.adaptive or not context.partition.paired:
         return search
 
@@ -256,20 +276,17 @@ def _compare(loss_info: LossInfo, proposal: Proposal, scale: jax.Array, context:
     below the noise of the loss are accepted if their KL is exact; otherwise they must not increase the loss by more
     than that.
     """
-    ok, floor = finite(proposal.params), _floor(context)
-    large = (proposal.reverse_kl > floor) | (proposal.limited & (proposal.radius >= floor))
-    compared = large | (not context.partition.exact_on_conjugate)
-    value = lax.cond(ok & compared, loss_info.loss_at, lambda _: loss_info.loss, proposal.params)
-    predicted = jnp.sum(proposal.kl / jnp.maximum(proposal.rho, jnp.finfo(proposal.rho.dtype).tiny)) / scale
+    ok, large = finite(proposal.params), proposal.large
     result = trust_region.accept(
-        loss_info.loss - value,
-        predicted,
+        loss_info.loss - loss_info.loss_at(proposal.params),
+        proposal.predicted / scale,
         large=large,
         limited=proposal.limited,
-        floor=floor,
+        floor=_floor(context),
         constants=context.options.constants,
     )
-    return result._replace(accepted=ok & (~compared | result.accepted))
+    compared = large | (not context.partition.exact_on_conjugate)
+    return result._replace(accepted=ok & (~compared | result.accepted), grows=compared & result.grows)
 
 
 def _floor(context: Context) -> jax.Array:
@@ -329,12 +346,13 @@ def _after_step(
     statistics: Statistics, proposal: Proposal, taken: jax.Array, context: Context, state: NaturalGradientState
 ) -> NoiseStatistics:
     """The statistics after the step was tried: stationary steps are counted, and windows shrink with distance."""
-    latents, constants = context.partition.latents, context.options.constants
+    constants, partition = context.options.constants, context.partition
+    distant = constants.forgetting_kl * partition.latents * partition.batch_weight
     noise = newton_decrement.visible_noise(state.decrement, statistics.estimate.noise)
     predicted = newton_decrement.predicted_mean(state.decrement, noise)
     running_mean = statistics.norms.visible_norms()[0]
     counted = step_size.count_stationary(statistics.noise, predicted, running_mean, noise, constants)
-    return _choose(taken, step_size.forget(counted, latents, jnp.sum(proposal.kl), constants), counted)
+    return _choose(taken, step_size.forget(counted, distant, jnp.sum(proposal.kl)), counted)
 
 
 def _averaged(average: Params, params: Params, partition: Partition, newest: jax.Array) -> Params:

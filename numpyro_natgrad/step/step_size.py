@@ -157,14 +157,17 @@ def _without_drift(
     return drift, SquaredNorms((1 + excess) ** 2 * mean2, rest, gradient2)
 
 
-def forget(statistics: NoiseStatistics, latents: int, kl: jax.Array, constants: RuleConstants) -> NoiseStatistics:
+def forget(statistics: NoiseStatistics, distant: float, kl: jax.Array) -> NoiseStatistics:
     """Shorten the windows after a step of ``kl`` nats.
 
     Far from the posterior natural gradients change by orders of magnitude between distant guides. Counted as noise,
     this would shorten the next steps to nothing. A window is therefore limited to the number of such steps that amount
-    to ``forgetting_kl`` nats per latent; if that is less than one, variances are scaled by it.
+    to ``distant`` nats; if that is less than one, variances are scaled by it.
+
+    :param distant: nats between guides that hardly overlap, as seen by one step's data. The optimum of a minibatch of
+        B of N rows lies √(N/B) posterior standard deviations away, ½N/B nats per latent: so far is not far for it.
     """
-    steps = constants.forgetting_kl * latents / jnp.maximum(kl, jnp.finfo(kl.dtype).tiny)
+    steps = distant / jnp.maximum(kl, jnp.finfo(kl.dtype).tiny)
     steps = steps.astype(statistics.noise.dtype)
     fraction = jnp.minimum(steps, 1.0)
     return statistics._replace(

@@ -55,6 +55,7 @@ class JointGaussian(Block[JointTangent]):
     """The dense joint step.
 
     :ivar margin: see :func:`.positive_ratio`.
+    :ivar widening_limit: see :func:`.gaussian.wait`; infinity if the covariance never waits.
     :ivar kl_of_guide: whether the forward KL is that of the guide, for a limit in nats, at the price of a projection
         for every trial step size. Otherwise it is that of the proxy.
     """
@@ -62,6 +63,7 @@ class JointGaussian(Block[JointTangent]):
     latents: JointLatents
     curvature: CurvatureEstimator
     margin: float
+    widening_limit: float
     kl_of_guide: bool
 
     @property
@@ -127,6 +129,13 @@ class JointGaussian(Block[JointTangent]):
         running_mean, innovation, gradient = norms(jnp.sum(curvatures**2, axis=(1, 2)))
         return SquaredNorms(running_mean, innovation, gradient, visible)
 
+    def restrained(self, v: JointTangent, rho: jax.Array, signal: jax.Array) -> JointTangent:
+        # The part of the mean's step that is noise brings it no nearer: a widening that waited for it would never come.
+        return v._replace(tangent=gaussian.wait(v.tangent, rho, self.widening_limit / signal, self.margin))
+
+    def predicted_reduction(self, v: JointTangent, rho: jax.Array) -> jax.Array:
+        return gaussian.predicted_reduction(v.tangent, rho, self.margin)
+
     def own_step_size(self, v: JointTangent) -> jax.Array | None:
         return v.estimate.step_size
 
@@ -155,9 +164,10 @@ class JointGaussian(Block[JointTangent]):
     ) -> JointMemory:
         """The running mean of natural gradients at the new point, whitened by its own factor K₊ = KT.
 
-        A natural gradient v estimates the optimum η − v, which does not change as η moves by −ρv: the step is
-        subtracted. The change of frame is exact: M' = TᵀMT and g' = Tᵀ(g + M K⁻¹(m₊ − m)).
+        A natural gradient estimates an optimum, which does not change as the guide moves. Its precision I + M and its
+        slope g, which is that of a quadratic function, are those at m₊: g' = Tᵀ(g + (I + M) K⁻¹(m₊ − m)), and
+        M' = Tᵀ(I + M)T − I.
         """
-        slope = joint.slope - rho * v.slope
+        slope = joint.slope + shift + joint.curvature @ shift
         curvature = joint.curvature - gaussian.precision_change(v, rho, self.margin)
-        return joint._replace(slope=ratio.T @ (slope + curvature @ shift), curvature=ratio.T @ curvature @ ratio)
+        return joint._replace(slope=ratio.T @ slope, curvature=ratio.T @ curvature @ ratio)
