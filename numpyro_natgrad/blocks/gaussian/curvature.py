@@ -112,8 +112,12 @@ class AntitheticProducts:
         columns = jnp.pad(factor.T, [(0, k * groups - d), (0, 0)]).reshape(k, groups, d)[:, group]
         shifts = jnp.concatenate([columns, unpaired_draw_shift(latents.draws(loss_info)[0], loc)])
         images = jax.vmap(lambda u: latents.hessian_product_per_draw(loss_info, u))(shifts) @ factor
-        means = np.equal.outer(np.arange(groups), group) * n / np.bincount(group)[:, None]
-        hessian = jnp.einsum("gs,ksd->kgd", jnp.asarray(means, factor.dtype), images[:k])
+        # Draws without a Hessian are left out: that of a Poisson rate of e^-50 is 0/0 in single precision.
+        known = jnp.all(jnp.isfinite(images), axis=(0, 2))
+        images = jnp.where(known[:, None], images, 0.0)
+        mine = np.equal.outer(np.arange(groups), group) * known.astype(factor.dtype)
+        means = n * mine / jnp.maximum(jnp.sum(mine, axis=1, keepdims=True), 1)
+        hessian = jnp.einsum("gs,ksd->kgd", means, images[:k])
         return hessian.reshape(k * groups, d)[:d], jnp.sum(images[k:], axis=(0, 1))
 
 
