@@ -55,6 +55,16 @@ class Starts:
         )
         return svi, svi.init(key, *args, **(self.problem.training if training is None else training))
 
+    def set_up(self, training: Params | None = None) -> SVI:
+        """An ``SVI`` for the states of the walk, outside of their program.
+
+        Its guide is set up while it is traced, as theirs are: outside, NumPyro keeps the latents of an autoguide in the
+        order of the model, and inside in that of the alphabet.
+        """
+        made: list[SVI] = []
+        jax.eval_shape(lambda key: made.append(self.begin(key, self.args, training=training)[0]), jax.random.key(0))
+        return made[0]
+
     @cached_property
     def states(self) -> SVIState:
         """The states before the first step, one for each start."""

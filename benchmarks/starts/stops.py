@@ -35,8 +35,7 @@ def granted_stops(starts: Starts, walk: Walk) -> np.ndarray:
     proposed = [list(proposals(walk, i)) for i in range(starts.count)]
     if not any(proposed):
         return np.zeros(starts.count, int)
-    svi, _ = starts.begin(jax.random.key(0), starts.args)
-    first, steps = StopCheck(svi, starts.args, starts.problem.training), []
+    first, steps = StopCheck(starts.set_up(), starts.args, starts.problem.training), []
     for start, at in enumerate(proposed):
         check = copy.copy(first)
         grants = (

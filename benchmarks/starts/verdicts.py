@@ -86,7 +86,7 @@ def judged(cell: Cell, store: Store, label: str, starts: Starts, judge: Judge) -
 
 
 def _verdict(starts: Starts, states: Any, i: int) -> dict[str, Any]:
-    svi, _ = starts.begin(jax.random.key(0), starts.args, training={})
+    svi = starts.set_up(training={})
     params = svi.constrain_fn(jax.tree.map(lambda x: x[i], starts.params(states)))
     found = verdict(svi, params, jax.random.key(2), *starts.args)
     return {"k_hat": found.k_hat, "advice": advice(found.recommendation), "recommendation": found.recommendation}
