@@ -11,6 +11,7 @@ import pytest
 from jax import random
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from numpyro.infer.initialization import init_to_value
 from numpyro.infer.util import potential_energy
 
 from numpyro_natgrad import NaturalGradient
@@ -35,15 +36,25 @@ def _linear(y):
     _model(y, link=lambda x: x)
 
 
-def _evaluated(guide, particles):
+def _partly_without_hessian(y):
+    """The second derivative by the first entry of ``a`` is 0 · ∞ below 0.02, near the centre of :func:`_centred`."""
+    _model(y, link=lambda x: jnp.append(x[1:], jnp.maximum(x[0] - 0.02, 0.0) ** 1.5))
+
+
+def _centred(model):
+    start = {"a": jnp.zeros(SIZES["a"]), "b": jnp.ones(SIZES["b"])}
+    return AutoMultivariateNormal(model, init_loc_fn=init_to_value(values=start))
+
+
+def _evaluated(guide, particles, model=_model):
     """The block of the Gaussian sites, the parameters, and a compiled function of a factor K.
 
     The function returns the draw of every particle and what the block learns of the Hessian in the frame K.
     """
-    auto, elbo = guide(_model), Trace_ELBO(particles)
-    svi = SVI(_model, auto, NaturalGradient(), elbo)
+    auto, elbo = guide(model), Trace_ELBO(particles)
+    svi = SVI(model, auto, NaturalGradient(), elbo)
     params = svi.optim.get_params(svi.init(random.key(0), 1.0).optim_state)
-    fn = lambda x: (elbo.loss(random.key(5), svi.constrain_fn(x), _model, auto, 1.0), None)
+    fn = lambda x: (elbo.loss(random.key(5), svi.constrain_fn(x), model, auto, 1.0), None)
     partition = partition_parameters(fn, params, checked(None, "adaptive", None, True), False)
     (block,) = partition.blocks
 
@@ -75,6 +86,19 @@ def test_each_column_uses_the_mean_hessian_of_its_group_of_pairs(x64, guide, par
         np.testing.assert_allclose(curvature[i], factor.T @ mine @ factor[:, i], atol=1e-8)
     last = (draws[-1] - loc) / particles if particles % 2 else jnp.zeros(D)
     np.testing.assert_allclose(correction, -factor.T @ hessians[:-1].mean(0) @ last, atol=1e-8)
+
+
+def test_draws_without_a_finite_hessian_are_left_out(x64):
+    particles, latents = 8, lambda z: {"a": z[: SIZES["a"]], "b": z[SIZES["a"] :]}
+    _, _, learned = _evaluated(_centred, particles, _partly_without_hessian)
+    draws, curvature, _ = learned(jnp.eye(D))
+    potential = lambda z: potential_energy(_partly_without_hessian, (1.0,), {}, latents(z))
+    hessians = np.asarray(jax.jit(jax.vmap(jax.hessian(potential)))(draws))
+    known, group = np.isfinite(hessians).all((1, 2)), np.arange(particles) % 4 % 2
+    assert 0 < known.sum() < particles
+    for i in range(D):
+        mine = hessians[known & (group == i % 2)]
+        np.testing.assert_allclose(curvature[i], mine.mean(0)[:, i], atol=1e-8)
 
 
 @pytest.mark.parametrize("particles", [2, 5])
