@@ -32,8 +32,13 @@ class RuleConstants(NamedTuple):
     #: τ, nats, where a unit step is exact on no model: noise is then multiplied from step to step. Measured on one
     #: random-effects model (docs/step_size_rule.md).
     noise_threshold_inexact: float = 0.01
-    #: τ, nats, where the Fisher matrix is sampled: most of the noise lies in directions that damping shortens.
+    #: τ, nats, where the Fisher matrix is sampled: most of the noise lies in directions that damping shortens. Where
+    #: draws do not follow the parameters no loss is compared, and ``noise_threshold_inexact`` applies: a component of a
+    #: mixture that no draw comes from is not found again.
     noise_threshold_scores: float = 0.5
+    #: Draws after which a step size that depends on earlier draws alone is half of its largest, where draws do not
+    #: follow the parameters. Steps of 1/(t + 10) with one draw each are stable on score functions of one latent.
+    unpaired_draws: float = 10.0
     #: Joint Gaussian steps have at least this size over √N after N stationary steps; averaging admits any constant
     #: (Polyak & Juditsky 1992). Ablation: without the floor GLMM does not converge; 4 or 5 is a tenth faster there and
     #: leaves a Gaussian process 0.02 nats worse. Sensitivity: 6 leaves a minibatch fit 0.6 nats off.

@@ -54,3 +54,15 @@ def test_mean_step_at_the_exact_posterior_is_zero(particles):
     for name, step in jax.jit(steps)(random.key(1)).items():
         assert step.std() > 0
         assert abs(step.mean()) < 3.5 * step.std() / KEYS**0.5, name
+
+
+def test_one_particle_does_not_run_away():
+    """From near the exact posterior; a long step, once the draws are far from it, would be multiplied ever after."""
+    svi = SVI(model, guide, NaturalGradient(), TraceGraph_ELBO(1))
+
+    def fit(key: Any) -> Any:
+        return svi.get_params(lax.scan(lambda s, _: svi.update(s), svi.init(key), None, length=4000)[0])
+
+    end = jax.jit(jax.vmap(fit))(random.split(random.key(1), 32))
+    assert abs(end["log_s"] - EXACT["log_s"]).max() < 0.7
+    assert abs(np.median(end["log_s"]) - EXACT["log_s"]) < 0.15

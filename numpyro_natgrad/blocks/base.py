@@ -79,6 +79,7 @@ class Scope(NamedTuple):
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar exact: a step of size 1 is exact on conjugate models, in all blocks.
     :ivar full_data: every step sees all of the data.
+    :ivar paired: draws follow the parameters (:class:`.Partition`).
     """
 
     latents: int
@@ -87,6 +88,7 @@ class Scope(NamedTuple):
     exact: bool
     full_data: bool
     constants: RuleConstants
+    paired: bool = True
 
 
 class NoiseTolerance(NamedTuple):

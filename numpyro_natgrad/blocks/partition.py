@@ -116,7 +116,8 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     scored = frozenset(site.name for block in kl_blocks for site in block.metric.sites)
     latents = _numbers(trace.sites or trace.model_sites)
     exact = trace.is_elbo and all(block.exact_on_conjugate for block in blocks)
-    scope = Scope(latents, len(blocks), trace.particles, exact, trace.full_data, options.constants)
+    paired = all(site.reparameterized or site.analytic for site in trace.sites.values())
+    scope = Scope(latents, len(blocks), trace.particles, exact, trace.full_data, options.constants, paired)
     tolerances = np.array([block.noise_tolerance(scope) for block in blocks], float).reshape(-1, 3)
     return Partition(
         blocks=blocks,
@@ -128,7 +129,7 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
         joint_latents=sum(block.latents.size for block in blocks if isinstance(block, JointGaussian)),
         exact_on_conjugate=exact,
         tolerance=NoiseTolerance(*tolerances.T),
-        paired=all(site.reparameterized or site.analytic for site in trace.sites.values()),
+        paired=paired,
     )
 
 

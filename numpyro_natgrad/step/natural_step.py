@@ -29,9 +29,6 @@ from numpyro_natgrad.step.state import NaturalGradientState, NoiseStatistics, St
 from numpyro_natgrad.step.step_size import NoiseEstimate
 from numpyro_natgrad.step.trust_region import Acceptance
 
-#: Natural gradients that have a signal and a noise.
-FORESEEING_STEPS = 2
-
 
 class Context(NamedTuple):
     """What does not change during a run."""
@@ -217,22 +214,23 @@ def foreseen_step_sizes(
 ) -> jax.Array:
     """The step size of each block by earlier natural gradients alone, ``(B,)``; zero until there are two.
 
-    It is used where draws do not follow the parameters. No comparison of losses then bounds a step, so that the radius
-    bounds its expected KL too, which leaves the step unbiased. (The KL of the step itself is bounded like any other,
-    which matters far from the optimum only, where steps are long.)
+    It is used where draws do not follow the parameters. No comparison of losses then bounds a step. Its expected KL
+    therefore stays below that of steps which are never compared, which leaves it unbiased. (The KL of the step itself
+    is bounded by the radius, which matters far from the optimum only, where steps are long.)
     """
     norms, constants = statistics.norms, context.options.constants
+    draws = jnp.maximum(step, 1) * context.partition.particles
     noise = step_size.current_noise(state.statistics, constants)
     predicted = newton_decrement.predicted_mean(state.decrement, noise)
     running_mean = norms.running_mean
     estimate = step_size.foreseen(state.statistics, running_mean, predicted, statistics.estimate, constants)
     largest = step_size.largest_step_size(context.options, step, estimate, context.partition.tolerance)
     square = norms.running_mean + estimate.noise
-    radius = trust_region.initial_radius(context.options, context.partition.latents)
+    limit = jnp.minimum(trust_region.initial_radius(context.options, context.partition.latents), _floor(context))
     kl = jnp.maximum(0.5 * jnp.sum(largest**2 * square), jnp.finfo(square.dtype).tiny)
-    known = (step >= FORESEEING_STEPS) & (square > 0)
-    ramp = 1 / (1 + step_size.FORESEEN_DRAWS / (jnp.maximum(step, 1) * context.partition.particles))
-    return jnp.where(known, ramp.astype(largest.dtype) * jnp.minimum(1.0, jnp.sqrt(radius / kl)) * largest, 0.0)
+    ramp = (1 / (1 + constants.unpaired_draws / draws)).astype(largest.dtype)
+    known = (step > 1) & (square > 0)
+    return jnp.where(known, ramp * jnp.minimum(1.0, jnp.sqrt(limit / kl)) * largest, 0.0)
 
 
 def search_trust_region(curve: Curve, loss_info: LossInfo, gradients: NaturalGradients) -> Search:

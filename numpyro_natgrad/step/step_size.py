@@ -21,10 +21,6 @@ from numpyro_natgrad.blocks.base import NoiseTolerance, SquaredNorms
 from numpyro_natgrad.options import Options, RuleConstants
 from numpyro_natgrad.step.state import NoiseStatistics
 
-#: Draws after which a step size that does not depend on the present draws is half of its largest: steps of 1/(t + 10)
-#: with one draw each are stable on score functions of one latent.
-FORESEEN_DRAWS = 10.0
-
 
 class NoiseEstimate(NamedTuple):
     """Signal and noise of one natural gradient, compared with earlier ones; an entry for each block.
@@ -128,7 +124,9 @@ def foreseen(
     signal = jnp.maximum(running_mean - constants.nonstationarity * predicted, 0.0) / jnp.maximum(
         running_mean + noise, tiny
     )
-    signal = jnp.clip(jnp.maximum(signal, 1 / (statistics.window + FORESEEN_DRAWS)), constants.signal_floor, 1.0)
+    signal = jnp.clip(
+        jnp.maximum(signal, 1 / (statistics.window + constants.unpaired_draws)), constants.signal_floor, 1.0
+    )
     return estimate._replace(signal=signal, noise=noise, huber=jnp.ones_like(noise))
 
 

@@ -245,7 +245,7 @@ class Woodbury(Solver):
         return _compare(fraction * v, fraction * gradient, memory, image)
 
     def noise_threshold(self, scope: Scope, parameters: int, numbers: int) -> float | None:
-        return scope.constants.noise_threshold_scores / scope.blocks
+        return scope.constants.noise_threshold_scores / scope.blocks if scope.paired else None
 
 
 def damped_solver(parameters: int, constants: RuleConstants, *, local: bool = False) -> Solver:
