@@ -9,6 +9,7 @@ projection. The means of mean-field guides take Newton steps with the full preci
 not slow them down.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -130,6 +131,8 @@ class JointGaussian(Block[JointTangent]):
         return SquaredNorms(running_mean, innovation, gradient, visible)
 
     def restrained(self, v: JointTangent, rho: jax.Array, signal: jax.Array) -> JointTangent:
+        if math.isinf(self.widening_limit):  # of a step size of the user's; the limit would have a NaN derivative at 0
+            return v
         # The part of the mean's step that is noise brings it no nearer: a widening that waited for it would never come.
         return v._replace(tangent=gaussian.wait(v.tangent, rho, self.widening_limit / signal, self.margin))
 
