@@ -136,6 +136,20 @@ def test_only_gathered_rows_change():
             assert 1 <= np.sum(before[name] != after[name]) <= PARTICLES * BATCH  # every particle has rows of its own
 
 
+def test_no_local_scale_collapses_from_a_wide_start():
+    """A scale that is far too wide narrows by one nat at most, so that its mean can still move; others change alike."""
+    plates = lambda y: numpyro.plate("rows", ROWS, subsample_size=BATCH)
+    svi = SVI(hierarchy, AutoNormal(hierarchy, init_scale=10.0, create_plates=plates), NaturalGradient(), Trace_ELBO(8))
+    y = jnp.asarray(NOISY, jnp.float32)
+    state, narrowest = svi.init(random.key(0), y), []
+    update = jax.jit(svi.update)
+    for _ in range(40):
+        state, _ = update(state, y)
+        narrowest.append(float(jnp.min(svi.optim.get_params(state.optim_state)["theta_auto_scale"])))
+    assert min(narrowest) > np.log(np.expm1(0.1 * 5**-0.5))  # unconstrained; a tenth of the exact scale
+    assert int(svi.optim.info(state).skipped_total) <= 4
+
+
 @pytest.mark.slow
 def test_local_latents_reach_the_mean_field_of_all_rows():
     """Local latents reach the exact mean field; the global mean is within a posterior standard deviation."""

@@ -191,7 +191,9 @@ def test_blocks_keep_statistics_of_their_own(dtype):
 def test_default_step_size_stays_below_one(particles, antithetic, threshold, dtype):
     signal, noise = jnp.meshgrid(jnp.array([1e-6, 0.1, 1.0]), jnp.array([0.0, 1e-3, 1.0, 1e6]))
     estimate = NoiseEstimate(jnp.ones(()), signal, noise, huber=jnp.ones(()), stationary=jnp.ones(()))
-    scope = Scope(latents=1, blocks=1, particles=particles, exact=True, full_data=True, constants=CONSTANTS)
+    scope = Scope(
+        latents=1, blocks=1, particles=particles, exact=True, full_data=True, batch_weight=1.0, constants=CONSTANTS
+    )
     rho = step_size.adaptive(estimate, NoiseTolerance(max_step_size(scope, antithetic), threshold), CONSTANTS)
     assert (rho > 0).all()
     bound = 1.0 if antithetic and particles > 2 else particles / (particles + 2)

@@ -80,6 +80,7 @@ class Scope(NamedTuple):
     :ivar exact: a step of size 1 is exact on conjugate models, in all blocks.
     :ivar full_data: every step sees all of the data.
     :ivar paired: draws follow the parameters (:class:`.Partition`).
+    :ivar batch_weight: how many rows of the whole data set a row of a step stands for, N/B.
     """
 
     latents: int
@@ -89,6 +90,7 @@ class Scope(NamedTuple):
     full_data: bool
     constants: RuleConstants
     paired: bool = True
+    batch_weight: float = 1.0
 
 
 class NoiseTolerance(NamedTuple):
@@ -97,11 +99,13 @@ class NoiseTolerance(NamedTuple):
     :ivar max_step_size: the largest ρ.
     :ivar threshold: τ, nats; below it noise does not shorten steps.
     :ivar floor_noise: nats of noise up to which the O(1/√N) floor of the step size holds; 0 for no floor.
+    :ivar visits: the fraction of steps in which each parameter of the block takes part: B/N for rows of a minibatch.
     """
 
     max_step_size: float | np.ndarray
     threshold: float | np.ndarray
     floor_noise: float | np.ndarray = 0.0
+    visits: float | np.ndarray = 1.0
 
 
 class Randomness(NamedTuple):

@@ -117,8 +117,10 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     latents = _numbers(trace.sites or trace.model_sites)
     exact = trace.is_elbo and all(block.exact_on_conjugate for block in blocks)
     paired = all(site.reparameterized or site.analytic for site in trace.sites.values())
-    scope = Scope(latents, len(blocks), trace.particles, exact, trace.full_data, options.constants, paired)
-    tolerances = np.array([block.noise_tolerance(scope) for block in blocks], float).reshape(-1, 3)
+    weight = trace.batch_weight
+    scope = Scope(latents, len(blocks), trace.particles, exact, trace.full_data, options.constants, paired, weight)
+    fields = len(NoiseTolerance._fields)
+    tolerances = np.array([block.noise_tolerance(scope) for block in blocks], float).reshape(-1, fields)
     return Partition(
         blocks=blocks,
         unowned=unowned,
@@ -265,8 +267,9 @@ def _kl_hessian_block(
     if any(s.elements == 1 and s.fisher_estimate == FisherEstimate.MONTE_CARLO for s in traced.values()):
         scores = ScoreSamples(fisher_sites(traced), constants.score_draws)
         return block(scores, Woodbury(constants.score_damping, constants.score_norm_max))
-    local = _is_local(tuple(mine), sites, trace)
-    return block(KLHessian(fisher_sites(traced), local), damped_solver(sum(mine.values()), constants, local=local))
+    axes = _row_axes(tuple(mine), sites, trace)
+    solver = damped_solver(sum(mine.values()), constants, local=bool(axes))
+    return block(KLHessian(fisher_sites(traced)), solver, row_axes=axes)
 
 
 def _likelihood_blocks(trace: LossTrace, free: dict[str, int], options: Options) -> list[FisherBlock]:
@@ -294,16 +297,22 @@ def _numbers(sites: Mapping[str, GuideSite | ModelSite]) -> int:
     return max(round(sum((s.weight or 1.0) * s.size for s in sites.values())), 1)
 
 
-def _is_local(names: tuple[str, ...], sites: list[str], trace: LossTrace) -> bool:
-    """Whether all parameters have an entry for every row of a subsampled plate."""
+def _row_axes(names: tuple[str, ...], sites: list[str], trace: LossTrace) -> dict[str, int]:
+    """Of each parameter the axis of the rows, if all have an entry for each row of one subsampled plate, else none."""
     mine = [trace.sites[name] for name in sites]
-    return all(_has_rows(p, s, trace) for p in names for s in mine if p in s.params)
+    found = {p: [_row_axis(p, s, trace) for s in mine if p in s.params] for p in names}
+    if any(axis is None for axes in found.values() for axis in axes):
+        return {}
+    axes = {p: axis for p, (axis, *_) in found.items() if axis is not None}
+    rows = {(trace.params[p].shape or ())[axis] for p, axis in axes.items()}
+    return axes if len(rows) == 1 and set(axes) == set(names) else {}
 
 
-def _has_rows(parameter: str, site: GuideSite, trace: LossTrace) -> bool:
-    """Whether an axis of the parameter has as many entries as the plate has rows, up to the rounding of the scale."""
+def _row_axis(parameter: str, site: GuideSite, trace: LossTrace) -> int | None:
+    """The axis of the parameter with as many entries as the plate has rows, up to the rounding of the scale."""
     shape, weight = trace.params[parameter].shape or (), site.weight or 1.0
-    return weight > 1 and any(math.isclose(a, weight * b, rel_tol=0.01) for a in shape for b in site.shape)
+    rows = (k for k, a in enumerate(shape) if any(math.isclose(a, weight * b, rel_tol=0.01) for b in site.shape))
+    return next(rows, None) if weight > 1 else None
 
 
 def _gradient_request(

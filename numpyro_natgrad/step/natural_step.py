@@ -192,7 +192,9 @@ def update_statistics(gradients: NaturalGradients, context: Context, state: Natu
     gradient = _stack(n.gradient for n in each)
     running_mean, innovation = _stack(n.running_mean for n in each), _stack(n.innovation for n in each)
     norms = SquaredNorms(running_mean, innovation, gradient, visible)
-    noise, estimate = step_size.observe(state.statistics, norms, context.options.constants)
+    noise, estimate = step_size.observe(
+        state.statistics, norms, context.options.constants, context.partition.tolerance.visits
+    )
     memory = state.memory
     for k, (block, v) in enumerate(pairs):
         memory = block.update_memory(memory, v, estimate.weight[k])

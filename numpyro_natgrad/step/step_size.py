@@ -75,13 +75,15 @@ def _tolerated(noise: jax.Array, nats: float | np.ndarray | jax.Array) -> jax.Ar
 
 
 def observe(
-    statistics: NoiseStatistics, norms: SquaredNorms, constants: RuleConstants
+    statistics: NoiseStatistics, norms: SquaredNorms, constants: RuleConstants, visits: float | np.ndarray = 1.0
 ) -> tuple[NoiseStatistics, NoiseEstimate]:
     """Update the statistics by one natural gradient.
 
     The expected squared innovation is the variance of a natural gradient plus that of the running mean, whose newest
     term has the weight w: n (1 + w/(2−w)) = 2n/(2−w). Innovations longer than ``outlier`` standard deviations are
     shortened to that: otherwise one draw from a heavy tail would shorten the next fifty steps.
+
+    :param visits: see :class:`.NoiseTolerance`; a window counts the natural gradients of each parameter.
     """
     tiny = jnp.finfo(norms.gradient.dtype).tiny
     first, weight = statistics.window < constants.window_min, 1 / statistics.window
@@ -100,7 +102,8 @@ def observe(
     mean = norms.running_mean + w * (norms.gradient - norms.running_mean - norms.innovation) + w**2 * norms.innovation
     mean = jnp.maximum(mean, 0.0)
     signal = jnp.clip(mean / jnp.maximum(mean + noise, tiny), constants.signal_floor, 1.0)
-    window = jnp.maximum(statistics.window * (1 - signal) + 1, constants.window_min)
+    share = jnp.asarray(visits, signal.dtype)
+    window = jnp.maximum(statistics.window + share * (1 - signal * statistics.window), constants.window_min)
     statistics = statistics._replace(window=window, drift=drift)
     return statistics, NoiseEstimate(w, signal, noise, huber, statistics.stationary)
 

@@ -81,21 +81,11 @@ class Metric(ABC):
 
 @dataclass(frozen=True)
 class KLHessian(Metric):
-    """The Hessian of the guide's KL to itself at the draws of the step.
-
-    :ivar local: its parameters are rows of a subsampled plate. A row is visited once in many steps, with all of its own
-        data (Hoffman et al. 2013), so that comparing successive natural gradients does not show noise.
-    """
-
-    local: bool = False
+    """The Hessian of the guide's KL to itself at the draws of the step."""
 
     @property
     def description(self) -> str:
         return f"Hessian of KL ({self._estimates()})"
-
-    @property
-    def is_compared(self) -> bool:
-        return not self.local
 
     def operator(self, loss_info: LossInfo, params: Params, names: Iterable[str], key: jax.Array) -> FisherOperator:
         return _operator_of_loss(Frozen(guide_surrogates(self.sites)), loss_info, params, names, key)

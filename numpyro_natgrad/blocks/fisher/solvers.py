@@ -138,7 +138,7 @@ class Cholesky(Solver):
     description = "dense"
 
     def natural_gradient(self, operator: FisherOperator, gradient: jax.Array, memory: jax.Array) -> FisherTangent:
-        return _compare(self.solve(operator, gradient), gradient, memory, operator.product(memory))
+        return compared(self.solve(operator, gradient), gradient, memory, operator.product(memory))
 
     def solve(self, operator: FisherOperator, gradient: jax.Array) -> jax.Array:
         """v, ``(P,)``; the gradient itself where the row of F is zero."""
@@ -169,7 +169,7 @@ class ConjugateGradients(Solver):
     description = "conjugate gradients"
 
     def natural_gradient(self, operator: FisherOperator, gradient: jax.Array, memory: jax.Array) -> FisherTangent:
-        return _compare(self.solve(operator, gradient), gradient, memory, operator.product(memory))
+        return compared(self.solve(operator, gradient), gradient, memory, operator.product(memory))
 
     def solve(self, operator: FisherOperator, gradient: jax.Array) -> jax.Array:
         signs = jax.random.rademacher(operator.key, (ROW_PROBES, gradient.size), gradient.dtype)
@@ -242,17 +242,18 @@ class Woodbury(Solver):
         squared_norm = jnp.maximum(gradient @ v, jnp.finfo(gradient.dtype).tiny)
         fraction = jnp.minimum(1.0, jnp.sqrt(self.norm_max / squared_norm))
         image = operator.product(memory) + damping * memory
-        return _compare(fraction * v, fraction * gradient, memory, image)
+        return compared(fraction * v, fraction * gradient, memory, image)
 
     def noise_threshold(self, scope: Scope, parameters: int, numbers: int) -> float | None:
         return scope.constants.noise_threshold_scores / scope.blocks if scope.paired else None
 
 
 def damped_solver(parameters: int, constants: RuleConstants, *, local: bool = False) -> Solver:
-    """The solver of a Fisher matrix that varies from step to step; ``local`` as in :class:`.KLHessian`."""
+    """The solver of a Fisher matrix that varies from step to step; ``local``: of rows of a subsampled plate."""
     c = constants
     if parameters <= c.dense_limit:
-        return Cholesky(c.fisher_damping, by_array=True)
+        # Of many local rows one may have collapsed, with an entry of F that is 1e10 times the others.
+        return Cholesky(c.fisher_damping, by_array=not local)
     if local:
         return ConjugateGradients(c.fisher_damping, c.fisher_cg_tolerance, c.fisher_cg_steps)
     return MomentumConjugateGradients(c.network_damping, c.network_momentum, c.network_cg_steps)
@@ -281,7 +282,7 @@ def woodbury_solve(scores: jax.Array, damping: jax.Array, gradient: jax.Array) -
     return (gradient - scores @ inner) / damping
 
 
-def _compare(v: jax.Array, image: jax.Array, mean: jax.Array, mean_image: jax.Array) -> FisherTangent:
+def compared(v: jax.Array, image: jax.Array, mean: jax.Array, mean_image: jax.Array) -> FisherTangent:
     """The tangent of v from F v, the running mean and F times that."""
     squares = mean @ mean_image, (v - mean) @ (image - mean_image), v @ image
     return FisherTangent(v, SquaredNorms(*(jnp.maximum(x, 0.0) for x in squares)))
