@@ -115,11 +115,15 @@ class Curve(NamedTuple):
         params, fallback = self.context.fallback.step(params, self.gradient, self.state.fallback, unowned)
         kl = _stack(block.forward_kl(v, rho[k]) for k, (block, v) in enumerate(pairs))
         predicted = jnp.sum(_stack(block.predicted_reduction(v, rho[k]) for k, (block, v) in enumerate(pairs)))
-        return Proposal(params, memory, fallback, rho, kl, predicted, fraction < 1, self.is_large(radius), radius)
+        large = self._is_large(fraction, radius)
+        return Proposal(params, memory, fallback, rho, kl, predicted, fraction < 1, large, radius)
 
     def is_large(self, radius: jax.Array) -> jax.Array:
         """Whether the step within a radius is so large that the loss at its end tells more than noise."""
-        fraction, floor = self._longest_fraction(radius), _floor(self.context)
+        return self._is_large(self._longest_fraction(radius), radius)
+
+    def _is_large(self, fraction: jax.Array, radius: jax.Array) -> jax.Array:
+        floor = _floor(self.context)
         reverse = (block.reverse_kl(v, fraction * self.largest[k]) for k, (block, v) in enumerate(self._pairs()))
         return (jnp.sum(_stack(reverse)) > floor) | ((fraction < 1) & (radius >= floor))
 
