@@ -15,6 +15,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -79,6 +80,8 @@ JUDGE = JudgeConstants()
 MIN_HELD = 4
 #: Folded into the key of the run for the draws of the judge, which are then independent of those of the steps.
 JUDGE_KEY = 0x6A756467
+#: What pairs are drawn for.
+_SLOPES, _HESSIAN, _REDUCTIONS = 0, 1, 2
 #: Lengths, in units of the Newton step, at which the real reduction of the loss is measured; both signs.
 LENGTHS = (0.1, 0.3, 1.0, 3.0)
 EPS = float(np.finfo(np.float64).eps)
@@ -123,9 +126,17 @@ class Judgement(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """The randomness of a chunk of groups: keys ``(chunk, group)``, and their minibatches ``(chunk, …)`` or ``()``."""
+    """A chunk of groups of pairs of draws.
 
-    keys: jax.Array
+    The compiled program makes its keys: outside, ``random.split`` would be compiled anew for each number of chunks.
+
+    :ivar key: of the judgement; it is folded with ``purpose``, a number, and with ``number``, that of the chunk.
+    :ivar batches: minibatches of the groups, ``(chunk, …)``, or ``()``.
+    """
+
+    key: jax.Array
+    purpose: int
+    number: int
     batches: Arguments
 
 
@@ -174,22 +185,26 @@ class Judge:
         """
         signs = jnp.array([1.0, -1.0], x.dtype)
 
-        def group(inputs: _Pairs) -> tuple[jax.Array, jax.Array]:
+        key = random.fold_in(random.fold_in(random.fold_in(pairs.key, JUDGE_KEY), pairs.purpose), pairs.number)
+
+        def group(inputs: tuple[jax.Array, Arguments]) -> tuple[jax.Array, jax.Array]:
+            keys, batches = inputs
+
             def mean(x: jax.Array) -> tuple[jax.Array, jax.Array]:
                 values = moved(params, self._unravel(x), self.sites)
 
                 def one(key: jax.Array, sign: jax.Array) -> jax.Array:
                     with Mirrored(self.path, sign, score):
-                        return self._fn(values, key, inputs.batches)(values)[0]
+                        return self._fn(values, key, batches)(values)[0]
 
                 both = lambda key: self._each(lambda sign: one(key, sign), signs)
-                losses = self._each(both, inputs.keys)
+                losses = self._each(both, keys)
                 return jnp.mean(losses), losses
 
             slope, losses = jax.grad(mean, has_aux=True)(x)
             return losses, slope
 
-        return lax.map(group, pairs)
+        return lax.map(group, (random.split(key, (JUDGE.chunk, JUDGE.group)), pairs.batches))
 
     def _each(self, function: Callable, inputs: jax.Array) -> Any:
         return jax.vmap(function)(inputs) if self.vectorized else lax.map(function, inputs)
@@ -208,25 +223,25 @@ class Judge:
         groups = rule.group * rule.chunk
         rows = min(math.ceil(rule.row_pairs * self.row_weight / groups), rule.max_chunks // 2)
         chunks = max(rule.min_chunks, 2 * math.ceil(held / rule.chunk / 2), 2 * rows)
-        keys = random.split(key, 4)
-        losses, slopes = self._evaluate(params, np.zeros(self.size), 0.0, self._pairs(keys[0], chunks, batches))
+        pairs = partial(self._pairs, key, batches)
+        losses, slopes = self._evaluate(params, np.zeros(self.size), 0.0, pairs(_SLOPES, chunks))
         hessian: _Hessian | None = None
         while True:
-            problem = self._problem(params, losses, slopes, keys[3], batches)
+            problem = self._problem(params, losses, slopes, key, batches)
             if problem is not None:
                 return problem
             if hessian is None:
-                common = self._pairs(keys[1], max(math.ceil(held / rule.chunk), rows, 1), batches)
+                common = pairs(_HESSIAN, max(math.ceil(held / rule.chunk), rows, 1))
                 hessian = self._hessian(params, common)
             if not np.isfinite(hessian.scale).all():
                 return _unknown(losses.size, 0, "derivatives of the loss are not finite")
-            others = self._pairs(keys[2], len(losses) // rule.chunk // 2, batches)
+            others = pairs(_REDUCTIONS, len(losses) // rule.chunk // 2)
             found = self._judged(params, losses, slopes, hessian, others)
             known = found.grants(tolerance) or found.gain - rule.errors * found.error > tolerance
             if known or rule.more * losses.size > min(draws, 2 * groups * rule.max_chunks):
                 return found
-            count = (rule.more - 1) * len(losses) // rule.chunk
-            extra = self._pairs(random.fold_in(keys[0], losses.size), count, batches)
+            known_chunks = len(losses) // rule.chunk
+            extra = pairs(_SLOPES, rule.more * known_chunks, known_chunks)
             parts = self._evaluate(params, np.zeros(self.size), 0.0, extra)
             losses, slopes = np.concatenate([losses, parts[0]]), np.concatenate([slopes, parts[1]])
 
@@ -269,12 +284,12 @@ class Judge:
         _, direction, curvature = conjugate_gradients(own, start, scale, JUDGE.saddle_products)
         return _Hessian(own, scale, direction if curvature < -JUDGE.flat else None)
 
-    def _pairs(self, key: jax.Array, chunks: int, batches: Arguments) -> list[_Pairs]:
+    def _pairs(self, key: jax.Array, batches: Arguments, purpose: int, end: int, begin: int = 0) -> list[_Pairs]:
         """Independent pairs; the groups go round the minibatches, so that those of even and odd number differ."""
-        held, rule = _held(batches), JUDGE
-        keys = random.split(key, (chunks, rule.chunk, rule.group))
-        which = np.arange(chunks * rule.chunk).reshape(chunks, -1) % max(held, 1)
-        return [_Pairs(k, jax.tree.map(lambda b, i=i: b[i], batches)) for k, i in zip(keys, which, strict=True)]
+        held, chunk = _held(batches), JUDGE.chunk
+        each = [np.arange(i * chunk, (i + 1) * chunk) % max(held, 1) for i in range(begin, end)]
+        held_by = [jax.tree.map(lambda b, i=i: b[i], batches) for i in each]
+        return [_Pairs(key, purpose, begin + k, x) for k, x in enumerate(held_by)]
 
     def _evaluate(
         self, params: Params, x: np.ndarray, score: float, pairs: list[_Pairs]
@@ -350,7 +365,7 @@ class StopCheck:
             first = jax.tree.map(lambda x: x[0], batches)
             self._judge = judge_of(self._svi, state.mutable_state, params, self._args, self._kwargs, first)
         draws = JUDGE.draws * steps * (particles if math.isfinite(particles) else 1)
-        self.last = self._judge(params, random.fold_in(state.rng_key, JUDGE_KEY), tolerance, batches, draws)
+        self.last = self._judge(params, state.rng_key, tolerance, batches, draws)
         self.at, self._next = steps, math.ceil(JUDGE.growth * steps)
         self.seconds += time.perf_counter() - begin
         return self.last.grants(tolerance)
