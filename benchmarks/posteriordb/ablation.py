@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient, options
 from numpyro_natgrad.estimators import stein_regression
-from numpyro_natgrad.infer.compilation import quick_jit
+from numpyro_natgrad.infer.loop import quick_jit
 
 from . import svi
 from .checkout import arguments

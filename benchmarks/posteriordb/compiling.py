@@ -3,7 +3,7 @@
 """``python -m benchmarks.posteriordb compiling``: compile time, and the cost of a step by how it was compiled.
 
 Adam and the natural gradient are each compiled as ``SVI.run`` does (``jax.jit``) and as :func:`numpyro_natgrad.fit`
-does (:mod:`numpyro_natgrad.infer.compilation`): the same loop of the same length, one after the other, with empty
+does (:mod:`numpyro_natgrad.infer.loop`): the same loop of the same length, one after the other, with empty
 caches. ``table`` uses Adam's seconds as ``SVI.run`` and the natural gradient's as ``fit``.
 """
 
@@ -19,7 +19,7 @@ from numpyro.optim import optax_to_numpyro
 from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.infer.compilation import quick_jit
+from numpyro_natgrad.infer.loop import quick_jit
 
 from . import svi
 from .checkout import arguments

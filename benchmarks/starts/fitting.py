@@ -19,8 +19,7 @@ from numpyro.infer.svi import SVIState
 from numpyro.optim import optax_to_numpyro
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.infer.compilation import quick_jit
-from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK
+from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, quick_jit
 
 from .problems import Problem, Setting
 

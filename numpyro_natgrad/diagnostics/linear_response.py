@@ -35,8 +35,8 @@ from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaus
 from numpyro_natgrad.guide.handlers import mark_guide_site
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
 from numpyro_natgrad.guide.trace import LossTrace, trace_loss
-from numpyro_natgrad.infer.compilation import quick_jit
 from numpyro_natgrad.infer.fisher import _initialised
+from numpyro_natgrad.infer.loop import quick_jit
 from numpyro_natgrad.options import StructureError
 
 #: Entries of (m, b) up to which ∇²L is formed and decomposed: 512 × 512 entries take tenths of a second. Not tuned.

@@ -29,9 +29,9 @@ from numpyro_natgrad.diagnostics.importance import (
     ImportanceWeights,
     Moments,
 )
-from numpyro_natgrad.infer.compilation import quick_jit
 from numpyro_natgrad.infer.fisher import Estimate
 from numpyro_natgrad.infer.judge import Judgement, judge_of
+from numpyro_natgrad.infer.loop import quick_jit
 from numpyro_natgrad.options import StructureError
 
 #: Rows of the printed table: about one screen.

@@ -34,6 +34,7 @@ from numpyro_natgrad.infer.loop import (
     shapes,
 )
 from numpyro_natgrad.infer.optimizer import NaturalGradient, table
+from numpyro_natgrad.infer.starts import Starts, best_start, check_num_starts
 from numpyro_natgrad.options import RuleConstants, StructureError
 from numpyro_natgrad.step.newton_decrement import noise_part
 from numpyro_natgrad.step.state import NaturalGradientState
@@ -63,6 +64,7 @@ class FitResult(NamedTuple):
     :ivar str report: the table of :meth:`.NaturalGradient.report` for the last arguments; empty without steps.
     :ivar Judgement judgement: what the judge found last; ``None`` if no stop was proposed.
     :ivar float judge_seconds: seconds that the judge took, with compilation.
+    :ivar Starts starts: how the best of several starts was chosen; ``None`` with a single start.
     """
 
     params: dict[str, Any]
@@ -74,6 +76,7 @@ class FitResult(NamedTuple):
     report: str
     judgement: Judgement | None = None
     judge_seconds: float = 0.0
+    starts: Starts | None = None
 
     def __repr__(self) -> str:
         """The outcome without the arrays."""
@@ -90,6 +93,7 @@ def fit(
     init_state: SVIState | None = None,
     init_params: dict[str, Any] | None = None,
     resume: FitResult | None = None,
+    num_starts: int = 1,
     progress_bar: bool = True,
     forward_mode_differentiation: bool = False,
     **kwargs: Any,
@@ -126,6 +130,8 @@ def fit(
     :param SVIState init_state: the state to start from, as for ``svi.run``.
     :param dict init_params: initial values of parameters, as for ``svi.run``.
     :param FitResult resume: a result to continue from its last state; its history is extended.
+    :param int num_starts: random starts, run at once by ``jax.vmap``, of which the best is fitted (:mod:`.starts`).
+        ``max_steps`` and the history count the steps of the best one.
     :param bool progress_bar: show the remaining gain, and means of ELBO and KL over a chunk of steps.
     :param bool forward_mode_differentiation: as for ``svi.run``.
     :param kwargs: keyword arguments of model and guide, the same in every step.
@@ -136,6 +142,9 @@ def fit(
     """
     _check_optimizer(svi)
     _check(args, max_steps, tolerance, batches)
+    check_num_starts(
+        num_starts, {"batches": batches, "init_state": init_state, "init_params": init_params, "resume": resume}
+    )
     source = BatchIterator(batches)
     first = args if source.fixed else source.peek()
     if first is None:
@@ -147,11 +156,13 @@ def fit(
     program = compiled(svi, StaticInputs(parts=parts, args=args, kwargs=kwargs, forward=forward_mode_differentiation))
     with tqdm(total=max_steps, disable=not progress_bar, mininterval=0.2) as bar:
         run = _Run(program, state, HistoryRecorder(past), bar, StopCheck(svi, args, kwargs, past.steps))
-        end = run.until(source, max_steps, tolerance)
+        starts = run.choose(svi, rng_key, num_starts, max_steps, args, kwargs) if num_starts > 1 else None
+        end = run.until(source, max_steps - (starts.steps if starts else 0), tolerance)
         history = run.recorder.history()
         unowned = tuple(run.partition.unowned) if run.partition else ()
         effort = _effort(end, history, tolerance, run.state.optim_state[1], svi.optim._options.constants)
         reason = _reason(end, history, tolerance, effort, unowned, run.check)
+        reason += f"; {starts}" if starts else ""
         bar.set_postfix_str(reason)
     return FitResult(
         params=svi.get_params(run.state),
@@ -163,6 +174,7 @@ def fit(
         report=table(run.partition.rows()) if run.partition else "",
         judgement=run.check.last,
         judge_seconds=run.check.seconds,
+        starts=starts,
     )
 
 
@@ -175,6 +187,20 @@ class _Run:
         self.state, self.recorder, self._program, self._bar, self.check = state, recorder, program, bar, check
         self.partition: Partition | None = None
         self._begin = time.perf_counter()
+
+    def choose(
+        self, svi: SVI, key: jax.Array, num_starts: int, max_steps: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Starts:
+        """Go on from the best of several starts, at least one chunk before the last step."""
+        show = lambda text: self._bar.set_postfix_str(text)
+        most = max(max_steps - STEPS_PER_CHUNK, 0)
+        self.state, records, starts = best_start(
+            svi, key, self.state, self._program, num_starts, most, args, kwargs, show
+        )
+        if records is not None:
+            self.recorder.append(_history(records, starts.steps, 0.0, time.perf_counter() - self._begin))
+            self._bar.update(starts.steps)
+        return starts
 
     def until(self, source: BatchIterator, max_steps: int, tolerance: float) -> str:
         """Run chunks until there is a reason to stop, and return it."""
@@ -232,7 +258,7 @@ def _start(
 
 def _history(records: StepRecords, steps: int, begin: float, end: float) -> History:
     loss, info = records
-    seconds = begin + (end - begin) * np.arange(1, STEPS_PER_CHUNK + 1) / steps
+    seconds = begin + (end - begin) * np.arange(1, steps + 1) / steps
     fields = info.kl, info.step_size, info.newton_decrement, info.newton_decrement_error, info.limited, info.skipped
     return History(*(np.asarray(x)[:steps] for x in (loss, *fields, seconds)))
 

@@ -31,10 +31,9 @@ from numpyro.infer.svi import SVIState
 from numpyro_natgrad.estimators.relative_moves import Mirrored, moved, no_move, owned, path_sites, relative_sites
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.trace import trace_loss
-from numpyro_natgrad.infer.compilation import quick_jit
 from numpyro_natgrad.infer.convergence import format_interval
 from numpyro_natgrad.infer.fisher import _initialised, _loss
-from numpyro_natgrad.infer.loop import StaticInputs, is_same, snapshot
+from numpyro_natgrad.infer.loop import StaticInputs, is_same, quick_jit, snapshot
 
 Arguments = tuple[Any, ...]
 

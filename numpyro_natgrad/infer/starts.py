@@ -1,0 +1,232 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""Several random starts take their first steps in one ``vmap``, and the best of them is fitted.
+
+After 20, 40, 80, ... steps the ELBOs of all starts are compared at common fresh draws. The better half stays, and so
+does every other start that is not behind the best by more than noise. All starts stay in the batch, so that its shape
+does not change and one program is compiled; the comparison ends early once those that stay agree.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax, random
+from numpyro.infer.autoguide import AutoContinuous, AutoGuide, AutoGuideList
+from numpyro.infer.svi import SVI, SVIState
+
+from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, Program, StepRecords, quick_jit
+from numpyro_natgrad.options import StructureError
+
+
+class StartsConstants(NamedTuple):
+    """Every number of the choice between starts."""
+
+    #: Steps before the first comparison; each further one comes after twice as many.
+    first: int = 20
+    #: Losses, each a mean over the particles of the fit, from which an ELBO is estimated.
+    losses: int = 64
+    #: Nats within which two starts agree, and standard errors of a difference that count as noise.
+    agree: float = 0.3
+    errors: float = 2.0
+
+
+STARTS = StartsConstants()
+#: Folded into the key of the run: for the other starts, and for the draws at which starts are compared.
+START_KEY = 0x73746172
+
+
+class Starts(NamedTuple):
+    """How the best of several starts was chosen.
+
+    :ivar numpy.ndarray elbo: ELBO of each start when the best was chosen, nats, ``(num_starts,)``.
+    :ivar numpy.ndarray elbo_error: its standard error, nats; starts share their draws.
+    :ivar int steps: steps that each start took before.
+    :ivar int chosen: index of the best start; 0 is the start of ``num_starts=1``.
+    :ivar int near: how many starts, with the best, are within 0.3 nats of it.
+    """
+
+    elbo: np.ndarray
+    elbo_error: np.ndarray
+    steps: int
+    chosen: int
+    near: int
+
+    def __str__(self) -> str:
+        count, best = len(self.elbo), self.elbo[self.chosen]
+        text = f"best of {count} starts after {self.steps} steps: ELBO {best:.2f} ± {self.elbo_error[self.chosen]:.2f}"
+        if not np.isfinite(best):
+            return text
+        behind, lost = best - self.elbo[np.isfinite(self.elbo)], int(np.sum(~np.isfinite(self.elbo)))
+        text += f"; {self.near} within {STARTS.agree} nats"
+        if self.near + lost < count:
+            text += f", others up to {behind.max():.2g} nats behind"
+        return text + (f", {lost} not finite" if lost else "")
+
+
+def check_num_starts(num_starts: Any, others: dict[str, Any]) -> None:
+    """Refuse a number of starts that cannot be used, or arguments that already name a start."""
+    expected = f"`num_starts={num_starts!r}`: expected a positive integer, such as 8; 1 fits a single start."
+    if isinstance(num_starts, bool) or not isinstance(num_starts, int | np.integer):
+        raise TypeError(expected)
+    if num_starts < 1:
+        raise ValueError(expected)
+    given = [f"`{name}`" for name, x in others.items() if x is not None]
+    if num_starts > 1 and given:
+        raise ValueError(
+            f"`num_starts={num_starts}` and {' and '.join(given)} were given: expected `num_starts=1` beside them, "
+            "since several starts are random and compared on the same data. Leave one of them out."
+        )
+
+
+def best_start(
+    svi: SVI,
+    rng_key: jax.Array,
+    first: SVIState,
+    program: Program,
+    num_starts: int,
+    most: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    show: Callable[[str], None],
+) -> tuple[SVIState, StepRecords | None, Starts]:
+    """The state of the best start, its records of every step, and how it was chosen, after at most ``most`` steps."""
+    if first.mutable_state is not None:
+        raise StructureError(
+            f"`num_starts={num_starts}`: expected a model without mutable state, which the starts would share, but it "
+            f"has the mutable sites {sorted(first.mutable_state)}. Use `num_starts=1`."
+        )
+    key = random.fold_in(rng_key, START_KEY)
+    try:
+        states = initial_states(svi, key, first, num_starts, args, kwargs)
+        advance = quick_jit(jax.vmap(program.chunk.__wrapped__, in_axes=(0, None, None)))  # type: ignore[attr-defined]
+        evaluate = quick_jit(lambda states, keys: _losses(svi, states, keys, args, kwargs))
+        losses = jax.device_get(evaluate(states, random.split(key, STARTS.losses)))
+        stay, records, steps, target = np.ones(num_starts, bool), [], 0, STARTS.first
+        while _undecided(losses, stay) or not steps:
+            target = min(target, most // STEPS_PER_CHUNK * STEPS_PER_CHUNK)
+            if steps >= target:
+                break
+            for _ in range(steps, target, STEPS_PER_CHUNK):
+                states, part = advance(states, STEPS_PER_CHUNK, ())
+                records.append(jax.device_get(part))
+            steps, target = target, 2 * target
+            losses = jax.device_get(evaluate(states, random.split(random.fold_in(key, steps), STARTS.losses)))
+            stay &= _staying(losses, stay)
+            show(f"{num_starts} starts, {steps} steps, {stay.sum()} not behind")
+    except (jax.errors.JAXTypeError, NotImplementedError, TypeError, ValueError) as error:
+        cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ValueError(
+            f"`num_starts={num_starts}`: expected a model and a guide that `jax.vmap` can run for all starts at once, "
+            f"but {cause}. Use `num_starts=1`, once for each start and with a new guide."
+        ) from error
+    found = _summary(losses, stay, steps)
+    pick = lambda tree: jax.tree.map(lambda x: x[found.chosen], tree)
+    return pick(states), pick(_joined(records)) if records else None, found
+
+
+def initial_states(
+    svi: SVI, key: jax.Array, first: SVIState, num_starts: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SVIState:
+    """The first start and ``num_starts - 1`` others, stacked; an autoguide is set up anew for each of them."""
+
+    def begin(key: jax.Array) -> SVIState:
+        other = copy.copy(svi)
+        other.guide = _new_guide(svi.guide)
+        return _in_order(svi, other.guide, other.init(key, *args, **kwargs))
+
+    others = quick_jit(jax.vmap(begin))(random.split(key, num_starts - 1))
+    states = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, others)
+    params = jax.tree.leaves(svi.optim.get_params(states.optim_state))
+    if all(bool(jnp.all(jnp.isclose(x, x[:1], equal_nan=True))) for x in params):
+        warnings.warn(
+            f"`num_starts={num_starts}`: all starts have the same parameters, so that only their draws differ. Use "
+            "`init_loc_fn=init_to_uniform` in an autoguide, or draw the initial values of `numpyro.param` by "
+            "`lambda key: ...`.",
+            stacklevel=4,
+        )
+    return states
+
+
+def _new_guide(guide: Any) -> Any:
+    """A copy of an autoguide that has not been set up, or another guide as it is."""
+    if not isinstance(guide, AutoGuide):
+        return guide
+    new = copy.copy(guide)
+    new.prototype_trace = None
+    if isinstance(guide, AutoGuideList):
+        new._guides = [_new_guide(part) for part in guide._guides]
+    return new
+
+
+def _in_order(svi: SVI, guide: Any, state: SVIState) -> SVIState:
+    """The start of another set-up of a guide, with the latents in the order of ``svi.guide``.
+
+    ``AutoContinuous`` keeps them in the order of the model, or in that of the alphabet if it is set up inside of a
+    compiled function.
+    """
+    name = f"{getattr(guide, 'prefix', '')}_loc"
+    params = svi.optim.get_params(state.optim_state)
+    if not isinstance(guide, AutoContinuous) or name not in params:
+        return state
+    latents = guide._unpack_latent(params[name])
+    loc = jnp.concatenate([jnp.ravel(latents[site]) for site in svi.guide._init_locs])
+    return state._replace(optim_state=svi.optim.init({**params, name: loc}))
+
+
+def _losses(svi: SVI, states: SVIState, keys: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
+    """Losses ``(num_starts, keys)`` of all states at common draws."""
+    one = lambda state, key: svi.evaluate(state._replace(rng_key=key), *args, **kwargs)
+    return lax.map(lambda key: jax.vmap(one, in_axes=(0, None))(states, key), keys).T
+
+
+def _means(losses: np.ndarray) -> np.ndarray:
+    """Mean losses, infinite where any loss is not finite."""
+    means = losses.astype(np.float64).mean(1)
+    return np.where(np.isfinite(means), means, np.inf)
+
+
+def _behind(losses: np.ndarray, best: int) -> tuple[np.ndarray, np.ndarray]:
+    """By how many nats each start is behind the best one, and the standard error, at common draws."""
+    if not np.isfinite(losses[best]).all():
+        return np.zeros(len(losses)), np.zeros(len(losses))
+    difference = losses.astype(np.float64) - losses[best]
+    lost = ~np.isfinite(difference).all(1)
+    difference = np.where(lost[:, None], 0.0, difference)
+    error = difference.std(1, ddof=1) / np.sqrt(losses.shape[1])
+    return np.where(lost, np.inf, difference.mean(1)), error
+
+
+def _best(losses: np.ndarray, stay: np.ndarray) -> int:
+    return int(np.argmin(np.where(stay, _means(losses), np.inf))) if np.isfinite(_means(losses)[stay]).any() else 0
+
+
+def _staying(losses: np.ndarray, stay: np.ndarray) -> np.ndarray:
+    """The better half of those that stayed, and those that are not behind the best by more than noise."""
+    behind, error = _behind(losses, _best(losses, stay))
+    order = np.argsort(np.where(stay, _means(losses), np.inf))
+    half = np.isin(np.arange(len(stay)), order[: max(int(stay.sum()) // 2, 1)])
+    near = behind <= STARTS.agree + STARTS.errors * error
+    return stay & np.isfinite(behind) & (half | near)
+
+
+def _undecided(losses: np.ndarray, stay: np.ndarray) -> bool:
+    """Whether several starts stay, of which some are not within the agreed distance of the best."""
+    behind, error = _behind(losses, _best(losses, stay))
+    return bool(stay.sum() > 1 and (behind + STARTS.errors * error > STARTS.agree)[stay].any())
+
+
+def _summary(losses: np.ndarray, stay: np.ndarray, steps: int) -> Starts:
+    chosen = _best(losses, stay)
+    elbo = -_means(losses)
+    error = losses.astype(np.float64).std(1, ddof=1) / np.sqrt(losses.shape[1])
+    near = int(np.sum(elbo[chosen] - elbo <= STARTS.agree)) if np.isfinite(elbo[chosen]) else 0
+    return Starts(elbo, error, steps, chosen, near)
+
+
+def _joined(records: list[StepRecords]) -> StepRecords:
+    return jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *records)
