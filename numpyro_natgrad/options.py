@@ -173,7 +173,8 @@ class RuleConstants(NamedTuple):
     sampled_fisher_limit: int = 16
     sampled_fisher_draws: int = 2
     sampled_fisher_ratio: float = 0.1
-    #: The most nats of one batch element in a unit step: the KL limit is shared by all elements.
+    #: The most nats of one batch element, or per latent of one local row of a minibatch, in a unit step: all of them
+    #: share the KL limit.
     element_kl: float = 16.0
 
     @property

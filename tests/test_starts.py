@@ -199,7 +199,10 @@ def test_the_table_counts_starts_and_stops(tmp_path):
 def test_the_first_advice_of_a_verdict_is_recognised():
     case = recommendation.Case(("AutoNormal",), 5, 4000, 0, 0.9, 10.0, 1.0, 0.0, 0.0, False, (), False, (), ("z", 1.0))
     cases_ = [(case, "full covariance"), (case._replace(newton_decrement=2.0), "more steps")]
-    cases_ += [(case._replace(guide=("AutoMultivariateNormal",)), "another start"), (case._replace(k_hat=0.1), "use it")]
+    cases_ += [
+        (case._replace(guide=("AutoMultivariateNormal",)), "another start"),
+        (case._replace(k_hat=0.1), "use it"),
+    ]
     for x, expected in cases_:
         assert verdicts.advice(recommendation.recommend(x)) == expected
     assert verdicts.advice("Take 32 particles, or more steps.") == "more particles"

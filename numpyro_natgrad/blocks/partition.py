@@ -269,7 +269,7 @@ def _kl_hessian_block(
         return block(scores, Woodbury(constants.score_damping, constants.score_norm_max))
     axes = _row_axes(tuple(mine), sites, trace)
     solver = damped_solver(sum(mine.values()), constants, local=bool(axes))
-    return block(KLHessian(fisher_sites(traced)), solver, row_axes=axes)
+    return block(KLHessian(fisher_sites(traced)), solver, row_axes=axes, row_kl=constants.element_kl)
 
 
 def _likelihood_blocks(trace: LossTrace, free: dict[str, int], options: Options) -> list[FisherBlock]:

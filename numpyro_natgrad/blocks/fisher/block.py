@@ -5,6 +5,7 @@
 Steps are taken in NumPyro's unconstrained parameters, φ₊ = φ − ρv, where KL is approximated by ½ρ²vᵀFv.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ class FisherBlock(base.Block[FisherTangent]):
     """A connected component: its parameters' ``sizes``, and how many ``numbers`` its sites draw or observe in all.
 
     :ivar row_axes: of each parameter the axis of the rows, where all have an entry for each row of a subsampled plate.
+    :ivar row_kl: the most nats per latent of one row in a unit step.
     """
 
     metric: Metric
@@ -32,6 +34,7 @@ class FisherBlock(base.Block[FisherTangent]):
     sizes: Mapping[str, int]
     numbers: int
     row_axes: Mapping[str, int] = field(default_factory=dict)
+    row_kl: float = math.inf
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -96,16 +99,15 @@ class FisherBlock(base.Block[FisherTangent]):
         return params, memory._replace(running_mean={**memory.running_mean, **unravel(old - rho * v.v)})
 
     def _row_fractions(self, v: jax.Array, gradient: Params) -> jax.Array:
-        """Shorten the step of each row to one nat per latent, like the first radius; factors, ``(P,)``.
+        """Shorten the step of each row to ``row_kl`` nats per latent; factors, ``(P,)``.
 
         The trust region is shared by all rows. If one row may spend it, a scale that starts too wide, whose natural
-        gradient ½(σ²H − 1) has no bound, collapses in a single step, and its mean can move no more. A nat is as far as
-        a scale σ can be moved linearly: ½ 2Δ²/σ² = 1 at Δ = σ.
+        gradient ½(σ²H − 1) has no bound, collapses in a single step, and its mean can move no more.
         """
         tangent = self._ravel(gradient)[1](v)
         rows_first = {p: jnp.moveaxis(x * gradient[p], self.row_axes[p], 0) for p, x in tangent.items()}
         square = jnp.sum(jnp.stack([jnp.sum(x.reshape(len(x), -1), axis=1) for x in rows_first.values()]), axis=0)
-        limit = 2 * self.numbers / len(square)
+        limit = 2 * self.row_kl * self.numbers / len(square)
         fraction = jnp.minimum(1.0, jnp.sqrt(limit / jnp.maximum(square, jnp.finfo(v.dtype).tiny)))
 
         def spread(x: jax.Array, axis: int) -> jax.Array:
