@@ -303,4 +303,4 @@ GUIDES = {
 def started(name: str, precision: str) -> tuple[Any, Any]:
     """(at, params) of a guide, as :func:`.oracles.captured_loss` gives them; call it in that precision."""
     case = GUIDES[name]
-    return captured_loss(case.model, case.make(case.model), Trace_ELBO(), jnp.asarray(DATA))
+    return captured_loss(case.model, case.make(case.model), Trace_ELBO(), jnp.asarray(DATA, float))

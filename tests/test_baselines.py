@@ -208,7 +208,7 @@ def test_estimators_agree_in_the_mean_and_path_gradients_vanish_at_the_posterior
     for loc, _ in found.values():
         np.testing.assert_allclose(loc, exact[0], atol=5 * np.abs(PRECISION @ factor).sum(1).max() / np.sqrt(20_000))
     np.testing.assert_allclose(found["path"][1], exact[1], atol=10 * np.abs(exact[1]).max() / np.sqrt(20_000))
-    for gradient in adam_estimators.path_gradient(f, jnp.asarray(MEAN), np.linalg.cholesky(COVARIANCE), eps[:8]):
+    for gradient in adam_estimators.path_gradient(f, jnp.asarray(MEAN, float), np.linalg.cholesky(COVARIANCE), eps[:8]):
         np.testing.assert_allclose(gradient, 0, atol=1e-10)
 
 

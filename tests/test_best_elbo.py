@@ -118,7 +118,10 @@ def test_default_options_reach_the_best_elbo_of_the_guide(name, x64, monkeypatch
     monkeypatch.setattr(
         "numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=fit.limit, full_joint_limit=fit.limit)
     )
-    svi, args = SVI(model, fit.guide, NaturalGradient(**fit.options), fit.loss), (jnp.asarray(A), jnp.asarray(Y))
+    svi, args = (
+        SVI(model, fit.guide, NaturalGradient(**fit.options), fit.loss),
+        (jnp.asarray(A, float), jnp.asarray(Y, float)),
+    )
 
     def step(state, _):
         state, _ = svi.update(state, *args)

@@ -145,7 +145,7 @@ def gap(guide: str, objective: Any, steps: int = 1, x: Any = X, **options: Any) 
     case = GUIDES[guide]
     made = case.make(model)
     svi = SVI(model, made, NaturalGradient(1.0, max_kl=None, **options), objective)
-    args = jnp.asarray(x), jnp.asarray(Y)
+    args = jnp.asarray(x), jnp.asarray(Y, float)
     state = svi.init(random.key(0), *args)
     update = jax.jit(svi.update)
     for _ in range(steps):

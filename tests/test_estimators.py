@@ -41,13 +41,13 @@ def model(a: Any, y: Any) -> None:
 
 
 def full(a: Any, y: Any) -> None:
-    loc = numpyro.param("loc", jnp.asarray(MEAN))
-    tril = numpyro.param("cov", jnp.asarray(TRIL), constraint=constraints.lower_cholesky)
+    loc = numpyro.param("loc", jnp.asarray(MEAN, float))
+    tril = numpyro.param("cov", jnp.asarray(TRIL, float), constraint=constraints.lower_cholesky)
     numpyro.sample("z", dist.MultivariateNormal(loc, scale_tril=tril))
 
 
 def mean_field(a: Any, y: Any) -> None:
-    loc, scale = numpyro.param("loc", jnp.asarray(MEAN)), positive("cov", jnp.asarray(SCALE))
+    loc, scale = numpyro.param("loc", jnp.asarray(MEAN, float)), positive("cov", jnp.asarray(SCALE, float))
     numpyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
 
@@ -98,7 +98,7 @@ def moments(row: Row, params: Any) -> tuple[jax.Array, jax.Array]:
 def sampler(name: str) -> Any:
     """(params, keys, a, y) → ``Sample``, compiled."""
     row = ROWS[name]
-    at, start = captured_loss(model, row.guide, row.loss, jnp.asarray(A), jnp.asarray(Y))
+    at, start = captured_loss(model, row.guide, row.loss, jnp.asarray(A, float), jnp.asarray(Y, float))
 
     def one(key, params, a, y):
         fn = at(key, given=(a, y))
@@ -127,7 +127,7 @@ def name(request, monkeypatch, x64):
 def test_mean_natural_gradient_equals_the_exact_one(name):
     """Within 4.5 standard errors of a mean over 2000 keys, in each of the five numbers."""
     start, many = sampler(name)
-    seen = many(random.split(random.key(0), KEYS), start, jnp.asarray(A), jnp.asarray(Y))
+    seen = many(random.split(random.key(0), KEYS), start, jnp.asarray(A, float), jnp.asarray(Y, float))
     m, cov = (np.asarray(x) for x in moments(ROWS[name], start))
     rates = np.exp(A @ m + 0.5 * np.einsum("ni,ij,nj->n", A, cov, A))
     slope = A.T @ (rates - Y) + m / TAU**2
@@ -146,7 +146,7 @@ def test_natural_gradient_has_no_variance_at_a_gaussian_posterior(name):
     at_posterior = {"loc": jnp.zeros(D), "cov": jnp.full(D, jnp.log(TAU))}
     if ROWS[name].guide is full:
         at_posterior["cov"] = dist.biject_to(constraints.lower_cholesky).inv(TAU * jnp.eye(D))
-    norm = many(random.split(random.key(1), KEYS), at_posterior, jnp.zeros((3, D)), jnp.asarray(Y)).norm
+    norm = many(random.split(random.key(1), KEYS), at_posterior, jnp.zeros((3, D)), jnp.asarray(Y, float)).norm
     if name in NOISY:
         assert np.median(norm) > 0.1
     else:
@@ -158,7 +158,7 @@ def test_hessian_of_the_loss_is_the_mean_over_draws(name):
     """dS/dρ = (1/n) Σ ∇²f(z_s) − S, over the draws of the loss, which NumPyro's handlers repeat, and their antitheses."""
     start, many = sampler(name)
     keys = random.split(random.key(2), KEYS)
-    seen = many(keys, start, jnp.asarray(A), jnp.asarray(Y)).cov[:5]
+    seen = many(keys, start, jnp.asarray(A, float), jnp.asarray(Y, float)).cov[:5]
     _, cov = moments(ROWS[name], start)
     n = ROWS[name].loss.num_particles
     for key, velocity in zip(keys[:5], seen, strict=True):
@@ -171,7 +171,7 @@ def test_hessian_of_the_loss_is_the_mean_over_draws(name):
 
 def draw(key: Any) -> np.ndarray:
     """What the guide draws for one particle of an ELBO with that key."""
-    params = {"loc": jnp.asarray(MEAN), "cov": jnp.asarray(TRIL)}
+    params = {"loc": jnp.asarray(MEAN, float), "cov": jnp.asarray(TRIL, float)}
     guide = handlers.seed(handlers.substitute(full, params), random.split(key)[1])
     return np.asarray(handlers.trace(guide).get_trace(A, Y)["z"]["value"])
 

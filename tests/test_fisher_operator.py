@@ -28,7 +28,9 @@ CENTRE, PRECISION = np.arange(1.0, D + 1), spd(0, D, low=1.0, high=30.0)
 
 def model() -> None:
     z = numpyro.sample("z", dist.ImproperUniform(constraints.real, (), (D,)))
-    numpyro.factor("f", dist.MultivariateNormal(jnp.array(CENTRE), precision_matrix=jnp.array(PRECISION)).log_prob(z))
+    numpyro.factor(
+        "f", dist.MultivariateNormal(jnp.array(CENTRE, float), precision_matrix=jnp.array(PRECISION, float)).log_prob(z)
+    )
 
 
 def chain() -> None:

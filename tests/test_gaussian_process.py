@@ -45,7 +45,7 @@ def regression(whitened: bool) -> Any:
     """Sparse GP regression; f given u is integrated: E log N(y | f, σ²) = log N(y | E f, σ²) − var f / 2σ²."""
 
     def model(x: Any, y: Any, z: Any) -> None:
-        weights, rest = gp.conditional(x, z, VARIANCE, jnp.asarray(LENGTHSCALE))
+        weights, rest = gp.conditional(x, z, VARIANCE, jnp.asarray(LENGTHSCALE, float))
         root = jnp.linalg.cholesky(jnp.asarray(prior(Z)))
         if whitened:
             v = numpyro.sample("v", dist.Normal(0, 1).expand([len(Z)]).to_event(1))

@@ -36,7 +36,7 @@ def dense() -> Case:
 
 
 def diagonal() -> Case:
-    return Case(GaussianTangent(jnp.asarray(slope()), jnp.asarray(SPECTRUM), None), np.diag(SPECTRUM))
+    return Case(GaussianTangent(jnp.asarray(slope()), jnp.asarray(SPECTRUM, float), None), np.diag(SPECTRUM))
 
 
 def sketched() -> Case:

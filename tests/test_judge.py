@@ -27,13 +27,13 @@ TOLERANCE = 0.05
 
 
 def gaussian():
-    numpyro.sample("z", dist.MultivariateNormal(jnp.array(CENTRE.tolist()), jnp.array(COVARIANCE.tolist())))
+    numpyro.sample("z", dist.MultivariateNormal(jnp.array(CENTRE, float), jnp.array(COVARIANCE, float)))
 
 
 def judged(svi, params, *args, key=0, **changed):
     """The judgement of parameters, constrained ones, of an SVI."""
     state = svi.init(random.key(0), *args)
-    values = {**svi.get_params(state), **{name: jnp.asarray(x) for name, x in params.items()}}
+    values = {**svi.get_params(state), **{name: jnp.asarray(x, float) for name, x in params.items()}}
     unconstrained = svi.constrain_fn(values, invert=True)
     return Judge(svi, None, unconstrained, args, {})(unconstrained, random.key(key), TOLERANCE, **changed)
 
@@ -66,7 +66,7 @@ def test_gain_of_a_mean_field_guide_is_that_of_all_means_together():
 
 def test_gain_of_a_low_rank_guide():
     def model():
-        numpyro.sample("z", dist.Normal(jnp.array(CENTRE.tolist()), 1.0).to_event(1))
+        numpyro.sample("z", dist.Normal(jnp.array(CENTRE, float), 1.0).to_event(1))
 
     svi = started(model, AutoLowRankMultivariateNormal(model, rank=1))
     right = {"auto_cov_factor": np.zeros((D, 1)), "auto_scale": np.ones(D)}

@@ -33,7 +33,7 @@ EYE, ONES = np.eye(T), np.ones((T, T))
 
 
 def observe(loc: Any, scale: float) -> None:
-    numpyro.sample("y", dist.Normal(loc, scale).expand([T]).to_event(1), obs=jnp.asarray(Y))
+    numpyro.sample("y", dist.Normal(loc, scale).expand([T]).to_event(1), obs=jnp.asarray(Y, float))
 
 
 def rescaled() -> None:
@@ -45,7 +45,7 @@ def rescaled() -> None:
 def half_seen() -> None:
     mu = numpyro.sample("mu", dist.Normal(0, 2))
     with numpyro.plate("t", T), handlers.mask(mask=jnp.arange(T) < 3):
-        numpyro.sample("y", dist.Normal(mu, 1), obs=jnp.asarray(Y))
+        numpyro.sample("y", dist.Normal(mu, 1), obs=jnp.asarray(Y, float))
 
 
 def prior_predictive() -> None:
@@ -77,7 +77,7 @@ def innovations() -> None:
         numpyro.sample("y", dist.Normal(x, 0.5), obs=now[1])
         return x, None
 
-    scan(step, jnp.zeros(()), (shocks, jnp.asarray(Y)))
+    scan(step, jnp.zeros(()), (shocks, jnp.asarray(Y, float)))
 
 
 def states() -> None:
@@ -88,7 +88,7 @@ def states() -> None:
         numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
         return x, None
 
-    scan(step, jnp.zeros(()), jnp.asarray(Y))
+    scan(step, jnp.zeros(()), jnp.asarray(Y, float))
 
 
 def autoregression() -> None:
@@ -99,7 +99,7 @@ def autoregression() -> None:
         numpyro.sample("y", dist.Normal(level + slope * before, 0.5), obs=y)
         return y, None
 
-    scan(step, jnp.asarray(Y[0]), jnp.asarray(Y[1:]))
+    scan(step, jnp.asarray(Y[0], float), jnp.asarray(Y[1:], float))
 
 
 def flat_prior() -> None:
@@ -108,7 +108,7 @@ def flat_prior() -> None:
 
 def factors() -> None:
     mu = numpyro.sample("mu", dist.Normal(0, 2))
-    numpyro.factor("likelihood", jnp.sum(dist.Normal(mu, 1).log_prob(jnp.asarray(Y))))
+    numpyro.factor("likelihood", jnp.sum(dist.Normal(mu, 1).log_prob(jnp.asarray(Y, float))))
 
 
 def normal(y: np.ndarray, loc: float, cov: np.ndarray) -> float:
@@ -135,7 +135,9 @@ CENTRED = 0.74 * EYE + 4 * ONES  # of the hierarchy's data: 0.7² + 0.5², and 2
 MODELS = {
     "scale": Model(rescaled, integral(stats.norm(0, 2).pdf, 0.25), AutoNormal),
     "mask": Model(half_seen, normal(Y[:3], 0, np.eye(3) + 4), AutoNormal),
-    "condition": Model(handlers.condition(prior_predictive, {"y": jnp.asarray(Y)}), normal(Y, 0, EYE + 4), AutoNormal),
+    "condition": Model(
+        handlers.condition(prior_predictive, {"y": jnp.asarray(Y, float)}), normal(Y, 0, EYE + 4), AutoNormal
+    ),
     "factor": Model(factors, normal(Y, 0, EYE + 4)),
     "improper": Model(flat_prior, integral(lambda m: 1.0, 1), AutoNormal),
     "LocScaleReparam": Model(handlers.reparam(hierarchy, {"theta": LocScaleReparam(0.0)}), normal(Y, 0, CENTRED)),

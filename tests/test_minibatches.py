@@ -48,7 +48,7 @@ def normal_posterior(y: np.ndarray) -> dict[str, float]:
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
 def test_full_step_on_a_minibatch_is_exact_for_its_replicated_data(guide, x64):
     svi = SVI(located, guide(located), NaturalGradient(1.0, max_kl=None), Trace_ELBO(2))
-    state, update = svi.init(random.key(0), jnp.asarray(Y[:10])), jax.jit(svi.update)
+    state, update = svi.init(random.key(0), jnp.asarray(Y[:10], float)), jax.jit(svi.update)
     for batch in (Y[:10], Y[10:20], Y[20:70]):
         state, _ = update(state, jnp.asarray(batch))
         loc, scale = (np.squeeze(x) for x in svi.get_params(state).values())
@@ -66,8 +66,8 @@ def test_scaled_likelihood_is_treated_as_a_minibatch(weight):
             numpyro.sample("y", dist.Normal(mu, 2).expand([len(y)]).to_event(1), obs=y)
 
     svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO(8))
-    state = svi.init(random.key(0), jnp.asarray(Y[:10]), 20.0)
-    report = svi.optim.report(svi, state, jnp.asarray(Y[:10]), 20.0)
+    state = svi.init(random.key(0), jnp.asarray(Y[:10], float), 20.0)
+    report = svi.optim.report(svi, state, jnp.asarray(Y[:10], float), 20.0)
     assert "Hessian-vector products" in report
     assert "regression" not in report
 

@@ -105,7 +105,7 @@ def probe(estimator: str, precision: str) -> Probe:
     @jax.jit
     def measure():
         one = jnp.ones(())
-        (moved, norm), (velocity, _) = jax.lax.map(lambda r: jax.jvp(move, (r,), (one,)), jnp.asarray(LENGTHS))
+        (moved, norm), (velocity, _) = jax.lax.map(lambda r: jax.jvp(move, (r,), (one,)), jnp.asarray(LENGTHS, float))
         sampled = jax.grad(lambda p: fn(p)[0])(params) if estimator == "first_order" else params
         return Probe(by_form(params), moved, jax.tree.map(lambda v: v[0], velocity), by_form(sampled), norm[0])
 

@@ -31,7 +31,8 @@ def gaussian() -> None:
     """A correlated Gaussian, far from where the guides start."""
     z = numpyro.sample("z", dist.ImproperUniform(constraints.real, (), (D,)))
     numpyro.factor(
-        "f", dist.MultivariateNormal(jnp.asarray(CENTRE), precision_matrix=jnp.asarray(PRECISION)).log_prob(z)
+        "f",
+        dist.MultivariateNormal(jnp.asarray(CENTRE, float), precision_matrix=jnp.asarray(PRECISION, float)).log_prob(z),
     )
 
 

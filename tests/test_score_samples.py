@@ -151,8 +151,8 @@ def general_guide() -> None:
 
 
 def joint_model() -> None:
-    w = numpyro.sample("w", dist.Categorical(jnp.array(WEIGHTS)))
-    numpyro.sample("z", dist.Normal(jnp.array(LOCS)[w], jnp.array(SCALES)[w]))
+    w = numpyro.sample("w", dist.Categorical(jnp.array(WEIGHTS, float)))
+    numpyro.sample("z", dist.Normal(jnp.array(LOCS, float)[w], jnp.array(SCALES, float)[w]))
 
 
 def joint_guide() -> None:
@@ -258,19 +258,19 @@ def located() -> jax.Array:
 
 def local(t: Any) -> None:
     with numpyro.plate("n", len(EVEN), subsample_size=3):
-        y = numpyro.subsample(jnp.asarray(EVEN), event_dim=0)
+        y = numpyro.subsample(jnp.asarray(EVEN, float), event_dim=0)
         numpyro.sample("y", dist.Normal(numpyro.sample("z", dist.Normal(t, 1.0)), 1.0), obs=y)
 
 
 def known() -> None:
-    numpyro.sample("y", dist.Normal(located(), 1.0).expand([len(EVEN)]).to_event(1), obs=jnp.asarray(EVEN))
+    numpyro.sample("y", dist.Normal(located(), 1.0).expand([len(EVEN)]).to_event(1), obs=jnp.asarray(EVEN, float))
 
 
 def surrogate() -> None:
     """Every other observation, with weights that are parameters."""
     t, weight = located(), numpyro.param("weight", jnp.full(3, 2.0), constraint=constraints.positive)
     with numpyro.plate("n", 3), numpyro.handlers.scale(scale=weight):
-        numpyro.sample("y", dist.Normal(t, 1.0), obs=jnp.asarray(EVEN[::2]))
+        numpyro.sample("y", dist.Normal(t, 1.0), obs=jnp.asarray(EVEN[::2], float))
 
 
 ANNEALED = {

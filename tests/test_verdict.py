@@ -44,7 +44,7 @@ LOG_EVIDENCE = -3.0
 
 
 def gaussian() -> None:
-    numpyro.sample("z", dist.MultivariateNormal(jnp.array(CENTRE), jnp.array(COVARIANCE)))
+    numpyro.sample("z", dist.MultivariateNormal(jnp.array(CENTRE, float), jnp.array(COVARIANCE, float)))
     numpyro.factor("evidence", LOG_EVIDENCE)
 
 
@@ -55,7 +55,7 @@ def hand_written() -> None:
 
 
 def log_gaussian() -> None:
-    base = dist.MultivariateNormal(jnp.zeros(2), jnp.array(COVARIANCE[:2, :2]))
+    base = dist.MultivariateNormal(jnp.zeros(2), jnp.array(COVARIANCE[:2, :2], float))
     numpyro.sample("z", dist.TransformedDistribution(base, dist.transforms.ExpTransform()))
 
 
@@ -110,7 +110,7 @@ def test_weighted_moments_of_a_mean_field_guide_equal_the_posteriors():
     along = {"z": np.eye(D), "total": np.ones((1, D))}  # the last is the direction of that eigenvalue
 
     def model() -> None:
-        z = numpyro.sample("z", dist.MultivariateNormal(jnp.array(CENTRE), jnp.array(covariance)))
+        z = numpyro.sample("z", dist.MultivariateNormal(jnp.array(CENTRE, float), jnp.array(covariance, float)))
         numpyro.deterministic("total", jnp.sum(z))
         numpyro.factor("evidence", LOG_EVIDENCE)
 
@@ -189,7 +189,7 @@ def test_too_small_family_is_advised_a_larger_one():
     scale = np.diag(np.linalg.inv(covariance)) ** -0.5
 
     def ridge() -> None:
-        numpyro.sample("z", dist.MultivariateNormal(jnp.zeros(D), jnp.array(covariance)))
+        numpyro.sample("z", dist.MultivariateNormal(jnp.zeros(D), jnp.array(covariance, float)))
 
     svi, params = started(ridge, AutoNormal(ridge), z_auto_loc=np.zeros(D), z_auto_scale=scale)
     found = verdict(svi, params, random.key(1), num_draws=1000)

@@ -183,7 +183,6 @@ class Judge:
         :param score: 1 to include the score term of the gradient, 0 for path gradients.
         """
         signs = jnp.array([1.0, -1.0], x.dtype)
-
         key = random.fold_in(random.fold_in(random.fold_in(pairs.key, JUDGE_KEY), pairs.purpose), pairs.number)
 
         def group(inputs: tuple[jax.Array, Arguments]) -> tuple[jax.Array, jax.Array]:
