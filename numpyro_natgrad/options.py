@@ -166,6 +166,11 @@ class RuleConstants(NamedTuple):
     score_draws: int = 64
     score_damping: float = 1e-2
     score_norm_max: float = 4.0
+    #: Draws, at least, from which those things are computed that must not depend on the step's own draws: a Fisher
+    #: matrix behind draws, and baselines of score functions. The inverse of a mean of n squares has a variance for
+    #: n > 4, and a baseline of n draws adds 1/n to the noise. With one draw one of eight chains of seven latents runs
+    #: away, with eight none.
+    independent_draws: int = 8
 
     # ---- Exponential families in natural parameters (:mod:`numpyro_natgrad.blocks.exponential_family`) ---------------
     #: The first step uses the Fisher matrix F̂ of the draws up to this many natural parameters, with at least this many

@@ -5,7 +5,7 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -116,7 +116,7 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     scored = frozenset(site.name for block in kl_blocks for site in block.metric.sites)
     latents = _numbers(trace.sites or trace.model_sites)
     exact = trace.is_elbo and all(block.exact_on_conjugate for block in blocks)
-    paired = all(site.reparameterized or site.analytic for site in trace.sites.values())
+    paired = not any(site.is_score_function for site in trace.sites.values())
     weight = trace.batch_weight
     scope = Scope(latents, len(blocks), trace.particles, exact, trace.full_data, options.constants, paired, weight)
     fields = len(NoiseTolerance._fields)
@@ -137,7 +137,7 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
 
 def _warn_of_trace(trace: LossTrace) -> None:
     if not trace.is_elbo:
-        scores = [name for name, site in trace.sites.items() if not (site.reparameterized or site.analytic)]
+        scores = [name for name, site in trace.sites.items() if site.is_score_function]
         text = _SCORE_FUNCTIONS.format(scores, _PLAIN_METRIC) if scores else _NO_ELBO.format(_PLAIN_METRIC)
         warnings.warn(text, stacklevel=6)
     if trace.scanned:
@@ -245,6 +245,16 @@ def _kl_hessian_blocks(trace: LossTrace, taken: set[str], sizes: dict[str, int],
     return [_kl_hessian_block(names, sites, trace, sizes, options) for names, sites in _components(owners)]
 
 
+def _copies(trace: LossTrace, constants: RuleConstants) -> int:
+    """How many sets of independent draws there are for one of the step's."""
+    return max(1, math.ceil(constants.independent_draws / trace.particles))
+
+
+def _is_drawn(sites: Iterable[GuideSite]) -> bool:
+    """Whether the distribution of a site depends on the draws of another."""
+    return any(origin.is_drawn for site in sites for origin in site.arguments.values())
+
+
 def _components(owners: Mapping[str, frozenset[str] | set[str]]) -> list[tuple[set[str], list[str]]]:
     """Connected components of the graph between sites and their parameters; sites without any are skipped."""
     groups: list[tuple[set[str], list[str]]] = []
@@ -269,7 +279,8 @@ def _kl_hessian_block(
         return block(scores, Woodbury(constants.score_damping, constants.score_norm_max))
     axes = _row_axes(tuple(mine), sites, trace)
     solver = damped_solver(sum(mine.values()), constants, local=bool(axes))
-    return block(KLHessian(fisher_sites(traced)), solver, row_axes=axes, row_kl=constants.element_kl)
+    metric = KLHessian(fisher_sites(traced), _copies(trace, constants) if _is_drawn(traced.values()) else 1)
+    return block(metric, solver, row_axes=axes, row_kl=constants.element_kl)
 
 
 def _likelihood_blocks(trace: LossTrace, free: dict[str, int], options: Options) -> list[FisherBlock]:
@@ -339,6 +350,8 @@ def _gradient_request(
         hessian_params=tuple(p for block in blocks for p in block.hessian_params),
         mean_params={g.name: g.loc for g in gaussians if modes.get(g.name) in centered},
         score_sites=frozenset(noisy if options.path_gradient and trace.is_elbo else ()),
+        baselines={} if trace.is_elbo else {n: s.elements for n, s in trace.sites.items() if s.is_score_function},
+        baseline_copies=_copies(trace, options.constants),
         forward=forward,
         cache_draws=sum(trace.particles * s.size for s in trace.sites.values()) <= options.constants.kept_draws,
     )

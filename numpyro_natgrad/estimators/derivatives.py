@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from numpyro import distributions as dist
 
 from numpyro_natgrad.estimators.partial_evaluation import partially_evaluated
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.guide.handlers import DensityMode, Frozen, Loss, PathGradient
+from numpyro_natgrad.guide.handlers import DensityMode, Frozen, IndependentDraws, Loss, PathGradient
 
 #: Larger losses (nats) are rescaled to this value before natural gradients are squared: 1e28 is far from the limit of
 #: single precision, 3e38. At 1e14 nats even double precision resolves only 0.016 nats.
@@ -66,6 +67,8 @@ class GradientRequest(NamedTuple):
     :ivar hessian_params: the mean parameters along which there are Hessian-vector products.
     :ivar mean_params: the mean parameter of every detached or antithetic site.
     :ivar score_sites: the sites whose score term is subtracted from the gradient.
+    :ivar baselines: the sites whose gradients are score functions, with the numbers of their densities.
+    :ivar baseline_copies: sets of independent draws from which their baselines are computed.
     :ivar cache_draws: whether to compute values that do not depend on the parameters once (:mod:`.partial_evaluation`).
     """
 
@@ -74,6 +77,8 @@ class GradientRequest(NamedTuple):
     hessian_params: tuple[str, ...]
     mean_params: Mapping[str, str]
     score_sites: frozenset[str]
+    baselines: Mapping[str, int]
+    baseline_copies: int
     forward: bool
     cache_draws: bool
 
@@ -112,7 +117,11 @@ def evaluate_loss(fn: Loss, params: Params, request: GradientRequest, particles:
         probed = partially_evaluated(probed, inputs)
     (loss, aux), gradient, perturbation_gradients, products = _linearized_gradient(probed, inputs, request)
     if request.score_sites:
-        gradient = jax.tree.map(jnp.subtract, gradient, _score(fn, params, request))
+        score = _score(fn, params, dict.fromkeys(request.score_sites, 1.0), request.forward)
+        gradient = jax.tree.map(jnp.subtract, gradient, score)
+    if request.baselines:
+        score = _score(fn, params, _costs(fn, params, request), request.forward)
+        gradient = jax.tree.map(jnp.subtract, gradient, score)
     return LossInfo(
         loss=loss,
         aux=aux,
@@ -206,14 +215,38 @@ def _padded(tangents: Params, at: Params) -> Params:
     return {p: tangents[p].astype(x.dtype) if p in tangents else jnp.zeros_like(x) for p, x in at.items()}
 
 
-def _score(fn: Loss, params: Params, request: GradientRequest) -> Params:
-    """∇_φ E[log q_φ(z)] at frozen draws: zero in expectation, but noisy."""
+def _score(fn: Loss, params: Params, weights: Mapping[str, Any], forward: bool) -> Params:
+    """∇_φ E[Σ w log q_φ(z)] over densities at frozen draws: zero in expectation, but noisy."""
+
+    def weighted(w: Any) -> Callable[[dist.Distribution, jax.Array], jax.Array]:
+        return lambda fn, value: jnp.reshape(w, fn.batch_shape if jnp.ndim(w) else ()) * fn.log_prob(value)
 
     def log_q(values: Params) -> tuple[jax.Array, None]:
-        with Frozen(dict.fromkeys(request.score_sites, lambda fn, value: fn.log_prob(value))):
+        with Frozen({name: weighted(w) for name, w in weights.items()}):
             return fn(values)[0], None
 
-    return derivative(log_q, request.forward)(params)[0]
+    return derivative(log_q, forward)(params)[0]
+
+
+def _costs(fn: Loss, params: Params, request: GradientRequest) -> Params:
+    """What each score in the gradient is multiplied by, at independent draws: the baseline of its site.
+
+    A score function c ∇ log q, with c the loss as far as it depends on the draw, has the noise E[c²] and not Var(c),
+    and c has the size of the loss. Since E[∇ log q] = 0, c − b has the same mean for any b that does not depend on the
+    draw (Mnih & Rezende 2016). The mean of c at n other draws is such a b: the noise becomes (1 + 1/n) Var(c), which is
+    zero where the guide is the posterior. An array of zeros added to log q has the gradient c.
+    """
+
+    def shifted(shifts: Params) -> tuple[jax.Array, None]:
+        def drawn(number: jax.Array) -> jax.Array:
+            with IndependentDraws(number, shifts):
+                return fn(params)[0]
+
+        return jnp.mean(jax.vmap(drawn)(jnp.arange(request.baseline_copies))), None
+
+    dtype = jnp.result_type(*jax.tree.leaves(params))
+    zeros = {name: jnp.zeros(size, dtype) for name, size in request.baselines.items()}
+    return derivative(shifted, request.forward)(zeros)[0]
 
 
 def rescale_loss(loss_info: LossInfo, modes: Mapping[str, DensityMode]) -> tuple[LossInfo, jax.Array]:

@@ -37,7 +37,13 @@ from numpyro_natgrad.distributions.surrogate import (
     with_tilted_log_prob,
     zero_density,
 )
-from numpyro_natgrad.distributions.wrappers import base_distribution, map_base, with_broadcast_loc, without_flow_inverse
+from numpyro_natgrad.distributions.wrappers import (
+    base_distribution,
+    map_base,
+    with_broadcast_loc,
+    with_log_prob,
+    without_flow_inverse,
+)
 from numpyro_natgrad.options import StructureError
 
 Params = dict[str, Any]
@@ -210,6 +216,27 @@ class Frozen(Messenger):
         else:
             density = -self.model_sites.get(msg["name"], zero_density)(fn, msg["value"])
         msg["fn"] = Assigned(fn, density, measure, drawn=True)
+
+
+class IndependentDraws(Messenger):
+    """Draw the guide's sites anew, and add an array of zeros to the log-densities of some.
+
+    :param number: which of the independent draws.
+    :param shifts: for each of these sites the array, of as many elements as it has densities.
+    """
+
+    def __init__(self, number: jax.typing.ArrayLike, shifts: Mapping[str, jax.Array] | None = None) -> None:
+        super().__init__()
+        self.number, self.shifts = number, shifts or {}
+
+    def process_message(self, msg: Message) -> None:
+        if mark_guide_site(msg) and "rng_key" in msg["kwargs"]:
+            msg["kwargs"]["rng_key"] = jax.random.fold_in(msg["kwargs"]["rng_key"], self.number)
+
+    def postprocess_message(self, msg: Message) -> None:
+        if is_guide_site(msg) and msg["name"] in self.shifts:
+            fn, shift = msg["fn"], self.shifts[msg["name"]].reshape(msg["fn"].batch_shape)
+            msg["fn"] = with_log_prob(fn, lambda *args: fn.log_prob(*args) + shift)
 
 
 class Assigned(dist.Distribution):

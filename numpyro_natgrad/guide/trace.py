@@ -113,6 +113,11 @@ class GuideSite(NamedTuple):
         return math.prod(self.shape)
 
     @property
+    def is_score_function(self) -> bool:
+        """Whether a loss that is unbiased has score functions in the gradients of its parameters."""
+        return not (self.reparameterized or self.analytic)
+
+    @property
     def params(self) -> frozenset[str]:
         """The parameters that its density depends on; none if it has no density at given draws."""
         return self.density.params if self.density else frozenset()

@@ -33,7 +33,7 @@ from numpyro_natgrad.distributions.surrogate import (
 from numpyro_natgrad.estimators import score_samples
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.guide.handlers import Frozen
+from numpyro_natgrad.guide.handlers import Frozen, IndependentDraws
 from numpyro_natgrad.guide.trace import GuideSite, ModelSite
 
 
@@ -81,14 +81,21 @@ class Metric(ABC):
 
 @dataclass(frozen=True)
 class KLHessian(Metric):
-    """The Hessian of the guide's KL to itself at the draws of the step."""
+    """The Hessian of the guide's KL to itself.
+
+    It is taken at the draws of the step, unless it depends on too few of them (``copies`` > 1). The weight w of a site
+    N(w z, σ²) behind a draw z has F = z²/σ² at one draw, and its step g/F ~ 1/z has no variance: F is then averaged
+    over ``copies`` independent draws for each draw of the step.
+    """
+
+    copies: int = 1
 
     @property
     def description(self) -> str:
         return f"Hessian of KL ({self._estimates()})"
 
     def operator(self, loss_info: LossInfo, params: Params, names: Iterable[str], key: jax.Array) -> FisherOperator:
-        return _operator_of_loss(Frozen(guide_surrogates(self.sites)), loss_info, params, names, key)
+        return _operator_of_loss(Frozen(guide_surrogates(self.sites)), loss_info, params, names, key, self.copies)
 
 
 @dataclass(frozen=True)
@@ -178,10 +185,18 @@ def surrogate_operator(
 
 
 def _operator_of_loss(
-    frozen: Frozen, loss_info: LossInfo, params: Params, names: Iterable[str], key: jax.Array
+    frozen: Frozen, loss_info: LossInfo, params: Params, names: Iterable[str], key: jax.Array, copies: int = 1
 ) -> FisherOperator:
     def surrogate(mine: Params) -> jax.Array:
         with frozen:
             return loss_info.fn({**params, **mine})[0]
 
-    return surrogate_operator(surrogate, {p: params[p] for p in names}, key, forward=loss_info.forward)
+    def averaged(mine: Params) -> jax.Array:
+        def drawn(number: jax.Array) -> jax.Array:
+            with IndependentDraws(number):
+                return surrogate(mine)
+
+        return jnp.mean(jax.vmap(drawn)(1 + jnp.arange(copies)))
+
+    chosen = averaged if copies > 1 else surrogate
+    return surrogate_operator(chosen, {p: params[p] for p in names}, key, forward=loss_info.forward)
