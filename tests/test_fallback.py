@@ -7,11 +7,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import optax
 import pytest
 from jax import random
-from numpyro import optim
-from numpyro.infer import SVI, Trace_ELBO
+from numpyro import distributions as dist
+from numpyro import handlers, optim
+from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from oracles import assert_close, root_eps, walk
 from tables import DATA, school, with_model_param
@@ -88,3 +90,38 @@ def test_gradients_whose_squares_overflow_do_not_stay_in_the_fallback_optimizer(
     assert after == params
     moved, _ = wrapped.step(params, {"x": jnp.array(1.0)}, state, ("x",))
     np.testing.assert_allclose(moved["x"], 0.9, rtol=1e-5)
+
+
+def coin_flips() -> None:
+    """A sum over one discrete site, and a point of the guide."""
+    p = numpyro.sample("p", dist.Beta(2.0, 2.0))
+    z = numpyro.sample("z", dist.Bernoulli(p), infer={"enumerate": "parallel"})
+    numpyro.sample("x", dist.Normal(z, 1.0), obs=0.7)
+
+
+def factored() -> None:
+    numpyro.factor("f", -((numpyro.param("a", 1.0) - 2.0) ** 2))
+    numpyro.param("unused", 1.0)
+    numpyro.param("b", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "named"),
+    [
+        (handlers.block(coin_flips, hide=["z"]), TraceEnum_ELBO(), r"\['p_auto_loc'\].*sums over discrete sites"),
+        (factored, Trace_ELBO(), r"\['a'\]"),
+    ],
+    ids=["enumerated", "factor"],
+)
+def test_parameters_of_the_default_optimizer_are_named_unless_their_gradient_is_zero(model, loss, named):
+    """Without a word for the user's own choice: any warning fails a test."""
+    guide = AutoDelta(model) if model is not factored else lambda: None
+    target = coin_flips if model is not factored else factored
+    with pytest.warns(UserWarning, match=named):
+        SVI(target, guide, NaturalGradient(), loss).run(random.key(0), 2, progress_bar=False)
+    chosen = NaturalGradient(fallback_optimizer=optax.adam(1e-2))
+    SVI(target, guide, chosen, loss).run(random.key(0), 2, progress_bar=False)
+
+
+def test_parameters_with_a_fisher_matrix_are_not_named():
+    SVI(school, delta(), NaturalGradient(), Trace_ELBO()).run(random.key(0), 2, X, progress_bar=False)

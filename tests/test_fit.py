@@ -157,12 +157,14 @@ def test_fit_reports_unknown_gain_without_fisher_parameters():
     svi = SVI(
         lambda: numpyro.factor("f", -(numpyro.param("x", 1.0) ** 2)), lambda: None, NaturalGradient(), Trace_ELBO()
     )
-    result = fit(svi, random.key(0), max_steps=3, progress_bar=False)
+    with pytest.warns(UserWarning, match="have no Fisher matrix"):
+        result = fit(svi, random.key(0), max_steps=3, progress_bar=False)
     assert "unknown number of nats" in result.reason
     assert result.reason.endswith("`tolerance=0.01`")
     assert repr(result) == f"FitResult(converged=False, steps=3, reason={result.reason!r})"
 
 
+@pytest.mark.filterwarnings("ignore:NaturalGradient. no distribution that it can read owns the parameters ..p")
 def test_one_optimizer_in_two_svis_reports_on_the_one_that_is_fitted():
     """A, B, A: the third fit is compiled already, so that the last loss that was traced is that of B."""
     optimizer = NaturalGradient()

@@ -178,6 +178,7 @@ def factored(x: Any, y: Any) -> None:
     numpyro.factor("f", -jnp.sum((predictor(x) - y) ** 2))
 
 
+@pytest.mark.filterwarnings("ignore:NaturalGradient. no distribution that it can read owns the parameters ..w")
 def test_method_of_each_parameter_follows_from_model_and_options():
     """Parameters outside of all sites use the fallback optimizer, as do all where it is given; others Fisher scoring."""
     y, given = DATA["logistic"], {"fallback_optimizer": optax.adam(0.1)}

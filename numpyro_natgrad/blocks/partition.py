@@ -63,6 +63,13 @@ _SCANNED = (
     "natural-gradient steps."
 )
 
+_UNOWNED = (
+    "NaturalGradient: no distribution that it can read owns the parameters {}, so they have no Fisher matrix and "
+    "follow `optax.adam(1e-2)`.{} Choose an optimizer for them by `fallback_optimizer=`, which also ends this warning."
+)
+
+_ENUMERATED = " (A loss that sums over discrete sites hides the distributions of the model.)"
+
 
 class Partition(NamedTuple):
     """Which block moves which parameters of one loss; static.
@@ -113,6 +120,7 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     _warn_of_first_order(blocks, options)
     owned = {p for block in blocks for p in block.params}
     unowned = {p: size for p, size in sizes.items() if p not in owned}
+    _warn_of_unowned(unowned, trace, options)
     scored = frozenset(site.name for block in kl_blocks for site in block.metric.sites)
     latents = _numbers(trace.sites or trace.model_sites)
     exact = trace.is_elbo and all(block.exact_on_conjugate for block in blocks)
@@ -142,6 +150,13 @@ def _warn_of_trace(trace: LossTrace) -> None:
         warnings.warn(text, stacklevel=6)
     if trace.scanned:
         warnings.warn(_SCANNED.format(sorted(trace.scanned)), stacklevel=6)
+
+
+def _warn_of_unowned(unowned: Mapping[str, int], trace: LossTrace, options: Options) -> None:
+    """Name the parameters that the fallback optimizer moves, unless it is the user's choice or their gradient is 0."""
+    moved = [p for p in unowned if p in trace.loss_params]
+    if moved and not options.has_fallback:
+        warnings.warn(_UNOWNED.format(moved, "" if trace.model_sites else _ENUMERATED), stacklevel=6)
 
 
 def _warn_of_first_order(blocks: tuple[Block, ...], options: Options) -> None:

@@ -134,6 +134,7 @@ class LossTrace(NamedTuple):
     :ivar batched: whether all particles are drawn in one batch.
     :ivar is_elbo: whether it is affine in log q.
     :ivar scanned: sites that the guide draws inside of NumPyro's ``scan``, where only their names are known.
+    :ivar loss_params: the parameters that the loss depends on, directly or by draws and densities of the guide.
     """
 
     params: dict[str, ParamSite]
@@ -145,6 +146,7 @@ class LossTrace(NamedTuple):
     batched: bool
     is_elbo: bool
     scanned: frozenset[str]
+    loss_params: frozenset[str]
 
 
 def trace_loss(fn: Loss, params: Params) -> LossTrace:
@@ -180,6 +182,7 @@ def trace_loss(fn: Loss, params: Params) -> LossTrace:
         batched=all(draw.batched for draw in draws.values()),
         is_elbo=total.degree <= 1,
         scanned=frozenset(handler.scanned),
+        loss_params=_params_behind(total, tags),
     )
 
 
@@ -193,6 +196,16 @@ def _traced(
             return fn(values)[0]
 
     return handler, *origins(loss, params)
+
+
+def _params_behind(total: Origin, tags: Tags) -> frozenset[str]:
+    """The parameters that a value depends on, also those behind the draws and densities that it depends on."""
+    found: frozenset[Label] = frozenset()
+    behind = total.sources
+    while behind - found:
+        found |= behind
+        behind = frozenset().union(*(tags[label].origin.sources for label in behind if label in tags))
+    return frozenset(label.name for label in found if label.kind == LabelKind.PARAM)
 
 
 def _with_origins(name: str, site: GuideSite, tags: Tags, total: Origin) -> GuideSite:
