@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fit`` takes the steps of ``svi.run``, estimates the remaining gain of the ELBO, and stops by its documented rules."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -344,3 +346,23 @@ def test_outlook_names_the_steps_or_particles_that_reach_the_tolerance():
         history, 0.01, 0.04, 20.0
     )
     assert "still moving" in convergence.remaining_effort(history, 0.01, 0.001, 20.0)
+
+
+@pytest.mark.filterwarnings("ignore:(Site|Out-of-support)")
+@pytest.mark.parametrize(
+    ("y", "note"),
+    [
+        (jnp.array([1.0, jnp.nan, 2.0, jnp.inf]), r"`args\[0\]` has 2 of 4 entries that are not finite"),
+        (jnp.zeros(0), r"`args\[0\]` has the shape \(0,\), and so no entries"),
+    ],
+)
+def test_data_that_numpyro_cannot_start_from_are_named(y, note):
+    def observed(y, scale=1.0):
+        z = numpyro.sample("z", dist.Normal(0, 10))
+        with numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.Normal(z, scale), obs=y)
+
+    new = SVI(observed, AutoNormal(observed), NaturalGradient(), Trace_ELBO(4))
+    with pytest.raises((RuntimeError, AssertionError)) as raised:
+        fit(new, random.key(0), y, progress_bar=False)
+    assert any(re.match(note, text) for text in raised.value.__notes__)

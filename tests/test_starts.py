@@ -18,14 +18,13 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal
 from scipy import stats
 
-from benchmarks.starts import run, stops, table, verdicts
+from benchmarks.starts import run, stops, table
 from benchmarks.starts.cases import PROBLEMS
 from benchmarks.starts.fitting import Starts, Walk, gathered
 from benchmarks.starts.judging import Judge
 from benchmarks.starts.problems import COMMON, GUIDES, SETTINGS, Problem, Setting
 from benchmarks.starts.results import Cell, Store
 from numpyro_natgrad import NaturalGradient, fit
-from numpyro_natgrad.diagnostics import recommendation
 from numpyro_natgrad.infer.convergence import converged
 from numpyro_natgrad.step.state import StepInfo
 
@@ -194,18 +193,6 @@ def test_the_table_counts_starts_and_stops(tmp_path):
     assert "| 0 | **1** | 3 | 2 |" in text
     assert "brings 4 home: 25.0%" in text
     assert "False stops: 1 of 2" in text
-
-
-def test_the_first_advice_of_a_verdict_is_recognised():
-    case = recommendation.Case(("AutoNormal",), 5, 4000, 0, 0.9, 10.0, 1.0, 0.0, 0.0, False, (), False, (), ("z", 1.0))
-    cases_ = [(case, "full covariance"), (case._replace(newton_decrement=2.0), "more steps")]
-    cases_ += [
-        (case._replace(guide=("AutoMultivariateNormal",)), "another start"),
-        (case._replace(k_hat=0.1), "use it"),
-    ]
-    for x, expected in cases_:
-        assert verdicts.advice(recommendation.recommend(x)) == expected
-    assert verdicts.advice("Take 32 particles, or more steps.") == "more particles"
 
 
 def test_the_common_setting_comes_first_and_the_tenth_has_no_other():

@@ -31,7 +31,17 @@ from numpyro.infer.autoguide import (
 from oracles import assert_close, root_eps, spd
 from tables import positive
 
-from numpyro_natgrad import Estimate, StructureError, Verdict, linear_response, to_arviz, verdict
+from numpyro_natgrad import (
+    Estimate,
+    NaturalGradient,
+    StructureError,
+    Verdict,
+    fit,
+    linear_response,
+    to_arviz,
+    verdict,
+)
+from numpyro_natgrad.diagnostics import importance
 from numpyro_natgrad.diagnostics.importance import Moments, draw, fitted_guide, moments, smooth
 from numpyro_natgrad.diagnostics.linear_response import NoMinimumError
 from numpyro_natgrad.diagnostics.recommendation import Case, recommend, threshold
@@ -382,6 +392,12 @@ CASES = [
     ({"k_hat": 0.6}, "The guide is usable: k-hat 0.60. Use the importance-weighted moments (10 effective draws)."),
     ({"k_hat": 0.6, "draws": 100}, "The family is too small: k-hat 0.60, trustworthy below 0.50."),
     ({"k_hat": 0.70004}, "The family is too small: k-hat 0.70004, trustworthy below 0.70000."),
+    (
+        {"gap": 0.03, "gap_error": 0.005},
+        "good for means and standard deviations: KL(guide ‖ posterior) is 0.030 ± 0.005",
+    ),
+    ({"gap": 0.03, "gap_error": 0.009}, "The family is too small"),
+    ({"gap": 0.03}, "The family is too small"),
     ({"k_hat": 0.699}, "The guide is usable: k-hat 0.699."),
     ({"k_hat": 0.7}, "The family is too small: k-hat 0.70, trustworthy below 0.70."),
     ({}, "The family is too small: k-hat 1.20, trustworthy below 0.70. Try `AutoMultivariateNormal`."),
@@ -489,3 +505,48 @@ def test_to_arviz_keeps_weights_or_resamples():
     assert_close(np.asarray(weighted["sample_stats"]["lp_minus_lq"])[0], judged.log_weights, 1e-12)
     resampled = to_arviz(judged, random.key(0))
     assert np.all(np.asarray(resampled["posterior"]["a"]) == 1.0)  # the other draw has no weight
+
+
+def test_draws_that_all_lie_outside_of_the_support_are_named_by_fit_and_verdict():
+    """Nothing is known of the posterior then: no weight, no moment, and no family to recommend."""
+
+    def model() -> None:
+        numpyro.sample("share", dist.Uniform(0.0, 1.0))
+
+    def guide() -> None:
+        numpyro.sample("share", dist.Normal(numpyro.param("m", 9.0), positive("s", jnp.array(0.1))))
+
+    svi = SVI(model, guide, NaturalGradient(), Trace_ELBO(4))
+    result = fit(svi, random.key(0), max_steps=50, progress_bar=False)
+    outside = "of the guide's draws of `share` lie outside of its support"
+    assert result.reason.startswith("diverged")
+    assert outside in result.reason
+    found = verdict(svi, result, random.key(1), num_draws=200, progress_bar=False)
+    assert found.recommendation.startswith("200 of 200 draws have a non-finite log weight")
+    assert outside in found.recommendation
+    assert found.recommendation.endswith("nothing is known of the posterior yet.")
+    assert found.ess == 0
+    assert np.isnan(found.importance_weighted["share"].mean)
+    assert "nan" in str(found)
+
+
+def test_a_constant_likelihood_has_a_finite_elbo():
+    """Log weights near zero that differ by rounding have no tail, and so a variance."""
+    heavy = -np.abs(np.random.default_rng(0).standard_cauchy(2000))
+    rounded = 1e-7 * heavy.clip(-30)
+    assert importance.tail_of_terms(rounded, np.float32) == 0.0
+    assert importance.tail_of_terms(heavy, np.float32) > 0.7
+
+
+def test_standard_error_of_the_gap_is_its_scatter():
+    """Log weights σ ε − σ²/2 of a posterior with log evidence 0: KL(q ‖ p) = σ²/2, over 200 repetitions.
+
+    Smoothing of the largest weights biases it upwards, by less than half of its standard error.
+    """
+    sigma, draws = 0.3, 500
+    log_weights = sigma * np.random.default_rng(0).standard_normal((200, draws)) - sigma**2 / 2
+    found = [importance.gap(x, smooth(x, np.float64)) for x in log_weights]
+    values = np.array([float(x.value) for x in found])
+    errors = np.array([float(x.standard_error) for x in found])
+    assert abs(values.mean() - sigma**2 / 2) < values.std() / 2
+    assert abs(np.log(errors.mean() / values.std())) < 4 / math.sqrt(2 * len(values))

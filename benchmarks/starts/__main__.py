@@ -9,7 +9,6 @@ compares two versions of the package with the same results of Adam. ``--tenth`` 
 import argparse
 import pathlib
 
-from . import verdicts
 from .cases import PROBLEMS
 from .problems import GUIDES, SETTINGS
 from .results import FOLDER, Store
@@ -26,15 +25,12 @@ def main() -> None:
     if unknown := sorted(set(options.only) - set(PROBLEMS)):
         raise SystemExit(f"`--only {' '.join(unknown)}`: expected names of problems: {', '.join(PROBLEMS)}.")
     wanted = list(cells(options.only, options.guides, options.settings, tenth=options.tenth))
-    methods = (*options.methods, "verdicts") if options.verdicts else tuple(options.methods)
-    plan = Plan(Store(options.cache), options.label, methods, options.starts, options.steps)
+    plan = Plan(Store(options.cache), options.label, tuple(options.methods), options.starts, options.steps)
     failed = [] if options.table else run(plan, wanted, options.jobs)
     found = table(rows(plan.store, options.label, wanted))
     print(found)
     if options.document:
         OUTPUT.write_text(OUTPUT.read_text().partition(HEADING)[0] + HEADING + found)
-    if options.verdicts:
-        print(verdicts.table(plan.store, options.label, wanted))
     if failed:
         raise SystemExit("\n".join(["These cells failed:", *failed]))
 
@@ -47,9 +43,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="*", default=["adam", "ours"], choices=["adam", "ours"])
     parser.add_argument("--tenth", action="store_true", help="a representative tenth, in a quarter of an hour")
     parser.add_argument("--table", action="store_true", help="print the table of the stored results, and run nothing")
-    parser.add_argument(
-        "--verdicts", action="store_true", help="also what `verdict` says of starts that did not arrive"
-    )
     parser.add_argument("--document", action="store_true", help=f"write the table to {OUTPUT}")
     parser.add_argument("--starts", type=int, default=20)
     parser.add_argument("--steps", type=int, default=300, help="steps of the natural gradient")

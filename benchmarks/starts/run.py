@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK
 
-from . import verdicts
 from .cases import PROBLEMS
 from .fitting import RATES, Starts
 from .judging import Judge
@@ -143,10 +142,5 @@ def _ours(plan: Plan, cell: Cell, starts: Starts, judge: Judge) -> dict[str, Any
     return {"elbos": elbos, "stops": stops, "skipped": skipped, "seconds": np.diff(clock).round(1).tolist()}
 
 
-def _verdicts(plan: Plan, cell: Cell, starts: Starts, judge: Judge) -> dict[str, Any]:
-    found = verdicts.judged(cell, plan.store, plan.label, starts, judge)
-    return {"elbos": {}, "verdicts": found, "seconds": []}
-
-
 #: Methods in the order in which they are run, because each needs the results of those before.
-METHODS = {"adam": _adam, "ours": _ours, "verdicts": _verdicts}
+METHODS = {"adam": _adam, "ours": _ours}

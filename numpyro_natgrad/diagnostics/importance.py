@@ -43,8 +43,6 @@ MIN_WEIGHTS_FOR_TAIL = 25
 #: Pareto fit to rounding errors would report a heavy tail. Not tuned.
 EQUAL_WITHIN_ROUNDINGS = 64
 
-EPS32 = float(np.finfo(np.float32).eps)
-
 #: What fits return: :func:`fitted_guide` reads the parameters from any of these.
 Fitted: TypeAlias = "SVIRunResult | FitResult | SVIState | Mapping[str, Any]"
 #: What ``numpyro.handlers.trace`` records, by the name of the site.
@@ -105,8 +103,9 @@ class ImportanceWeights(NamedTuple):
 
     @property
     def ess(self) -> float:
-        """The effective number of draws, 1/Σw² (Kong 1992)."""
-        return 1 / float(np.sum(self.normalised**2))
+        """The effective number of draws, 1/Σw² (Kong 1992); 0 if no weight is finite."""
+        square = float(np.sum(self.normalised**2))
+        return 1 / square if square else 0.0
 
 
 class Moments(NamedTuple):
@@ -256,10 +255,9 @@ def smooth(log_weights: np.ndarray, dtype: np.dtype | type[np.floating]) -> Impo
     if known.size == 0:
         nothing = _estimate(-math.inf, math.nan)
         return ImportanceWeights(normalised=np.zeros(count), k_hat=math.inf, log_evidence=nothing)
-    rounding = EQUAL_WITHIN_ROUNDINGS * float(np.finfo(dtype).eps) * max(1.0, float(np.abs(known).max()))
     if known.size < MIN_WEIGHTS_FOR_TAIL:
         smoothed, k_hat = known - np.logaddexp.reduce(known), math.inf
-    elif np.ptp(known) <= rounding:
+    elif _are_equal(known, dtype):
         smoothed, k_hat = np.full(known.size, -math.log(known.size)), 0.0
     else:
         smoothed, k_hat = arviz_compat.psis(known)
@@ -272,10 +270,29 @@ def smooth(log_weights: np.ndarray, dtype: np.dtype | type[np.floating]) -> Impo
     return ImportanceWeights(normalised=normalised, k_hat=k_hat, log_evidence=_estimate(log_mean, error))
 
 
-def tail_of_terms(log_weights: np.ndarray) -> float:
+def gap(log_weights: np.ndarray, weights: ImportanceWeights) -> Estimate:
+    """KL(q ‖ p) = log evidence − ELBO, nats, with its standard error by the delta method.
+
+    Both means are over the same draws, so that their errors nearly cancel where weights are nearly equal: the gap
+    changes with draw s by S w̄_s − w_s. It is infinite or NaN if a log weight is.
+    """
+    if not np.all(np.isfinite(log_weights)):
+        return _estimate(math.inf, math.nan)
+    count = log_weights.size
+    error = np.std(count * weights.normalised - log_weights, ddof=1) / math.sqrt(count)
+    return _estimate(weights.log_evidence.value - np.mean(log_weights), error)
+
+
+def _are_equal(known: np.ndarray, dtype: np.dtype | type[np.floating]) -> bool:
+    """Whether log weights differ by no more than the rounding of ``dtype``."""
+    rounding = EQUAL_WITHIN_ROUNDINGS * float(np.finfo(dtype).eps) * max(1.0, float(np.abs(known).max()))
+    return bool(np.ptp(known) <= rounding)
+
+
+def tail_of_terms(log_weights: np.ndarray, dtype: np.dtype | type[np.floating]) -> float:
     """The Pareto shape of the lowest log weights, the terms of the ELBO, which has a finite variance below ½."""
     known = log_weights[np.isfinite(log_weights)]
-    if known.size < MIN_WEIGHTS_FOR_TAIL or np.ptp(known) <= EQUAL_WITHIN_ROUNDINGS * EPS32 * np.abs(known).max():
+    if known.size < MIN_WEIGHTS_FOR_TAIL or _are_equal(known, dtype):
         return 0.0
     depth = known.max() - known
     return arviz_compat.psis(np.log(np.maximum(depth, np.finfo(float).tiny)))[1]
@@ -284,11 +301,14 @@ def tail_of_terms(log_weights: np.ndarray) -> float:
 def moments(values: np.ndarray, weights: np.ndarray | None = None) -> Moments:
     """Moments of draws, ``(S, *shape)``, weighted by w̄ if weights are given (self-normalised: Owen 2013, chapter 9).
 
-    The standard error of the mean is √(Σ w̄²(z − mean)²).
+    The standard error of the mean is √(Σ w̄²(z − mean)²). All moments are NaN if no draw has a weight.
     """
     z = np.asarray(values, np.float64)
     w = np.full(len(z), 1 / len(z)) if weights is None else weights
     z, w = z[w > 0], w[w > 0]  # a draw of weight zero may be NaN
+    if not w.size:
+        unknown = np.full(z.shape[1:], math.nan)
+        return Moments(mean=unknown, sd=unknown, standard_error=unknown)
     mean = np.tensordot(w, z, 1)
     square = (z - mean) ** 2
     error = np.sqrt(np.tensordot(w**2, square, 1))

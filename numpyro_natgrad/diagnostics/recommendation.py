@@ -17,6 +17,12 @@ from typing import Any, NamedTuple
 GOOD_K_HAT = 0.5
 #: k-hat above which no number of draws suffices in practice (Vehtari et al. 2024).
 MAX_K_HAT = 0.7
+#: KL(guide ‖ posterior), nats, below which means are off by less than 0.3 posterior standard deviations, and standard
+#: deviations by less than 30 %, whatever k-hat is: by Talagrand's inequality W₂ ≤ σ √(2 KL), for posteriors with tails
+#: no heavier than those of a Gaussian of standard deviation σ (Talagrand 1996; Huggins et al. 2020).
+SMALL_KL = 0.3**2 / 2
+#: Standard errors that are added to the KL before it is compared.
+KL_ERRORS = 2.0
 #: Newton decrement in nats above which more steps are recommended: half a nat is one standard deviation.
 MIN_DECREMENT = 0.5
 #: Share of log evidence − ELBO that the decrement must exceed as well; else steps close little of the gap. Not tuned.
@@ -66,7 +72,7 @@ class Case(NamedTuple):
     :ivar guide: names of the guide's class and of its base classes.
     :ivar latents: dimensions of the latent sites.
     :ivar nonfinite: number of draws whose log weight is not finite.
-    :ivar gap: log evidence − ELBO, nats.
+    :ivar gap: log evidence − ELBO, nats, which is KL(guide ‖ posterior); ``gap_error``: its standard error.
     :ivar rounding: rounding error of a log weight, nats.
     :ivar no_maximum: whether the ELBO has no maximum at the fitted parameters.
     :ivar points: latent sites that the guide gives a single value; ``only_points`` if it gives one to all of them.
@@ -94,6 +100,7 @@ class Case(NamedTuple):
     subsampled: tuple[str, ...]
     worst: tuple[str, float]
     newton_decrement_error: float = 0.0
+    gap_error: float = math.nan
     cause: str = ""
     abstains: bool = False
     term_tail: float = 0.0
@@ -150,6 +157,8 @@ def _reservations(case: Case) -> list[str]:
 
 
 def _main(case: Case) -> str:
+    if case.nonfinite == case.draws:
+        return "No draw has a weight, and so nothing is known of the posterior yet."
     if case.only_points:
         return f"The guide is a point and has no uncertainty: try {next_guide(case)}."
     shown, limit = distinguishable(case.k_hat, threshold(case.draws))
@@ -158,6 +167,11 @@ def _main(case: Case) -> str:
         return f"The guide is good: {k}. {_correction(case)}"
     if mark == "usable":
         return f"The guide is usable: {k}. Use the importance-weighted moments ({case.ess:.0f} effective draws)."
+    if case.gap + KL_ERRORS * case.gap_error < SMALL_KL:
+        return (
+            "The guide is good for means and standard deviations: KL(guide ‖ posterior) is "
+            f"{case.gap:.3f} ± {case.gap_error:.3f} nats. Do not weight its draws: {k}, since its tails are too light."
+        )
     rise = f"its ELBO can rise by about {case.newton_decrement:.1f} nats within this family"
     gain = f"The fit has not converged: {rise} ({k})."
     unfinished = case.newton_decrement - case.newton_decrement_error > max(

@@ -183,7 +183,7 @@ def _verdict(fitted: FittedGuide, drawn: Draws, judgement: Judgement, response: 
     points = tuple(name for name in latent if _is_point(drawn.values[name]))
     only_points = bool(points) and len(points) == len(latent)
     weights = _weights(drawn, only_points)
-    elbo = importance.elbo(drawn.log_weights)
+    elbo, gap = importance.elbo(drawn.log_weights), importance.gap(drawn.log_weights, weights)
     guide = {name: importance.moments(z) for name, z in drawn.values.items()}
     weighted = {name: importance.moments(z, weights.normalised) for name, z in drawn.values.items()}
     case = recommendation.Case(
@@ -193,14 +193,15 @@ def _verdict(fitted: FittedGuide, drawn: Draws, judgement: Judgement, response: 
         nonfinite=int(np.sum(~np.isfinite(drawn.log_weights))),
         k_hat=weights.k_hat,
         ess=weights.ess,
-        gap=float(weights.log_evidence.value - elbo.value),
+        gap=float(gap.value),
+        gap_error=float(gap.standard_error),
         rounding=_rounding(drawn),
         newton_decrement=judgement.gain,
         newton_decrement_error=judgement.error,
         no_maximum=response.no_maximum or judgement.saddle,
         cause=judgement.cause,
         abstains=judgement.abstains,
-        term_tail=importance.tail_of_terms(drawn.log_weights),
+        term_tail=importance.tail_of_terms(drawn.log_weights, drawn.dtype),
         particles=int(getattr(fitted.svi.loss, "num_particles", 0)),
         funnel=_funnel(drawn),
         correlated=not response.widening <= 1 + recommendation.SD_TOLERANCE,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.svi import SVI, SVIState
@@ -23,7 +24,7 @@ from numpyro_natgrad.infer.convergence import (
     format_interval,
     remaining_effort,
 )
-from numpyro_natgrad.infer.judge import MIN_HELD, Judgement, StopCheck
+from numpyro_natgrad.infer.judge import MIN_HELD, Judgement, StopCheck, nonfinite_site
 from numpyro_natgrad.infer.loop import (
     STEPS_PER_CHUNK,
     BatchIterator,
@@ -163,6 +164,9 @@ def fit(
         effort = _effort(end, history, tolerance, run.state.optim_state[1], svi.optim._options.constants)
         reason = _reason(end, history, tolerance, effort, unowned, run.check)
         reason += f"; {starts}" if starts else ""
+        if end == DIVERGED and source.fixed and run.state.mutable_state is None:
+            where = nonfinite_site(svi, svi.get_params(run.state), run.state.rng_key, args, kwargs)
+            reason += f"; {where}" if where else ""
         bar.set_postfix_str(reason)
     return FitResult(
         params=svi.get_params(run.state),
@@ -252,8 +256,26 @@ def _start(
     if given is not None and svi.constrain_fn is not None:
         return given, empty_history() if resume is None else resume.history
     # With a given state, ``svi.init`` only prepares ``svi.get_params``, as in a new process.
-    fresh = svi.init(rng_key, *args, init_params=init_params, **kwargs)
+    try:
+        fresh = svi.init(rng_key, *args, init_params=init_params, **kwargs)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        for note in _unusable(args, kwargs):
+            error.add_note(note)
+        raise
     return fresh if given is None else given, empty_history() if resume is None else resume.history
+
+
+def _unusable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[str]:
+    """What may have made NumPyro fail to set up model and guide: arrays with NaN, or without entries."""
+    for path, x in jax.tree_util.tree_leaves_with_path({"args": args, "kwargs": kwargs}):
+        if isinstance(x, np.ndarray | jax.Array) and jnp.issubdtype(x.dtype, jnp.number):
+            name = "".join(str(key) for key in path).removeprefix("['args']").replace("['kwargs']", "kwargs")
+            name = f"args{name}" if name.startswith("[") else name
+            lost = int(np.sum(~np.isfinite(np.asarray(x, float))))
+            if not x.size:
+                yield f"`{name}` has the shape {x.shape}, and so no entries."
+            elif lost:
+                yield f"`{name}` has {lost} of {x.size} entries that are not finite: leave out or mask these data."
 
 
 def _history(records: StepRecords, steps: int, begin: float, end: float) -> History:
