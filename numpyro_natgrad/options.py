@@ -36,8 +36,8 @@ class RuleConstants(NamedTuple):
     #: draws do not follow the parameters no loss is compared, and ``noise_threshold_inexact`` applies: a component of a
     #: mixture that no draw comes from is not found again.
     noise_threshold_scores: float = 0.5
-    #: Draws after which a step size that depends on earlier draws alone is half of its largest, where draws do not
-    #: follow the parameters. Steps of 1/(t + 10) with one draw each are stable on score functions of one latent.
+    #: Draws after which a step size is half of its largest where draws do not follow the parameters, and steps by which
+    #: its decay is delayed there. Steps of 1/(t + 10) with one draw each are stable on score functions of one latent.
     unpaired_draws: float = 10.0
     #: Joint Gaussian steps have at least this size over √N after N stationary steps; averaging admits any constant
     #: (Polyak & Juditsky 1992). Ablation: without the floor GLMM does not converge; 4 or 5 is a tenth faster there and

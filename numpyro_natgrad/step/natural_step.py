@@ -153,12 +153,9 @@ def natural_step(
     state = state._replace(seed=run_seed(loss_info.loss, step, state.seed))
     gradients = natural_gradients(loss_info, partition, step, state)
     statistics = update_statistics(gradients, context, state)
-    if partition.paired or context.options.step_size is not None:
-        largest = choose_step_sizes(gradients, statistics.estimate, context, step)
-    else:
-        largest = foreseen_step_sizes(statistics, context, step, state)
+    largest = choose_step_sizes(gradients, statistics, context, step, state)
     pairs = zip(partition.blocks, gradients.tangents, strict=True)
-    tangents = [b.restrained(v, largest[k], statistics.estimate.signal[k]) for k, (b, v) in enumerate(pairs)]
+    tangents = [b.restrained(v, largest[k]) for k, (b, v) in enumerate(pairs)]
     curve = Curve(context, state, tangents, statistics.memory, largest, loss_info.gradient)
     search = search_trust_region(curve, loss_info, gradients)
     proposal = curve.within(search.radius)
@@ -206,36 +203,38 @@ def update_statistics(gradients: NaturalGradients, context: Context, state: Natu
 
 
 def choose_step_sizes(
-    gradients: NaturalGradients, estimate: NoiseEstimate, context: Context, step: jax.Array
+    gradients: NaturalGradients, statistics: Statistics, context: Context, step: jax.Array, state: NaturalGradientState
 ) -> jax.Array:
     """The largest step size of each block: the user's, the block's own, or that of the noise; ``(B,)``."""
-    largest = step_size.largest_step_size(context.options, step, estimate, context.partition.tolerance)
-    if context.options.step_size is not None:
+    options, constants, before = context.options, context.options.constants, state.statistics
+    paired, running_mean, estimate = context.partition.paired, statistics.norms.running_mean, statistics.estimate
+    predicted = newton_decrement.predicted_mean(state.decrement, step_size.current_noise(before, constants))
+    delay = 1.0 if paired else constants.unpaired_draws
+    foreseen = step_size.foreseen(before, running_mean, predicted, estimate, step, delay, constants)
+    foreseen = foreseen if paired else foreseen._replace(huber=jnp.ones_like(estimate.huber))
+    largest = step_size.largest_step_size(options, step, foreseen, context.partition.tolerance)
+    if options.step_size is not None:
         return largest
+    if not paired:
+        return _limited_unpaired(largest, running_mean + foreseen.noise, context, step)
     return jnp.where(gradients.own_step_sizes > 0, gradients.own_step_sizes, largest)
 
 
-def foreseen_step_sizes(
-    statistics: Statistics, context: Context, step: jax.Array, state: NaturalGradientState
-) -> jax.Array:
-    """The step size of each block by earlier natural gradients alone, ``(B,)``; zero until there are two.
+def _limited_unpaired(largest: jax.Array, square: jax.Array, context: Context, step: jax.Array) -> jax.Array:
+    """The step size where draws do not follow the parameters, ``(B,)``; zero until noise is known.
 
-    It is used where draws do not follow the parameters. No comparison of losses then bounds a step. Its expected KL
-    therefore stays below that of steps which are never compared, which leaves it unbiased. (The KL of the step itself
-    is bounded by the radius, which matters far from the optimum only, where steps are long.)
+    No comparison of losses bounds such a step. Its expected KL therefore stays below that of steps which are never
+    compared. (The KL of the step itself is bounded by the radius, which matters far from the optimum only, where steps
+    are long.)
+
+    :param square: expected ‖v‖², nats.
     """
-    norms, constants = statistics.norms, context.options.constants
-    draws = jnp.maximum(step, 1) * context.partition.particles
-    noise = step_size.current_noise(state.statistics, constants)
-    predicted = newton_decrement.predicted_mean(state.decrement, noise)
-    running_mean = norms.running_mean
-    estimate = step_size.foreseen(state.statistics, running_mean, predicted, statistics.estimate, constants)
-    largest = step_size.largest_step_size(context.options, step, estimate, context.partition.tolerance)
-    square = norms.running_mean + estimate.noise
-    limit = jnp.minimum(trust_region.initial_radius(context.options, context.partition.latents), _floor(context))
+    constants, partition = context.options.constants, context.partition
+    draws = jnp.maximum(step, 1) * partition.particles
+    limit = jnp.minimum(trust_region.initial_radius(context.options, partition.latents), _floor(context))
     kl = jnp.maximum(0.5 * jnp.sum(largest**2 * square), jnp.finfo(square.dtype).tiny)
     ramp = (1 / (1 + constants.unpaired_draws / draws)).astype(largest.dtype)
-    known = (step > 1) & (square > 0)
+    known = (step >= constants.recent_steps) & (square > 0)
     return jnp.where(known, ramp * jnp.minimum(1.0, jnp.sqrt(limit / kl)) * largest, 0.0)
 
 

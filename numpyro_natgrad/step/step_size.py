@@ -113,24 +113,31 @@ def foreseen(
     running_mean: jax.Array,
     predicted: jax.Array,
     estimate: NoiseEstimate,
+    step: jax.Array,
+    delay: float,
     constants: RuleConstants,
 ) -> NoiseEstimate:
     """Signal and noise by earlier natural gradients alone, for a step size that does not depend on the present one.
 
-    Otherwise E[ρv] ≠ 0 where E[v] = 0: score functions have skewed noise, and ρ is smaller for longer v.
+    If ρ depends on v, E[ρv] ≠ 0 where E[v] = 0. A signal fraction that contains v is larger for a v along m, the
+    steps of the past: minibatches of two rows then drive the iterate away from the optimum without end.
 
-    :param statistics: before :func:`observe`.
-    :param running_mean: ‖m‖², nats.
+    The signal is at least 1/(window + delay). With a delay of one the iterate is the mean of the estimates of the
+    optimum in the window and of the present one.
+
+    :param statistics: before :func:`observe`; their noise is known after ``recent_steps`` steps.
+    :param running_mean: ‖m‖² before :func:`observe`, nats.
     :param predicted: ‖m‖² expected of noise alone, nats: the signal is what exceeds ``nonstationarity`` times that.
+    :param estimate: by :func:`observe`.
     """
     noise, tiny = statistics.noise, jnp.finfo(running_mean.dtype).tiny
-    signal = jnp.maximum(running_mean - constants.nonstationarity * predicted, 0.0) / jnp.maximum(
-        running_mean + noise, tiny
+    square = (1 + _excess(statistics.drift, constants)) ** 2 * running_mean
+    excess = jnp.maximum(square - constants.nonstationarity * predicted, 0.0)
+    signal = jnp.clip(excess / jnp.maximum(square + noise, tiny), 1 / (statistics.window + delay), 1.0)
+    known = step >= constants.recent_steps
+    return estimate._replace(
+        signal=jnp.where(known, signal, estimate.signal), noise=jnp.where(known, noise, estimate.noise)
     )
-    signal = jnp.clip(
-        jnp.maximum(signal, 1 / (statistics.window + constants.unpaired_draws)), constants.signal_floor, 1.0
-    )
-    return estimate._replace(signal=signal, noise=noise, huber=jnp.ones_like(noise))
 
 
 def current_noise(statistics: NoiseStatistics, constants: RuleConstants) -> jax.Array:
@@ -153,9 +160,14 @@ def _without_drift(
     product = jnp.clip((gradient2 - mean2 - innovation2) / 2, -bound, bound)  # ⟨v − m, m⟩
     fractions = jnp.stack([product, mean2]) / jnp.maximum(gradient2 + mean2, tiny)
     drift = drift + weight * (fractions - drift)
-    excess = jnp.clip(drift[0] / jnp.maximum(drift[1], tiny), 0.0, constants.drift_max - 1)  # β − 1
+    excess = _excess(drift, constants)
     rest = jnp.maximum(innovation2 - 2 * excess * product + excess**2 * mean2, 0.0)
     return drift, SquaredNorms((1 + excess) ** 2 * mean2, rest, gradient2)
+
+
+def _excess(drift: jax.Array, constants: RuleConstants) -> jax.Array:
+    """β − 1."""
+    return jnp.clip(drift[0] / jnp.maximum(drift[1], jnp.finfo(drift.dtype).tiny), 0.0, constants.drift_max - 1)
 
 
 def forget(statistics: NoiseStatistics, distant: float, kl: jax.Array) -> NoiseStatistics:

@@ -130,11 +130,10 @@ class JointGaussian(Block[JointTangent]):
         running_mean, innovation, gradient = norms(jnp.sum(curvatures**2, axis=(1, 2)))
         return SquaredNorms(running_mean, innovation, gradient, visible)
 
-    def restrained(self, v: JointTangent, rho: jax.Array, signal: jax.Array) -> JointTangent:
+    def restrained(self, v: JointTangent, rho: jax.Array) -> JointTangent:
         if math.isinf(self.widening_limit):  # of a step size of the user's; the limit would have a NaN derivative at 0
             return v
-        # The part of the mean's step that is noise brings it no nearer: a widening that waited for it would never come.
-        return v._replace(tangent=gaussian.wait(v.tangent, rho, self.widening_limit / signal, self.margin))
+        return v._replace(tangent=gaussian.wait(v.tangent, rho, self.widening_limit, self.margin))
 
     def predicted_reduction(self, v: JointTangent, rho: jax.Array) -> jax.Array:
         return gaussian.predicted_reduction(v.tangent, rho, self.margin)
