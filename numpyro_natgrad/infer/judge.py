@@ -161,7 +161,7 @@ class Judge:
         self.vectorized = bool(getattr(svi.loss, "vectorize_particles", True))
         found = trace_loss(self._fn(params, random.key(0), batch), params)
         self.path = path_sites(found)
-        self.rough = sorted(name for name, s in found.sites.items() if not (s.reparameterized or s.analytic))
+        self.rough = sorted(name for name, s in found.sites.items() if s.is_score_function)
         self.row_weight = max([1.0, *(s.weight or 1.0 for s in found.sites.values())])
         self.sites = relative_sites(found)
         zero = no_move(params, self.sites)
