@@ -272,8 +272,11 @@ def test_start_with_a_loss_of_1e5_nats_reaches_the_optimum():
 
 
 @pytest.mark.slow
-def test_unscaled_regression_reaches_least_squares_in_forty_steps():
+def test_unscaled_regression_reaches_least_squares_in_tens_of_steps():
     """A regression with flat priors and unscaled covariates, whose natural gradients change a thousandfold.
+
+    Of a hundred sequences of draws 61, 94 and 98 arrive in 40, 60 and 100 steps. Four fifths of forty in 60 steps are
+    3.7 standard errors below that.
 
     The posterior's mean is least squares, and its covariance nearly σ̂²(XᵀX)⁻¹, by NumPy in double precision.
     """
@@ -290,11 +293,23 @@ def test_unscaled_regression_reaches_least_squares_in_forty_steps():
         numpyro.sample("y", dist.Normal(jnp.array(x, float) @ beta, sigma), obs=jnp.array(y, float))
 
     guide = AutoMultivariateNormal(regression, init_loc_fn=init_to_value(values={"beta": jnp.zeros(3), "sigma": 0.05}))
-    params, losses, info = run(regression, guide, 40)
-    assert losses[0] > 1e6
-    assert info.skipped_total == 0
-    # Forty steps leave a hundredth of a nat, and so √0.02 standard deviations, in the worst direction.
-    assert (np.abs(np.asarray(params["auto_loc"])[:3] - known) < np.sqrt(0.02) * sd).all()
+    svi = SVI(regression, guide, NaturalGradient(), Trace_ELBO(num_particles=8))
+    start = svi.init(random.key(0))
+    starts = jax.vmap(lambda key: start._replace(rng_key=key))(random.split(random.key(1), 40))
+    assert svi.evaluate(start) > 1e6
+
+    @jax.jit
+    @jax.vmap
+    def run_from(state):
+        step = lambda state, _: (svi.update(state)[0], svi.get_params(state)["auto_loc"][:3])
+        state, means = jax.lax.scan(step, state, length=60)
+        return means, svi.optim.info(state)
+
+    means, info = run_from(starts)
+    assert (info.skipped_total == 0).all()
+    # A hundredth of a nat is √0.02 standard deviations in the worst direction.
+    arrived = (np.abs(np.asarray(means) - known) < np.sqrt(0.02) * sd).all(-1)
+    assert np.mean(arrived[:, -1]) > 0.8
 
 
 @pytest.mark.parametrize("guide", tiers([AutoNormal, AutoMultivariateNormal], AutoNormal))

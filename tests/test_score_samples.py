@@ -241,6 +241,7 @@ GUIDES = {
 
 
 @pytest.mark.parametrize("name", tiers(GUIDES, "IAF"))
+@pytest.mark.filterwarnings("ignore:NaturalGradient. no distribution that it can read owns")
 def test_fit_of_guides_without_closed_form_reduces_the_loss(name):
     make, method, gap = GUIDES[name]
     state, losses, report = fitted(banana, make(banana), 60, Trace_ELBO(8))
@@ -299,6 +300,7 @@ def test_base_of_an_annealed_guide_uses_the_hessian_of_kl(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ANNEALED)
+@pytest.mark.filterwarnings("ignore:NaturalGradient. no distribution that it can read owns")
 def test_bound_of_an_annealed_guide_approaches_the_log_evidence(name):
     """The bound ends within 1.5 nats of the evidence, a normal density."""
     model, make, cov = ANNEALED[name]
