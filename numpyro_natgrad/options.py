@@ -110,8 +110,8 @@ class RuleConstants(NamedTuple):
     natural_margin: float = 0.25
     unlimited_margin: float = 1e-6
     #: Squared step of the mean in one direction, in standard deviations of the new guide, up to which a covariance
-    #: widens freely there (:func:`.gaussian.wait`). Of 64 random starts of a line with outliers 57, 55, 54 and 56 arrive
-    #: with 0.01, 0.03, 0.1 and 0.3, and 16 without a limit.
+    #: widens freely there (:func:`.gaussian.wait`). Of 64 random starts of a line with outliers 57, 55, 54 and 56
+    #: arrive with 0.01, 0.03, 0.1 and 0.3, and 16 without a limit.
     widening_decrement: float = 0.1
 
     # ---- Which block (:mod:`.partition`) -----------------------------------------------------------------------------

@@ -275,8 +275,8 @@ def test_start_with_a_loss_of_1e5_nats_reaches_the_optimum():
 def test_unscaled_regression_reaches_least_squares_in_tens_of_steps():
     """A regression with flat priors and unscaled covariates, whose natural gradients change a thousandfold.
 
-    Of a hundred sequences of draws 61, 94 and 98 arrive in 40, 60 and 100 steps. Four fifths of forty in 60 steps are
-    3.7 standard errors below that.
+    Of three hundred sequences of draws 93 % arrive in 60 steps and 98 % in 100. Of forty, 85 % in 100 steps are four
+    standard errors below that.
 
     The posterior's mean is least squares, and its covariance nearly σ̂²(XᵀX)⁻¹, by NumPy in double precision.
     """
@@ -302,14 +302,14 @@ def test_unscaled_regression_reaches_least_squares_in_tens_of_steps():
     @jax.vmap
     def run_from(state):
         step = lambda state, _: (svi.update(state)[0], svi.get_params(state)["auto_loc"][:3])
-        state, means = jax.lax.scan(step, state, length=60)
+        state, means = jax.lax.scan(step, state, length=100)
         return means, svi.optim.info(state)
 
     means, info = run_from(starts)
     assert (info.skipped_total == 0).all()
     # A hundredth of a nat is √0.02 standard deviations in the worst direction.
     arrived = (np.abs(np.asarray(means) - known) < np.sqrt(0.02) * sd).all(-1)
-    assert np.mean(arrived[:, -1]) > 0.8
+    assert np.mean(arrived[:, -1]) > 0.85
 
 
 @pytest.mark.parametrize("guide", tiers([AutoNormal, AutoMultivariateNormal], AutoNormal))
