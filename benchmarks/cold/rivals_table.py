@@ -1,0 +1,60 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""The table of other packages: seconds from a standing start, and the k-hat of each answer, beside ours."""
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.posteriordb.table import markdown
+
+from .jobs import GUIDES, NO_GUIDE, RIVALS, Cell, chosen
+from .results import Store
+
+HEADING = "## Other packages"
+LINES = tuple(line for lines in RIVALS for line in lines)
+_HEAD = (
+    "posterior", "`fit`, full, s", "same model again, s", "k̂", "`fit`, mean field, s", "same model again, s", "k̂",
+    "PyMC's Pathfinder, s", "same model again, s", "k̂", "BlackJAX's Pathfinder, s", "k̂", "glmmTMB, s", "k̂",
+)  # fmt: skip
+
+
+def rivals(stores: list[Store], clock: str) -> str:
+    """The table, from the environment that has measured other packages; empty if there is none."""
+    for store in stores:
+        lines = {posterior: _line(store, posterior, clock) for posterior in chosen([])}
+        if any(_found(store, posterior, line) for posterior in lines for line in LINES):
+            return f"{_made_with(store)}\n\n{markdown(_HEAD, list(lines.values()))}"
+    return ""
+
+
+def _found(store: Store, posterior: str, line: str, guide: str = NO_GUIDE) -> list[dict[str, Any]]:
+    return store.all_rounds(Cell(posterior, guide), line)
+
+
+def _line(store: Store, posterior: str, clock: str) -> tuple[str, ...]:
+    seconds = lambda line, guide=NO_GUIDE: _seconds(_found(store, posterior, line, guide), clock)
+    khat = lambda line, guide=NO_GUIDE: _khat(_found(store, posterior, line, guide))
+    ours = [x for guide in GUIDES for x in (seconds("nothing", guide), seconds("same", guide), khat("nothing", guide))]
+    pymc = seconds("pymc"), seconds("pymc_again"), khat("pymc")
+    others = [x for line in ("blackjax", "glmmtmb") for x in (seconds(line), khat(line))]
+    return posterior.split("-")[0], *ours, *pymc, *others
+
+
+def _seconds(results: list[dict[str, Any]], clock: str) -> str:
+    return f"{np.median([result[clock] for result in results]):.2f}" if results else "–"
+
+
+def _khat(results: list[dict[str, Any]]) -> str:
+    known = [result["khat"] for result in results if "khat" in result]
+    return f"{np.median(known):.2f}" if known else "–"
+
+
+def _made_with(store: Store) -> str:
+    """Versions of the packages, and of JAX."""
+    first = [found[0] for line in LINES for p in chosen([]) if (found := _found(store, p, line))]
+    theirs = sorted({result["version"] for result in first})
+    mine = ", ".join(f"{name} {first[0][name]}" for name in ("jax", "numpyro"))
+    rounds = max(len(_found(store, p, line)) for line in LINES for p in chosen([]))
+    cores = "one core" if first[0]["cores"] == 1 else f"{first[0]['cores']} cores"
+    return f"Python {first[0]['python']}, {mine}, {'; '.join(theirs)}; {cores}. Rounds: {rounds}."
