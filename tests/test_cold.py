@@ -72,17 +72,22 @@ def test_what_another_line_left_is_there_even_if_that_is_stored(tmp_path, monkey
 def test_the_table_has_ratios_of_medians(tmp_path):
     store = Store(tmp_path, "3.11")
     versions = {"python": "3.11.7", "jax": "0.10.2", "jaxlib": "0.10.2", "numpyro": "0.22.0", "cores": 1}
-    fitted = {"steps": 30, "converged": True, "step": 0.002, "khat": 0.5, "elbo": -31.0}
+    fitted = {"steps": 30, "converged": True, "step_seconds": 0.002, "khat": 0.5, "elbo": -31.0}
     for turn, (ours, adam) in enumerate([(3.0, 4.0), (90.0, 80.0), (2.0, 4.0)]):
         store.write(SCHOOLS.job("nothing", turn), {"seconds": ours, "cpu": 2.0} | fitted)
         store.write(SCHOOLS.job("adam", turn), versions | {"seconds": adam, "cpu": 1.0, "khat": 0.6, "elbo": -31.5})
     again = {"seconds": 0.5, "beyond": 0.3, "compilations": 2, "steps": 100}
     store.write(SCHOOLS.job("refit", 0), {"again": [again, again | {"compilations": 0}], "fresh": again})
-    store.write(Job("nothing", SCHOOLS.posterior, GUIDES[0], 0), fitted | {"seconds": 1.0})  # without Adam
-    (row,) = rows(store)
+    store.write(Job("nothing", SCHOOLS.posterior, GUIDES[0], 0), versions | fitted | {"seconds": 1.0})
+    before = Store(tmp_path, "3.11-before")
+    before.write(SCHOOLS.job("nothing", 0), {"seconds": 9.0, "step_seconds": 0.004})
+    other, row = rows(store)
+    assert np.isnan(other.ratio("nothing"))
     assert row.ratio("nothing") == 3.0 / 4.0
     assert row._replace(clock="cpu").ratio("nothing") == 2.0
     text = document.environment(store, "seconds")
+    assert "over that before these changes | 0.50 × | 0.50 × (eight_schools, mean field) | 1 |" in text
+    assert document.environment(before, "seconds") == ""
     assert "| nothing on disk | 0.75 × | 0.75 × (eight_schools, mean field) | 1 |" in text
     assert "same process: compilations | 2 | 2 (eight_schools, mean field) | 1 | 0 |" in text
     assert "| 0.50 | 0.60 | +0.50 |" in text

@@ -31,11 +31,11 @@ def write(results: pathlib.Path, clock: str) -> str:
 
 
 def environment(store: Store, clock: str) -> str:
-    """The tables of one environment; empty if it has no measurement of both ours and Adam, or only the steps before."""
+    """The tables of one environment; empty without measurements, and for an earlier version of the package."""
     found = rows(store, clock)
     if not found or store.environment.endswith(BEFORE):
         return ""
-    before = rows(Store(store.folder, store.environment + BEFORE))
+    before = rows(Store(store.folder, store.environment + BEFORE), clock)
     fewest, most = (end(row.rounds for row in found) for end in (min, max))
     about = f"Rounds: {most}." if fewest == most else f"Rounds: {fewest} to {most}."
     about += "" if clock == "seconds" else " The seconds are those of the processor, because other work shared it."

@@ -43,13 +43,13 @@ class Row(NamedTuple):
 
     @property
     def rounds(self) -> int:
-        """Measurements of Adam."""
-        return len(self.lines["adam"])
+        """Measurements of Adam, or of any line without them."""
+        return len(self.lines["adam"]) or max(map(len, self.lines.values()))
 
     @property
     def versions(self) -> str:
         """What it was measured with."""
-        first = self.lines["adam"][0]
+        first = next(found[0] for found in self.lines.values() if found)
         packages = ", ".join(f"{name} {first[name]}" for name in ("jax", "jaxlib", "numpyro"))
         cores = "one core" if first["cores"] == 1 else f"{first['cores']} cores"
         return f"Python {first['python']}, {packages}, {cores}"
@@ -63,6 +63,11 @@ class Row(NamedTuple):
     def ratio(self, line: str) -> float:
         """Seconds of a line over those of Adam: ratio of the medians."""
         return self.median(line) / self.median("adam")
+
+    @property
+    def step(self) -> float:
+        """Milliseconds of a step of a compiled fit."""
+        return 1e3 * self.median("nothing", f"step_{self.clock}")
 
     def again(self, figure: str) -> np.ndarray:
         """A figure of every fit of new data in the same process."""
@@ -78,11 +83,11 @@ class Row(NamedTuple):
 
 
 def rows(store: Store, clock: str = "seconds") -> list[Row]:
-    """Posteriors and guides with measurements of Adam."""
+    """Posteriors and guides with any measurement."""
     lines = ("adam", "refit", *COMPARED)
     several = cells(chosen([]), list(GUIDES))
     found = (Row(cell, {line: store.all_rounds(cell, line) for line in lines}, clock) for cell in several)
-    return [row for row in found if row.lines["adam"]]
+    return [row for row in found if any(row.lines.values())]
 
 
 def summary(found: list[Row], before: list[Row]) -> list[str]:
@@ -123,11 +128,13 @@ def _same_process(found: list[Row]) -> list[tuple[str, ...]]:
 
 def _steps(found: list[Row], before: list[Row]) -> list[tuple[str, ...]]:
     """Seconds of a compiled step, and their ratio to those of an earlier version of this package."""
-    old = {row.cell: row.median("nothing", "step") for row in before}
-    ratio = lambda row: row.median("nothing", "step") / old.get(row.cell, float("nan"))
-    milliseconds = lambda row: 1e3 * row.median("nothing", "step")
+    old = {row.cell: row.step for row in before}
+    ratio = lambda row: row.step / old.get(row.cell, float("nan"))
     compared = ("a compiled step, over that before these changes", *_spread(found, ratio, "{:.2f} ×"), "≤ 1 ×")
-    return [("a compiled step", *_spread(found, milliseconds, "{:.2f} ms"), ""), *([compared] if before else [])]
+    return [
+        ("a compiled step", *_spread(found, lambda row: row.step, "{:.2f} ms"), ""),
+        *([compared] if before else []),
+    ]
 
 
 def each(found: list[Row]) -> list[str]:
@@ -150,7 +157,7 @@ def _line(row: Row) -> tuple[str, ...]:
         *(_number(row.ratio(line), "{:.2f}") for line in COMPARED),
         _number(float(again.max()) if again.size else float("nan"), "{:.0f}"),
         _number(float(np.median(beyond)) if beyond.size else float("nan"), "{:.2f}"),
-        _number(1e3 * row.median("nothing", "step"), "{:.2f}"),
+        _number(row.step, "{:.2f}"),
         _number(row.median("nothing", "steps"), "{:.0f}"),
         f"{sum(stopped)} of {len(stopped)}",
         _number(row.scored("nothing", "khat"), "{:.2f}"),

@@ -35,8 +35,8 @@ from .jobs import ADAM_RATE, ADAM_STEPS, NO_GUIDE, PARTICLES, RUN_STEPS, TOLERAN
 
 #: JAX records the seconds of every compilation under this name.
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-#: New data sets of a process that fits again.
-REFITS = 5
+#: New data sets of a process that fits again, and steps that a compiled fit goes on for.
+REFITS, FURTHER = 5, 200
 
 Result = dict[str, Any]
 
@@ -101,7 +101,7 @@ def measure(job: Job, checkout: pathlib.Path) -> Result:
     answer = _METHODS[job.line](problem)
     taken = clock.read() | {"x64": job.posterior in X64}
     compiled = {"compilations": len(compilations.seconds), "compile_seconds": sum(compilations.seconds)}
-    found = taken | compiled | _about(answer, compilations, problem)
+    found = taken | compiled | _about(job.line, answer, compilations, problem)
     if job.round == 0 and job.line in ("nothing", "adam"):
         found |= _scored(problem, answer.params)
     return versions() | found
@@ -113,37 +113,52 @@ def versions() -> Result:
     return {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0)), **packages}
 
 
-class _Refits(NamedTuple):
+class Fitted(NamedTuple):
+    """A fit, and the ``SVI`` that goes on from it."""
+
     svi: SVI
-    first: numpyro_natgrad.FitResult
+    result: numpyro_natgrad.FitResult
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The answer."""
+        return self.result.params
 
 
-def _first_of_several(problem: Problem) -> _Refits:
+def _fit(problem: Problem) -> Fitted:
     svi = problem.svi(numpyro_natgrad.NaturalGradient())
-    return _Refits(svi, problem.fit(svi, problem.data))
+    return Fitted(svi, problem.fit(svi, problem.data))
 
 
 _METHODS: dict[str, Callable[[Problem], Any]] = {
-    "fill": lambda problem: problem.fit(problem.svi(numpyro_natgrad.NaturalGradient()), problem.data),
     "adam": lambda problem: problem.run(numpyro.optim.Adam(ADAM_RATE), ADAM_STEPS),
     "run": lambda problem: problem.run(numpyro_natgrad.NaturalGradient(), RUN_STEPS),
-    "refit": _first_of_several,
-}
-_METHODS |= dict.fromkeys(("nothing", "others", "same"), _METHODS["fill"])
+} | dict.fromkeys(("nothing", "others", "same", "refit", "fill"), _fit)
 
 
-def _about(answer: Any, compilations: Compilations, problem: Problem) -> Result:
-    if isinstance(answer, numpyro_natgrad.FitResult):
-        return _fitted(answer)
-    if isinstance(answer, _Refits):
+def _about(line: str, answer: Any, compilations: Compilations, problem: Problem) -> Result:
+    """What a fit says about itself; with further fits in this process, which the clock leaves out."""
+    if not isinstance(answer, Fitted):
+        return {"steps": len(answer.losses)}
+    if line == "refit":
         again = [_again(answer.svi, compilations, problem, seed + 1) for seed in range(REFITS)]
         fresh = _again(problem.svi(numpyro_natgrad.NaturalGradient()), compilations, problem, REFITS + 1)
         return {"again": again, "fresh": fresh}
-    return {"steps": len(answer.losses)}
+    return _fitted(answer.result) | (_further_steps(answer, problem) if line == "nothing" else {})
+
+
+def _further_steps(answer: Fitted, problem: Problem) -> Result:
+    """Seconds of a step of the compiled program, as the user waits and of the processor."""
+    clock = Clock()
+    numpyro_natgrad.fit(
+        answer.svi, jax.random.key(0), init_state=answer.result.state, max_steps=FURTHER, tolerance=0,
+        progress_bar=False, **problem.data,
+    )  # fmt: skip
+    return {f"step_{name}": x / FURTHER for name, x in clock.read().items()}
 
 
 def _fitted(result: numpyro_natgrad.FitResult) -> Result:
-    """A step's seconds are a median, which leaves out compilation and what comes between chunks of steps."""
+    """The seconds of a step are a median, which leaves out compilation and what comes between chunks of steps."""
     steps = len(result.losses)
     step = float(np.median(np.diff(result.history.seconds))) if steps > 1 else float("nan")
     judge = float(result.judge_seconds)
