@@ -17,8 +17,8 @@ import grimp
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = "numpyro_natgrad"
 PICTURE = ROOT / "docs" / "figures" / "architecture.svg"
-#: Okabe and Ito's palette, which is safe for colour blindness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666", "#000000")
+#: Okabe and Ito's palette, which is safe for colour blindness, and wine from Tol's.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666", "#000000", "#882255")
 LEFT, WIDTH, GAP, LINE, TOP, ARC = 12, 430, 20, 17, 14, 30
 CHARACTERS = 62
 

@@ -16,7 +16,8 @@ from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_natgrad import History, NaturalGradient, StructureError, fit
 from numpyro_natgrad.blocks.base import SquaredNorms
-from numpyro_natgrad.infer import convergence, loop
+from numpyro_natgrad.compilation import programs
+from numpyro_natgrad.infer import convergence
 from numpyro_natgrad.step import newton_decrement
 from numpyro_natgrad.step.newton_decrement import StepWeights
 from numpyro_natgrad.step.state import DecrementState
@@ -71,12 +72,12 @@ def test_resumed_fit_equals_one_fit_and_is_not_traced_again(svi, whole, monkeypa
 
 
 def test_unknown_compiler_options_are_not_used(monkeypatch):
-    monkeypatch.setattr(loop, "QUICK_OPTIONS", {"xla_no_such_option": True})
-    loop.are_known.cache_clear()
+    monkeypatch.setattr(programs, "QUICK_OPTIONS", {"xla_no_such_option": True})
+    programs.are_known.cache_clear()
     try:
-        assert loop.quick_jit(lambda x: 2 * x)(1.0) == 2.0
+        assert programs.quick_jit(lambda x: 2 * x)(1.0) == 2.0
     finally:
-        loop.are_known.cache_clear()
+        programs.are_known.cache_clear()
 
 
 def test_fit_on_batches_takes_the_steps_of_svi_update(svi):

@@ -18,6 +18,7 @@ from numpyro.infer.initialization import init_to_value
 from oracles import spd
 
 from numpyro_natgrad import NaturalGradient, fit, verdict
+from numpyro_natgrad.compilation.data import split
 from numpyro_natgrad.infer.judge import JUDGE, Judge, conjugate_gradients
 
 D = 4
@@ -35,7 +36,7 @@ def judged(svi, params, *args, key=0, **changed):
     state = svi.init(random.key(0), *args)
     values = {**svi.get_params(state), **{name: jnp.asarray(x, float) for name, x in params.items()}}
     unconstrained = svi.constrain_fn(values, invert=True)
-    return Judge(svi, None, unconstrained, args, {})(unconstrained, random.key(key), TOLERANCE, **changed)
+    return Judge(svi, None, unconstrained, split(svi, args, {}))(unconstrained, random.key(key), TOLERANCE, **changed)
 
 
 def started(model, guide, loss=None):
@@ -187,7 +188,7 @@ def test_batches_are_judged_by_their_mean():
     svi = started(model, AutoNormal(model))
     svi.init(random.key(0), jnp.zeros(8))
     values = svi.constrain_fn({"z_auto_loc": jnp.array(0.3), "z_auto_scale": jnp.array(17**-0.5)}, invert=True)
-    judge = Judge(svi, None, values, (), {}, (jnp.zeros(8),))
+    judge = Judge(svi, None, values, split(svi, (), {}), (jnp.zeros(8),))
     held = jnp.asarray(np.tile(np.array([-1.0, -1.0, 1.0, 1.0]), 4))[:, None] * jnp.ones(8)
     found = judge(values, random.key(1), TOLERANCE, (held,))
     assert abs(found.gain - 0.5 * 17 * 0.3**2) < 4 * found.error + 0.02

@@ -13,7 +13,8 @@ from numpyro.infer import SVI, Trace_ELBO, init_to_sample, init_to_value
 from numpyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
 from numpyro_natgrad import NaturalGradient, fit
-from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, StaticInputs, compiled
+from numpyro_natgrad.compilation.data import split
+from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, program_of
 from numpyro_natgrad.infer.starts import initial_states
 from numpyro_natgrad.options import StructureError
 
@@ -51,7 +52,7 @@ def test_starts_keep_the_order_of_the_latents():
 
     guide = AutoDiagonalNormal(two_sites, init_loc_fn=init_to_sample)
     svi = SVI(two_sites, guide, NaturalGradient(), Trace_ELBO())
-    states = initial_states(svi, random.key(1), svi.init(random.key(0)), 4, (), {})
+    states = initial_states(svi, random.key(1), svi.init(random.key(0)), 4, split(svi, (), {}))
     found = jax.vmap(lambda state: guide.median(svi.get_params(state)))(states)
     assert np.all(np.abs(found["a"] - 50) < 10)
     assert np.all(np.abs(found["b"] + 50) < 10)
@@ -60,12 +61,13 @@ def test_starts_keep_the_order_of_the_latents():
 def test_steps_of_all_starts_together_are_those_of_each_alone():
     svi = _svi()
     first = svi.init(random.key(0))
-    program = compiled(svi, StaticInputs((svi.model, svi.guide, svi.loss, svi.optim), (), {}, False))
-    states = initial_states(svi, random.key(1), first, 3, (), {})
-    together, _ = jax.jit(jax.vmap(program.chunk.__wrapped__, in_axes=(0, None, None)))(states, STEPS_PER_CHUNK, ())
+    data = split(svi, (), {})
+    chunk = lambda state: program_of(svi, False).steps(state, STEPS_PER_CHUNK, (), data, [])[0]
+    states = initial_states(svi, random.key(1), first, 3, data)
+    together = jax.jit(jax.vmap(chunk))(states)
     together = svi.optim.get_params(together.optim_state)
     for i in range(3):
-        alone, _ = program.chunk(jax.tree.map(lambda x, i=i: x[i], states), STEPS_PER_CHUNK, ())
+        alone = jax.jit(chunk)(jax.tree.map(lambda x, i=i: x[i], states))
         for name, x in svi.optim.get_params(alone.optim_state).items():
             np.testing.assert_allclose(together[name][i], x, rtol=1e-3, atol=1e-4)
 

@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient, options
+from numpyro_natgrad.compilation.programs import quick_jit
 from numpyro_natgrad.estimators import stein_regression
-from numpyro_natgrad.infer.loop import quick_jit
 
 from . import svi
 from .checkout import arguments

@@ -19,7 +19,7 @@ from numpyro.optim import optax_to_numpyro
 from tqdm import tqdm
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.infer.loop import quick_jit
+from numpyro_natgrad.compilation.programs import quick_jit
 
 from . import svi
 from .checkout import arguments

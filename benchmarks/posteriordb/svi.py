@@ -24,7 +24,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.optim import optax_to_numpyro
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.infer.loop import quick_jit
+from numpyro_natgrad.compilation.programs import quick_jit
 from numpyro_natgrad.options import RuleConstants
 
 from .guides import Guide

@@ -19,7 +19,8 @@ from numpyro.infer.svi import SVIState
 from numpyro.optim import optax_to_numpyro
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, quick_jit
+from numpyro_natgrad.compilation.programs import quick_jit
+from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK
 
 from .problems import Problem, Setting
 

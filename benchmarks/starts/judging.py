@@ -12,7 +12,7 @@ from jax import lax
 from numpyro.infer import SVI
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.infer.loop import quick_jit
+from numpyro_natgrad.compilation.programs import quick_jit
 
 from .problems import Problem
 

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from numpyro_natgrad import History
+from numpyro_natgrad.compilation.data import split
 from numpyro_natgrad.infer.convergence import converged
 from numpyro_natgrad.infer.judge import StopCheck
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK
@@ -35,12 +36,15 @@ def granted_stops(starts: Starts, walk: Walk) -> np.ndarray:
     proposed = [list(proposals(walk, i)) for i in range(starts.count)]
     if not any(proposed):
         return np.zeros(starts.count, int)
-    first, steps = StopCheck(starts.set_up(), starts.args, starts.problem.training), []
+    svi = starts.set_up()
+    data = split(svi, starts.args, starts.problem.training)
+    first, steps = StopCheck(svi), []
     for start, at in enumerate(proposed):
         check = copy.copy(first)
-        grants = (
-            step for step in at if check.grants(_state(walk, start, step), step, starts.particles, None, TOLERANCE)
+        granted = lambda step, check=check, start=start: check.grants(
+            _state(walk, start, step), data, step, starts.particles, None, TOLERANCE
         )
+        grants = filter(granted, at)
         steps.append(next(grants, 0))
         first._judge = check._judge  # compiled once for all starts
     return np.array(steps)

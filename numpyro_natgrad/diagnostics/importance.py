@@ -22,12 +22,12 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 from numpyro.infer.util import log_density
 from tqdm.auto import tqdm
 
+from numpyro_natgrad.compilation.programs import quick_jit
 from numpyro_natgrad.diagnostics import arviz_compat
 from numpyro_natgrad.distributions.wrappers import base_distribution
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.infer.fisher import Estimate
 from numpyro_natgrad.infer.fit import FitResult
-from numpyro_natgrad.infer.loop import quick_jit
 from numpyro_natgrad.options import StructureError
 
 #: Draws of one call of the compiled program, between two updates of the progress bar: a matter of display.

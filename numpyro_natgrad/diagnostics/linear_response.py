@@ -29,6 +29,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 
+from numpyro_natgrad.compilation.programs import quick_jit
 from numpyro_natgrad.diagnostics.importance import Fitted, FittedGuide, Sites, fitted_guide
 from numpyro_natgrad.distributions.wrappers import map_base
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaussian_site
@@ -36,7 +37,6 @@ from numpyro_natgrad.guide.handlers import mark_guide_site
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
 from numpyro_natgrad.guide.trace import LossTrace, trace_loss
 from numpyro_natgrad.infer.fisher import _initialised
-from numpyro_natgrad.infer.loop import quick_jit
 from numpyro_natgrad.options import StructureError
 
 #: Entries of (m, b) up to which ∇²L is formed and decomposed: 512 × 512 entries take tenths of a second. Not tuned.

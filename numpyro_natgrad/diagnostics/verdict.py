@@ -20,6 +20,8 @@ import numpy as np
 from jax import lax, random
 from numpyro.infer import SVI
 
+from numpyro_natgrad.compilation.data import traceable
+from numpyro_natgrad.compilation.programs import quick_jit
 from numpyro_natgrad.diagnostics import arviz_compat, importance, linear_response, recommendation
 from numpyro_natgrad.diagnostics.importance import (
     DRAWS_PER_BATCH,
@@ -31,7 +33,6 @@ from numpyro_natgrad.diagnostics.importance import (
 )
 from numpyro_natgrad.infer.fisher import Estimate
 from numpyro_natgrad.infer.judge import Judgement, judge_of
-from numpyro_natgrad.infer.loop import quick_jit
 from numpyro_natgrad.options import StructureError
 
 #: Rows of the printed table: about one screen.
@@ -172,7 +173,8 @@ def _judgement(fitted: FittedGuide, key: jax.Array, num_draws: int) -> Judgement
         params = svi.constrain_fn(
             {name: x for name, x in fitted.params.items() if name not in fitted.mutable_state}, invert=True
         )
-        judge = judge_of(svi, fitted.mutable_state or None, params, fitted.args, dict(fitted.given))
+        make = lambda data: judge_of(svi, fitted.mutable_state or None, params, data)
+        _, judge = traceable(svi, fitted.args, dict(fitted.given), make)
         return judge(params, key, 0.0, draws=num_draws)
     except (StructureError, ValueError, TypeError, NotImplementedError) as error:
         return Judgement(gain=math.nan, error=math.nan, saddle=False, draws=0, nonfinite=0, cause=str(error))

@@ -29,6 +29,8 @@ from numpyro_natgrad.distributions.wrappers import (
     Intermediates,
     closed_form_kl,
     distribution_arguments,
+    flatten_arguments,
+    map_arguments,
     with_log_prob,
 )
 from numpyro_natgrad.options import StructureError
@@ -69,10 +71,10 @@ def kl_surrogate(fn: dist.Distribution, value: jax.Array | None = None) -> jax.A
     """
     if closed_form_kl(fn) is None:
         raise StructureError(f"`{type(fn).__name__}` has no closed-form Fisher; expected a registered distribution.")
-    leaves, tree = jax.tree.flatten(fn)
+    leaves, rebuild = flatten_arguments(fn)
 
     def nats(*leaves: jax.Array) -> jax.Array | None:
-        return closed_form_kl(jax.tree.unflatten(tree, leaves))
+        return closed_form_kl(rebuild(leaves))
 
     @jax.custom_jvp
     def surrogate(*leaves: jax.Array) -> jax.Array:
@@ -155,7 +157,7 @@ def fisher_product(
 
 def with_frozen_arguments(base: dist.Distribution) -> dist.Distribution:
     """The same distribution, with a log density that depends on the parameters through its value alone."""
-    return with_log_prob(base, jax.tree.map(stop_gradient, base).log_prob)
+    return with_log_prob(base, map_arguments(stop_gradient, base).log_prob)
 
 
 def with_detached_log_prob(base: dist.Distribution, perturbation: jax.Array) -> dist.Distribution:
@@ -174,7 +176,7 @@ def with_tilted_log_prob(base: dist.Distribution, perturbation: jax.Array) -> di
 
     The perturbation t has the shape of η.
     """
-    frozen = jax.tree.map(stop_gradient, base)
+    frozen = map_arguments(stop_gradient, base)
     family, arguments = exponential_family.find_exponential_family(type(base)), distribution_arguments(frozen)
     assert family is not None
     eta = family.natural(**exponential_family.free_arguments(family, arguments))

@@ -9,6 +9,7 @@ A transform without parameters changes neither the KL nor the Fisher matrix.
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ def closed_form_kl(fn: dist.Distribution) -> jax.Array | None:
         return _kl_of_copies(fn)
     fn = with_broadcast_loc(fn)
     try:
-        return jnp.asarray(kl_divergence(jax.tree.map(stop_gradient, fn), fn))
+        return jnp.asarray(kl_divergence(map_arguments(stop_gradient, fn), fn))
     except NotImplementedError:
         return None
 
@@ -114,6 +115,38 @@ def with_log_prob(fn: dist.Distribution, log_prob: Callable[..., jax.Array]) -> 
     changed = copy.copy(fn)
     changed.log_prob = log_prob
     return changed
+
+
+def flatten_arguments(fn: dist.Distribution) -> tuple[list[Any], Callable[[Sequence[Any]], dist.Distribution]]:
+    """The leaves of a distribution, and the function that makes it from them.
+
+    NumPyro keeps the names of arguments in a set, so that ``jax.tree.flatten`` finds them in another order in every
+    process. These leaves are in the order of the names, and a program that depends on them is the same in the next one.
+    """
+    names = type(fn).gather_pytree_data_fields()
+    children, rest = fn.tree_flatten()
+    ordered = dict(sorted(zip(names, children, strict=True)))
+    parts = {name: _flattened(child) for name, child in ordered.items()}
+
+    def rebuild(leaves: Sequence[Any]) -> dist.Distribution:
+        left = iter(leaves)
+        made = {name: make([next(left) for _ in found]) for name, (found, make) in parts.items()}
+        return type(fn).tree_unflatten(rest, tuple(made[name] for name in names))
+
+    return [x for found, _ in parts.values() for x in found], rebuild
+
+
+def _flattened(child: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    if isinstance(child, dist.Distribution):
+        return flatten_arguments(child)
+    leaves, tree = jax.tree.flatten(child)
+    return leaves, partial(jax.tree.unflatten, tree)
+
+
+def map_arguments(function: Callable[[Any], Any], fn: dist.Distribution) -> dist.Distribution:
+    """``jax.tree.map``, in an order that does not change from process to process."""
+    leaves, rebuild = flatten_arguments(fn)
+    return rebuild([function(x) for x in leaves])
 
 
 def owns_parameters(chain: Sequence[Transform]) -> bool:

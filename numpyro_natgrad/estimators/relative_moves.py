@@ -16,7 +16,7 @@ from jax.lax import stop_gradient
 from numpyro import distributions as dist
 from numpyro.primitives import Messenger
 
-from numpyro_natgrad.distributions.wrappers import base_distribution, map_base, with_log_prob
+from numpyro_natgrad.distributions.wrappers import base_distribution, map_arguments, map_base, with_log_prob
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaussian_site
 from numpyro_natgrad.guide.handlers import Message, is_guide_site, mark_guide_site
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
@@ -57,7 +57,7 @@ def _with_score(base: dist.Distribution, score: jax.Array) -> dist.Distribution:
             return x
         return stop_gradient(x) + score.astype(x.dtype) * (x - stop_gradient(x))
 
-    return with_log_prob(base, jax.tree.map(damped, base).log_prob)
+    return with_log_prob(base, map_arguments(damped, base).log_prob)
 
 
 def _mirrored(base: dist.Distribution, sign: jax.Array) -> dist.Distribution:

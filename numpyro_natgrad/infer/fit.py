@@ -2,18 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fit(svi, rng_key, *args)`` takes the steps of ``svi.run`` until the fit has converged (:mod:`.convergence`)."""
 
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import wait
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.svi import SVI, SVIState
 from tqdm.auto import tqdm
 
 from numpyro_natgrad.blocks.partition import Partition
+from numpyro_natgrad.compilation.data import Arguments, Data, split, traceable
+from numpyro_natgrad.compilation.disk_cache import disk_cache
+from numpyro_natgrad.compilation.initial import check_start, initial_state, is_set_up
 from numpyro_natgrad.infer.convergence import (
     STOPPING,
     History,
@@ -25,21 +29,15 @@ from numpyro_natgrad.infer.convergence import (
     remaining_effort,
 )
 from numpyro_natgrad.infer.judge import MIN_HELD, Judgement, StopCheck, nonfinite_site
-from numpyro_natgrad.infer.loop import (
-    STEPS_PER_CHUNK,
-    BatchIterator,
-    Program,
-    StaticInputs,
-    StepRecords,
-    compiled,
-    shapes,
-)
+from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, BatchIterator, Chunk, Program, StepRecords, program_of
 from numpyro_natgrad.infer.optimizer import NaturalGradient, table
 from numpyro_natgrad.infer.starts import Starts, best_start, check_num_starts
 from numpyro_natgrad.options import RuleConstants, StructureError
 from numpyro_natgrad.step.newton_decrement import noise_part
 from numpyro_natgrad.step.state import NaturalGradientState
 
+#: Seconds between two updates of the progress bar while programs are compiled.
+REFRESH = 0.5
 #: Reasons for the end of a fit.
 CONVERGED, MAX_STEPS, EXHAUSTED, INTERRUPTED = (
     "converged",
@@ -95,6 +93,7 @@ def fit(
     init_params: dict[str, Any] | None = None,
     resume: FitResult | None = None,
     num_starts: int = 1,
+    cache: bool | str | os.PathLike[str] | None = None,
     progress_bar: bool = True,
     forward_mode_differentiation: bool = False,
     **kwargs: Any,
@@ -122,7 +121,9 @@ def fit(
 
     :param SVI svi: an ``SVI`` with :class:`.NaturalGradient` as its optimizer.
     :param jax.Array rng_key: as for ``svi.run``; not used if a state is given.
-    :param args: positional arguments of model and guide, the same in every step and constants of the compiled step.
+    :param args: positional arguments of model and guide, the same in every step. Arrays are inputs of the compiled
+        program, so that other data of the same shapes and types need no compilation, unless the model needs their
+        values while it is traced.
     :param int max_steps: the largest number of steps of this call.
     :param float tolerance: remaining gain, nats, below which the fit has converged; 0 takes all steps. A gain of 0.01
         nats is at most 0.14 posterior standard deviations in any direction.
@@ -133,6 +134,9 @@ def fit(
     :param FitResult resume: a result to continue from its last state; its history is extended.
     :param int num_starts: random starts, run at once by ``jax.vmap``, of which the best is fitted (:mod:`.starts`).
         ``max_steps`` and the history count the steps of the best one.
+    :param cache: where compiled programs are kept for the next process: ``None`` for the user's cache folder, or that
+        of the environment variable ``NUMPYRO_NATGRAD_CACHE``, which turns the cache off if it is ``off``; a folder; or
+        ``False`` for nowhere. JAX's own persistent cache is used instead where it is set.
     :param bool progress_bar: show the remaining gain, and means of ELBO and KL over a chunk of steps.
     :param bool forward_mode_differentiation: as for ``svi.run``.
     :param kwargs: keyword arguments of model and guide, the same in every step.
@@ -150,14 +154,18 @@ def fit(
     first = args if source.fixed else source.peek()
     if first is None:
         raise ValueError("`batches` is empty: expected at least one tuple of arguments for model and guide.")
-    state, past = _start(svi, rng_key, first, kwargs, init_state, init_params, resume)
-    _check_mutable_state(svi, state)
-    _check_parameters(state)
-    parts = svi.model, svi.guide, svi.loss, svi.optim
-    program = compiled(svi, StaticInputs(parts=parts, args=args, kwargs=kwargs, forward=forward_mode_differentiation))
-    with tqdm(total=max_steps, disable=not progress_bar, mininterval=0.2) as bar:
-        run = _Run(program, state, HistoryRecorder(past), bar, StopCheck(svi, args, kwargs, past.steps))
-        starts = run.choose(svi, rng_key, num_starts, max_steps, args, kwargs) if num_starts > 1 else None
+    with disk_cache(cache), tqdm(total=max_steps, disable=not progress_bar, mininterval=0.2) as bar:
+        bar.set_postfix_str("tracing")
+        is_new = init_state is None and resume is None and not is_set_up(svi.guide)
+        state = _start(svi, rng_key, first, kwargs, init_state, init_params, resume)
+        _check_mutable_state(svi, state)
+        _check_parameters(state)
+        past = empty_history() if resume is None else resume.history
+        program = program_of(svi, forward_mode_differentiation)
+        run = _Run(svi, program, state, (args, kwargs), HistoryRecorder(past), bar)
+        if is_new:
+            run.check_start = lambda: check_start(svi, rng_key, first, kwargs, init_params)
+        starts = run.choose(rng_key, num_starts, max_steps) if num_starts > 1 else None
         end = run.until(source, max_steps - (starts.steps if starts else 0), tolerance)
         history = run.recorder.history()
         unowned = tuple(run.partition.unowned) if run.partition else ()
@@ -168,8 +176,9 @@ def fit(
             where = nonfinite_site(svi, svi.get_params(run.state), run.state.rng_key, args, kwargs)
             reason += f"; {where}" if where else ""
         bar.set_postfix_str(reason)
+        params = program.constrained(run.state).result()(run.state)
     return FitResult(
-        params=svi.get_params(run.state),
+        params=params,
         state=run.state,
         losses=history.loss,
         history=history,
@@ -183,23 +192,35 @@ def fit(
 
 
 class _Run:
-    """A fit in progress: its state, its history, its judge, and the partition of the last chunk."""
+    """A fit in progress: its state, its history, its judge, and the partition of the last chunk.
+
+    :ivar check_start: raises an error if the start is not valid; called if the first steps could not be taken.
+    """
 
     def __init__(
-        self, program: Program, state: SVIState, recorder: HistoryRecorder, bar: tqdm, check: StopCheck
+        self,
+        svi: SVI,
+        program: Program,
+        state: SVIState,
+        arguments: tuple[Arguments, dict[str, Any]],
+        recorder: HistoryRecorder,
+        bar: tqdm,
     ) -> None:
-        self.state, self.recorder, self._program, self._bar, self.check = state, recorder, program, bar, check
+        self._svi, self._program, self.state, self._arguments = svi, program, state, arguments
+        self.recorder, self._bar = recorder, bar
+        self.check = StopCheck(svi, recorder.steps)
         self.partition: Partition | None = None
+        self.check_start: Callable[[], None] | None = None
+        self._data: Data | None = None
         self._begin = time.perf_counter()
 
-    def choose(
-        self, svi: SVI, key: jax.Array, num_starts: int, max_steps: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Starts:
+    def choose(self, key: jax.Array, num_starts: int, max_steps: int) -> Starts:
         """Go on from the best of several starts, at least one chunk before the last step."""
         show = lambda text: self._bar.set_postfix_str(text)
         most = max(max_steps - STEPS_PER_CHUNK, 0)
+        data = split(self._svi, *self._arguments)
         self.state, records, starts = best_start(
-            svi, key, self.state, self._program, num_starts, most, args, kwargs, show
+            self._svi, key, self.state, self._program, num_starts, most, data, show
         )
         if records is not None:
             self.recorder.append(_history(records, starts.steps, 0.0, time.perf_counter() - self._begin))
@@ -214,7 +235,7 @@ class _Run:
                 steps, batches = source.take(min(STEPS_PER_CHUNK, left))
                 if not steps:
                     return EXHAUSTED
-                self._advance(steps, batches)
+                self._advance(steps, batches, tolerance)
                 left -= steps
                 if diverged(self.recorder.recent):
                     return DIVERGED
@@ -226,56 +247,58 @@ class _Run:
 
     def _is_granted(self, source: BatchIterator, tolerance: float) -> bool:
         assert self.partition is not None
-        hold = None if source.fixed else source.hold
-        return self.check.grants(self.state, self.recorder.steps, self.partition.particles, hold, tolerance)
+        assert self._data is not None
+        hold, steps = None if source.fixed else source.hold, self.recorder.steps
+        return self.check.grants(self.state, self._data, steps, self.partition.particles, hold, tolerance)
 
-    def _advance(self, steps: int, batches: tuple[Any, ...]) -> None:
+    def _advance(self, steps: int, batches: Arguments, tolerance: float) -> None:
         begin = time.perf_counter() - self._begin
-        state, records = self._program.chunk(self.state, steps, batches)
+        chunk = self._compiled(batches, tolerance)
+        assert self._data is not None
+        state, records = chunk(self.state, steps, batches, self._data)
         part = _history(jax.device_get(records), steps, begin, time.perf_counter() - self._begin)
-        self.state, self.partition = state, self._program.partitions[shapes(batches)]
+        if self.check_start is not None and not (np.isfinite(part.loss) & ~part.skipped).any():
+            self.check_start()
+        self.state, self.check_start = state, None
         self.recorder.append(part)
         self._bar.set_postfix_str(_progress(part), refresh=False)
         self._bar.update(steps)
+
+    def _compiled(self, batches: Arguments, tolerance: float) -> Chunk:
+        """The program of a chunk; everything that the fit needs later is compiled beside it."""
+        trace = lambda data: self._program.compiled(self.state, batches, data)
+        if self._data is None:
+            self._data, (self.partition, future) = traceable(self._svi, *self._arguments, trace)
+            if tolerance:
+                self.check.compile(self.state, self._data, batches)
+            self._program.constrained(self.state)
+        else:
+            self.partition, future = trace(self._data)
+        while not future.done():
+            self._bar.set_postfix_str("compiling (first fit of this shape; kept for the next)")
+            wait([future], timeout=REFRESH)
+        return future.result()
 
 
 def _start(
     svi: SVI,
     rng_key: jax.Array,
-    args: tuple[Any, ...],
+    args: Arguments,
     kwargs: dict[str, Any],
     init_state: SVIState | None,
     init_params: dict[str, Any] | None,
     resume: FitResult | None,
-) -> tuple[SVIState, History]:
-    """The state to start from, and the history to extend."""
+) -> SVIState:
+    """The state to start from."""
     starts = {"init_state": init_state, "init_params": init_params, "resume": resume}
     if len(several := [f"`{name}`" for name, x in starts.items() if x is not None]) > 1:
         raise ValueError(f"{' and '.join(several)} were given: expected one of them to start from.")
     given = init_state if resume is None else resume.state
     if given is not None and svi.constrain_fn is not None:
-        return given, empty_history() if resume is None else resume.history
+        return given
     # With a given state, ``svi.init`` only prepares ``svi.get_params``, as in a new process.
-    try:
-        fresh = svi.init(rng_key, *args, init_params=init_params, **kwargs)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        for note in _unusable(args, kwargs):
-            error.add_note(note)
-        raise
-    return fresh if given is None else given, empty_history() if resume is None else resume.history
-
-
-def _unusable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[str]:
-    """What may have made NumPyro fail to set up model and guide: arrays with NaN, or without entries."""
-    for path, x in jax.tree_util.tree_leaves_with_path({"args": args, "kwargs": kwargs}):
-        if isinstance(x, np.ndarray | jax.Array) and jnp.issubdtype(x.dtype, jnp.number):
-            name = "".join(str(key) for key in path).removeprefix("['args']").replace("['kwargs']", "kwargs")
-            name = f"args{name}" if name.startswith("[") else name
-            lost = int(np.sum(~np.isfinite(np.asarray(x, float))))
-            if not x.size:
-                yield f"`{name}` has the shape {x.shape}, and so no entries."
-            elif lost:
-                yield f"`{name}` has {lost} of {x.size} entries that are not finite: leave out or mask these data."
+    fresh = initial_state(svi, rng_key, args, kwargs, init_params)
+    return fresh if given is None else given
 
 
 def _history(records: StepRecords, steps: int, begin: float, end: float) -> History:

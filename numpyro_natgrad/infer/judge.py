@@ -15,6 +15,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,14 +29,13 @@ from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from numpyro.infer.svi import SVIState
 
+from numpyro_natgrad.compilation.data import Arguments, Constants, Data
+from numpyro_natgrad.compilation.programs import in_background
 from numpyro_natgrad.estimators.relative_moves import Mirrored, moved, no_move, owned, path_sites, relative_sites
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.trace import trace_loss
 from numpyro_natgrad.infer.convergence import format_interval
 from numpyro_natgrad.infer.fisher import _initialised, _loss
-from numpyro_natgrad.infer.loop import StaticInputs, is_same, quick_jit, snapshot
-
-Arguments = tuple[Any, ...]
 
 
 class JudgeConstants(NamedTuple):
@@ -148,18 +148,24 @@ class _Hessian(NamedTuple):
 
 
 class Judge:
-    """Judges parameters of one ``SVI``; its program is compiled at the first call.
+    """Judges parameters of one ``SVI``; its program is compiled at the first call, or by :meth:`compile`.
 
-    :param batch: arguments of one minibatch that follow ``args``, or ``()``.
+    :param data: the arguments of model and guide; those of a minibatch follow.
+    :param batch: arguments of one minibatch, or ``()``.
     """
 
-    def __init__(
-        self, svi: SVI, mutable_state: Any, params: Params, args: Arguments, kwargs: Params, batch: Arguments = ()
-    ) -> None:
-        self.svi, self.args, self.kwargs = _single_particle(_initialised(svi)), args, kwargs
+    def __init__(self, svi: SVI, mutable_state: Any, params: Params, data: Data, batch: Arguments = ()) -> None:
+        self.svi, self.data = _single_particle(_initialised(svi)), data
         self.mutable_state = mutable_state
         self.vectorized = bool(getattr(svi.loss, "vectorize_particles", True))
-        found = trace_loss(self._fn(params, random.key(0), batch), params)
+        # Under ``eval_shape`` no operation is compiled on its own.
+        jax.eval_shape(partial(self._read, batch=batch, data=data), params, jax.eval_shape(random.key, 0))
+        self._programs: list[Future[Any]] = []  # at most one, shared with copies for other data
+        self._cause: str | None = None
+
+    def _read(self, params: Params, key: jax.Array, batch: Arguments, data: Data) -> None:
+        """Read model and guide, for parameters that are tracers; only what does not depend on them is kept."""
+        found = trace_loss(self._fn(params, key, batch, data), params)
         self.path = path_sites(found)
         self.rough = sorted(name for name, s in found.sites.items() if s.is_score_function)
         self.row_weight = max([1.0, *(s.weight or 1.0 for s in found.sites.values())])
@@ -167,17 +173,36 @@ class Judge:
         zero = no_move(params, self.sites)
         flat, self._unravel = ravel_pytree(zero)
         self.size, self.dtype = flat.size, flat.dtype
-        mine = {p: jax.tree.map(lambda x, p=p: jnp.full_like(x, owned(p, self.sites)), x) for p, x in zero.items()}
-        self._relative = np.asarray(ravel_pytree(mine)[0]) > 0
-        self._slopes = quick_jit(self._slopes_)
-        self._cause: str | None = None
+        mine = [owned(p, self.sites) for p, x in sorted(zero.items()) for _ in jax.tree.leaves(x)]
+        self._relative = np.repeat(mine, [x.size for x in jax.tree.leaves(zero)])
 
     # ---- the program -------------------------------------------------------------------------------------------------
 
-    def _fn(self, params: Params, key: jax.Array, args: Arguments) -> Callable[[Params], tuple[jax.Array, Any]]:
-        return _loss(self.svi, params, SVIState(params, self.mutable_state, key), self.args + args, self.kwargs)
+    def compile(self, params: Params, key: jax.Array, batches: Arguments = ()) -> None:
+        """Trace the program and start to compile it, unless that was done before.
 
-    def _slopes_(self, params: Params, x: jax.Array, score: jax.Array, pairs: _Pairs) -> tuple[jax.Array, jax.Array]:
+        :param batches: stacked arguments of at least one minibatch, or ``()``.
+        """
+        if not self._programs:
+            example = self._pairs(key, batches, _SLOPES, 1)[0]
+            zeros, score = np.zeros(self.size, self.dtype), np.zeros((), self.dtype)
+            self._programs.append(in_background(jax.jit(self._slopes).trace(params, zeros, score, example, self.data)))
+
+    def of(self, data: Data) -> "Judge":
+        """The judge for other data of the same shapes, with the same program."""
+        other = copy.copy(self)
+        other.data, other._cause = data, None
+        return other
+
+    def _fn(
+        self, params: Params, key: jax.Array, batch: Arguments, data: Data
+    ) -> Callable[[Params], tuple[jax.Array, Any]]:
+        args, kwargs = data.arguments()
+        return _loss(self.svi, params, SVIState(params, self.mutable_state, key), args + batch, kwargs)
+
+    def _slopes(
+        self, params: Params, x: jax.Array, score: jax.Array, pairs: _Pairs, data: Data
+    ) -> tuple[jax.Array, jax.Array]:
         """Losses ``(groups, pairs, 2)`` and mean gradients ``(groups, P)`` after a move x.
 
         :param score: 1 to include the score term of the gradient, 0 for path gradients.
@@ -193,7 +218,7 @@ class Judge:
 
                 def one(key: jax.Array, sign: jax.Array) -> jax.Array:
                     with Mirrored(self.path, sign, score):
-                        return self._fn(values, key, batches)(values)[0]
+                        return self._fn(values, key, batches, data)(values)[0]
 
                 both = lambda key: self._each(lambda sign: one(key, sign), signs)
                 losses = self._each(both, keys)
@@ -217,6 +242,7 @@ class Judge:
         :param batches: stacked arguments of held minibatches, or ``()``.
         :param draws: the most draws for the gradients, above the least number of :class:`JudgeConstants`.
         """
+        self.compile(params, key, batches)
         rule, held = JUDGE, _held(batches)
         groups = rule.group * rule.chunk
         rows = min(math.ceil(rule.row_pairs * self.row_weight / groups), rule.max_chunks // 2)
@@ -292,8 +318,8 @@ class Judge:
     def _evaluate(
         self, params: Params, x: np.ndarray, score: float, pairs: list[_Pairs]
     ) -> tuple[np.ndarray, np.ndarray]:
-        move = jnp.asarray(x, self.dtype)
-        parts = [self._slopes(params, move, jnp.asarray(score, self.dtype), chunk) for chunk in pairs]
+        program, move = self._programs[0].result(), np.asarray(x, self.dtype)
+        parts = [program(params, move, np.asarray(score, self.dtype), chunk, self.data) for chunk in pairs]
         losses, slopes = zip(*jax.device_get(parts), strict=True)
         return np.concatenate(losses).astype(np.float64), np.concatenate(slopes).astype(np.float64)
 
@@ -319,28 +345,43 @@ class Judge:
 
     def _culprit(self, params: Params, key: jax.Array, batches: Arguments) -> str:
         if self._cause is None:  # named once: another program has to be compiled for it
-            args = self.args + jax.tree.map(lambda x: x[0], batches)
-            self._cause = nonfinite_site(self.svi, self.svi.constrain_fn(params), key, args, self.kwargs)
+            args, kwargs = self.data.arguments()
+            args += jax.tree.map(lambda x: x[0], batches)
+            self._cause = nonfinite_site(self.svi, self.svi.constrain_fn(params), key, args, kwargs)
         return self._cause
 
 
 class StopCheck:
-    """The judge of a fit: compiled when a stop is first proposed, and consulted ever more rarely after refusals.
+    """The judge of a fit: compiled beside the first steps, and consulted ever more rarely after refusals.
 
     :ivar last: the last judgement, and ``at`` the number of steps before it.
     :ivar seconds: seconds that all judgements took, with compilation.
     :ivar few: whether too few minibatches were left for a judgement.
     """
 
-    def __init__(self, svi: SVI, args: Arguments, kwargs: Params, steps: int = 0) -> None:
-        self._svi, self._args, self._kwargs, self._next = svi, args, kwargs, steps
-        self._judge: Judge | None = None
+    def __init__(self, svi: SVI, steps: int = 0) -> None:
+        self._svi, self._next = svi, steps
+        self._judge: tuple[str, Judge] | None = None
         self.last: Judgement | None = None
         self.at, self.seconds, self.few = 0, 0.0, False
+
+    def compile(self, state: SVIState, data: Data, batches: Arguments = ()) -> Judge:
+        """Start to compile the judge for these shapes, unless that was done before.
+
+        :param batches: stacked arguments of at least one minibatch, or ``()``.
+        """
+        first = jax.tree.map(lambda x: x[0], batches)
+        if self._judge is None or self._judge[0] != _signature(first):
+            params = self._svi.optim.get_params(state.optim_state)
+            judge = judge_of(self._svi, state.mutable_state, params, data, first)
+            judge.compile(params, state.rng_key, batches)
+            self._judge = _signature(first), judge
+        return self._judge[1]
 
     def grants(
         self,
         state: SVIState,
+        data: Data,
         steps: int,
         particles: float,
         hold: Callable[[int], Arguments] | None,
@@ -359,11 +400,9 @@ class StopCheck:
             if self.few:
                 return False
         params = self._svi.optim.get_params(state.optim_state)
-        if self._judge is None:
-            first = jax.tree.map(lambda x: x[0], batches)
-            self._judge = judge_of(self._svi, state.mutable_state, params, self._args, self._kwargs, first)
         draws = JUDGE.draws * steps * (particles if math.isfinite(particles) else 1)
-        self.last = self._judge(params, state.rng_key, tolerance, batches, draws)
+        judge = self.compile(state, data, batches)
+        self.last = judge(params, state.rng_key, tolerance, batches, draws)
         self.at, self._next = steps, math.ceil(JUDGE.growth * steps)
         self.seconds += time.perf_counter() - begin
         return self.last.grants(tolerance)
@@ -406,20 +445,17 @@ def _single_particle(svi: SVI) -> SVI:
 
 
 #: The last judge of every ``SVI``, with what it was compiled for: ``verdict`` uses that of ``fit``.
-_JUDGES: "weakref.WeakKeyDictionary[SVI, tuple[StaticInputs, Judge]]" = weakref.WeakKeyDictionary()
+_JUDGES: "weakref.WeakKeyDictionary[SVI, tuple[Any, Judge]]" = weakref.WeakKeyDictionary()
 
 
-def judge_of(
-    svi: SVI, mutable_state: Any, params: Params, args: Arguments, kwargs: Params, batch: Arguments = ()
-) -> Judge:
-    """A judge of this ``SVI`` for these arguments: the last one if they are the same, else a new one."""
-    parts = svi.model, svi.guide, svi.loss, _signature(batch)
-    static = StaticInputs(parts=parts, args=args, kwargs=kwargs, forward=False)
+def judge_of(svi: SVI, mutable_state: Any, params: Params, data: Data, batch: Arguments = ()) -> Judge:
+    """A judge of this ``SVI`` for these arguments: the last one if its program holds for them, else a new one."""
+    parts = Constants(None, (svi.model, svi.guide, svi.loss))
+    key = parts, _signature(batch), data.signature()
     known = _JUDGES.get(svi)
-    if known is None or mutable_state is not None or not is_same(known[0], static):
-        known = snapshot(static), Judge(svi, mutable_state, params, args, kwargs, batch)
-        _JUDGES[svi] = known
-    return known[1]
+    if known is None or mutable_state is not None or known[0] != key:
+        known = _JUDGES[svi] = key, Judge(svi, mutable_state, params, data, batch)
+    return known[1].of(data)
 
 
 def _signature(batch: Arguments) -> str:

@@ -3,22 +3,16 @@
 """Steps of ``SVI.update`` in chunks: one compiled loop of at most :data:`STEPS_PER_CHUNK` steps.
 
 The number of steps is an input of the program, so that a shorter last chunk does not compile again. A program lives as
-long as its ``SVI``, and is reused if that is fitted again with the same arguments. Fixed data are constants of the
-program, as in ``SVI.run``, and a model may branch on their values. Minibatches are inputs, as under
-``jit(svi.update)``.
-
-A hundred small steps run for a tenth of a second, after ten seconds of compilation. On a CPU they are as fast and
-compile in half the time if kernels are emitted directly instead of through MLIR, and optimized at LLVM's first level.
-Without any optimization Hessian-vector products take thirteen times as long. jaxlib 0.10 has these options; 0.12 emits
-kernels through MLIR only, so that the default options are used.
+long as its ``SVI``, and is reused if that is fitted again, with other data of the same shapes too (:mod:`.data`).
 """
 
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from concurrent.futures import Future
+from functools import partial
 from itertools import islice, takewhile
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,32 +21,14 @@ from jax import lax
 from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_natgrad.blocks.partition import Partition
+from numpyro_natgrad.compilation.data import Arguments, Constants, Data
+from numpyro_natgrad.compilation.programs import in_background
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Loss
 from numpyro_natgrad.step.state import StepInfo
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-#: Measured with jaxlib 0.10 by ``python -m benchmarks.posteriordb compiling``.
-QUICK_OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
 #: Steps between two checks of convergence, so that at most four steps are superfluous. Not tuned.
 STEPS_PER_CHUNK = 5
-
-
-def quick_jit(function: Function) -> Function:
-    """``jax.jit`` with :data:`QUICK_OPTIONS` on a CPU, if XLA knows them, and with the default options otherwise."""
-    quick = jax.default_backend() == "cpu" and are_known()
-    return cast(Function, jax.jit(function, compiler_options=QUICK_OPTIONS if quick else None))
-
-
-@cache
-def are_known() -> bool:
-    """Whether this XLA knows the options, which are not part of the interface of JAX."""
-    try:
-        jax.jit(lambda: 0, compiler_options=QUICK_OPTIONS)()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
 
 
 class StepRecords(NamedTuple):
@@ -62,58 +38,52 @@ class StepRecords(NamedTuple):
     info: StepInfo
 
 
-Arguments = tuple[Any, ...]
-Shapes = tuple[tuple[int, ...], ...]
+Chunk = Callable[[SVIState, int, Arguments, Data], tuple[SVIState, StepRecords]]
 
 
-class StaticInputs(NamedTuple):
-    """What a program was compiled for; ``parts`` are model, guide, loss and optimizer, which an ``SVI`` may replace."""
+class Program:
+    """Chunks of steps of one ``SVI``, compiled for the shapes of states, minibatches and data."""
 
-    parts: tuple[Any, ...]
-    args: Arguments
-    kwargs: dict[str, Any]
-    forward: bool
+    def __init__(self, svi: "weakref.ref[SVI]", forward: bool) -> None:
+        self._svi, self._forward = svi, forward
+        self._compiled: dict[Any, tuple[Partition, Future[Chunk]]] = {}
+        self._constrained: dict[Any, Future[Any]] = {}
 
+    def compiled(self, state: SVIState, batches: Arguments, data: Data) -> "tuple[Partition, Future[Chunk]]":
+        """Trace the steps and start to compile them, unless that was done before.
 
-Chunk = Callable[[SVIState, int, Arguments], tuple[SVIState, StepRecords]]
+        :param batches: stacked arguments of the steps that follow those of ``data``, or ``()``.
+        :return: the blocks that the steps update, and the program ``(state, steps, batches, data) -> (state, records)``
+            of at most :data:`STEPS_PER_CHUNK` steps.
+        """
+        key = _types((state, batches)), data.signature()
+        if key not in self._compiled:
+            found: list[Partition] = []
+            steps = partial(self.steps, found=found)
+            traced = jax.jit(steps).trace(state, STEPS_PER_CHUNK, batches, data)
+            self._compiled[key] = found[0], in_background(traced)
+        return self._compiled[key]
 
-
-class Program(NamedTuple):
-    """A compiled chunk ``(state, steps, batches) -> (state, records)``, and its blocks for all shapes of ``batches``.
-
-    A chunk has at most :data:`STEPS_PER_CHUNK` steps; ``batches`` are their stacked arguments, or ``()``.
-    """
-
-    chunk: Chunk
-    partitions: dict[Shapes, Partition]
-
-
-#: The last program of every ``SVI``, with what it was compiled for.
-_COMPILED: "weakref.WeakKeyDictionary[SVI, tuple[StaticInputs, Program]]" = weakref.WeakKeyDictionary()
-
-
-def compiled(svi: SVI, static: StaticInputs) -> Program:
-    """The program for these inputs: the last one of this ``SVI`` if they are the same, else a new one."""
-    known = _COMPILED.get(svi)
-    if known is None or not is_same(known[0], static):
-        known = snapshot(static), _program(weakref.ref(svi), static)
-        _COMPILED[svi] = known
-    return known[1]
-
-
-def _program(svi: "weakref.ref[SVI]", static: StaticInputs) -> Program:
-    partitions: dict[Shapes, Partition] = {}
-
-    def chunk(state: SVIState, steps: int, batches: Arguments) -> tuple[SVIState, StepRecords]:
-        owner = svi()
+    def constrained(self, state: SVIState) -> "Future[Callable[[SVIState], Params]]":
+        """``svi.get_params``, which is compiled in the background."""
+        owner, key = self._svi(), _types(state)
         assert owner is not None
-        recording = _recording(owner, partitions, shapes(batches))
+        if key not in self._constrained:
+            self._constrained[key] = in_background(jax.jit(owner.get_params).trace(state))
+        return self._constrained[key]
+
+    def steps(
+        self, state: SVIState, steps: int, batches: Arguments, data: Data, found: list[Partition]
+    ) -> tuple[SVIState, StepRecords]:
+        """The steps as a function to be traced; the partition of the parameters is appended to ``found``."""
+        owner = self._svi()
+        assert owner is not None
+        recording = _recording(owner, found)
+        args, kwargs = data.arguments()
 
         def body(i: jax.Array, carry: tuple[SVIState, StepRecords]) -> tuple[SVIState, StepRecords]:
-            args = static.args + jax.tree.map(lambda x: x[i], batches)
-            state, loss = recording.update(
-                carry[0], *args, forward_mode_differentiation=static.forward, **static.kwargs
-            )
+            here = args + jax.tree.map(lambda x: x[i], batches)
+            state, loss = recording.update(carry[0], *here, forward_mode_differentiation=self._forward, **kwargs)
             new = StepRecords(loss=loss, info=owner.optim.info(state))
             return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), carry[1], new)
 
@@ -123,44 +93,35 @@ def _program(svi: "weakref.ref[SVI]", static: StaticInputs) -> Program:
         )
         return lax.fori_loop(0, steps, body, (state, records))
 
-    return Program(chunk=quick_jit(chunk), partitions=partitions)
+
+#: The last program of every ``SVI``, with its model, guide, loss and optimizer, which an ``SVI`` may replace.
+_PROGRAMS: "weakref.WeakKeyDictionary[SVI, tuple[Constants, Program]]" = weakref.WeakKeyDictionary()
 
 
-def _recording(svi: SVI, partitions: dict[Shapes, Partition], key: Shapes) -> SVI:
-    """A copy of ``svi`` whose optimizer, a copy too, writes the partition that it finds in a loss to ``partitions``."""
+def program_of(svi: SVI, forward: bool) -> Program:
+    """The program of this ``SVI``: the last one if its parts are the same, else a new one."""
+    key = Constants(None, (svi.model, svi.guide, svi.loss, svi.optim, forward))
+    known = _PROGRAMS.get(svi)
+    if known is None or known[0] != key:
+        known = _PROGRAMS[svi] = key, Program(weakref.ref(svi), forward)
+    return known[1]
+
+
+def _recording(svi: SVI, found: list[Partition]) -> SVI:
+    """A copy of ``svi`` whose optimizer, a copy too, appends the partition that it finds in a loss to ``found``."""
     recording, optimizer = copy.copy(svi), copy.copy(svi.optim)
 
     def partition(fn: Loss, params: Params, forward: bool) -> Partition:
-        partitions[key] = svi.optim._partition(fn, params, forward)
-        return partitions[key]
+        found.append(svi.optim._partition(fn, params, forward))
+        return found[-1]
 
     recording.optim, optimizer._partition = optimizer, partition
     return recording
 
 
-def shapes(batches: Arguments) -> Shapes:
-    """The shapes of all arrays."""
-    return tuple(x.shape for x in jax.tree.leaves(batches))
-
-
-def is_same(old: StaticInputs, new: StaticInputs) -> bool:
-    """Whether a program that was compiled for the old inputs holds for the new ones."""
-    trees: list[Any] = [jax.tree.structure(x) for x in (old, new)]
-    leaves = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=False)  # as many where the structures agree
-    return trees[0] == trees[1] and all(_same_leaf(*pair) for pair in leaves)
-
-
-def _same_leaf(old: Any, new: Any) -> bool:
-    if isinstance(old, np.ndarray) and isinstance(new, np.ndarray):  # which may have been written to
-        return old.dtype == new.dtype and np.array_equal(old, new)
-    if isinstance(old, bool | int | float | str):
-        return type(old) is type(new) and old == new
-    return old is new
-
-
-def snapshot(static: StaticInputs) -> StaticInputs:
-    """A copy of arrays that may be written to."""
-    return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, static)
+def _types(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
 
 
 class BatchIterator:

@@ -10,16 +10,20 @@ does not change and one program is compiled; the comparison ends early once thos
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
-from numpyro.infer.autoguide import AutoContinuous, AutoGuide, AutoGuideList
+from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.svi import SVI, SVIState
 
-from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, Program, StepRecords, quick_jit
+from numpyro_natgrad.compilation.data import Data
+from numpyro_natgrad.compilation.initial import new_guide
+from numpyro_natgrad.compilation.programs import quick_jit
+from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, Program, StepRecords
 from numpyro_natgrad.options import StructureError
 
 
@@ -90,8 +94,7 @@ def best_start(
     program: Program,
     num_starts: int,
     most: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    data: Data,
     show: Callable[[str], None],
 ) -> tuple[SVIState, StepRecords | None, Starts]:
     """The state of the best start, its records of every step, and how it was chosen, after at most ``most`` steps."""
@@ -102,20 +105,22 @@ def best_start(
         )
     key = random.fold_in(rng_key, START_KEY)
     try:
-        states = initial_states(svi, key, first, num_starts, args, kwargs)
-        advance = quick_jit(jax.vmap(program.chunk.__wrapped__, in_axes=(0, None, None)))  # type: ignore[attr-defined]
-        evaluate = quick_jit(lambda states, keys: _losses(svi, states, keys, args, kwargs))
-        losses = jax.device_get(evaluate(states, random.split(key, STARTS.losses)))
+        states = initial_states(svi, key, first, num_starts, data)
+        chunk = lambda state, data: program.steps(state, STEPS_PER_CHUNK, (), data, [])
+        advance = quick_jit(jax.vmap(chunk, in_axes=(0, None)))
+        evaluate = quick_jit(partial(_losses, svi))
+        losses = jax.device_get(evaluate(states, random.split(key, STARTS.losses), data))
         stay, records, steps, target = np.ones(num_starts, bool), [], 0, STARTS.first
         while _undecided(losses, stay) or not steps:
             target = min(target, most // STEPS_PER_CHUNK * STEPS_PER_CHUNK)
             if steps >= target:
                 break
             for _ in range(steps, target, STEPS_PER_CHUNK):
-                states, part = advance(states, STEPS_PER_CHUNK, ())
+                states, part = advance(states, data)
                 records.append(jax.device_get(part))
             steps, target = target, 2 * target
-            losses = jax.device_get(evaluate(states, random.split(random.fold_in(key, steps), STARTS.losses)))
+            draws = random.split(random.fold_in(key, steps), STARTS.losses)
+            losses = jax.device_get(evaluate(states, draws, data))
             stay &= _staying(losses, stay)
             show(f"{num_starts} starts, {steps} steps, {stay.sum()} not behind")
     except (jax.errors.JAXTypeError, NotImplementedError, TypeError, ValueError) as error:
@@ -129,17 +134,16 @@ def best_start(
     return pick(states), pick(_joined(records)) if records else None, found
 
 
-def initial_states(
-    svi: SVI, key: jax.Array, first: SVIState, num_starts: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> SVIState:
+def initial_states(svi: SVI, key: jax.Array, first: SVIState, num_starts: int, data: Data) -> SVIState:
     """The first start and ``num_starts - 1`` others, stacked; an autoguide is set up anew for each of them."""
 
-    def begin(key: jax.Array) -> SVIState:
+    def begin(key: jax.Array, data: Data) -> SVIState:
+        args, kwargs = data.arguments()
         other = copy.copy(svi)
-        other.guide = _new_guide(svi.guide)
+        other.guide = new_guide(svi.guide)
         return _in_order(svi, other.guide, other.init(key, *args, **kwargs))
 
-    others = quick_jit(jax.vmap(begin))(random.split(key, num_starts - 1))
+    others = quick_jit(jax.vmap(begin, in_axes=(0, None)))(random.split(key, num_starts - 1), data)
     states = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, others)
     params = jax.tree.leaves(svi.optim.get_params(states.optim_state))
     if all(bool(jnp.all(jnp.isclose(x, x[:1], equal_nan=True))) for x in params):
@@ -150,17 +154,6 @@ def initial_states(
             stacklevel=4,
         )
     return states
-
-
-def _new_guide(guide: Any) -> Any:
-    """A copy of an autoguide that has not been set up, or another guide as it is."""
-    if not isinstance(guide, AutoGuide):
-        return guide
-    new = copy.copy(guide)
-    new.prototype_trace = None
-    if isinstance(guide, AutoGuideList):
-        new._guides = [_new_guide(part) for part in guide._guides]
-    return new
 
 
 def _in_order(svi: SVI, guide: Any, state: SVIState) -> SVIState:
@@ -178,8 +171,9 @@ def _in_order(svi: SVI, guide: Any, state: SVIState) -> SVIState:
     return state._replace(optim_state=svi.optim.init({**params, name: loc}))
 
 
-def _losses(svi: SVI, states: SVIState, keys: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
+def _losses(svi: SVI, states: SVIState, keys: jax.Array, data: Data) -> jax.Array:
     """Losses ``(num_starts, keys)`` of all states at common draws."""
+    args, kwargs = data.arguments()
     one = lambda state, key: svi.evaluate(state._replace(rng_key=key), *args, **kwargs)
     return lax.map(lambda key: jax.vmap(one, in_axes=(0, None))(states, key), keys).T
 

@@ -1,0 +1,250 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""``svi.init`` as one program: the same start as NumPyro's for the same key, in a third of the time.
+
+NumPyro runs the set-up of an autoguide operation by operation, and compiles each of some two hundred. Here it is
+traced once. What it keeps in the guide (values of sites, keys of handlers) are then tracers, which the program returns
+as well, and which are replaced by their values afterwards.
+"""
+
+import copy
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxpr_as_fun
+from numpyro.infer.autoguide import AutoGuide, AutoGuideList
+from numpyro.infer.svi import SVI, SVIState
+
+from numpyro_natgrad.compilation.data import Arguments, Data, traceable
+from numpyro_natgrad.compilation.programs import compiled
+
+#: Equations, with those of inner functions, up to which they are compiled as one program. One program of 300 scalar
+#: sites compiles for minutes; run one by one, its equations share small programs, as in NumPyro.
+MOST_EQUATIONS = 6000
+
+
+class _Start(NamedTuple):
+    """A traced ``svi.init``: ``(key, data, init_params) -> (state, values of the tracers that svi keeps)``."""
+
+    run: Callable[..., tuple[SVIState, list[jax.Array]]]
+    kept: list[jax.core.Tracer]
+
+
+#: The start of every ``SVI`` whose guide is set up, with what it was traced for.
+_STARTS: "weakref.WeakKeyDictionary[SVI, tuple[Any, _Start]]" = weakref.WeakKeyDictionary()
+
+
+def initial_state(
+    svi: SVI, rng_key: jax.Array, args: Arguments, kwargs: dict[str, Any], init_params: dict[str, Any] | None = None
+) -> SVIState:
+    """``svi.init(rng_key, *args, init_params=init_params, **kwargs)``, by NumPyro itself if that cannot be traced.
+
+    :raises Exception: what model or guide raise; what may be wrong with the arguments is added as a note.
+    """
+    try:
+        return traceable(svi, args, kwargs, lambda data: _by_one_program(svi, rng_key, data, init_params))[1]
+    except Exception:  # as above, or an equally good reason to let NumPyro say what is wrong
+        return _by_numpyro(svi, rng_key, args, kwargs, init_params)
+
+
+def check_start(
+    svi: SVI, rng_key: jax.Array, args: Arguments, kwargs: dict[str, Any], init_params: dict[str, Any] | None = None
+) -> None:
+    """Let NumPyro set up a new guide, and refuse a start without finite density or gradient.
+
+    One program cannot refuse: it knows no values while it is traced.
+
+    :raises RuntimeError: if there is no valid start.
+    """
+    other = copy.copy(svi)
+    other.guide = new_guide(svi.guide)
+    _by_numpyro(other, rng_key, args, kwargs, init_params)
+
+
+def new_guide(guide: Any) -> Any:
+    """A copy of an autoguide that has not been set up, or another guide as it is."""
+    if not isinstance(guide, AutoGuide):
+        return guide
+    new = copy.copy(guide)
+    new.prototype_trace = None
+    if isinstance(guide, AutoGuideList):
+        new._guides = [new_guide(part) for part in guide._guides]
+    return new
+
+
+def _by_numpyro(
+    svi: SVI, rng_key: jax.Array, args: Arguments, kwargs: dict[str, Any], init_params: dict[str, Any] | None
+) -> SVIState:
+    try:
+        return svi.init(rng_key, *args, init_params=init_params, **kwargs)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        for note in _unusable(args, kwargs):
+            error.add_note(note)
+        raise
+
+
+def _unusable(args: Arguments, kwargs: dict[str, Any]) -> Iterable[str]:
+    """What may have made NumPyro fail to set up model and guide: arrays with NaN, or without entries."""
+    for path, x in jax.tree_util.tree_leaves_with_path({"args": args, "kwargs": kwargs}):
+        if isinstance(x, np.ndarray | jax.Array) and jnp.issubdtype(x.dtype, jnp.number):
+            name = "".join(str(key) for key in path).removeprefix("['args']").replace("['kwargs']", "kwargs")
+            name = f"args{name}" if name.startswith("[") else name
+            lost = int(np.sum(~np.isfinite(np.asarray(x, float))))
+            if not x.size:
+                yield f"`{name}` has the shape {x.shape}, and so no entries."
+            elif lost:
+                yield f"`{name}` has {lost} of {x.size} entries that are not finite: leave out or mask these data."
+
+
+def _by_one_program(svi: SVI, key: jax.Array, data: Data, init_params: dict[str, Any] | None) -> SVIState:
+    signature = data.signature(), _shapes(init_params), is_set_up(svi.guide)
+    known = _STARTS.get(svi)
+    if known is not None and known[0] == signature:
+        return known[1].run(key, data, init_params)[0]
+    with _unchanged_if_it_fails(svi):
+        start = _traced(svi, key, data, init_params)
+        state, values = start.run(key, data, init_params)
+        replacements = {id(tracer): value for tracer, value in zip(start.kept, values, strict=True)}
+        visit_tracers(svi, lambda tracer: replacements.get(id(tracer), tracer))
+    if signature[-1] and not start.kept:
+        _STARTS[svi] = signature, start
+    return state
+
+
+def is_set_up(guide: Any) -> bool:
+    """Whether a guide keeps the start of an earlier ``svi.init``."""
+    return isinstance(guide, AutoGuide) and guide.prototype_trace is not None
+
+
+def _traced(svi: SVI, key: jax.Array, data: Data, init_params: dict[str, Any] | None) -> _Start:
+    kept: list[jax.core.Tracer] = []
+
+    def begin(key: jax.Array, data: Data, init_params: dict[str, Any] | None) -> tuple[SVIState, list[jax.core.Tracer]]:
+        args, kwargs = data.arguments()
+        with _order_of_the_model(svi.guide):
+            state = svi.init(key, *args, init_params=init_params, **kwargs)
+        kept.extend(tracers_of(svi))
+        return state, kept
+
+    traced = jax.jit(begin).trace(key, data, init_params)
+    if _equations(traced.jaxpr.jaxpr) <= MOST_EQUATIONS:
+        return _Start(compiled(traced), kept)
+    one_by_one, tree = jaxpr_as_fun(traced.jaxpr), jax.tree.structure(traced.out_info)
+    return _Start(lambda *inputs: jax.tree.unflatten(tree, one_by_one(*jax.tree.leaves(inputs))), kept)
+
+
+@contextmanager
+def _order_of_the_model(guide: Any) -> Iterator[None]:
+    """Let autoguides keep the latents in the order of the model.
+
+    Dicts that come out of a loop of JAX are in the order of the alphabet; those of NumPyro's own set-up are not.
+    """
+
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        if name == "_init_locs":
+            value = {site: value[site] for site in self.prototype_trace if site in value} | value
+        object.__setattr__(self, name, value)
+
+    classes = [(part, type(part)) for part in _parts(guide)]
+    for part, cls in classes:
+        part.__class__ = type(cls.__name__, (cls,), {"__setattr__": set_attribute})
+    try:
+        yield
+    finally:
+        for part, cls in classes:
+            part.__class__ = cls
+
+
+def _equations(jaxpr: Any) -> int:
+    inner = [x for eqn in jaxpr.eqns for x in jax.tree.leaves(list(eqn.params.values())) if hasattr(x, "eqns")]
+    return len(jaxpr.eqns) + sum(map(_equations, inner))
+
+
+def _shapes(init_params: dict[str, Any] | None) -> Any:
+    return str(jax.tree.map(lambda x: jax.api_util.shaped_abstractify(x), init_params))
+
+
+@contextmanager
+def _unchanged_if_it_fails(svi: SVI) -> Iterator[None]:
+    objects = [svi, *_parts(svi.guide)]
+    before = [dict(vars(x)) for x in objects]
+    try:
+        yield
+    except BaseException:
+        for x, attributes in zip(objects, before, strict=True):
+            vars(x).clear()
+            vars(x).update(attributes)
+        raise
+
+
+def _parts(guide: Any) -> list[Any]:
+    if not isinstance(guide, AutoGuide):
+        return []
+    return [guide, *(part for one in getattr(guide, "_guides", []) for part in _parts(one))]
+
+
+def tracers_of(root: Any) -> list[jax.core.Tracer]:
+    """All tracers that are reachable from an object, once each."""
+    found: dict[int, jax.core.Tracer] = {}
+
+    def note(tracer: jax.core.Tracer) -> jax.core.Tracer:
+        found[id(tracer)] = tracer
+        return tracer
+
+    visit_tracers(root, note)
+    return list(found.values())
+
+
+def visit_tracers(root: Any, replace: Callable[[jax.core.Tracer], Any]) -> None:
+    """Replace every tracer that is reachable from an object by ``replace(tracer)``.
+
+    Attributes, containers, closures and partial functions are followed. Tuples are made anew, all else is changed in
+    place.
+    """
+    _visited(root, replace, {})
+
+
+def _visited(x: Any, replace: Callable[[jax.core.Tracer], Any], seen: dict[int, Any]) -> Any:
+    if isinstance(x, jax.core.Tracer):
+        return replace(x)
+    if id(x) in seen or isinstance(x, _LEAVES):
+        return x
+    seen[id(x)] = x  # which also keeps it alive, and its id its own
+    visit = partial(_visited, replace=replace, seen=seen)
+    if isinstance(x, tuple):
+        new = [visit(y) for y in x]
+        same = all(a is b for a, b in zip(x, new, strict=True))
+        return x if same else x._make(new) if hasattr(x, "_make") else tuple(new)
+    if isinstance(x, dict):
+        x.update({name: visit(y) for name, y in x.items()})
+    elif isinstance(x, list):
+        x[:] = [visit(y) for y in x]
+    elif isinstance(x, partial):
+        x.__setstate__((visit(x.func), visit(x.args), visit(x.keywords), vars(x)))  # type: ignore[attr-defined]
+    elif isinstance(x, types.MethodType):
+        visit(x.__self__)
+    elif isinstance(x, types.FunctionType):
+        for cell in filter(_is_filled, x.__closure__ or ()):
+            cell.cell_contents = visit(cell.cell_contents)
+    if hasattr(x, "__dict__") and not isinstance(x, dict):
+        visit(vars(x))
+    return x
+
+
+#: What keeps no tracers of a trace: classes, modules and plain values.
+_LEAVES = (type, types.ModuleType, types.BuiltinFunctionType, str, bytes, int, float, complex, jax.Array, type(None))
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
