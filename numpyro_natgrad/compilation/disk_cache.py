@@ -41,6 +41,10 @@ class ProgramFolder:
         self.path = path
         self._warned = False
 
+    def has(self, key: str) -> bool:
+        """Whether there is a file for this key."""
+        return (self.path / (key + _SUFFIX)).exists()
+
     def load(self, key: str, in_tree: Any, out_tree: Any) -> Any | None:
         """The program of this key, or ``None``."""
         file = self.path / (key + _SUFFIX)

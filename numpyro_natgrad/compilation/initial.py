@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from jax.extend.core import jaxpr_as_fun
 from numpyro.infer.autoguide import AutoGuide, AutoGuideList
 from numpyro.infer.svi import SVI, SVIState
@@ -128,7 +129,8 @@ def _traced(svi: SVI, key: jax.Array, data: Data, init_params: dict[str, Any] | 
 
     def begin(key: jax.Array, data: Data, init_params: dict[str, Any] | None) -> tuple[SVIState, list[jax.core.Tracer]]:
         args, kwargs = data.arguments()
-        with _order_of_the_model(svi.guide):
+        # Arguments are validated where steps are traced. Here each check of a constant would be a program of its own.
+        with _order_of_the_model(svi.guide), numpyro.validation_enabled(False):
             state = svi.init(key, *args, init_params=init_params, **kwargs)
         kept.extend(tracers_of(svi))
         return state, kept

@@ -12,13 +12,13 @@ A fit of a hundred small steps runs for a tenth of a second, after seconds of co
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 
-from numpyro_natgrad.compilation.disk_cache import program_folder
+from numpyro_natgrad.compilation.disk_cache import ProgramFolder, program_folder
 from numpyro_natgrad.compilation.program_key import UnkeyedError, program_key
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -53,24 +53,32 @@ def in_background(traced: Any) -> "Future[Any]":
 def _begin(traced: Any) -> Callable[[], Any]:
     """The part of a compilation that any thread can do, and most of which holds no lock of Python."""
     folder = program_folder()
-    trees = jax.tree.structure(traced.args_info), jax.tree.structure(traced.out_info)
     try:
         key = "" if folder is None else program_key(traced, QUICK_OPTIONS if are_known() else UNOPTIMIZED)
     except UnkeyedError:
         folder = None
-    if folder is not None and (kept := folder.load(key, *trees)) is not None:
+    if folder is not None and folder.has(key):
         _prepare(traced)
-        return lambda: kept
+        trees = jax.tree.structure(traced.args_info), jax.tree.structure(traced.out_info)
+        x64 = bool(jax.config.values["jax_enable_x64"])
+        return partial(_loaded, folder, key, trees, traced, x64)
     lowered = traced.lower()
-    options = _options(lowered)
+    return partial(_finished, lowered, _options(lowered), folder, key)
 
-    def finish() -> Any:
-        program = lowered.compile(compiler_options=options)
-        if folder is not None:
-            folder.keep(key, program)
-        return program
 
-    return finish
+def _loaded(folder: ProgramFolder, key: str, trees: tuple[Any, Any], traced: Any, x64: bool) -> Any:
+    if (kept := folder.load(key, *trees)) is not None:
+        return kept
+    with jax.enable_x64(x64):  # which is local to a thread
+        lowered = traced.lower()
+        return _finished(lowered, _options(lowered), folder, key)
+
+
+def _finished(lowered: Any, options: dict[str, Any] | None, folder: ProgramFolder | None, key: str) -> Any:
+    program = lowered.compile(compiler_options=options)
+    if folder is not None:
+        folder.keep(key, program)
+    return program
 
 
 def _prepare(traced: Any) -> None:
