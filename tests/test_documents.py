@@ -27,6 +27,7 @@ MODULES = [m.name for m in pkgutil.walk_packages(numpyro_natgrad.__path__, "nump
         ("docs/guides.md", 1),
         ("docs/fisher.md", 3),
         ("docs/diagnostics.md", 3),
+        ("docs/compilation.md", 2),
     ],
 )
 def test_code_blocks_of_a_document_run(document, least, capsys):

@@ -77,10 +77,12 @@ class JudgeConstants(NamedTuple):
 JUDGE = JudgeConstants()
 #: Minibatches that a judgement needs: two independent halves with a standard error each.
 MIN_HELD = 4
-#: Folded into the key of the run for the draws of the judge, which are then independent of those of the steps.
+#: The first number that is folded into the key of the run; the draws are then independent of those of the steps.
 JUDGE_KEY = 0x6A756467
 #: What pairs are drawn for.
 _SLOPES, _HESSIAN, _REDUCTIONS = 0, 1, 2
+#: More chunks than a judgement has for one purpose.
+_CHUNKS = 2**16
 #: Lengths, in units of the Newton step, at which the real reduction of the loss is measured; both signs.
 LENGTHS = (0.1, 0.3, 1.0, 3.0)
 EPS = float(np.finfo(np.float64).eps)
@@ -129,7 +131,8 @@ class _Pairs(NamedTuple):
 
     The compiled program makes its keys: outside, ``random.split`` would be compiled anew for each number of chunks.
 
-    :ivar key: of the judgement; it is folded with ``purpose``, a number, and with ``number``, that of the chunk.
+    :ivar key: of the judgement; each pair folds its own number into it, from ``purpose`` and ``number``, that of the
+        chunk.
     :ivar batches: minibatches of the groups, ``(chunk, …)``, or ``()``.
     """
 
@@ -208,7 +211,9 @@ class Judge:
         :param score: 1 to include the score term of the gradient, 0 for path gradients.
         """
         signs = jnp.array([1.0, -1.0], x.dtype)
-        key = random.fold_in(random.fold_in(random.fold_in(pairs.key, JUDGE_KEY), pairs.purpose), pairs.number)
+        numbers = JUDGE_KEY + (pairs.purpose * _CHUNKS + pairs.number) * JUDGE.chunk * JUDGE.group
+        numbers += jnp.arange(JUDGE.chunk * JUDGE.group).reshape(JUDGE.chunk, JUDGE.group)
+        keys = jax.vmap(jax.vmap(partial(random.fold_in, pairs.key)))(numbers)
 
         def group(inputs: tuple[jax.Array, Arguments]) -> tuple[jax.Array, jax.Array]:
             keys, batches = inputs
@@ -227,7 +232,7 @@ class Judge:
             slope, losses = jax.grad(mean, has_aux=True)(x)
             return losses, slope
 
-        return lax.map(group, (random.split(key, (JUDGE.chunk, JUDGE.group)), pairs.batches))
+        return lax.map(group, (keys, pairs.batches))
 
     def _each(self, function: Callable, inputs: jax.Array) -> Any:
         return jax.vmap(function)(inputs) if self.vectorized else lax.map(function, inputs)
