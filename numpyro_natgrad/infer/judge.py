@@ -211,9 +211,9 @@ class Judge:
         :param score: 1 to include the score term of the gradient, 0 for path gradients.
         """
         signs = jnp.array([1.0, -1.0], x.dtype)
-        numbers = JUDGE_KEY + (pairs.purpose * _CHUNKS + pairs.number) * JUDGE.chunk * JUDGE.group
-        numbers += jnp.arange(JUDGE.chunk * JUDGE.group).reshape(JUDGE.chunk, JUDGE.group)
-        keys = jax.vmap(jax.vmap(partial(random.fold_in, pairs.key)))(numbers)
+        first = JUDGE_KEY + (pairs.purpose * _CHUNKS + pairs.number) * JUDGE.chunk * JUDGE.group
+        number = jnp.arange(JUDGE.chunk * JUDGE.group).reshape(JUDGE.chunk, JUDGE.group)
+        keys = jax.vmap(jax.vmap(partial(random.fold_in, pairs.key)))(first + number)
 
         def group(inputs: tuple[jax.Array, Arguments]) -> tuple[jax.Array, jax.Array]:
             keys, batches = inputs
