@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.cold import document, run
-from benchmarks.cold.jobs import GUIDES, Cell, Job, cells, chosen, new_data
+from benchmarks.cold.jobs import GUIDES, NO_GUIDE, Cell, Job, cells, chosen, new_data
 from benchmarks.cold.results import Store
+from benchmarks.cold.rivals_table import rivals
 from benchmarks.cold.table import rows
 
 SCHOOLS = Cell("eight_schools-eight_schools_noncentered", "AutoNormal")
@@ -98,3 +99,16 @@ def test_a_section_is_replaced_or_added_and_others_stay():
     text = "# Title\n\nText.\n\n## A\n\nold\n\n## B\n\nkept\n"
     assert document._with_section(text, "## A", "new") == "# Title\n\nText.\n\n## A\n\nnew\n\n## B\n\nkept\n"
     assert document._with_section(text, "## C", "new") == text + "\n## C\n\nnew\n"
+
+
+def test_other_packages_stand_in_one_table_without_empty_columns(tmp_path):
+    store = Store(tmp_path, "3.13")
+    versions = {"python": "3.13.0", "jax": "0.12.0", "numpyro": "0.22.0", "cores": 1, "version": "blackjax 1.7.1"}
+    for turn, seconds in enumerate([3.0, 4.0, 90.0]):
+        result = versions | {"seconds": 99.0, "cpu": seconds, "khat": 0.7}
+        store.write(Job("blackjax", SCHOOLS.posterior, NO_GUIDE, turn), result)
+    assert rivals([Store(tmp_path, "3.11")]) == ""
+    text = rivals([Store(tmp_path, "3.11"), store])
+    assert "| posterior | BlackJAX's Pathfinder, s | k̂ |" in text
+    assert "| eight_schools | 4.00 | 0.70 |" in text
+    assert "Rounds: 3." in text

@@ -10,7 +10,7 @@ import re
 
 from .results import Store, environments
 from .rivals_table import HEADING as RIVALS_HEADING
-from .rivals_table import rivals
+from .rivals_table import SHARED, rivals
 from .table import each, rows, summary
 
 OUTPUT = pathlib.Path("docs/benchmarks/cold.md")
@@ -24,7 +24,7 @@ def write(results: pathlib.Path, clock: str) -> str:
     for name in environments(results):
         if found := environment(Store(results, name), clock):
             text = _with_section(text, f"## Python {name}", found)
-    if found := rivals([Store(results, name) for name in environments(results)], clock):
+    if found := rivals([Store(results, name) for name in environments(results)]):
         text = _with_section(text, RIVALS_HEADING, found)
     OUTPUT.write_text(text)
     return f"wrote {OUTPUT}"
@@ -38,7 +38,7 @@ def environment(store: Store, clock: str) -> str:
     before = rows(Store(store.folder, store.environment + BEFORE), clock)
     fewest, most = (end(row.rounds for row in found) for end in (min, max))
     about = f"Rounds: {most}." if fewest == most else f"Rounds: {fewest} to {most}."
-    about += "" if clock == "seconds" else " The seconds are those of the processor, because other work shared it."
+    about += "" if clock == "seconds" else f" {SHARED}"
     return "\n".join([f"{found[0].versions}. {about}", "", *summary(found, before), "", *each(found)])
 
 
