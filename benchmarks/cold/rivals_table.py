@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The table of other packages: seconds of the processor from a standing start, and k-hat of each answer, beside ours."""
+"""Other packages: seconds of the processor from a standing start, and the k-hat of each answer, beside ours."""
 
 from typing import Any
 
