@@ -67,28 +67,35 @@ class Statistics(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """The step within a radius, nats.
+    """The step within a radius, nats, in numbers.
 
+    :ivar rho: step size of each block, ``(B,)``.
     :ivar kl: KL(q ‖ q₊) of each block, ``(B,)``.
     :ivar predicted: reduction of the loss that it promises, for the rescaled loss.
-    :ivar large: :meth:`Curve.is_large`.
+    :ivar limited: whether the radius shortens it.
+    :ivar large: whether it is so large that the loss at its end tells more than noise.
     """
 
-    params: Params
-    memory: Memory
-    fallback: Any
+    radius: jax.Array
     rho: jax.Array
     kl: jax.Array
     predicted: jax.Array
     limited: jax.Array
     large: jax.Array
-    radius: jax.Array
+
+
+class End(NamedTuple):
+    """What the state becomes if the step is taken."""
+
+    params: Params
+    memory: Memory
+    fallback: Any
 
 
 class Search(NamedTuple):
-    """The best radius so far, nats, the result of its step, the next radius, and whether to try it (``is_open``)."""
+    """The best proposal so far and its result, the radius to try next, nats, and whether to try it (``is_open``)."""
 
-    radius: jax.Array
+    proposal: Proposal
     result: Acceptance
     next_radius: jax.Array
     trials: jax.Array
@@ -99,43 +106,32 @@ class Curve(NamedTuple):
     """All steps from a state, by their KL radius: one fraction of the largest step sizes for all blocks."""
 
     context: Context
-    state: NaturalGradientState
-    tangents: list[Any]
+    params: Params
     memory: Memory
+    tangents: list[Any]
     largest: jax.Array
-    gradient: Params
 
     def within(self, radius: jax.Array) -> Proposal:
         """The longest step within a radius, nats."""
-        pairs, fraction = self._pairs(), self._longest_fraction(radius)
-        rho, params, memory = fraction * self.largest, self.state.params, self.memory
-        for k, (block, v) in enumerate(pairs):
-            params, memory = block.retract(params, memory, v, rho[k])
-        unowned = tuple(self.context.partition.unowned)
-        params, fallback = self.context.fallback.step(params, self.gradient, self.state.fallback, unowned)
-        kl = _stack(block.forward_kl(v, rho[k]) for k, (block, v) in enumerate(pairs))
-        predicted = jnp.sum(_stack(block.predicted_reduction(v, rho[k]) for k, (block, v) in enumerate(pairs)))
-        large = self._is_large(fraction, radius)
-        return Proposal(params, memory, fallback, rho, kl, predicted, fraction < 1, large, radius)
-
-    def is_large(self, radius: jax.Array) -> jax.Array:
-        """Whether the step within a radius is so large that the loss at its end tells more than noise."""
-        return self._is_large(self._longest_fraction(radius), radius)
-
-    def _is_large(self, fraction: jax.Array, radius: jax.Array) -> jax.Array:
         floor = _floor(self.context)
-        reverse = (block.reverse_kl(v, fraction * self.largest[k]) for k, (block, v) in enumerate(self._pairs()))
-        return (jnp.sum(_stack(reverse)) > floor) | ((fraction < 1) & (radius >= floor))
+        fraction, kl = trust_region.longest(self._forward_kl, jnp.ones((), self.largest.dtype), radius)
+        rho, limited = fraction * self.largest, fraction < 1
+        reverse = jnp.sum(_stack(block.reverse_kl(v, rho[k]) for k, (block, v) in self._blocks()))
+        predicted = jnp.sum(_stack(block.predicted_reduction(v, rho[k]) for k, (block, v) in self._blocks()))
+        return Proposal(radius, rho, kl, predicted, limited, (reverse > floor) | (limited & (radius >= floor)))
 
-    def _longest_fraction(self, radius: jax.Array) -> jax.Array:
-        def kl(fraction: jax.Array) -> jax.Array:
-            each = (block.forward_kl(v, fraction * self.largest[k]) for k, (block, v) in enumerate(self._pairs()))
-            return jnp.sum(_stack(each))
+    def end(self, rho: jax.Array) -> tuple[Params, Memory]:
+        """Parameters and memory after a step of these sizes."""
+        params, memory = self.params, self.memory
+        for k, (block, v) in self._blocks():
+            params, memory = block.retract(params, memory, v, rho[k])
+        return params, memory
 
-        return trust_region.longest(kl, jnp.ones((), self.largest.dtype), radius)
+    def _forward_kl(self, fraction: jax.Array) -> jax.Array:
+        return _stack(block.forward_kl(v, fraction * self.largest[k]) for k, (block, v) in self._blocks())
 
-    def _pairs(self) -> list[tuple[Any, Any]]:
-        return list(zip(self.context.partition.blocks, self.tangents, strict=True))
+    def _blocks(self) -> Iterable[tuple[int, tuple[Any, Any]]]:
+        return enumerate(zip(self.context.partition.blocks, self.tangents, strict=True))
 
 
 def natural_step(
@@ -156,10 +152,12 @@ def natural_step(
     largest = choose_step_sizes(gradients, statistics, context, step, state)
     pairs = zip(partition.blocks, gradients.tangents, strict=True)
     tangents = [b.restrained(v, largest[k]) for k, (b, v) in enumerate(pairs)]
-    curve = Curve(context, state, tangents, statistics.memory, largest, loss_info.gradient)
-    search = search_trust_region(curve, loss_info, gradients)
-    proposal = curve.within(search.radius)
-    return loss_info, pack(finish(gradients, statistics, proposal, search.result, context, state), carried)
+    unowned = tuple(partition.unowned)
+    params, fallback = context.fallback.step(state.params, loss_info.gradient, state.fallback, unowned)
+    curve = Curve(context, params, statistics.memory, tangents, largest)
+    search = search_trust_region(curve, loss_info, gradients, state.radius)
+    end = End(*curve.end(search.proposal.rho), fallback)
+    return loss_info, pack(finish(gradients, statistics, search, end, context, state), carried)
 
 
 def run_seed(loss: jax.Array, step: jax.Array, seed: jax.Array) -> jax.Array:
@@ -238,57 +236,68 @@ def _limited_unpaired(largest: jax.Array, square: jax.Array, context: Context, s
     return jnp.where(known, ramp * jnp.minimum(1.0, jnp.sqrt(limit / kl)) * largest, 0.0)
 
 
-def search_trust_region(curve: Curve, loss_info: LossInfo, gradients: NaturalGradients) -> Search:
+def search_trust_region(curve: Curve, loss_info: LossInfo, gradients: NaturalGradients, carried: jax.Array) -> Search:
     """The best radius: smaller radii while the loss is not reduced, larger ones while that pays.
 
-    A trial costs one value of the loss. Where draws do not follow the parameters (``Partition.paired``) the difference
-    of two losses is noise, and the first radius is accepted. The loop carries the radius and not the step: carried
-    parameters cost a mean-field guide of a million latents a quarter of its time.
+    A trial costs at most one value of the loss. Where draws do not follow the parameters (``Partition.paired``) the
+    difference of two losses is noise, and the first radius is accepted. The loop carries the sizes of the step and not
+    its end: carried parameters cost a mean-field guide of a million latents a quarter of its time.
     """
-    context, carried = curve.context, curve.state.radius
+    context = curve.context
     start = trust_region.initial_radius(context.options, context.partition.latents)
     radius = jnp.where((carried > 0) & jnp.isfinite(carried), carried, start)
-    uncompared = Acceptance(jnp.array(True), jnp.array(False), jnp.zeros_like(loss_info.loss))
-    trials, compared = jnp.array(0, jnp.int32), curve.is_large(radius) | (not context.partition.exact_on_conjugate)
-    search = Search(radius, uncompared, radius, trials, gradients.ok & compared)
+    uncompared, none = Acceptance(jnp.array(True), jnp.array(False), jnp.zeros_like(loss_info.loss)), jnp.array(0)
     if not context.options.adaptive or not context.partition.paired:
-        return search
+        return Search(curve.within(radius), uncompared, radius, none, jnp.array(False))
+    exact = jnp.array(context.partition.exact_on_conjugate)
 
     def body(search: Search) -> Search:
         proposal = curve.within(search.next_radius)
-        result = _compare(loss_info, proposal, gradients.scale, context)
+        needed = gradients.ok & (proposal.large | ~exact | (search.trials > 0))
+        result = _compare(curve, loss_info, proposal, gradients.scale, needed)
         widening = (search.trials > 0) & search.result.accepted
         better = result.accepted & (result.reduction > search.result.reduction)
-        best, best_result = _choose(~widening | better, (proposal.radius, result), (search.radius, search.result))
+        best, best_result = _choose(~widening | better, (proposal, result), (search.proposal, search.result))
         following = _resized(proposal, result, context)
         # Widen while each radius gains more than the last; shrink until one is accepted.
-        exact = jnp.array(context.partition.exact_on_conjugate)
         larger = exact & result.grows & jnp.where(widening, better, search.trials == 0)
-        return Search(best, best_result, following, search.trials + 1, larger | ~(widening | result.accepted))
+        is_open = needed & (larger | ~(widening | result.accepted))
+        return Search(best, best_result, following, search.trials + 1, is_open)
 
     def is_open(search: Search) -> jax.Array:
         return search.is_open & (search.trials < context.options.constants.radius_trials)
 
-    return lax.while_loop(is_open, body, search)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(curve.within, radius))
+    return lax.while_loop(is_open, body, Search(nothing, uncompared, radius, none, jnp.array(True)))
 
 
-def _compare(loss_info: LossInfo, proposal: Proposal, scale: jax.Array, context: Context) -> Acceptance:
-    """Compare the reduction of the loss that a step promises with the actual one on its own draws.
+def _compare(
+    curve: Curve, loss_info: LossInfo, proposal: Proposal, scale: jax.Array, needed: jax.Array
+) -> Acceptance:
+    """Compare the reduction of the loss that a step promises with the actual one on its own draws, where ``needed``.
 
     For a conjugate model a step of size ρ reduces the loss by at least KL(q ‖ q₊)/ρ, which is the prediction. Steps
     below the noise of the loss are accepted if their KL is exact; otherwise they must not increase the loss by more
     than that.
     """
-    ok, large = finite(proposal.params), proposal.large
+    context = curve.context
+
+    def evaluate(_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        params, _ = curve.end(proposal.rho)
+        return jnp.array(False), loss_info.loss - loss_info.loss_at(params), finite(params)
+
+    # A loop of one trip or none: a batch of fits evaluates the loss only if one of them needs it.
+    not_evaluated = needed, jnp.zeros_like(loss_info.loss), jnp.array(True)
+    _, actual, ok = lax.while_loop(lambda found: found[0], evaluate, not_evaluated)
     result = trust_region.accept(
-        loss_info.loss - loss_info.loss_at(proposal.params),
+        actual,
         proposal.predicted / scale,
-        large=large,
+        large=proposal.large,
         limited=proposal.limited,
         floor=_floor(context),
         constants=context.options.constants,
     )
-    compared = large | (not context.partition.exact_on_conjugate)
+    compared = needed & (proposal.large | (not context.partition.exact_on_conjugate))
     return result._replace(accepted=ok & (~compared | result.accepted), grows=compared & result.grows)
 
 
@@ -306,22 +315,22 @@ def _resized(proposal: Proposal, result: Acceptance, context: Context) -> jax.Ar
 def finish(
     gradients: NaturalGradients,
     statistics: Statistics,
-    proposal: Proposal,
-    result: Acceptance,
+    search: Search,
+    end: End,
     context: Context,
     state: NaturalGradientState,
 ) -> NaturalGradientState:
     """Take the step or skip it, and update what later steps depend on."""
-    ok, constants = gradients.ok, context.options.constants
-    taken = ok & result.accepted & finite(proposal.params)
+    ok, constants, proposal = gradients.ok, context.options.constants, search.proposal
+    taken = ok & search.result.accepted & finite(end.params)
     start = fresh(state, context.partition, constants)
     noise = _choose(ok, _after_step(statistics, proposal, taken, context, state), state.statistics)
     noise = _finite_or(noise, start.statistics)
     radius = proposal.radius
     if context.options.adaptive and context.partition.paired:
-        resized = _resized(proposal, result._replace(accepted=taken), context)
+        resized = _resized(proposal, search.result._replace(accepted=taken), context)
         radius = _finite_or(_choose(ok, resized, state.radius), start.radius)
-    params = _choose(taken, proposal.params, state.params)
+    params = _choose(taken, end.params, state.params)
     average = jnp.where(taken, step_size.average_weight(context.options, noise), 0.0)
     weights = StepWeights(jnp.where(taken, proposal.rho, 0.0), statistics.estimate.weight, average)
     decrement = newton_decrement.observe(state.decrement, statistics.norms, statistics.estimate.noise, weights)
@@ -331,7 +340,7 @@ def finish(
     # The natural gradient of a skipped step stays in the running means if it was finite. If it is not, twice in a row
     # with a finite gradient, it may be the running means that make it so.
     kept = _choose(gradients.stuck, start.memory, state.memory)
-    memory = _choose(taken, proposal.memory, _choose(ok, statistics.memory, kept))
+    memory = _choose(taken, end.memory, _choose(ok, statistics.memory, kept))
     return NaturalGradientState(
         params,
         _averaged(state.average, params, context.partition, average),
@@ -339,7 +348,7 @@ def finish(
         noise,
         decrement,
         radius,
-        _choose(taken, proposal.fallback, state.fallback),
+        _choose(taken, end.fallback, state.fallback),
         state.seed,
         _info(gradients, statistics.estimate, proposal, taken, remaining, state.info),
     )

@@ -32,22 +32,29 @@ def initial_radius(options: Options, latents: int) -> float:
     return float(latents) if options.max_kl == "adaptive" else float(options.max_kl)
 
 
-def longest(kl: Callable[[jax.Array], jax.Array], largest: jax.Array, radius: jax.Array) -> jax.Array:
-    """The longest ρ ≤ ``largest`` with kl(ρ) ≤ ``radius``, by bisection of log ρ to 1 %."""
+def longest(
+    kl: Callable[[jax.Array], jax.Array], largest: jax.Array, radius: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The longest ρ ≤ ``largest`` with Σ kl(ρ) ≤ ``radius``, by bisection of log ρ to 1 %, and kl(ρ) of each block.
 
-    def is_wide(bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
+    KL is of order ρ² near 0: at 1e-24 of the largest step any finite natural gradient costs nothing.
+    """
+
+    def is_wide(bounds: tuple[jax.Array, ...]) -> jax.Array:
         return bounds[1] > 1.01 * bounds[0]
 
-    def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds
-        middle = jnp.sqrt(low * high)
-        fits = kl(middle) <= radius
-        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+    def halve(bounds: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        low, high, middle, kl_low = bounds
+        kl_middle = kl(middle)
+        fits = jnp.sum(kl_middle) <= radius
+        low, high = jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+        return low, high, jnp.sqrt(low * high), jnp.where(fits, kl_middle, kl_low)
 
-    # KL is of order ρ² near 0: at 1e-24 of the largest step any finite natural gradient costs nothing.
-    fits = kl(largest) <= radius
-    low, _ = lax.while_loop(is_wide, halve, (jnp.where(fits, largest, largest * 1e-24), largest))
-    return low
+    shape = jax.eval_shape(kl, largest)
+    # The first "middle" is the upper end, so that KL is compiled once.
+    start = largest * 1e-24, largest, largest, jnp.zeros(shape.shape, shape.dtype)
+    low, _, _, kl_low = lax.while_loop(is_wide, halve, start)
+    return low, kl_low
 
 
 def comparison_floor(latents: int, constants: RuleConstants) -> jax.Array:
