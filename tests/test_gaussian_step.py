@@ -101,21 +101,21 @@ def test_a_step_whose_widening_waits_moves_the_mean_alike_and_widens_by_a_fracti
     factor = K @ matrix(gaussian.relative_factor(waiting, rho, MARGIN))
     assert_close(factor @ factor.T, covariance, root_eps(dtype))
     new = after[0], covariance
-    assert_close(gaussian.forward_kl(waiting, rho, MARGIN), kl(before, new), root_eps(dtype))
-    assert_close(gaussian.reverse_kl(waiting, rho, MARGIN), kl(new, before), root_eps(dtype))
+    assert_close(gaussian.kl(waiting, rho, MARGIN).forward, kl(before, new), root_eps(dtype))
+    assert_close(gaussian.kl(waiting, rho, MARGIN).reverse, kl(new, before), root_eps(dtype))
 
 
 @pytest.mark.parametrize("rho", LENGTHS)
 def test_a_step_that_does_not_wait_promises_its_kl_over_rho(case, dtype, rho):
-    promised = gaussian.predicted_reduction(case.tangent, rho, MARGIN)
-    assert_close(promised, gaussian.forward_kl(case.tangent, rho, MARGIN) / rho, root_eps(dtype))
+    promised = gaussian.kl(case.tangent, rho, MARGIN).predicted
+    assert_close(promised, gaussian.kl(case.tangent, rho, MARGIN).forward / rho, root_eps(dtype))
 
 
 @pytest.mark.parametrize("rho", LENGTHS)
 def test_forward_and_reverse_kl_equal_numpyros(case, dtype, rho):
     before, after = natural_step(case, rho)
-    assert_close(gaussian.forward_kl(case.tangent, rho, MARGIN), kl(before, after), root_eps(dtype))
-    assert_close(gaussian.reverse_kl(case.tangent, rho, MARGIN), kl(after, before), root_eps(dtype))
+    assert_close(gaussian.kl(case.tangent, rho, MARGIN).forward, kl(before, after), root_eps(dtype))
+    assert_close(gaussian.kl(case.tangent, rho, MARGIN).reverse, kl(after, before), root_eps(dtype))
 
 
 @pytest.mark.parametrize("rho", LENGTHS)
@@ -134,15 +134,15 @@ def test_new_scale_is_a_cholesky_factor(case, dtype):
 def test_step_of_length_zero_changes_nothing(case, dtype):
     assert_close(gaussian.mean_shift(case.tangent, 0.0, MARGIN), np.zeros(D), 0.0)
     assert_close(matrix(gaussian.relative_factor(case.tangent, 0.0, MARGIN)), np.eye(D), root_eps(dtype))
-    assert abs(float(gaussian.forward_kl(case.tangent, 0.0, MARGIN))) <= root_eps(dtype) ** 2 * D
+    assert abs(float(gaussian.kl(case.tangent, 0.0, MARGIN).forward)) <= root_eps(dtype) ** 2 * D
 
 
 def test_squared_norm_is_twice_the_kl_of_a_short_step(case, x64):
     """KL(ρv) = ½ρ²‖v‖² + O(ρ³): the remainder falls by 8 where ρ falls by 2."""
     rhos = np.array([4e-3, 2e-3, 1e-3])
     short = 0.5 * rhos**2 * float(gaussian.squared_norm(case.tangent))
-    for nats in (gaussian.forward_kl, gaussian.reverse_kl):
-        remainder = np.abs(np.array([float(nats(case.tangent, r, MARGIN)) for r in rhos]) - short)
+    for direction in (0, 1):
+        remainder = np.abs(np.array([float(gaussian.kl(case.tangent, r, MARGIN)[direction]) for r in rhos]) - short)
         np.testing.assert_allclose(remainder[:-1] / remainder[1:], 8.0, rtol=0.1)
 
 
@@ -159,9 +159,8 @@ def test_batched_step_equals_a_loop(dtype):
     for whole in (gaussian.mean_shift, gaussian.relative_factor, gaussian.precision_change):
         expected = np.stack([np.asarray(whole(t, 0.5, MARGIN)) for t in alone])
         assert_close(whole(together, 0.5, MARGIN), expected, root_eps(dtype))
-    for total in (gaussian.forward_kl, gaussian.reverse_kl):
-        expected = sum(float(total(t, 0.5, MARGIN)) for t in alone)
-        assert_close(total(together, 0.5, MARGIN), expected, root_eps(dtype))
+    for total, *each in zip(*(gaussian.kl(t, 0.5, MARGIN) for t in (together, *alone)), strict=True):
+        assert_close(total, sum(map(float, each)), root_eps(dtype))
     assert_close(gaussian.squared_norm(together), sum(float(gaussian.squared_norm(t)) for t in alone), root_eps(dtype))
 
 
@@ -211,7 +210,7 @@ spectra = st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4)
 def everything(slope, values, rho):
     t = GaussianTangent(slope, values, jnp.asarray(rotation(4, 7), values.dtype))
     factor = gaussian.relative_factor(t, rho, MARGIN)
-    return factor, gaussian.mean_shift(t, rho, MARGIN), gaussian.forward_kl(t, rho, MARGIN), gaussian.squared_norm(t)
+    return factor, gaussian.mean_shift(t, rho, MARGIN), gaussian.kl(t, rho, MARGIN).forward, gaussian.squared_norm(t)
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])

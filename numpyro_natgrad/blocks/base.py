@@ -4,7 +4,7 @@
 
     natural_gradient   g     ->  v = F⁻¹g, a tangent in the block's own coordinates
     squared_norm       v     ->  vᵀFv, nats
-    forward_kl         v, ρ  ->  KL(q ‖ q₊) of the step −ρv, nats
+    kl                 v, ρ  ->  KL(q ‖ q₊) of the step −ρv, nats, and KL(q₊ ‖ q)
     retract            v, ρ  ->  the parameters after that step, always valid
 
 A block is static; its running means are in :class:`Memory`, which ``lax.scan`` carries.
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_natgrad.distributions.gaussian import StepKL
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.stein_regression import RegressionSums
 from numpyro_natgrad.guide.gaussian_sites import Params
@@ -69,6 +70,11 @@ class SquaredNorms(NamedTuple):
     def visible_norms(self) -> jax.Array:
         """``visible``, or by default the other three; ``(3, …)``."""
         return jnp.stack(self[:3]) if self.visible is None else self.visible
+
+
+def conjugate_kl(forward: jax.Array, reverse: jax.Array, rho: jax.Array) -> StepKL:
+    """The KL of a step of size ρ, whose predicted reduction is KL(q ‖ q₊)/ρ."""
+    return StepKL(forward, reverse, forward / jnp.maximum(rho, jnp.finfo(rho.dtype).tiny))
 
 
 class Scope(NamedTuple):
@@ -154,11 +160,8 @@ class Block(Protocol, Generic[Tangent]):
     def squared_norm(self, v: Tangent) -> jax.Array:
         """vᵀFv, nats."""
 
-    def forward_kl(self, v: Tangent, rho: jax.Array) -> jax.Array:
-        """KL(q ‖ q₊) of a step of size ρ, nats; increasing in ρ, exact where it has a closed form."""
-
-    def reverse_kl(self, v: Tangent, rho: jax.Array) -> jax.Array:
-        """KL(q₊ ‖ q) of a step of size ρ, nats."""
+    def kl(self, v: Tangent, rho: jax.Array) -> StepKL:
+        """How far a step of size ρ goes, nats."""
 
     def compare(self, memory: Memory, v: Tangent) -> SquaredNorms:
         """Compare ``v`` with the running mean of earlier natural gradients."""
@@ -170,10 +173,6 @@ class Block(Protocol, Generic[Tangent]):
     def restrained(self, v: Tangent, rho: jax.Array) -> Tangent:
         """The step that is taken along ``v``, for the step size ρ before the KL limit."""
         return v
-
-    def predicted_reduction(self, v: Tangent, rho: jax.Array) -> jax.Array:
-        """The least reduction of the loss by a step of size ρ, nats, if the model is conjugate."""
-        return self.forward_kl(v, rho) / jnp.maximum(rho, jnp.finfo(rho.dtype).tiny)
 
     def update_memory(self, memory: Memory, v: Tangent, weight: jax.Array) -> Memory:
         """Average ``v`` into the running mean: m ← m + weight (v − m)."""

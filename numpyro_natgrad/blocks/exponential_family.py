@@ -15,7 +15,6 @@ Salimans & Knowles (2013), exact on conjugate models and biased on others.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from jax import lax
 
 from numpyro_natgrad.blocks import base
 from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms
+from numpyro_natgrad.distributions.gaussian import StepKL
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.exponential_sites import ExponentialFamilySite
 from numpyro_natgrad.guide.gaussian_sites import Params
@@ -96,19 +96,17 @@ class ExponentialFamilyBlock(base.Block[ExponentialFamilyTangent]):
             else self.site.family.natural_gradient(eta, slope)
         )
         v = jnp.where(jnp.all(jnp.isfinite(slope)), v, jnp.nan)
-        product = self.site.family.product
-        image = product(eta, v)
+        product = jax.vmap(self.site.family.product, in_axes=(None, 0))
+        image, running_mean_image = product(eta, jnp.stack([v, running_mean]))
         fraction = self._fraction(v, image)
-        return ExponentialFamilyTangent(fraction * v, fraction * image, product(eta, running_mean), eta)
+        return ExponentialFamilyTangent(fraction * v, fraction * image, running_mean_image, eta)
 
     def squared_norm(self, v: ExponentialFamilyTangent) -> jax.Array:
         return self._squared_norm(v.v, v.image)
 
-    def forward_kl(self, v: ExponentialFamilyTangent, rho: jax.Array) -> jax.Array:
-        return self.site.copies * self.site.family.forward_kl(v.eta, self._change(v, rho))
-
-    def reverse_kl(self, v: ExponentialFamilyTangent, rho: jax.Array) -> jax.Array:
-        return self.site.copies * self.site.family.reverse_kl(v.eta, self._change(v, rho))
+    def kl(self, v: ExponentialFamilyTangent, rho: jax.Array) -> StepKL:
+        forward, reverse = self.site.copies * self.site.family.kl(v.eta, self._change(v, rho))
+        return base.conjugate_kl(forward, reverse, rho)
 
     def compare(self, memory: Memory, v: ExponentialFamilyTangent) -> SquaredNorms:
         old = self._running_mean(memory)
@@ -144,10 +142,16 @@ class ExponentialFamilyBlock(base.Block[ExponentialFamilyTangent]):
         self, loss_info: LossInfo, params: Params, eta: jax.Array, running_mean: jax.Array, gradient: jax.Array
     ) -> jax.Array:
         tilt = lambda w: self.site.pull(params, loss_info.sampled_fisher_product({self.site.name: w}))
-        innovation = lambda: running_mean + self.site.family.natural_gradient(eta, gradient - tilt(running_mean))
+        natural_gradient = self.site.family.natural_gradient
         if not self._determines_fisher(loss_info.particles):
-            return innovation()
-        return lax.cond(jnp.any(running_mean != 0), innovation, lambda: self._regressed(tilt, eta, gradient))
+            return running_mean + natural_gradient(eta, gradient - tilt(running_mean))
+        # F̂ of every element of the batch, by one product for each coordinate of η.
+        columns = jax.vmap(lambda e: tilt(jnp.broadcast_to(e, eta.shape)), out_axes=-1)
+        fisher = columns(jnp.eye(eta.shape[-1], dtype=eta.dtype))
+        image = jnp.sum(fisher * running_mean[..., None, :], axis=-1)
+        v = running_mean + natural_gradient(eta, gradient - image)
+        regressed = lambda: self._regressed(fisher, eta, gradient, v)
+        return lax.cond(jnp.any(running_mean != 0), lambda: v, regressed)
 
     def _determines_fisher(self, particles: float) -> bool:
         """Whether the draws of one step determine F̂."""
@@ -155,13 +159,12 @@ class ExponentialFamilyBlock(base.Block[ExponentialFamilyTangent]):
         c, draws = self.constants, particles * self.site.copies * self.site.event_size
         return k <= c.sampled_fisher_limit and draws >= c.sampled_fisher_draws * k
 
-    def _regressed(self, tilt: Callable[[jax.Array], jax.Array], eta: jax.Array, gradient: jax.Array) -> jax.Array:
-        """F̂⁻¹ĝ, element by element; F⁻¹ĝ where the norms of F̂⁻¹ĝ by F̂ and by F differ by more than noise."""
-        columns = jax.vmap(lambda e: tilt(jnp.broadcast_to(e, eta.shape)), out_axes=-1)
-        v = jnp.linalg.solve(columns(jnp.eye(eta.shape[-1], dtype=eta.dtype)), gradient[..., None])[..., 0]
+    def _regressed(self, fisher: jax.Array, eta: jax.Array, gradient: jax.Array, plain: jax.Array) -> jax.Array:
+        """F̂⁻¹ĝ, element by element; ``plain`` where the norms of F̂⁻¹ĝ by F̂ and by F differ by more than noise."""
+        v = jnp.linalg.solve(fisher, gradient[..., None])[..., 0]
         ratio = jnp.sum(v * gradient, axis=-1) / jnp.sum(v * self.site.family.product(eta, v), axis=-1)
         ok = (ratio > self.constants.sampled_fisher_ratio) & (ratio < 1 / self.constants.sampled_fisher_ratio)
-        return jnp.where(ok[..., None], v, self.site.family.natural_gradient(eta, gradient))
+        return jnp.where(ok[..., None], v, plain)
 
     def _running_mean(self, memory: Memory) -> jax.Array:
         flat = jnp.concatenate([memory.running_mean[p].ravel() for p in self.site.params])

@@ -36,6 +36,19 @@ class GaussianTangent(NamedTuple):
     widening: jax.Array | float = 1.0
 
 
+class StepKL(NamedTuple):
+    """How far a step goes, nats; scalars, or one number for each block.
+
+    :ivar forward: KL(q ‖ q₊), increasing in ρ, exact where it has a closed form.
+    :ivar reverse: KL(q₊ ‖ q).
+    :ivar predicted: the least reduction of the loss by the step, if the model is conjugate.
+    """
+
+    forward: jax.Array
+    reverse: jax.Array
+    predicted: jax.Array
+
+
 def tangent(slope: jax.Array, curvature: jax.Array) -> GaussianTangent:
     """Diagonalize a dense symmetric M, shape ``(..., d, d)``."""
     values, vectors = jnp.linalg.eigh(curvature)
@@ -86,25 +99,18 @@ def wait(t: GaussianTangent, rho: jax.Array, limit: jax.Array | float, margin: f
     return t._replace(widening=jnp.minimum(1.0, limit / jnp.maximum(square, jnp.finfo(square.dtype).tiny)))
 
 
-def forward_kl(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
-    """KL(q ‖ q₊) in nats, exact, summed over the batch. It increases with ρ."""
+def kl(t: GaussianTangent, rho: jax.Array, margin: float) -> StepKL:
+    """How far a step goes, exactly, summed over the batch; the prediction is KL(q ‖ q₊)/ρ where nothing waits."""
     w, precision, a = _ratios(t, rho, margin)
-    inside = jnp.sum(precision - 1 - jnp.log(precision) + precision * (rho * a / w) ** 2)
-    return 0.5 * (inside + rho**2 * _squared_residual(t, a))
-
-
-def reverse_kl(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
-    """KL(q₊ ‖ q) in nats, exact, summed over the batch."""
-    w, precision, a = _ratios(t, rho, margin)
-    inside = jnp.sum(1 / precision - 1 + jnp.log(precision) + (rho * a / w) ** 2)
-    return 0.5 * (inside + rho**2 * _squared_residual(t, a))
-
-
-def predicted_reduction(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
-    """The least reduction of the loss by the step, nats, if −log p is quadratic: KL(q ‖ q₊)/ρ where nothing waits."""
-    w, precision, a = _ratios(t, rho, margin)
-    inside = jnp.sum(precision - 1 - jnp.log(precision) + (rho * a) ** 2 / w)
-    return 0.5 * (inside + rho**2 * _squared_residual(t, a)) / jnp.maximum(rho, jnp.finfo(w.dtype).tiny)
+    logs, square = jnp.log(precision), (rho * a) ** 2 / w
+    each = [
+        precision - 1 - logs + square * (precision / w),
+        1 / precision - 1 + logs + square / w,
+        precision - 1 - logs + square,
+    ]
+    outside = rho**2 * _squared_residual(t, a)
+    forward, reverse, predicted = (0.5 * (jnp.sum(x) + outside) for x in each)
+    return StepKL(forward, reverse, predicted / jnp.maximum(rho, jnp.finfo(w.dtype).tiny))
 
 
 def mean_shift(t: GaussianTangent, rho: jax.Array, margin: float) -> jax.Array:
@@ -162,8 +168,14 @@ def _expand(vectors: jax.Array, coefficients: jax.Array) -> jax.Array:
 def lower_factor(square_root: jax.Array) -> jax.Array:
     """L lower triangular with positive diagonal and L Lᵀ = A Aᵀ, from any A of shape ``(..., d, n)``."""
     upper = jnp.linalg.qr(_transpose(square_root), mode="r")
-    signs = jnp.where(jnp.diagonal(upper, axis1=-2, axis2=-1) < 0, -1, 1).astype(upper.dtype)
+    signs = jnp.where(diagonal(upper) < 0, -1, 1).astype(upper.dtype)
     return _transpose(upper * signs[..., None])
+
+
+def diagonal(x: jax.Array) -> jax.Array:
+    """The diagonals of square matrices, as a slice: ``jnp.diagonal`` gathers, which is a kernel of its own."""
+    d = x.shape[-1]
+    return x.reshape(*x.shape[:-2], d * d)[..., :: d + 1]
 
 
 def inverse_lower(lower: jax.Array) -> jax.Array:
@@ -185,7 +197,7 @@ def scaled_cholesky_solve(
     :param scale: positive, ``(..., n)``. In its default, zeros of diag A are replaced by the smallest normal number.
     """
     if scale is None:
-        scale = jnp.maximum(jnp.diagonal(matrix, axis1=-2, axis2=-1), jnp.finfo(rhs.dtype).tiny)
+        scale = jnp.maximum(diagonal(matrix), jnp.finfo(rhs.dtype).tiny)
     root = jnp.sqrt(scale)
     scaled = matrix / (root[..., :, None] * root[..., None, :])
     eye = jnp.eye(root.shape[-1], dtype=root.dtype)

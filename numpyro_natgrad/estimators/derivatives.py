@@ -25,6 +25,10 @@ from numpyro_natgrad.guide.handlers import DensityMode, Frozen, IndependentDraws
 MAX_LOSS = 1e14
 
 
+#: Numbers up to which arrays are copied to be joined with others.
+SMALL_ARRAY = 4096
+
+
 class LossInfo(NamedTuple):
     """The loss as the blocks use it.
 
@@ -95,19 +99,20 @@ class _Inputs(NamedTuple):
 
 
 class _Directions(NamedTuple):
-    """Directions along which the gradient is linearized: parameters, stretches, and shifts of antithetic draws."""
+    """Directions along which the gradient is linearized: parameters, stretches, shifts of antithetic draws, tilts."""
 
     params: Params
     stretches: Params
     shifts: Params
+    tilts: Params
 
-    def padded(self, params: Params, stretches: Params, shifts: Params) -> "_Directions":
-        return _Directions(*(_padded(new, at) for new, at in zip((params, stretches, shifts), self, strict=True)))
+    def padded(self, **directions: Params) -> "_Directions":
+        return _Directions(**{name: _padded(directions.get(name, {}), at) for name, at in self._asdict().items()})
 
 
 LossAndAux = tuple[jax.Array, Any]
 ProbedLoss = Callable[[_Inputs], tuple[jax.Array, LossAndAux]]
-HessianProducts = tuple[Callable[..., Params], Callable[[Params], Params]]
+Products = tuple[Callable[..., Params], Callable[[Params], Params], Callable[[Params], Params]]
 
 
 def evaluate_loss(fn: Loss, params: Params, request: GradientRequest, particles: float) -> LossInfo:
@@ -129,7 +134,7 @@ def evaluate_loss(fn: Loss, params: Params, request: GradientRequest, particles:
         perturbation_gradients=perturbation_gradients,
         hessian_product=products[0],
         hessian_product_per_draw=products[1],
-        sampled_fisher_product=_sampled_fisher_product(probed, inputs, request),
+        sampled_fisher_product=products[2],
         loss_at=_loss_at(fn, probed, inputs, request),
         fn=fn,
         forward=request.forward,
@@ -159,48 +164,44 @@ def _probed_loss(fn: Loss, request: GradientRequest) -> ProbedLoss:
 
 def _linearized_gradient(
     probed: ProbedLoss, inputs: _Inputs, request: GradientRequest
-) -> tuple[LossAndAux, Params, Params, HessianProducts]:
-    """(Loss, aux), the gradients by parameters and by perturbations, and the two kinds of Hessian-vector products."""
+) -> tuple[LossAndAux, Params, Params, Products]:
+    """(Loss, aux), the gradients by parameters and by perturbations, and their products along :class:`_Directions`.
+
+    All products are of one linearization: samplers with rejection are compiled, and run, once for all of them.
+    """
     antithetic = request.sites_in(DensityMode.ANTITHETIC)
     directions = _Directions(
         {name: inputs.params[name] for name in request.hessian_params},
         inputs.stretches,
         {site: inputs.perturbations[site][1] for site in antithetic},
+        {site: inputs.perturbations[site] for site in request.sites_in(DensityMode.TILTED)},
     )
 
     def gradients(along: _Directions) -> tuple[tuple[Params, Params], tuple[LossAndAux, Params, Params]]:
         shifted = {site: jnp.stack([inputs.perturbations[site][0], x]) for site, x in along.shifts.items()}
         loss = lambda x: probed(_Inputs(x[0], x[1], along.stretches))
-        at = {**inputs.params, **along.params}, {**inputs.perturbations, **shifted}
+        at = {**inputs.params, **along.params}, {**inputs.perturbations, **shifted, **along.tilts}
         (gradient, by_perturbation), out = derivative(loss, request.forward)(at)
-        slopes = {p: gradient[p] for p in along.params}, {site: by_perturbation[site][1] for site in along.shifts}
+        slopes = gradient, {site: by_perturbation[site][1] for site in along.shifts}
         return slopes, (out, gradient, by_perturbation)
 
-    if directions.params or directions.shifts:
+    if directions.params or directions.shifts or directions.tilts:
         _, linear, found = jax.linearize(gradients, directions, has_aux=True)
     else:
         (_, found), linear = gradients(directions), lambda tangents: ({}, {})
-    return *found, _hessian_products(linear, directions)
+    return *found, _products(linear, directions)
 
 
-def _hessian_products(linear: Callable, at: _Directions) -> HessianProducts:
+def _products(linear: Callable, at: _Directions) -> Products:
     def hessian_product(tangents: Params, stretches: Params | None = None) -> Params:
-        return linear(at.padded(tangents, stretches or {}, {}))[0]
+        change = linear(at.padded(params=tangents, stretches=stretches or {}))[0]
+        return {p: change[p] for p in at.params}
 
-    return hessian_product, lambda shifts: linear(at.padded({}, {}, shifts))[1]
-
-
-def _sampled_fisher_product(probed: ProbedLoss, inputs: _Inputs, request: GradientRequest) -> Callable:
-    tilts = {name: inputs.perturbations[name] for name in request.sites_in(DensityMode.TILTED)}
-    if not tilts:
-        return lambda tangents: {}
-
-    def gradient(tilts: Params) -> Params:
-        loss = lambda x: probed(_Inputs(x[0], x[1], inputs.stretches))
-        return derivative(loss, request.forward)((inputs.params, {**inputs.perturbations, **tilts}))[0][0]
-
-    _, linear = jax.linearize(gradient, tilts)
-    return lambda tangents: linear(_padded(tangents, tilts))
+    return (
+        hessian_product,
+        lambda shifts: linear(at.padded(shifts=shifts))[1],
+        lambda tilts: linear(at.padded(tilts=tilts))[0],
+    )
 
 
 def _loss_at(fn: Loss, probed: ProbedLoss, inputs: _Inputs, request: GradientRequest) -> Callable:
@@ -276,7 +277,11 @@ def derivative(function: Callable, forward: bool) -> Callable:
 
 
 def finite(tree: Any) -> jax.Array:
-    return jnp.isfinite(sum((jnp.sum(jnp.abs(x) * 0) for x in jax.tree.leaves(tree)), jnp.zeros(())))
+    """Whether all numbers of a tree are finite; small arrays are joined, which costs one kernel instead of many."""
+    leaves = [jnp.ravel(x) for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    small, large = ([x for x in leaves if (x.size <= SMALL_ARRAY) == size] for size in (True, False))
+    joined = [jnp.concatenate(small)] if small else []
+    return jnp.isfinite(sum((jnp.sum(x * 0) for x in large + joined), jnp.zeros(())))
 
 
 def zero_unless(ok: jax.Array, tree: Any) -> Any:

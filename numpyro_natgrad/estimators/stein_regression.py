@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
+from numpyro_natgrad.distributions.gaussian import diagonal
 from numpyro_natgrad.options import CONSTANTS, RuleConstants
 
 
@@ -58,14 +59,19 @@ def change_frame(
     :param factor: C', ``(d, d)``, lower triangular.
     """
     old = jnp.where(sums.weight > 0, sums.factor, factor)
-    ratio, inverse = _solve(factor, old), _solve(old, factor)
-    shift = _solve(old, jnp.where(sums.weight > 0, loc - sums.loc, 0.0))
-    affine = jnp.eye(loc.size + 1, dtype=loc.dtype).at[1:].set(jnp.column_stack([-ratio @ shift, ratio]))
-    gram, cross = affine @ sums.gram @ affine.T, inverse.T @ sums.cross @ affine.T
+    ratio, both = _solve(factor, old), jnp.column_stack([factor, jnp.where(sums.weight > 0, loc - sums.loc, 0.0)])
+    inverse, shift = jnp.split(_solve(old, both), [loc.size], axis=1)
+    affine = jnp.column_stack([-ratio @ shift, ratio])
+    affine = jnp.concatenate([jnp.eye(1, loc.size + 1, dtype=loc.dtype), affine])
+    gram, cross = jnp.split(jnp.concatenate([sums.gram, sums.cross]) @ affine.T, [loc.size + 1])
+    gram, cross = affine @ gram, inverse.T @ cross
     spread = (
-        constants.spread_max * loc.size * sums.weight / jnp.maximum(jnp.trace(gram[1:, 1:]), jnp.finfo(gram.dtype).tiny)
+        constants.spread_max
+        * loc.size
+        * sums.weight
+        / jnp.maximum(jnp.sum(diagonal(gram)[1:]), jnp.finfo(gram.dtype).tiny)
     )
-    kl = 0.5 * (jnp.sum(inverse**2) - loc.size - 2 * jnp.sum(jnp.log(jnp.diagonal(inverse))) + jnp.sum(shift**2))
+    kl = 0.5 * (jnp.sum(inverse**2) - loc.size - 2 * jnp.sum(jnp.log(diagonal(inverse))) + jnp.sum(shift**2))
     weight = frame_change_weight(kl, spread)
     # All draws are forgotten if the sums are not finite in the new frame.
     ok = jnp.isfinite((jnp.sum(gram) + jnp.sum(cross)) * weight)
@@ -87,7 +93,7 @@ def frame_change_weight(kl: jax.Array, spread: jax.Array) -> jax.Array:
 
 
 def add_draws(
-    sums: RegressionSums, x: jax.Array, g: jax.Array, precision: jax.Array, constants: RuleConstants = CONSTANTS
+    sums: RegressionSums, x: jax.Array, g: jax.Array, precision: jax.Array | None, constants: RuleConstants = CONSTANTS
 ) -> RegressionSums:
     """The sums with more draws, winsorized if their influence ‖e‖²(1 + ‖x‖²) is too large.
 
@@ -95,19 +101,20 @@ def add_draws(
 
     :param x: draws in the sums' frame, ``(S, d)``.
     :param g: gradients of f there, ``(S, d)``.
-    :param precision: P of the present Gaussian in that frame, ``(d, d)``.
+    :param precision: P of the present Gaussian in that frame, ``(d, d)``; ``None`` for the identity.
     """
     sums = forget(sums, *x.shape)
     square = lambda rows: jnp.sum(rows**2, axis=1)
-    influence = square(g - x @ precision) * (1 + square(x))
+    influence = square(g - (x if precision is None else x @ precision)) * (1 + square(x))
     total = sums.weight * sums.influence
     bound = jnp.maximum(constants.influence_max * (total + len(x) * jnp.median(influence)), 1.0)
     weight = jnp.sqrt(jnp.minimum(1.0, bound / jnp.maximum(influence, bound)))[:, None]
     u = jnp.column_stack([jnp.ones_like(weight), x])
+    gram, cross = jnp.split((weight * jnp.column_stack([u, g])).T @ u, [u.shape[1]])
     return sums._replace(
         influence=(total + jnp.sum(jnp.minimum(influence, bound))) / (sums.weight + len(x)),
-        gram=sums.gram + (weight * u).T @ u,
-        cross=sums.cross + (weight * g).T @ u,
+        gram=sums.gram + gram,
+        cross=sums.cross + cross,
     )
 
 
@@ -125,7 +132,7 @@ def forget(sums: RegressionSums, new: int, d: int) -> RegressionSums:
 
 
 def fit(
-    sums: RegressionSums, precision: jax.Array, constants: RuleConstants = CONSTANTS
+    sums: RegressionSums, precision: jax.Array | None, constants: RuleConstants = CONSTANTS
 ) -> tuple[jax.Array, jax.Array]:
     """b ``(d,)`` and Δ ``(d, d)``, symmetric: the slope and the curvature beyond the precision P of the Gaussian.
 
@@ -137,7 +144,7 @@ def fit(
     ΔG + GΔ + 2λΔ = E + Eᵀ are solved entry by entry.
     """
     n, s = sums.weight + constants.ridge, sums.gram[1:, 0]
-    missing = sums.cross - precision @ sums.gram[1:]
+    missing = sums.cross - (sums.gram[1:] if precision is None else precision @ sums.gram[1:])
     slope = missing[:, 0]
     gram = sums.gram[1:, 1:] - jnp.outer(s, s) / n
     cross = missing[:, 1:] - jnp.outer(slope, s) / n

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.linalg import cho_solve
 from numpyro import distributions as dist
 from numpyro.distributions import transforms
 
-from numpyro_natgrad.distributions.gaussian import inverse_lower, lower_factor
+from numpyro_natgrad.distributions.gaussian import diagonal, inverse_lower, lower_factor
 from numpyro_natgrad.guide.handlers import Params as Params
 from numpyro_natgrad.guide.provenance import Origin
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace
@@ -214,7 +215,7 @@ class GaussianSite(NamedTuple):
         return k.reshape(self.shape if self.form.diagonal else (*self.shape, self.shape[-1]))
 
     def unconstrain(self, factor: jax.Array) -> jax.Array:
-        value = self.transform.inv(self.form.inverse(factor).reshape(self.scale_shape))
+        value = unconstrained(self.transform, self.form.inverse(factor).reshape(self.scale_shape))
         return jnp.asarray(value, factor.dtype)
 
     def write(self, params: Params, loc: jax.Array, factor: jax.Array) -> Params:
@@ -243,7 +244,7 @@ class GaussianSite(NamedTuple):
             return 0.5 * jnp.sum(ratio**2 - 1 - 2 * jnp.log(ratio) + (shift / after) ** 2)
         inverse = inverse_lower(after)
         ratio, x = inverse @ before, jnp.einsum("...ij,...j->...i", inverse, shift)
-        logs = jnp.log(jnp.diagonal(ratio, axis1=-2, axis2=-1))
+        logs = jnp.log(diagonal(ratio))
         return 0.5 * (jnp.sum(ratio**2) - self.size - 2 * jnp.sum(logs) + jnp.sum(x**2))
 
 
@@ -299,6 +300,21 @@ CHOLESKY = (
     transforms.ScaledUnitLowerCholeskyTransform,
     transforms.SoftplusLowerCholeskyTransform,
 )
+
+
+def unconstrained(transform: transforms.Transform, value: jax.Array) -> jax.Array:
+    """``transform.inv(value)``; of a Cholesky factor, with indices that are known before the program runs.
+
+    NumPyro's own maps compute these indices inside of the program, with twenty kernels.
+    """
+    if type(transform) not in CHOLESKY:
+        return transform.inv(value)
+    d, scale = value.shape[-1], diagonal(value)
+    rows = value / scale[..., None] if isinstance(transform, transforms.ScaledUnitLowerCholeskyTransform) else value
+    below = np.ravel_multi_index(np.tril_indices(d, -1), (d, d))
+    # The map of the diagonal is that of 1 × 1 factors.
+    ends = transform.inv(scale[..., None, None])[..., 0]
+    return jnp.concatenate([rows.reshape(*value.shape[:-2], d * d)[..., below], ends], axis=-1)
 
 
 def covers(transform: transforms.Transform, form: CovarianceForm) -> bool:

@@ -18,6 +18,7 @@ from jax import lax
 
 from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms
 from numpyro_natgrad.blocks.partition import Partition
+from numpyro_natgrad.distributions.gaussian import StepKL
 from numpyro_natgrad.estimators.derivatives import LossInfo, evaluate_loss, finite, rescale_loss, zero_unless
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Loss
@@ -70,16 +71,14 @@ class Proposal(NamedTuple):
     """The step within a radius, nats, in numbers.
 
     :ivar rho: step size of each block, ``(B,)``.
-    :ivar kl: KL(q ‖ q₊) of each block, ``(B,)``.
-    :ivar predicted: reduction of the loss that it promises, for the rescaled loss.
+    :ivar kl: of each block, with the reduction that it promises for the rescaled loss; ``(B,)``.
     :ivar limited: whether the radius shortens it.
     :ivar large: whether it is so large that the loss at its end tells more than noise.
     """
 
     radius: jax.Array
     rho: jax.Array
-    kl: jax.Array
-    predicted: jax.Array
+    kl: StepKL
     limited: jax.Array
     large: jax.Array
 
@@ -113,12 +112,10 @@ class Curve(NamedTuple):
 
     def within(self, radius: jax.Array) -> Proposal:
         """The longest step within a radius, nats."""
-        floor = _floor(self.context)
-        fraction, kl = trust_region.longest(self._forward_kl, jnp.ones((), self.largest.dtype), radius)
-        rho, limited = fraction * self.largest, fraction < 1
-        reverse = jnp.sum(_stack(block.reverse_kl(v, rho[k]) for k, (block, v) in self._blocks()))
-        predicted = jnp.sum(_stack(block.predicted_reduction(v, rho[k]) for k, (block, v) in self._blocks()))
-        return Proposal(radius, rho, kl, predicted, limited, (reverse > floor) | (limited & (radius >= floor)))
+        fraction, kl = trust_region.longest(self._kl, jnp.ones((), self.largest.dtype), radius)
+        limited, floor = fraction < 1, _floor(self.context)
+        large = (jnp.sum(kl.reverse) > floor) | (limited & (radius >= floor))
+        return Proposal(radius, fraction * self.largest, kl, limited, large)
 
     def end(self, rho: jax.Array) -> tuple[Params, Memory]:
         """Parameters and memory after a step of these sizes."""
@@ -127,8 +124,9 @@ class Curve(NamedTuple):
             params, memory = block.retract(params, memory, v, rho[k])
         return params, memory
 
-    def _forward_kl(self, fraction: jax.Array) -> jax.Array:
-        return _stack(block.forward_kl(v, fraction * self.largest[k]) for k, (block, v) in self._blocks())
+    def _kl(self, fraction: jax.Array) -> StepKL:
+        each = [block.kl(v, fraction * self.largest[k]) for k, (block, v) in self._blocks()]
+        return StepKL(*(_stack(getattr(kl, name) for kl in each) for name in StepKL._fields))
 
     def _blocks(self) -> Iterable[tuple[int, tuple[Any, Any]]]:
         return enumerate(zip(self.context.partition.blocks, self.tangents, strict=True))
@@ -271,9 +269,7 @@ def search_trust_region(curve: Curve, loss_info: LossInfo, gradients: NaturalGra
     return lax.while_loop(is_open, body, Search(nothing, uncompared, radius, none, jnp.array(True)))
 
 
-def _compare(
-    curve: Curve, loss_info: LossInfo, proposal: Proposal, scale: jax.Array, needed: jax.Array
-) -> Acceptance:
+def _compare(curve: Curve, loss_info: LossInfo, proposal: Proposal, scale: jax.Array, needed: jax.Array) -> Acceptance:
     """Compare the reduction of the loss that a step promises with the actual one on its own draws, where ``needed``.
 
     For a conjugate model a step of size ρ reduces the loss by at least KL(q ‖ q₊)/ρ, which is the prediction. Steps
@@ -291,7 +287,7 @@ def _compare(
     _, actual, ok = lax.while_loop(lambda found: found[0], evaluate, not_evaluated)
     result = trust_region.accept(
         actual,
-        proposal.predicted / scale,
+        jnp.sum(proposal.kl.predicted) / scale,
         large=proposal.large,
         limited=proposal.limited,
         floor=_floor(context),
@@ -306,7 +302,7 @@ def _floor(context: Context) -> jax.Array:
 
 
 def _resized(proposal: Proposal, result: Acceptance, context: Context) -> jax.Array:
-    kl, limited, constants = jnp.sum(proposal.kl), proposal.limited, context.options.constants
+    kl, limited, constants = jnp.sum(proposal.kl.forward), proposal.limited, context.options.constants
     return trust_region.resize(
         proposal.radius, result, kl=kl, limited=limited, floor=_floor(context), constants=constants
     )
@@ -364,7 +360,7 @@ def _after_step(
     predicted = newton_decrement.predicted_mean(state.decrement, noise)
     running_mean = statistics.norms.visible_norms()[0]
     counted = step_size.count_stationary(statistics.noise, predicted, running_mean, noise, constants)
-    return _choose(taken, step_size.forget(counted, distant, jnp.sum(proposal.kl)), counted)
+    return _choose(taken, step_size.forget(counted, distant, jnp.sum(proposal.kl.forward)), counted)
 
 
 def _averaged(average: Params, params: Params, partition: Partition, newest: jax.Array) -> Params:
@@ -389,7 +385,7 @@ def _info(
     fractions = gradients.squared_norms / jnp.maximum(square, jnp.finfo(square.dtype).tiny)
     known = lambda x: jnp.where(jnp.isfinite(x), x, 0.0)
     new = StepInfo(
-        kl=jnp.where(taken, jnp.sum(proposal.kl), 0.0),
+        kl=jnp.where(taken, jnp.sum(proposal.kl.forward), 0.0),
         natural_gradient_norm=known(jnp.sqrt(square)),
         step_size=known(jnp.where(taken, jnp.sqrt(jnp.sum(fractions * proposal.rho**2)), 0.0)),
         signal=known(jnp.sum(fractions * estimate.signal)),

@@ -8,12 +8,14 @@ The radius is in nats, and so independent of the parameterization. Only this mod
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from numpyro_natgrad.distributions.gaussian import StepKL
 from numpyro_natgrad.options import Options, RuleConstants
 
 
@@ -32,28 +34,25 @@ def initial_radius(options: Options, latents: int) -> float:
     return float(latents) if options.max_kl == "adaptive" else float(options.max_kl)
 
 
-def longest(
-    kl: Callable[[jax.Array], jax.Array], largest: jax.Array, radius: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The longest ρ ≤ ``largest`` with Σ kl(ρ) ≤ ``radius``, by bisection of log ρ to 1 %, and kl(ρ) of each block.
+def longest(kl: Callable[[jax.Array], StepKL], largest: jax.Array, radius: jax.Array) -> tuple[jax.Array, StepKL]:
+    """The longest ρ ≤ ``largest`` with Σ KL(q ‖ q₊) ≤ ``radius``, by bisection of log ρ to 1 %, and its KL.
 
     KL is of order ρ² near 0: at 1e-24 of the largest step any finite natural gradient costs nothing.
     """
 
-    def is_wide(bounds: tuple[jax.Array, ...]) -> jax.Array:
+    def is_wide(bounds: tuple[jax.Array, jax.Array, jax.Array, StepKL]) -> jax.Array:
         return bounds[1] > 1.01 * bounds[0]
 
-    def halve(bounds: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def halve(bounds: tuple[jax.Array, jax.Array, jax.Array, StepKL]) -> Any:
         low, high, middle, kl_low = bounds
         kl_middle = kl(middle)
-        fits = jnp.sum(kl_middle) <= radius
+        fits = jnp.sum(kl_middle.forward) <= radius
         low, high = jnp.where(fits, middle, low), jnp.where(fits, high, middle)
-        return low, high, jnp.sqrt(low * high), jnp.where(fits, kl_middle, kl_low)
+        return low, high, jnp.sqrt(low * high), jax.tree.map(partial(jnp.where, fits), kl_middle, kl_low)
 
-    shape = jax.eval_shape(kl, largest)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(kl, largest))
     # The first "middle" is the upper end, so that KL is compiled once.
-    start = largest * 1e-24, largest, largest, jnp.zeros(shape.shape, shape.dtype)
-    low, _, _, kl_low = lax.while_loop(is_wide, halve, start)
+    low, _, _, kl_low = lax.while_loop(is_wide, halve, (largest * 1e-24, largest, largest, nothing))
     return low, kl_low
 
 

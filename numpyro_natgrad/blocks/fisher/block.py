@@ -17,6 +17,7 @@ from numpyro_natgrad.blocks import base
 from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms
 from numpyro_natgrad.blocks.fisher.metrics import Metric
 from numpyro_natgrad.blocks.fisher.solvers import FisherTangent, Solver, compared
+from numpyro_natgrad.distributions.gaussian import StepKL
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import Params
 
@@ -71,11 +72,9 @@ class FisherBlock(base.Block[FisherTangent]):
     def squared_norm(self, v: FisherTangent) -> jax.Array:
         return v.norms.gradient
 
-    def forward_kl(self, v: FisherTangent, rho: jax.Array) -> jax.Array:
-        return 0.5 * rho**2 * v.norms.gradient
-
-    def reverse_kl(self, v: FisherTangent, rho: jax.Array) -> jax.Array:
-        return 0.5 * rho**2 * v.norms.gradient
+    def kl(self, v: FisherTangent, rho: jax.Array) -> StepKL:
+        quadratic = 0.5 * rho**2 * v.norms.gradient
+        return base.conjugate_kl(quadratic, quadratic, rho)
 
     def compare(self, memory: Memory, v: FisherTangent) -> SquaredNorms:
         # A solver with momentum stops early, so that its solutions differ even where the gradient has no noise.

@@ -166,15 +166,16 @@ class SteinRegression:
     ) -> CurvatureEstimate:
         loc, own = latents.means(params), latents.cholesky(params)
         # K⁻¹C, from the frame K of the proxy to the frame C of the guide, from which the draws come.
-        ratio = solve_triangular(factor, own, lower=True) if latents.has_proxy else jnp.eye(len(loc), dtype=loc.dtype)
-        precision = ratio.T @ ratio
+        ratio = solve_triangular(factor, own, lower=True) if latents.has_proxy else None
+        precision = None if ratio is None else ratio.T @ ratio
         draws, gradients = latents.draws(loss_info)
         sums = stein_regression.change_frame(sums, loc, own, self.constants)
         x = solve_triangular(own, (draws - loc).T, lower=True).T
         sums = stein_regression.add_draws(sums, x, gradients @ own, precision, self.constants)
         slope, curvature = stein_regression.fit(sums, precision, self.constants)
-        back = inverse_lower(ratio)
-        slope, curvature = back.T @ slope, back.T @ curvature @ back
+        if ratio is not None:
+            back = inverse_lower(ratio)
+            slope, curvature = back.T @ slope, back.T @ curvature @ back
         n = jnp.maximum(sums.weight / loss_info.particles, 1.0)  # winsorized draws count less than one
         step_size = jnp.minimum(loss_info.particles / sums.weight, 1.0)
         return CurvatureEstimate(n * slope, n * curvature, sums, step_size)

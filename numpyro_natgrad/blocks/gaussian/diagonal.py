@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms
+from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms, conjugate_kl
 from numpyro_natgrad.blocks.gaussian.site_block import SiteBlock
 from numpyro_natgrad.distributions import gaussian
-from numpyro_natgrad.distributions.gaussian import GaussianTangent
+from numpyro_natgrad.distributions.gaussian import GaussianTangent, StepKL
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, leave_one_out_tangent
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
@@ -51,11 +51,9 @@ class DiagonalGaussian(SiteBlock[GaussianSite, GaussianTangent]):
     def squared_norm(self, v: GaussianTangent) -> jax.Array:
         return gaussian.squared_norm(v)
 
-    def forward_kl(self, v: GaussianTangent, rho: jax.Array) -> jax.Array:
-        return gaussian.forward_kl(v, rho, self.margin)
-
-    def reverse_kl(self, v: GaussianTangent, rho: jax.Array) -> jax.Array:
-        return gaussian.reverse_kl(v, rho, self.margin)
+    def kl(self, v: GaussianTangent, rho: jax.Array) -> StepKL:
+        kl = gaussian.kl(v, rho, self.margin)
+        return conjugate_kl(kl.forward, kl.reverse, rho)
 
     def compare(self, memory: Memory, v: GaussianTangent) -> SquaredNorms:
         mean = self._running_mean(memory)

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms
+from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms, conjugate_kl
 from numpyro_natgrad.blocks.gaussian.site_block import SiteBlock
 from numpyro_natgrad.distributions import gaussian
-from numpyro_natgrad.distributions.gaussian import GaussianTangent
+from numpyro_natgrad.distributions.gaussian import GaussianTangent, StepKL
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, whitened_hessian_products
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
@@ -54,11 +54,9 @@ class FullGaussian(SiteBlock[GaussianSite, FullTangent]):
     def squared_norm(self, v: FullTangent) -> jax.Array:
         return gaussian.squared_norm(v.tangent)
 
-    def forward_kl(self, v: FullTangent, rho: jax.Array) -> jax.Array:
-        return gaussian.forward_kl(v.tangent, rho, self.margin)
-
-    def reverse_kl(self, v: FullTangent, rho: jax.Array) -> jax.Array:
-        return gaussian.reverse_kl(v.tangent, rho, self.margin)
+    def kl(self, v: FullTangent, rho: jax.Array) -> StepKL:
+        kl = gaussian.kl(v.tangent, rho, self.margin)
+        return conjugate_kl(kl.forward, kl.reverse, rho)
 
     def compare(self, memory: Memory, v: FullTangent) -> SquaredNorms:
         """The mean part only: successive sketches contain different parts of M, which would count as noise."""

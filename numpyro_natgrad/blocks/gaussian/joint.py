@@ -30,7 +30,7 @@ from numpyro_natgrad.blocks.base import (
 from numpyro_natgrad.blocks.gaussian.curvature import CurvatureEstimate, CurvatureEstimator
 from numpyro_natgrad.blocks.gaussian.joint_latents import GuideFactors, JointLatents
 from numpyro_natgrad.distributions import gaussian
-from numpyro_natgrad.distributions.gaussian import GaussianTangent
+from numpyro_natgrad.distributions.gaussian import GaussianTangent, StepKL
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import DensityMode
@@ -108,15 +108,13 @@ class JointGaussian(Block[JointTangent]):
     def squared_norm(self, v: JointTangent) -> jax.Array:
         return gaussian.squared_norm(v.tangent)
 
-    def forward_kl(self, v: JointTangent, rho: jax.Array) -> jax.Array:
+    def kl(self, v: JointTangent, rho: jax.Array) -> StepKL:
+        kl = gaussian.kl(v.tangent, rho, self.margin)
         if not (self.kl_of_guide and self.latents.has_proxy):
-            return gaussian.forward_kl(v.tangent, rho, self.margin)
+            return kl
         shift = v.factor @ gaussian.mean_shift(v.tangent, rho, self.margin)
         factor = v.factor @ gaussian.relative_factor(v.tangent, rho, self.margin)
-        return self.latents.projected_kl(v.factor, factor, shift, v.guide_factors)
-
-    def reverse_kl(self, v: JointTangent, rho: jax.Array) -> jax.Array:
-        return gaussian.reverse_kl(v.tangent, rho, self.margin)
+        return kl._replace(forward=self.latents.projected_kl(v.factor, factor, shift, v.guide_factors))
 
     def compare(self, memory: Memory, v: JointTangent) -> SquaredNorms:
         """Squared norms in the proxy; ``visible`` are those of the means and of the guide's part of the curvature."""
@@ -134,9 +132,6 @@ class JointGaussian(Block[JointTangent]):
         if math.isinf(self.widening_limit):  # of a step size of the user's; the limit would have a NaN derivative at 0
             return v
         return v._replace(tangent=gaussian.wait(v.tangent, rho, self.widening_limit, self.margin))
-
-    def predicted_reduction(self, v: JointTangent, rho: jax.Array) -> jax.Array:
-        return gaussian.predicted_reduction(v.tangent, rho, self.margin)
 
     def own_step_size(self, v: JointTangent) -> jax.Array | None:
         return v.estimate.step_size

@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 from jax import random
 
-from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms
+from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms, conjugate_kl
 from numpyro_natgrad.blocks.gaussian.site_block import SiteBlock
 from numpyro_natgrad.distributions import low_rank_gaussian
+from numpyro_natgrad.distributions.gaussian import StepKL
 from numpyro_natgrad.distributions.low_rank_gaussian import LowRankStep, LowRankTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo, finite
 from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, leave_one_out_tangent
@@ -85,13 +86,13 @@ class LowRankGaussian(SiteBlock[LowRankSite, LowRankBlockTangent]):
     def squared_norm(self, v: LowRankBlockTangent) -> jax.Array:
         return jnp.sum(jax.vmap(low_rank_gaussian.squared_norm)(v.tangent))
 
-    def forward_kl(self, v: LowRankBlockTangent, rho: jax.Array) -> jax.Array:
+    def kl(self, v: LowRankBlockTangent, rho: jax.Array) -> StepKL:
         new, old = self._step(v, rho), v.tangent.factor
-        return jnp.sum(jax.vmap(low_rank_gaussian.forward_kl)(old, new.factor, new.ratio, new.shift))
-
-    def reverse_kl(self, v: LowRankBlockTangent, rho: jax.Array) -> jax.Array:
-        new, old = self._step(v, rho), v.tangent.factor
-        return jnp.sum(jax.vmap(low_rank_gaussian.forward_kl)(new.factor, old, 1 / new.ratio, new.shift / new.ratio))
+        there = old, new.factor, new.ratio, new.shift
+        back = new.factor, old, 1 / new.ratio, new.shift / new.ratio
+        each = jax.vmap(jax.vmap(low_rank_gaussian.forward_kl))(*map(jnp.stack, zip(there, back, strict=True)))
+        forward, reverse = jnp.sum(each, axis=1)
+        return conjugate_kl(forward, reverse, rho)
 
     def compare(self, memory: Memory, v: LowRankBlockTangent) -> SquaredNorms:
         """Mean and diagonal only: the curvature along T changes with T, which would count as noise."""
