@@ -65,12 +65,8 @@ def change_frame(
     affine = jnp.concatenate([jnp.eye(1, loc.size + 1, dtype=loc.dtype), affine])
     gram, cross = jnp.split(jnp.concatenate([sums.gram, sums.cross]) @ affine.T, [loc.size + 1])
     gram, cross = affine @ gram, inverse.T @ cross
-    spread = (
-        constants.spread_max
-        * loc.size
-        * sums.weight
-        / jnp.maximum(jnp.sum(diagonal(gram)[1:]), jnp.finfo(gram.dtype).tiny)
-    )
+    total, tiny = jnp.sum(diagonal(gram)[1:]), jnp.finfo(gram.dtype).tiny
+    spread = constants.spread_max * loc.size * sums.weight / jnp.maximum(total, tiny)
     kl = 0.5 * (jnp.sum(inverse**2) - loc.size - 2 * jnp.sum(jnp.log(diagonal(inverse))) + jnp.sum(shift**2))
     weight = frame_change_weight(kl, spread)
     # All draws are forgotten if the sums are not finite in the new frame.
