@@ -120,13 +120,16 @@ def test_guide_keeps_values_and_no_tracers(name):
     assert draws["shift"].shape == (5, 12)
 
 
-def test_many_equations_run_one_by_one(monkeypatch):
-    monkeypatch.setattr(initial, "MOST_EQUATIONS", 0)
+@pytest.mark.parametrize("bound", ["MOST_SITES", "MOST_EQUATIONS"])
+def test_large_models_are_set_up_by_numpyro(bound, monkeypatch):
+    monkeypatch.setattr(initial, bound, 1)
     ours, theirs = started(AutoNormal(line)), started(AutoNormal(line))
-    found = ours.get_params(initial_state(ours, random.key(3), (X, Y), {}))
+    with monkeypatch.context() as patch:
+        patch.setattr(initial, "compiled", None)  # no program is made
+        found = ours.get_params(initial_state(ours, random.key(3), (X, Y), {}))
     known = theirs.get_params(theirs.init(random.key(3), X, Y))
     for param in known:
-        np.testing.assert_allclose(found[param], known[param], rtol=1e-5)
+        np.testing.assert_allclose(found[param], known[param], rtol=1e-6)
 
 
 @pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal])

@@ -133,6 +133,10 @@ class Data:
 _FOUND: "weakref.WeakKeyDictionary[SVI, int]" = weakref.WeakKeyDictionary()
 
 
+class NotWorthTracingError(Exception):
+    """Raised while something is traced, to end the attempt."""
+
+
 def split(svi: SVI, args: Arguments, kwargs: dict[str, Any]) -> Data:
     """The arguments with the inputs that could be traced for this ``SVI`` before, or else with all arrays as inputs."""
     return Data.split(args, kwargs, TRACED[_FOUND.get(svi, 0)])
@@ -154,7 +158,7 @@ def traceable(
         count = len(data.inputs)
         try:
             result = trace(data)
-        except StructureError:
+        except (StructureError, NotWorthTracingError):
             raise
         except Exception as failure:  # NumPyro, JAX and the user's model raise what they like
             error = failure
