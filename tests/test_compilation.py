@@ -125,7 +125,7 @@ def test_large_models_are_set_up_by_numpyro(bound, monkeypatch):
     monkeypatch.setattr(initial, bound, 1)
     ours, theirs = started(AutoNormal(line)), started(AutoNormal(line))
     with monkeypatch.context() as patch:
-        patch.setattr(initial, "compiled", None)  # no program is made
+        patch.setattr(initial, "in_background", None)  # no program is made
         found = ours.get_params(initial_state(ours, random.key(3), (X, Y), {}))
     known = theirs.get_params(theirs.init(random.key(3), X, Y))
     for param in known:
@@ -203,10 +203,8 @@ def test_values_that_a_model_needs_are_found_without_asking(model, args, inputs)
 
 
 def test_refit_with_new_data_compiles_nothing():
-    """Neither for data of the same shapes nor, after one fit of each, for those of other shapes."""
     svi = started(AutoMultivariateNormal(line))
     fit(svi, random.key(0), X, Y, tolerance=0.05, progress_bar=False)
-    fit(svi, random.key(1), X, Y + 1, tolerance=0.05, progress_bar=False)
     key = random.key(2)
     with compilations() as count:
         again = fit(svi, key, X, 2 * Y, tolerance=0.05, progress_bar=False)

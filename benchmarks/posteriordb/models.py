@@ -129,10 +129,10 @@ def diamonds(Y: Any, X: Any) -> None:
 def logmesquite(
     weight: Any, diam1: Any, diam2: Any, canopy_height: Any, total_height: Any, density: Any, group: Any
 ) -> None:
-    logs = (np.log(x) for x in (diam1, diam2, canopy_height, total_height, density))
+    logs = (jnp.log(x) for x in (diam1, diam2, canopy_height, total_height, density))
     beta = numpyro.sample("beta", _flat(7))
     sigma = numpyro.sample("sigma", _flat_positive())
-    numpyro.sample("y", dist.Normal(_columns(1.0, *logs, group) @ beta, sigma), obs=np.log(weight))
+    numpyro.sample("y", dist.Normal(_columns(1.0, *logs, group) @ beta, sigma), obs=jnp.log(weight))
 
 
 def dogs(avoided: Any, shocked: Any, y: Any) -> None:

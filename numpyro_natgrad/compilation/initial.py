@@ -11,6 +11,7 @@ import copy
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from numpyro.infer.svi import SVI, SVIState
 from numpyro.primitives import Messenger
 
 from numpyro_natgrad.compilation.data import Arguments, Data, NotWorthTracingError, traceable
-from numpyro_natgrad.compilation.programs import compiled
+from numpyro_natgrad.compilation.programs import in_background
 
 #: Latent sites and equations up to which NumPyro's set-up is one program. Each site costs the compiler a tenth of a
 #: second or more: ten take half of the time that NumPyro takes, thirty one and a half times that.
@@ -35,7 +36,7 @@ MOST_EQUATIONS = 3000
 class _Start(NamedTuple):
     """A traced ``svi.init``: ``(key, data, init_params) -> (state, values of the tracers that svi keeps)``."""
 
-    run: Callable[..., tuple[SVIState, list[jax.Array]]]
+    program: "Future[Callable[..., tuple[SVIState, list[jax.Array]]]]"
     kept: list[jax.core.Tracer]
 
 
@@ -81,6 +82,19 @@ def new_guide(guide: Any) -> Any:
     return new
 
 
+def without_validation(guide: Any) -> Any:
+    """An autoguide whose distributions do not check their arguments, as a function.
+
+    A check of a traced Cholesky factor compiles twenty small programs, and tells nothing. Guides by hand are checked.
+    """
+
+    def draw(*args: Any, **kwargs: Any) -> Any:
+        with numpyro.validation_enabled(False):
+            return guide(*args, **kwargs)
+
+    return draw if isinstance(guide, AutoGuide) else guide
+
+
 def _by_numpyro(
     svi: SVI, rng_key: jax.Array, args: Arguments, kwargs: dict[str, Any], init_params: dict[str, Any] | None
 ) -> SVIState:
@@ -106,17 +120,27 @@ def _unusable(args: Arguments, kwargs: dict[str, Any]) -> Iterable[str]:
 
 
 def _by_one_program(svi: SVI, key: jax.Array, data: Data, init_params: dict[str, Any] | None) -> SVIState:
-    signature = data.signature(), _shapes(init_params), is_set_up(svi.guide)
+    signature = data.signature(), _shapes(init_params)
     known = _STARTS.get(svi)
-    if known is not None and known[0] == signature:
-        return known[1].run(key, data, init_params)[0]
+    if known is not None and known[0] == signature and is_set_up(svi.guide) == isinstance(svi.guide, AutoGuide):
+        return known[1].program.result()(key, data, init_params)[0]
     with _unchanged_if_it_fails(svi):
         start = _traced(svi, key, data, init_params)
-        state, values = start.run(key, data, init_params)
-        replacements = {id(tracer): value for tracer, value in zip(start.kept, values, strict=True)}
-        visit_tracers(svi, lambda tracer: replacements.get(id(tracer), tracer))
-    if signature[-1] and not start.kept:
-        _STARTS[svi] = signature, start
+        state = _run(svi, start, key, data, init_params)
+    # The next start of an autoguide is another program, since the guide keeps its set-up.
+    again = _traced(svi, key, data, init_params) if start.kept else start
+    if again.kept:
+        _run(svi, again, key, data, init_params)
+    else:
+        _STARTS[svi] = signature, again
+    return state
+
+
+def _run(svi: SVI, start: _Start, key: jax.Array, data: Data, init_params: dict[str, Any] | None) -> SVIState:
+    """The state, after the tracers that the trace has left in ``svi`` were replaced by their values."""
+    state, values = start.program.result()(key, data, init_params)
+    replacements = {id(tracer): value for tracer, value in zip(start.kept, values, strict=True)}
+    visit_tracers(svi, lambda tracer: replacements.get(id(tracer), tracer))
     return state
 
 
@@ -139,7 +163,7 @@ def _traced(svi: SVI, key: jax.Array, data: Data, init_params: dict[str, Any] | 
     traced = jax.jit(begin).trace(key, data, init_params)
     if _equations(traced.jaxpr.jaxpr) > MOST_EQUATIONS:
         raise NotWorthTracingError
-    return _Start(compiled(traced), kept)
+    return _Start(in_background(traced), kept)
 
 
 class _FewSites(Messenger):

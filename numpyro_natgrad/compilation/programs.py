@@ -38,15 +38,11 @@ def quick_jit(function: Function) -> Function:
     return cast(Function, jax.jit(function, compiler_options=QUICK_OPTIONS if are_known() else None))
 
 
-def compiled(traced: Any) -> Any:
-    """The program of ``jax.jit(function).trace(...)``: from disk, or compiled as far as its work is worth the time."""
-    return _begin(traced)()
-
-
 def in_background(traced: Any) -> "Future[Any]":
-    """Compile in another thread.
+    """The program of ``jax.jit(function).trace(...)``: from disk, or compiled as far as its work is worth the time.
 
-    Tracing and lowering depend on what is global to NumPyro and local to a thread in JAX; they are done here.
+    Tracing and lowering depend on what is global to NumPyro and local to a thread in JAX; they are done
+    here, and the rest in another thread.
     """
     return _workers().submit(_begin(traced))
 

@@ -30,6 +30,7 @@ from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, Trac
 from numpyro.infer.svi import SVIState
 
 from numpyro_natgrad.compilation.data import Arguments, Constants, Data
+from numpyro_natgrad.compilation.initial import without_validation
 from numpyro_natgrad.compilation.programs import in_background
 from numpyro_natgrad.estimators.relative_moves import Mirrored, moved, no_move, owned, path_sites, relative_sites
 from numpyro_natgrad.guide.gaussian_sites import Params
@@ -443,6 +444,7 @@ def _held(batches: Arguments) -> int:
 def _single_particle(svi: SVI) -> SVI:
     """A copy whose loss takes one draw, if the loss is a mean over particles."""
     svi = copy.copy(svi)
+    svi.guide = without_validation(svi.guide)
     if isinstance(svi.loss, _MEAN_OVER_PARTICLES):
         svi.loss = copy.copy(svi.loss)
         svi.loss.num_particles = 1

@@ -22,6 +22,7 @@ from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_natgrad.blocks.partition import Partition
 from numpyro_natgrad.compilation.data import Arguments, Constants, Data
+from numpyro_natgrad.compilation.initial import without_validation
 from numpyro_natgrad.compilation.programs import in_background
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Loss
@@ -116,6 +117,7 @@ def _recording(svi: SVI, found: list[Partition]) -> SVI:
         return found[-1]
 
     recording.optim, optimizer._partition = optimizer, partition
+    recording.guide = without_validation(svi.guide)
     return recording
 
 
