@@ -17,6 +17,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from jax import random
+from jax.experimental.compilation_cache import compilation_cache
 from numpyro.infer import SVI, Trace_ELBO, autoguide, init_to_median
 from numpyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal
 from tables import tiers
@@ -348,8 +349,10 @@ def test_next_process_compiles_nothing_for_the_same_shapes(tmp_path):
 def without_jaxs_cache():
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
     yield
     jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 def test_where_programs_are_kept(tmp_path, monkeypatch, without_jaxs_cache):
@@ -388,6 +391,7 @@ def test_jaxs_own_cache_is_used_instead(tmp_path, without_jaxs_cache):
 
 
 def test_folder_is_bounded_and_the_oldest_programs_go(tmp_path, monkeypatch, without_jaxs_cache):
+    jax.clear_caches()
     compiled = jax.jit(lambda x: jnp.sin(x) + 1).lower(1.0).compile()
     folder = ProgramFolder(tmp_path)
     folder.keep("a", compiled)
