@@ -23,7 +23,8 @@ from numpyro_natgrad import NaturalGradient
 #: Instructions that run no kernel of their own, and copies of loop states, which differ between versions of XLA.
 NO_KERNEL = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "call", "while", "conditional", "copy"}
 REDUCING = r" (?:reduce|reduce-window|scatter|sort)\(.*to_apply=%?([\w.-]+)"
-#: Bounds are the larger number of jax 0.10 and 0.12, with the flags of the test suite. Other versions of XLA differ a little.
+#: Bounds are the larger number of jax 0.10 and 0.12, with the flags of the test suite. Other versions of XLA fuse a
+#: little more or less.
 SLACK = 1.03
 
 
