@@ -47,7 +47,8 @@ optimization. The first ratio is what a user sees who changes from `SVI.run` wit
 both compiled as `fit` does, which
 `XLA_FLAGS="--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"` does for Adam. The last column is
 the price: the seconds of a step. jaxlib 0.12 does not accept the first of these flags and refuses to start with it;
-there, `fit` compiles as `SVI.run` does.
+there, `fit` compiles light programs without optimization ([why](../compilation.md)). The whole wait for an answer, on
+both versions, is measured [elsewhere](cold.md).
 """
 
 

@@ -262,17 +262,22 @@ def _visited(x: Any, replace: Callable[[jax.core.Tracer], Any], seen: dict[int, 
         new = [visit(y) for y in x]
         same = all(a is b for a, b in zip(x, new, strict=True))
         return x if same else x._make(new) if hasattr(x, "_make") else tuple(new)
-    if isinstance(x, dict):
-        x.update({name: visit(y) for name, y in x.items()})
-    elif isinstance(x, list):
-        x[:] = [visit(y) for y in x]
+    if isinstance(x, dict | list):
+        # NumPyro writes the attributes of copies of distributions in an order that changes from process to process.
+        places = sorted(x.items(), key=lambda item: str(item[0])) if isinstance(x, dict) else enumerate(list(x))
+        for place, y in places:
+            if (z := visit(y)) is not y:
+                x[place] = z
     elif isinstance(x, partial):
-        x.__setstate__((visit(x.func), visit(x.args), visit(x.keywords), vars(x)))  # type: ignore[attr-defined]
+        before = x.func, x.args, x.keywords
+        if (after := visit(before)) is not before:
+            x.__setstate__((*after, vars(x)))  # type: ignore[attr-defined]
     elif isinstance(x, types.MethodType):
         visit(x.__self__)
     elif isinstance(x, types.FunctionType):
         for cell in filter(_is_filled, x.__closure__ or ()):
-            cell.cell_contents = visit(cell.cell_contents)
+            if (z := visit(cell.cell_contents)) is not cell.cell_contents:
+                cell.cell_contents = z
     if hasattr(x, "__dict__") and not isinstance(x, dict):
         visit(vars(x))
     return x

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_natgrad.compilation.disk_cache import ProgramFolder, program_folder
-from numpyro_natgrad.compilation.program_key import UnkeyedError, program_key
+from numpyro_natgrad.compilation.program_key import program_key
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -41,8 +41,8 @@ def quick_jit(function: Function) -> Function:
 def in_background(traced: Any) -> "Future[Any]":
     """The program of ``jax.jit(function).trace(...)``: from disk, or compiled as far as its work is worth the time.
 
-    Tracing and lowering depend on what is global to NumPyro and local to a thread in JAX; they are done
-    here, and the rest in another thread.
+    Tracing and lowering depend on what is global to NumPyro and local to a thread in JAX. So lowering is done here, and
+    the rest in another thread.
     """
     return _workers().submit(_begin(traced))
 
@@ -52,12 +52,12 @@ def _begin(traced: Any) -> Callable[[], Any]:
     folder = program_folder()
     try:
         key = "" if folder is None else program_key(traced, QUICK_OPTIONS if are_known() else UNOPTIMIZED)
-    except UnkeyedError:
+    except Exception:  # it calls Python, or has an operation of another version of JAX; then nothing is kept
         folder = None
     if folder is not None and folder.has(key):
         _prepare(traced)
         trees = jax.tree.structure(traced.args_info), jax.tree.structure(traced.out_info)
-        x64 = bool(jax.config.values["jax_enable_x64"])
+        x64 = jnp.result_type(float) == jnp.float64
         return partial(_loaded, folder, key, trees, traced, x64)
     lowered = traced.lower()
     return partial(_finished, lowered, _options(lowered), folder, key)
