@@ -162,7 +162,7 @@ def _line(row: Row) -> tuple[str, ...]:
         f"{sum(stopped)} of {len(stopped)}",
         _number(row.scored("nothing", "khat"), "{:.2f}"),
         _number(row.scored("adam", "khat"), "{:.2f}"),
-        _number(row.scored("nothing", "elbo") - row.scored("adam", "elbo"), "{:+.2f}"),
+        _number(row.scored("nothing", "elbo") - row.scored("adam", "elbo"), "{:+.4g}"),
     )
 
 
