@@ -81,6 +81,17 @@ def is_same_leaf(old: Any, new: Any) -> bool:
     return old is new
 
 
+def types(tree: Any) -> tuple[Any, ...]:
+    """The structure of a tree, and shapes, types and places of its leaves; ``None`` if these are on one device."""
+
+    def place(x: Any) -> Any:
+        sharding = getattr(x, "sharding", None)
+        return sharding if sharding is not None and len(sharding.device_set) > 1 else None
+
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((jnp.shape(x), jnp.result_type(x), place(x)) for x in leaves)
+
+
 class _Input:
     """Stands for an input among the constants."""
 
@@ -116,8 +127,8 @@ class Data:
         return jax.tree.unflatten(self.constants.tree, leaves)
 
     def signature(self) -> tuple[Any, ...]:
-        """What a compiled program depends on: shapes and types of the inputs, and the constants."""
-        return tuple((x.shape, x.dtype.name) for x in self.inputs), self.constants
+        """What a compiled program depends on: shapes, types and places of the inputs, and the constants."""
+        return types(self.inputs), self.constants
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Constants]:
         """The children and the static part of this node of a tree."""

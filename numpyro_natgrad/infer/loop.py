@@ -21,7 +21,7 @@ from jax import lax
 from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_natgrad.blocks.partition import Partition
-from numpyro_natgrad.compilation.data import Arguments, Constants, Data
+from numpyro_natgrad.compilation.data import Arguments, Constants, Data, types
 from numpyro_natgrad.compilation.initial import without_validation
 from numpyro_natgrad.compilation.programs import in_background
 from numpyro_natgrad.guide.gaussian_sites import Params
@@ -57,7 +57,7 @@ class Program:
         :return: the blocks that the steps update, and the program ``(state, steps, batches, data) -> (state, records)``
             of at most :data:`STEPS_PER_CHUNK` steps.
         """
-        key = _types((state, batches)), data.signature()
+        key = types((state, batches)), data.signature()
         if key not in self._compiled:
             found: list[Partition] = []
             steps = partial(self.steps, found=found)
@@ -67,7 +67,7 @@ class Program:
 
     def constrained(self, state: SVIState) -> "Future[Callable[[SVIState], Params]]":
         """``svi.get_params``, which is compiled in the background."""
-        owner, key = self._svi(), _types(state)
+        owner, key = self._svi(), types(state)
         assert owner is not None
         if key not in self._constrained:
             self._constrained[key] = in_background(jax.jit(owner.get_params).trace(state))
@@ -119,11 +119,6 @@ def _recording(svi: SVI, found: list[Partition]) -> SVI:
     recording.optim, optimizer._partition = optimizer, partition
     recording.guide = without_validation(svi.guide)
     return recording
-
-
-def _types(tree: Any) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
 
 
 class BatchIterator:
