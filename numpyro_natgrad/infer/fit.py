@@ -28,8 +28,9 @@ from numpyro_natgrad.infer.convergence import (
     format_interval,
     remaining_effort,
 )
-from numpyro_natgrad.infer.judge import MIN_HELD, Judgement, StopCheck, nonfinite_site
+from numpyro_natgrad.infer.judge import MIN_HELD, Judgement, StopCheck
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, BatchIterator, Chunk, Program, StepRecords, program_of
+from numpyro_natgrad.infer.nonfinite import nonfinite_site
 from numpyro_natgrad.infer.optimizer import NaturalGradient, table
 from numpyro_natgrad.infer.starts import Starts, best_start, check_num_starts
 from numpyro_natgrad.options import RuleConstants, StructureError

@@ -24,8 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
 from jax.flatten_util import ravel_pytree
-from numpyro import distributions as dist
-from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from numpyro.infer.svi import SVIState
 
@@ -37,6 +35,7 @@ from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.trace import trace_loss
 from numpyro_natgrad.infer.convergence import format_interval
 from numpyro_natgrad.infer.fisher import _initialised, _loss
+from numpyro_natgrad.infer.nonfinite import nonfinite_site
 
 
 class JudgeConstants(NamedTuple):
@@ -491,32 +490,3 @@ def conjugate_gradients(
         after = residual @ (residual / scale)
         p, rest = residual / scale + after / rest * p, after
     return x, p / math.sqrt(max(p @ (scale * p), EPS)), least
-
-
-def nonfinite_site(svi: SVI, params: Params, key: jax.Array, args: Arguments, kwargs: Params, draws: int = 256) -> str:
-    """Which site of the model makes log densities non-finite, as a clause; ``params`` are constrained."""
-    kwargs = {**getattr(svi, "static_kwargs", {}), **kwargs}
-    observed: dict[str, bool] = {}
-
-    def one(key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        model_key, guide_key = random.split(key)
-        drawn = trace(substitute(seed(svi.guide, guide_key), data=params)).get_trace(*args, **kwargs)
-        model = substitute(replay(seed(svi.model, model_key), drawn), data=params)
-        sites = {n: s for n, s in trace(model).get_trace(*args, **kwargs).items() if s["type"] == "sample"}
-        observed.update({n: bool(s["is_observed"]) for n, s in sites.items()})
-        inside = {n: jnp.all(_inside(s["fn"], s["value"])) for n, s in sites.items()}
-        return inside, {n: jnp.all(jnp.isfinite(s["fn"].log_prob(s["value"]))) for n, s in sites.items()}
-
-    inside, finite = jax.device_get(jax.jit(lambda keys: lax.map(one, keys))(random.split(key, draws)))
-    for name, x in inside.items():
-        if not x.all():
-            what = "the data of" if observed[name] else f"{np.mean(~x):.2g} of the guide's draws of"
-            return f"{what} `{name}` {'are' if observed[name] else 'lie'} outside of its support"
-    for name, x in finite.items():
-        if not x.all():
-            return f"the log density of `{name}` is not finite at {np.mean(~x):.2g} of the draws"
-    return ""
-
-
-def _inside(fn: dist.Distribution, value: jax.Array) -> jax.Array:
-    return fn.support(value) if fn.support is not None else jnp.ones((), bool)
