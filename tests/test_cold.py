@@ -91,7 +91,7 @@ def test_the_table_has_ratios_of_medians(tmp_path):
     assert document.environment(before, "seconds") == ""
     assert "| nothing on disk | 0.75 × | 0.75 × (eight_schools, mean field) | 1 |" in text
     assert "same process: compilations | 2 | 2 (eight_schools, mean field) | 1 | 0 |" in text
-    assert "| 0.50 | 0.60 | +0.50 |" in text
+    assert "| 0.50 | 0.60 | +0.5 |" in text
     assert document.environment(Store(tmp_path, "3.13"), "seconds") == ""
 
 
