@@ -8,12 +8,12 @@ as well, and which are replaced by their values afterwards.
 """
 
 import copy
-import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from numpyro.infer.autoguide import AutoGuide, AutoGuideList
 from numpyro.infer.svi import SVI, SVIState
 from numpyro.primitives import Messenger
 
-from numpyro_natgrad.compilation.data import Arguments, Data, NotWorthTracingError, traceable
+from numpyro_natgrad.compilation.data import Arguments, Data, NotWorthTracingError, traceable, types
 from numpyro_natgrad.compilation.programs import in_background
 
 #: Latent sites and equations up to which NumPyro's set-up is one program. Each site costs the compiler a tenth of a
@@ -120,7 +120,7 @@ def _unusable(args: Arguments, kwargs: dict[str, Any]) -> Iterable[str]:
 
 
 def _by_one_program(svi: SVI, key: jax.Array, data: Data, init_params: dict[str, Any] | None) -> SVIState:
-    signature = data.signature(), _shapes(init_params)
+    signature = data.signature(), types(init_params)
     known = _STARTS.get(svi)
     if known is not None and known[0] == signature and is_set_up(svi.guide) == isinstance(svi.guide, AutoGuide):
         return known[1].program.result()(key, data, init_params)[0]
@@ -207,10 +207,6 @@ def _equations(jaxpr: Any) -> int:
     return len(jaxpr.eqns) + sum(map(_equations, inner))
 
 
-def _shapes(init_params: dict[str, Any] | None) -> Any:
-    return str(jax.tree.map(lambda x: jax.api_util.shaped_abstractify(x), init_params))
-
-
 @contextmanager
 def _unchanged_if_it_fails(svi: SVI) -> Iterator[None]:
     objects = [svi, *_parts(svi.guide)]
@@ -272,9 +268,9 @@ def _visited(x: Any, replace: Callable[[jax.core.Tracer], Any], seen: dict[int, 
         before = x.func, x.args, x.keywords
         if (after := visit(before)) is not before:
             x.__setstate__((*after, vars(x)))  # type: ignore[attr-defined]
-    elif isinstance(x, types.MethodType):
+    elif isinstance(x, MethodType):
         visit(x.__self__)
-    elif isinstance(x, types.FunctionType):
+    elif isinstance(x, FunctionType):
         for cell in filter(_is_filled, x.__closure__ or ()):
             if (z := visit(cell.cell_contents)) is not cell.cell_contents:
                 cell.cell_contents = z
@@ -284,7 +280,7 @@ def _visited(x: Any, replace: Callable[[jax.core.Tracer], Any], seen: dict[int, 
 
 
 #: What keeps no tracers of a trace: classes, modules and plain values.
-_LEAVES = (type, types.ModuleType, types.BuiltinFunctionType, str, bytes, int, float, complex, jax.Array, type(None))
+_LEAVES = (type, ModuleType, BuiltinFunctionType, str, bytes, int, float, complex, jax.Array, type(None))
 
 
 def _is_filled(cell: Any) -> bool:
