@@ -27,7 +27,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from numpyro.infer.svi import SVIState
 
-from numpyro_natgrad.compilation.data import Arguments, Constants, Data
+from numpyro_natgrad.compilation.data import Arguments, Constants, Data, types
 from numpyro_natgrad.compilation.initial import without_validation
 from numpyro_natgrad.compilation.programs import in_background
 from numpyro_natgrad.estimators.relative_moves import Mirrored, moved, no_move, owned, path_sites, relative_sites
@@ -366,7 +366,7 @@ class StopCheck:
 
     def __init__(self, svi: SVI, steps: int = 0) -> None:
         self._svi, self._next = svi, steps
-        self._judge: tuple[str, Judge] | None = None
+        self._judge: tuple[Any, Judge] | None = None
         self.last: Judgement | None = None
         self.at, self.seconds, self.few = 0, 0.0, False
 
@@ -376,11 +376,11 @@ class StopCheck:
         :param batches: stacked arguments of at least one minibatch, or ``()``.
         """
         first = jax.tree.map(lambda x: x[0], batches)
-        if self._judge is None or self._judge[0] != _signature(first):
+        if self._judge is None or self._judge[0] != types(first):
             params = self._svi.optim.get_params(state.optim_state)
             judge = judge_of(self._svi, state.mutable_state, params, data, first)
             judge.compile(params, state.rng_key, batches)
-            self._judge = _signature(first), judge
+            self._judge = types(first), judge
         return self._judge[1]
 
     def grants(
@@ -457,15 +457,11 @@ _JUDGES: "weakref.WeakKeyDictionary[SVI, tuple[Any, Judge]]" = weakref.WeakKeyDi
 def judge_of(svi: SVI, mutable_state: Any, params: Params, data: Data, batch: Arguments = ()) -> Judge:
     """A judge of this ``SVI`` for these arguments: the last one if its program holds for them, else a new one."""
     parts = Constants(None, (svi.model, svi.guide, svi.loss))
-    key = parts, _signature(batch), data.signature()
+    key = parts, types(batch), data.signature()
     known = _JUDGES.get(svi)
     if known is None or mutable_state is not None or known[0] != key:
         known = _JUDGES[svi] = key, Judge(svi, mutable_state, params, data, batch)
     return known[1].of(data)
-
-
-def _signature(batch: Arguments) -> str:
-    return str(jax.tree.map(lambda x: (x.shape, x.dtype), batch))
 
 
 def conjugate_gradients(
