@@ -3,7 +3,7 @@
 """Precision as a fixture, and the settings that keep the suite short.
 
 Nearly all of the time goes into compiling programs that run for milliseconds. So XLA does not optimise them, unless
-``XLA_FLAGS`` is set, and the workers of a run share a compilation cache, unless ``JAX_COMPILATION_CACHE_DIR`` is set.
+``XLA_FLAGS`` is set, and each worker keeps a compilation cache, unless ``JAX_COMPILATION_CACHE_DIR`` is set.
 """
 
 import gc
@@ -27,9 +27,13 @@ settings.load_profile("laws")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Every program is cached, however short its compilation: a test compiles what its neighbours compile."""
+    """Every program is cached, however short its compilation: a test compiles what its neighbours compile.
+
+    A folder serves one worker. JAX writes a program in place, so a worker that shared the folder could read a half of it.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and hasattr(config, "cache"):
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        folder = config.cache.mkdir(f"jax-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
