@@ -106,28 +106,30 @@ class NaturalGradientState(NamedTuple):
 def initial(params: Params, fallback: Any, constants: RuleConstants) -> NaturalGradientState:
     """The state before the first step. A block has at least one parameter, a Gaussian latent at least two entries.
 
-    A full Gaussian over d latents has ½d(d + 3) of them.
+    A full Gaussian over d latents has ½d(d + 3) of them. No two arrays share memory, so that a program may reuse that of
+    each (``donate_argnums``).
     """
     leaves = jax.tree.leaves(params)
     dtype, entries = jnp.result_type(*leaves or [float]), sum(jnp.size(x) for x in leaves)
     full = min((math.isqrt(8 * entries + 9) - 3) // 2, constants.full_joint_limit)
     latents = max(full, min(entries // 2, constants.joint_limit))
     joint, statistics, decrement = allocated(latents, len(params), constants, dtype)
-    zero, no, seed = jnp.zeros((), dtype), jnp.array(False), jnp.array(0, jnp.uint32)
-    info = StepInfo(zero, zero, zero, zero, zero, zero, zero, no, no, jnp.array(0, jnp.int32))
-    memory = Memory(jax.tree.map(jnp.zeros_like, params), joint)
-    return NaturalGradientState(params, params, memory, statistics, decrement, zero, fallback, seed, info)
+    zeros = [jnp.zeros((), dtype) for _ in range(8)]
+    info = StepInfo(*zeros[:7], jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32))
+    memory, seed = Memory(jax.tree.map(jnp.zeros_like, params), joint), jnp.array(0, jnp.uint32)
+    average = jax.tree.map(jnp.copy, params)
+    return NaturalGradientState(params, average, memory, statistics, decrement, zeros[7], fallback, seed, info)
 
 
 def allocated(
     latents: int, blocks: int, constants: RuleConstants, dtype: jnp.dtype
 ) -> tuple[JointMemory, NoiseStatistics, DecrementState]:
     """Memory and statistics before the first step."""
-    square, each = jnp.zeros((latents, latents), dtype), jnp.zeros(blocks, dtype)
-    joint = JointMemory(square, jnp.zeros(latents, dtype), square, stein_regression.empty_sums(latents, dtype))
-    ones, recent = jnp.ones_like(each), jnp.zeros((constants.recent_steps, blocks), dtype)
-    statistics = NoiseStatistics(each, recent, ones, ones, jnp.zeros((2, blocks), dtype))
-    return joint, statistics, DecrementState(jnp.zeros((3, 3, blocks), dtype), jnp.zeros((2, blocks), dtype), ones)
+    zeros, ones = (lambda *shape: jnp.zeros(shape, dtype)), (lambda: jnp.ones(blocks, dtype))
+    sums = stein_regression.empty_sums(latents, dtype)
+    joint = JointMemory(zeros(latents, latents), zeros(latents), zeros(latents, latents), sums)
+    statistics = NoiseStatistics(zeros(blocks), zeros(constants.recent_steps, blocks), ones(), ones(), zeros(2, blocks))
+    return joint, statistics, DecrementState(zeros(3, 3, blocks), zeros(2, blocks), ones())
 
 
 def fresh(state: NaturalGradientState, partition: Partition, constants: RuleConstants) -> NaturalGradientState:
