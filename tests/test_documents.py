@@ -28,6 +28,7 @@ MODULES = [m.name for m in pkgutil.walk_packages(numpyro_natgrad.__path__, "nump
         ("docs/fisher.md", 3),
         ("docs/diagnostics.md", 3),
         ("docs/compilation.md", 2),
+        ("docs/minibatches.md", 1),
     ],
 )
 def test_code_blocks_of_a_document_run(document, least, capsys):

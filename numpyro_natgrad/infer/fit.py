@@ -15,6 +15,7 @@ from numpyro.infer.svi import SVI, SVIState
 from tqdm.auto import tqdm
 
 from numpyro_natgrad.blocks.partition import Partition
+from numpyro_natgrad.compilation.batches import BatchIterator, described, is_read_once
 from numpyro_natgrad.compilation.data import Arguments, Data, split, traceable
 from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.initial import check_start, initial_state, is_set_up
@@ -29,7 +30,7 @@ from numpyro_natgrad.infer.convergence import (
     remaining_effort,
 )
 from numpyro_natgrad.infer.judge import MIN_HELD, Judgement, StopCheck
-from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, BatchIterator, Chunk, Program, StepRecords, program_of
+from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, Chunk, Program, StepRecords, program_of
 from numpyro_natgrad.infer.nonfinite import nonfinite_site
 from numpyro_natgrad.infer.optimizer import NaturalGradient, table
 from numpyro_natgrad.infer.starts import Starts, best_start, check_num_starts
@@ -46,6 +47,7 @@ CONVERGED, MAX_STEPS, EXHAUSTED, INTERRUPTED = (
     "`batches` is exhausted",
     "interrupted",
 )
+FAILED = "an error was raised"
 DIVERGED = (
     f"diverged: the last {STOPPING.patience} losses were not finite; check data and model for NaN. If this happens at "
     "the start, start elsewhere by `init_params`, or the guide's `init_loc_fn=init_to_median` or a smaller `init_scale`"
@@ -65,6 +67,7 @@ class FitResult(NamedTuple):
     :ivar Judgement judgement: what the judge found last; ``None`` if no stop was proposed.
     :ivar float judge_seconds: seconds that the judge took, with compilation.
     :ivar Starts starts: how the best of several starts was chosen; ``None`` with a single start.
+    :ivar float batch_seconds: seconds that the steps waited for ``batches``.
     """
 
     params: dict[str, Any]
@@ -77,6 +80,7 @@ class FitResult(NamedTuple):
     judgement: Judgement | None = None
     judge_seconds: float = 0.0
     starts: Starts | None = None
+    batch_seconds: float = 0.0
 
     def __repr__(self) -> str:
         """The outcome without the arrays."""
@@ -90,6 +94,8 @@ def fit(
     max_steps: int = 10_000,
     tolerance: float = 0.01,
     batches: Iterable[Any] | None = None,
+    epochs: int = 1,
+    prefetch: bool = True,
     init_state: SVIState | None = None,
     init_params: dict[str, Any] | None = None,
     resume: FitResult | None = None,
@@ -128,8 +134,12 @@ def fit(
     :param int max_steps: the largest number of steps of this call.
     :param float tolerance: remaining gain, nats, below which the fit has converged; 0 takes all steps. A gain of 0.01
         nats is at most 0.14 posterior standard deviations in any direction.
-    :param batches: an iterable of tuples or lists, each with the arguments of one step, instead of ``args``. It is read
-        lazily, and the fit ends when it is exhausted. Each new shape compiles once.
+    :param batches: an iterable of tuples or lists, each with the arguments of one step, instead of ``args``: arrays, or
+        what NumPy can convert, such as the tensors of a data loader. The fit ends when it is exhausted. Each new shape
+        compiles once. An error that it raises comes out of ``fit`` with the result so far as ``partial_result``.
+    :param int epochs: how often ``batches`` is read, at most; an iterator, such as a generator, can be read once.
+    :param bool prefetch: read ``batches`` in a thread, one chunk of steps ahead, and put them on the device while steps
+        run. ``False`` for a source that only the calling thread may read.
     :param SVIState init_state: the state to start from, as for ``svi.run``.
     :param dict init_params: initial values of parameters, as for ``svi.run``.
     :param FitResult resume: a result to continue from its last state; its history is extended.
@@ -147,16 +157,17 @@ def fit(
     :raises StructureError: if model or guide have mutable state that the loss would drop.
     """
     _check_optimizer(svi)
-    _check(args, max_steps, tolerance, batches)
+    _check(max_steps, tolerance)
+    _check_batches(args, batches, epochs, prefetch)
     check_num_starts(
         num_starts, {"batches": batches, "init_state": init_state, "init_params": init_params, "resume": resume}
     )
-    source = BatchIterator(batches)
-    first = args if source.fixed else source.peek()
-    if first is None:
-        raise ValueError("`batches` is empty: expected at least one tuple of arguments for model and guide.")
-    with disk_cache(cache), tqdm(total=max_steps, disable=not progress_bar, mininterval=0.2) as bar:
+    source = BatchIterator(batches, STEPS_PER_CHUNK, epochs, prefetch)
+    with source, disk_cache(cache), tqdm(total=max_steps, disable=not progress_bar, mininterval=0.2) as bar:
         bar.set_postfix_str("tracing")
+        first = args if source.fixed else source.peek()
+        if first is None:
+            raise ValueError("`batches` is empty: expected at least one tuple of arguments for model and guide.")
         is_new = init_state is None and resume is None and not is_set_up(svi.guide)
         state = _start(svi, rng_key, first, kwargs, init_state, init_params, resume)
         _check_mutable_state(svi, state)
@@ -167,28 +178,23 @@ def fit(
         if is_new:
             run.check_start = lambda: check_start(svi, rng_key, first, kwargs, init_params)
         starts = run.choose(rng_key, num_starts, max_steps) if num_starts > 1 else None
-        end = run.until(source, max_steps - (starts.steps if starts else 0), tolerance)
-        history = run.recorder.history()
-        unowned = tuple(run.partition.unowned) if run.partition else ()
-        effort = _effort(end, history, tolerance, run.state.optim_state[1], svi.optim._options.constants)
-        reason = _reason(end, history, tolerance, effort, unowned, run.check)
-        reason += f"; {starts}" if starts else ""
-        if end == DIVERGED and source.fixed and run.state.mutable_state is None:
-            where = nonfinite_site(svi, svi.get_params(run.state), run.state.rng_key, args, kwargs)
-            reason += f"; {where}" if where else ""
-        bar.set_postfix_str(reason)
-        params = program.constrained(run.state).result()(run.state)
-    return FitResult(
-        params=params,
-        state=run.state,
-        losses=history.loss,
-        history=history,
-        converged=end == CONVERGED,
-        reason=reason,
-        report=table(run.partition.rows()) if run.partition else "",
-        judgement=run.check.last,
-        judge_seconds=run.check.seconds,
-        starts=starts,
+        try:
+            end = run.until(source, max_steps - (starts.steps if starts else 0), tolerance)
+        except Exception as error:
+            if not source.fixed and run.recorder.steps > past.steps:
+                _keep(error, run.result(FAILED, source, tolerance, starts))
+            raise
+        result = run.result(end, source, tolerance, starts)
+        bar.set_postfix_str(result.reason)
+    return result
+
+
+def _keep(error: Exception, result: FitResult) -> None:
+    """Give the steps before an error to the user, as its ``partial_result``."""
+    error.partial_result = result  # type: ignore[attr-defined]
+    error.add_note(
+        f"`fit` had taken {result.history.steps} steps. The `partial_result` of this error is their result: go on by "
+        "`fit(..., resume=error.partial_result)`."
     )
 
 
@@ -228,12 +234,36 @@ class _Run:
             self._bar.update(starts.steps)
         return starts
 
+    def result(self, end: str, source: BatchIterator, tolerance: float, starts: Starts | None) -> FitResult:
+        """The outcome, after a reason to stop."""
+        svi, history, optimizer_state = self._svi, self.recorder.history(), self.state.optim_state[1]
+        unowned = tuple(self.partition.unowned) if self.partition else ()
+        effort = _effort(end, history, tolerance, optimizer_state, svi.optim._options.constants)
+        reason = _reason(end, history, tolerance, effort, unowned, self.check) + source.remarks(end == EXHAUSTED)
+        reason += f"; {starts}" if starts else ""
+        if end == DIVERGED and source.fixed and self.state.mutable_state is None:
+            where = nonfinite_site(svi, svi.get_params(self.state), self.state.rng_key, *self._arguments)
+            reason += f"; {where}" if where else ""
+        return FitResult(
+            params=self._program.constrained(self.state).result()(self.state),
+            state=self.state,
+            losses=history.loss,
+            history=history,
+            converged=end == CONVERGED,
+            reason=reason,
+            report=table(self.partition.rows()) if self.partition else "",
+            judgement=self.check.last,
+            judge_seconds=self.check.seconds,
+            starts=starts,
+            batch_seconds=source.seconds,
+        )
+
     def until(self, source: BatchIterator, max_steps: int, tolerance: float) -> str:
         """Run chunks until there is a reason to stop, and return it."""
         try:
             left = max_steps
             while left:
-                steps, batches = source.take(min(STEPS_PER_CHUNK, left))
+                steps, batches = source.take(left)
                 if not steps:
                     return EXHAUSTED
                 self._advance(steps, batches, tolerance)
@@ -243,6 +273,7 @@ class _Run:
                 if converged(self.recorder.recent, tolerance) and self._is_granted(source, tolerance):
                     return CONVERGED
         except KeyboardInterrupt:
+            source.abandon()
             return INTERRUPTED
         return MAX_STEPS
 
@@ -274,11 +305,24 @@ class _Run:
                 self.check.compile(self.state, self._data, batches)
             self._program.constrained(self.state)
         else:
-            self.partition, future = trace(self._data)
+            self.partition, future = _noted(trace, self._data, batches)
         while not future.done():
             self._bar.set_postfix_str("compiling (first fit of this shape; kept for the next)")
             wait([future], timeout=REFRESH)
         return future.result()
+
+
+def _noted(trace: Callable[[Data], Any], data: Data, batches: Arguments) -> Any:
+    """Trace the steps for other batches; an error of the model is given the shapes of the batch."""
+    try:
+        return trace(data)
+    except Exception as error:
+        if batches:
+            error.add_note(
+                f"raised for a batch with the arguments {described(batches, 1)}, after others had passed. If it has "
+                "fewer rows, as at the end of an epoch, let the plate follow: `subsample_size=len(x)`."
+            )
+        raise
 
 
 def _start(
@@ -343,23 +387,46 @@ def _reason(
     return f"{end}: {running}{few or effort}"
 
 
-def _check(args: tuple[Any, ...], max_steps: Any, tolerance: Any, batches: Any) -> None:
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int | np.integer):
-        raise TypeError(f"`max_steps={max_steps!r}`: expected a positive integer, such as 10_000.")
-    if max_steps < 1:
-        raise ValueError(f"`max_steps={max_steps!r}`: expected a positive integer, such as 10_000.")
+def _check(max_steps: Any, tolerance: Any) -> None:
+    _check_count("max_steps", max_steps, "10_000")
     if not _is_number(tolerance):
         raise TypeError(f"`tolerance={tolerance!r}`: expected a number of nats, such as 0.01; 0 takes all steps.")
     if not 0 <= tolerance < np.inf:
         raise ValueError(f"`tolerance={tolerance!r}`: expected a number of nats, such as 0.01; 0 takes all steps.")
-    if batches is not None and args:
+
+
+def _check_count(name: str, value: Any, example: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"`{name}={value!r}`: expected a positive integer, such as {example}.")
+    if value < 1:
+        raise ValueError(f"`{name}={value!r}`: expected a positive integer, such as {example}.")
+
+
+def _check_batches(args: tuple[Any, ...], batches: Any, epochs: Any, prefetch: Any) -> None:
+    _check_count("epochs", epochs, "3")
+    if not isinstance(prefetch, bool):
+        raise TypeError(f"`prefetch={prefetch!r}`: expected `True` or `False`.")
+    if batches is None:
+        if epochs != 1:
+            raise ValueError(
+                f"`epochs={epochs}` was given without `batches`: expected `batches=` beside it. A step on `args` takes "
+                "all of the data; `max_steps` limits the steps."
+            )
+        return
+    if args:
         raise ValueError(
             f"{len(args)} positional arguments for model and guide were given beside `batches`: expected one of "
             "the two. Give what is the same in every step by keyword."
         )
-    if batches is not None and not isinstance(batches, Iterable):
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | dict | np.ndarray | jax.Array):
+        given = repr(batches) if isinstance(batches, int | float | str) else f"<{type(batches).__name__}>"
         raise TypeError(
-            f"`batches={batches!r}`: expected an iterable of tuples, the arguments of one step after the other."
+            f"`batches={given}`: expected an iterable of tuples, the arguments of one step after the other."
+        )
+    if epochs > 1 and is_read_once(batches):
+        raise ValueError(
+            f"`epochs={epochs}`, but `batches` is a `{type(batches).__name__}`, which can be read once: expected an "
+            "iterable whose `__iter__` returns a new iterator each time, such as a list or a data loader."
         )
 
 

@@ -8,15 +8,13 @@ long as its ``SVI``, and is reused if that is fitted again, with other data of t
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from numpyro.infer.svi import SVI, SVIState
 
@@ -119,61 +117,3 @@ def _recording(svi: SVI, found: list[Partition]) -> SVI:
     recording.optim, optimizer._partition = optimizer, partition
     recording.guide = without_validation(svi.guide)
     return recording
-
-
-class BatchIterator:
-    """The arguments of the next steps: none for fixed data, stacked minibatches otherwise."""
-
-    def __init__(self, batches: Iterable[Any] | None) -> None:
-        self._batches: Iterator[Any] | None = None if batches is None else iter(batches)
-        self._pending: list[tuple[Any, ...]] = []
-
-    @property
-    def fixed(self) -> bool:
-        """Whether all steps have the same arguments."""
-        return self._batches is None
-
-    def peek(self) -> tuple[Any, ...] | None:
-        """The arguments of the next step, without consuming them; ``None`` if there are none."""
-        self._read(1)
-        return self._pending[0] if self._pending else None
-
-    def hold(self, most: int) -> tuple[Any, ...]:
-        """At most ``most`` of the next batches, of equal shapes and types, stacked, without consuming them."""
-        self._read(most)
-        held = self._pending[:most]
-        alike = list(takewhile(lambda batch: _signature(batch) == _signature(held[0]), held))
-        return jax.tree.map(_stacked, *alike) if alike else ()
-
-    def _read(self, count: int) -> None:
-        if self._batches is not None:
-            missing = max(count - len(self._pending), 0)
-            self._pending += [_arguments(batch) for batch in islice(self._batches, missing)]
-
-    def take(self, most: int) -> tuple[int, tuple[Any, ...]]:
-        """The number of steps, at most ``most``, and their batches of equal shapes and types, stacked and padded."""
-        if self.fixed:
-            return most, ()
-        group: list[tuple[Any, ...]] = []
-        while len(group) < most and (batch := self.peek()) is not None:
-            if group and _signature(group[0]) != _signature(batch):
-                break
-            group.append(self._pending.pop(0))
-        padded = group + group[-1:] * (STEPS_PER_CHUNK - len(group))
-        return len(group), jax.tree.map(_stacked, *padded) if group else ()
-
-
-def _stacked(*arrays: Any) -> Any:
-    return (jnp if isinstance(arrays[0], jax.Array) else np).stack(arrays)
-
-
-def _arguments(batch: Any) -> tuple[Any, ...]:
-    """The arguments of one step: the entries of a tuple or list; anything else is a single argument."""
-    several = isinstance(batch, tuple | list) and not hasattr(batch, "_fields")
-    batch = tuple(batch) if several else (batch,)
-    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), batch)
-
-
-def _signature(batch: Arguments) -> Any:
-    leaves, tree = jax.tree.flatten(batch)
-    return tree, [(x.shape, x.dtype) for x in leaves]
