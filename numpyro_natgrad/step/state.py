@@ -106,8 +106,8 @@ class NaturalGradientState(NamedTuple):
 def initial(params: Params, fallback: Any, constants: RuleConstants) -> NaturalGradientState:
     """The state before the first step. A block has at least one parameter, a Gaussian latent at least two entries.
 
-    A full Gaussian over d latents has ½d(d + 3) of them. No two arrays share memory, so that a program may reuse that of
-    each (``donate_argnums``).
+    A full Gaussian over d latents has ½d(d + 3) of them. No two arrays share memory, so that a program may reuse
+    that of each (``donate_argnums``).
     """
     leaves = jax.tree.leaves(params)
     dtype, entries = jnp.result_type(*leaves or [float]), sum(jnp.size(x) for x in leaves)
