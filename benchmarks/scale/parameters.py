@@ -73,7 +73,9 @@ def _exponents(rows: dict[str, dict[str, Any]]) -> list[str]:
             mine = sorted(mine, key=lambda r: r["latents"])[len(mine) // 2 - 1 :] if len(mine) > 2 else []
             if mine:
                 slopes = {
-                    name: np.polyfit(*np.log([[r["latents"], r[name]["milliseconds"]] for r in mine]).T, 1)[0]
+                    name: np.polyfit(
+                        np.log([r["latents"] for r in mine]), np.log([r[name]["milliseconds"] for r in mine]), 1
+                    )[0]
                     for name in ("Adam", "ours")
                 }
                 lines.append(

@@ -115,7 +115,8 @@ def initial(params: Params, fallback: Any, constants: RuleConstants) -> NaturalG
     latents = max(full, min(entries // 2, constants.joint_limit))
     joint, statistics, decrement = allocated(latents, len(params), constants, dtype)
     zeros = [jnp.zeros((), dtype) for _ in range(8)]
-    info = StepInfo(*zeros[:7], jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32))
+    flags = jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32)
+    info = StepInfo._make([*zeros[:7], *flags])
     memory, seed = Memory(jax.tree.map(jnp.zeros_like, params), joint), jnp.array(0, jnp.uint32)
     average = jax.tree.map(jnp.copy, params)
     return NaturalGradientState(params, average, memory, statistics, decrement, zeros[7], fallback, seed, info)
