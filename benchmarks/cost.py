@@ -80,7 +80,7 @@ def first_step(case: str, name: str) -> tuple[float, float]:
 def report(turns: int = 15) -> str:
     """The tables, in the run's dtype."""
     dtype = jnp.zeros(()).dtype
-    lines = [f"### Cost of a step, {dtype}", "", "| guide | Adam, ms | NaturalGradient, ms | ratio | memory ratio |"]
+    lines = [f"## Cost of a step, {dtype}", "", "| guide | Adam, ms | NaturalGradient, ms | ratio | memory ratio |"]
     lines += ["| --- | --- | --- | --- | --- |"]
     for guide, d, n in ((AutoNormal, 1_000_000, turns // 2), (AutoMultivariateNormal, 500, 2 * turns)):
         cost = step_cost(cheap(d), guide, n)
@@ -92,7 +92,7 @@ def report(turns: int = 15) -> str:
 
 
 def _first_steps(dtype: Any, repeats: int = 2) -> list[str]:
-    lines = [f"### Time to first step, {dtype}, new process, seconds (median of {repeats})", ""]
+    lines = [f"## Time to first step, {dtype}, new process, seconds (median of {repeats})", ""]
     lines += ["| case | Adam | NaturalGradient | ratio | first update alone: Adam | NaturalGradient | ratio |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for case in RACES:

@@ -51,7 +51,7 @@ def report() -> str:
     median = np.median(shipped, axis=0)
     return "\n".join(
         [
-            f"### Conjugate Gaussian regression, {dtype}: KL(guide ‖ posterior), nats",
+            f"## Conjugate Gaussian regression, {dtype}: KL(guide ‖ posterior), nats",
             "",
             "| run | median | worst seed |",
             "| --- | --- | --- |",

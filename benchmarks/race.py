@@ -159,7 +159,7 @@ def report(case: Case) -> str:
     dtype = jnp.zeros(()).dtype
     return "\n".join(
         [
-            f"### {case.title}, {dtype}: within {case.gap} nats of the best −ELBO ({best:.3f})",
+            f"## {case.title}, {dtype}: within {case.gap} nats of the best −ELBO ({best:.3f})",
             "",
             "| method | steps, median | steps, worst seed | seconds | with compilation "
             f"| seconds to within {case.loose:g} nats | ms per step | final gap, nats |",

@@ -289,12 +289,11 @@ def plain(axis: Axes) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure, create its folder if necessary, and print the path.
+    """Write the figure, create its folder if necessary, and print the path. The figure stays open for a notebook.
 
     :param figure: the figure.
     :param path: path of the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     print(f"\nfigure: {path}")

@@ -1,9 +1,13 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Visits to physicians: a Gamma–Poisson hierarchy with a Gamma site for each of 2019 person-years.
+"""
+Overdispersed counts: a Gamma–Poisson hierarchy
+===============================================
+
+Visits to physicians: a Gamma–Poisson hierarchy with a Gamma site for each of 2019 person-years.
 
 Counts of visits vary far more than a Poisson regression allows, because persons differ in ways that no covariate
-records. Each person-year therefore has its own rate, with the mean of the regression:
+records. Each person-year therefore has its own rate, with the mean of the regression::
 
     rate_i ~ Gamma(α, α exp(−x_iᵀβ)),    visits_i ~ Poisson(rate_i)
 
@@ -15,8 +19,10 @@ third to a half of the correct ones.
 Data: RAND Health Insurance Experiment (Manning et al. 1987), from statsmodels; every tenth row, so that few persons
 appear in more than one year. Covariates are standardized. Most of the time is JAX's gradient of Gamma draws.
 
-Run it with `python examples/count_regression.py`; `--help` lists what can be changed.
+Run it with ``python examples/count_regression.py``; ``--help`` lists what can be changed.
 """
+
+# sphinx_gallery_thumbnail_path = 'figures/count_regression.png'
 
 from __future__ import annotations
 
@@ -71,6 +77,11 @@ def read(every: int = EVERY) -> Data:
     return Data(np.column_stack([np.ones(len(table)), columns]), table["mdvis"].to_numpy(), ["intercept", *covariates])
 
 
+# %%
+# Model and guide
+# ---------------
+
+
 def model(design: Array, visits: Array) -> None:
     """Negative-binomial regression, with an explicit rate for each person-year.
 
@@ -97,6 +108,11 @@ def guide(design: Array, visits: Array) -> None:
     numpyro.sample("alpha", dist.Gamma(positive("alpha_shape", 10.0), positive("alpha_rate", 10.0)))
     with numpyro.plate("person-year", n):
         numpyro.sample("rate", dist.Gamma(positive("shape", jnp.ones(n)), positive("rate_rate", jnp.ones(n))))
+
+
+# %%
+# Fits
+# ----
 
 
 class Curve(NamedTuple):
@@ -151,6 +167,11 @@ def follow(label: str, optimizer: _NumPyroOptim, data: Data, steps: int) -> Curv
     return Curve(label, np.array(taken), fastest * np.array(taken), means, error, svi.get_params(state))
 
 
+# %%
+# Comparison with maximum likelihood
+# ----------------------------------
+
+
 class Estimates(NamedTuple):
     """Coefficients, then the dispersion 1/α, with their standard deviations or errors; each of shape `(k + 1,)`."""
 
@@ -200,6 +221,11 @@ def table(names: list[str], guide_: Estimates, likelihood: Estimates) -> str:
         mine, theirs = f"{mean:.3f} ± {sd:.3f}", f"{value:.3f} ± {se:.3f}"
         lines.append(f"{name:<12}{mine:>18}{theirs:>22}{(mean - value) / se:>15.2f}")
     return "\n".join(lines)
+
+
+# %%
+# The figure
+# ----------
 
 
 def draw_estimates(axis: Axes, names: list[str], guide_: Estimates, likelihood: Estimates, narrow: np.ndarray) -> None:
@@ -256,6 +282,11 @@ def picture(data: Data, curves: list[Curve], likelihood: Estimates) -> Figure:
     for axis in axes:
         plain(axis)
     return figure
+
+
+# %%
+# All together
+# ------------
 
 
 def main() -> None:

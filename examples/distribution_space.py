@@ -1,13 +1,19 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Natural gradients in two dimensions: distances between parameters are not distances between distributions.
+"""
+Natural gradients in two dimensions
+===================================
+
+Distances between parameters are not distances between distributions.
 
 The upper panels show two pairs of Gaussians whose means differ by 4 units: the KL between the narrow ones is larger.
 The lower panels show steepest descent in the parameters and in KL, towards the same target. After A. Kristiadi's
 article "Natural Gradient Descent".
 
-Run it with `python examples/distribution_space.py`; `--help` lists what can be changed.
+Run it with ``python examples/distribution_space.py``; ``--help`` lists what can be changed.
 """
+
+# sphinx_gallery_thumbnail_path = 'figures/distribution_space.png'
 
 from __future__ import annotations
 
@@ -36,6 +42,11 @@ TARGET = dist.Normal(0.0, 0.5)
 START = (1.5, 0.1)  # mean, standard deviation
 RATE, MAX_KL = 0.1, 0.2
 FLOOR = 1e-4  # nats
+
+
+# %%
+# A guide and its target
+# ----------------------
 
 
 def model() -> None:
@@ -69,6 +80,11 @@ def kl(loc: Array, scale: Array) -> Array:
     return dist.kl_divergence(before, after)
 
 
+# %%
+# Two paths
+# ---------
+
+
 def path(optimizer: _NumPyroOptim, steps: int) -> tuple[Array, Array]:
     """Means and standard deviations along the path, including the start.
 
@@ -85,6 +101,11 @@ def path(optimizer: _NumPyroOptim, steps: int) -> tuple[Array, Array]:
     walk = jax.jit(lambda state: lax.scan(step, state, length=steps + 1))
     _, params = walk(svi.init(random.key(0)))
     return params["loc"], params["scale"]
+
+
+# %%
+# The figure
+# ----------
 
 
 def draw_pair(axis: Axes, variance: float) -> None:
@@ -144,6 +165,11 @@ def look(label: str) -> dict[str, Any]:
     """
     colour = NATURAL if "natural" in label else OTHERS[0]
     return {"color": colour, "marker": "o", "ms": 3.5, "lw": 1.8}
+
+
+# %%
+# All together
+# ------------
 
 
 def main() -> None:

@@ -1,9 +1,15 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Eight schools: the same SVI, fitted by natural gradients and by Adam.
-
-Run it with `python examples/eight_schools.py`; `--help` lists what can be changed.
 """
+Eight schools beside Adam
+=========================
+
+The same SVI, fitted by natural gradients and by Adam.
+
+Run it with ``python examples/eight_schools.py``; ``--help`` lists what can be changed.
+"""
+
+# sphinx_gallery_thumbnail_path = 'figures/eight_schools.png'
 
 from __future__ import annotations
 
@@ -31,6 +37,11 @@ EFFECT = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ERROR = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
 
+# %%
+# The model
+# ---------
+
+
 def model(error: Array, effect: Array) -> None:
     """Effects of coaching in eight schools, non-centred (Rubin 1981).
 
@@ -43,6 +54,13 @@ def model(error: Array, effect: Array) -> None:
         theta_trans = numpyro.sample("theta_trans", dist.Normal(0.0, 1.0))
         theta = numpyro.deterministic("theta", mu + tau * theta_trans)
         numpyro.sample("effect", dist.Normal(theta, error), obs=effect)
+
+
+# %%
+# Fits and figure
+# ---------------
+#
+# ``_common.py`` of the same folder has what the examples share: fits scored on common draws, tables and the figure.
 
 
 def main() -> None:

@@ -1,16 +1,22 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""A banana-shaped posterior, which a Gaussian guide cannot follow and a normalizing flow can.
+"""
+A banana-shaped posterior, fitted by a flow
+===========================================
+
+A banana-shaped posterior, which a Gaussian guide cannot follow and a normalizing flow can.
 
 The data have the mean a + b² and identify a and b only through their priors, so that the posterior lies along a
-parabola. With two latents a grid gives it to all digits, with the log evidence log p(y). The distance of every guide is
+parabola. With two latents a grid gives it to all digits, with the log evidence log p(y). The distance of a guide is::
 
     log p(y) - ELBO = KL(q ‖ posterior)      (nats)
 
-A flow has no Fisher matrix in closed form: `NaturalGradient` estimates it from the scores of draws.
+A flow has no Fisher matrix in closed form: ``NaturalGradient`` estimates it from the scores of draws.
 
-Run it with `python examples/flow_posterior.py`; `--help` lists what can be changed.
+Run it with ``python examples/flow_posterior.py``; ``--help`` lists what can be changed.
 """
+
+# sphinx_gallery_thumbnail_path = 'figures/flow_posterior.png'
 
 from __future__ import annotations
 
@@ -35,6 +41,11 @@ NOISE, TRUTH, SIZE = 2.0, 1.0, 50
 RANGE = {"a": (-3.5, 3.0), "b": (-2.6, 2.6)}
 
 
+# %%
+# The model
+# ---------
+
+
 def model(y: Array) -> None:
     """Data whose mean is a + b².
 
@@ -44,6 +55,11 @@ def model(y: Array) -> None:
     b = numpyro.sample("b", dist.Normal(0.0, 1.0))
     with numpyro.plate("datum", len(y)):
         numpyro.sample("y", dist.Normal(a + b**2, NOISE), obs=y)
+
+
+# %%
+# The posterior on a grid
+# -----------------------
 
 
 class Truth(NamedTuple):
@@ -78,6 +94,11 @@ def truth(y: Array) -> Truth:
     cell = float(axes[0][1] - axes[0][0]) ** 2
     evidence = jax.scipy.special.logsumexp(log_joint) + np.log(cell)
     return Truth((a, b), jnp.exp(log_joint - evidence), float(evidence))
+
+
+# %%
+# The figure
+# ----------
 
 
 def draw_posterior(axis: Axes, exact: Truth, draws: dict[str, Array], title: str, colour: str) -> None:
@@ -121,6 +142,11 @@ def report(label: str, exact: Truth, curve: Curve, draws: dict[str, Array]) -> s
     gap = f"{exact.evidence - float(curve.weights.mean()):.3f} ± {error:.3f}"
     spread = f"{float(jnp.mean(draws['b'] ** 2)):.2f}"
     return f"{label + ', ' + curve.label:<32}{curve.steps[-1]:>7}{curve.seconds[-1]:>9.2f}{gap:>18}{spread:>9}"
+
+
+# %%
+# All together
+# ------------
 
 
 def main() -> None:

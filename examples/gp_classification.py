@@ -1,22 +1,28 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse Gaussian-process classification: is a handwritten digit odd?
+"""
+Sparse Gaussian-process classification
+======================================
+
+Is a handwritten digit odd?
 
 The inputs are the first two principal components of scikit-learn's digits, so that the result can be drawn. The bound
-is that of Hensman, Matthews & Ghahramani (2015), with M inducing values u = f(Z):
+is that of Hensman, Matthews & Ghahramani (2015), with M inducing values u = f(Z)::
 
     u ~ N(0, K_zz),   f(x) | u ~ N(K_xz K_zz⁻¹ u, k_xx - K_xz K_zz⁻¹ K_zx),   y ~ Bernoulli(σ(f)),
     ELBO = E_q(u) E_p(f|u) log p(y | f) - KL(q(u) ‖ p(u))      (nats)
 
 q(u) has a full covariance and takes natural-gradient steps. The variance and the lengthscales of the kernel are
-`numpyro.param`s of the model and are fitted by optax, in the same step of one optimizer (Salimbeni, Eleftheriadis &
-Hensman 2018 alternate the two). Z are the centres of k-means, and are not fitted.
+``numpyro.param`` sites of the model and are fitted by optax, in the same step of one optimizer (Salimbeni,
+Eleftheriadis & Hensman 2018 alternate the two). Z are the centres of k-means, and are not fitted.
 
 The model writes u = Lv with K_zz = LLᵀ and v ~ N(0, I). The natural gradient of q is the same in all linear
 coordinates and does not depend on this choice. Adam and the hyper-parameters converge faster with it.
 
-Run it with `python examples/gp_classification.py`; `--help` lists what can be changed.
+Run it with ``python examples/gp_classification.py``; ``--help`` lists what can be changed.
 """
+
+# sphinx_gallery_thumbnail_path = 'figures/gp_classification.png'
 
 from __future__ import annotations
 
@@ -70,6 +76,11 @@ def digits(size: int) -> tuple[Split, Split]:
     parts = order[:size], order[size:]
     train, test = (Split(jnp.asarray(x[i], float), jnp.asarray(data.target[i] % 2, float)) for i in parts)
     return train, test
+
+
+# %%
+# The model
+# ---------
 
 
 def kernel(a: Array, b: Array, variance: Array, lengthscale: Array) -> Array:
@@ -142,6 +153,11 @@ def probability(params: dict[str, Array], x: Array, inducing: Array) -> Array:
     return nn.sigmoid(mean[:, None] + sd[:, None] * nodes) @ (quadrature / quadrature.sum())
 
 
+# %%
+# Comparison with the Laplace approximation of scikit-learn
+# ---------------------------------------------------------
+
+
 def laplace(train: Split) -> GaussianProcessClassifier:
     """Scikit-learn's classifier: all data, the same kernel, Laplace's approximation, its own hyper-parameters.
 
@@ -209,6 +225,11 @@ def exact_kernel(classifier: GaussianProcessClassifier, test: Split) -> str:
     )
 
 
+# %%
+# The figure
+# ----------
+
+
 def draw_surface(axis: Axes, params: dict[str, Array], train: Split, inducing: Array) -> None:
     """The probability of an odd digit, the data and the inducing points.
 
@@ -227,6 +248,11 @@ def draw_surface(axis: Axes, params: dict[str, Array], train: Split, inducing: A
     axis.plot(*np.asarray(inducing).T, "D", mfc="white", mec="black", ms=5)
     axis.figure.colorbar(shade, ax=axis, label="probability that the digit is odd", ticks=[0, 0.5, 1])
     axis.set(xlabel="first principal component", ylabel="second principal component")
+
+
+# %%
+# All together
+# ------------
 
 
 def main() -> None:

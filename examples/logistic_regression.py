@@ -1,9 +1,15 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Logistic regression on the breast-cancer data: 31 coefficients, strongly correlated.
-
-Run it with `python examples/logistic_regression.py`; `--help` lists what can be changed.
 """
+Logistic regression with correlated coefficients
+================================================
+
+The breast-cancer data: 31 coefficients, strongly correlated.
+
+Run it with ``python examples/logistic_regression.py``; ``--help`` lists what can be changed.
+"""
+
+# sphinx_gallery_thumbnail_path = 'figures/logistic_regression.png'
 
 from __future__ import annotations
 
@@ -28,6 +34,10 @@ from sklearn.datasets import load_breast_cancer
 
 from numpyro_natgrad import NaturalGradient
 
+# %%
+# Model and data
+# --------------
+
 
 def model(design: Array, benign: Array) -> None:
     """Logistic regression under wide normal priors.
@@ -47,6 +57,11 @@ def breast_cancer() -> tuple[Array, Array, list[str]]:
     columns = (data.data - data.data.mean(0)) / data.data.std(0)
     design = jnp.column_stack([jnp.ones(len(columns)), columns])
     return design, jnp.asarray(data.target, dtype=float), ["intercept", *data.feature_names]
+
+
+# %%
+# Fits and figure
+# ---------------
 
 
 def main() -> None:

@@ -1,14 +1,18 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Latent Dirichlet allocation in minibatches, with stochastic variational inference as one choice of the step size.
+"""
+A topic model in minibatches
+============================
+
+Latent Dirichlet allocation in minibatches, with stochastic variational inference as one choice of the step size.
 
 A natural-gradient step in λ, the parameters of Dirichlet topics, is the update of Hoffman, Blei, Wang & Paisley (2013),
-*Stochastic variational inference*, JMLR 14, eq. 27, with their rate ρ_t = (t + τ)^-κ:
+*Stochastic variational inference*, JMLR 14, eq. 27, with their rate ρ_t = (t + τ)^-κ::
 
     λ  ←  λ − ρ F⁻¹∇L  =  (1 − ρ) λ + ρ (η + N/B Σ_d n_dw φ_dwk)      φ_dwk ∝ exp(E[log θ_dk] + E[log β_kw])
 
 They use expectations in closed form, and so does this guide: its "draw" is x̃ = exp(E[log x]), and
-`TraceMeanField_ELBO` integrates the KLs. The log-likelihood of the model is then their bound at the optimal φ,
+``TraceMeanField_ELBO`` integrates the KLs. The log-likelihood of the model is then their bound at the optimal φ::
 
     Σ_w n_dw log Σ_k θ̃_dk β̃_kw  =  max_φ Σ_wk n_dw φ_dwk (E[log θ_dk] + E[log β_kw] − log φ_dwk)
 
@@ -16,8 +20,10 @@ The corpus consists of docstrings: each docstring of 50 words or more of a publi
 packages is a document. Words are runs of three or more lower-case letters, without scikit-learn's English stop words,
 that occur in at least 20 documents and in at most 15 % of them; the 1000 most frequent ones are kept.
 
-Run it with `python examples/topic_model.py`; `--help` lists what can be changed.
+Run it with ``python examples/topic_model.py``; ``--help`` lists what can be changed.
 """
+
+# sphinx_gallery_thumbnail_path = 'figures/topic_model.png'
 
 from __future__ import annotations
 
@@ -68,6 +74,11 @@ class Expected(dist.Dirichlet):
 _dirichlet = find_exponential_family(dist.Dirichlet)
 assert _dirichlet is not None
 register_exponential_family(Expected, **_dirichlet._asdict())
+
+
+# %%
+# Model and guide
+# ---------------
 
 
 class TopicModel(NamedTuple):
@@ -146,6 +157,11 @@ def rate(step: Any) -> Any:
     return (step + DELAY) ** -FORGETTING
 
 
+# %%
+# The published update
+# --------------------
+
+
 def published(problem: TopicModel, lam: np.ndarray, counts: np.ndarray, rho: float) -> np.ndarray:
     """The update of Hoffman et al. (2013), algorithm of their figure 4, in NumPy, to compare the natural step with.
 
@@ -163,6 +179,11 @@ def published(problem: TopicModel, lam: np.ndarray, counts: np.ndarray, rho: flo
             gamma = ALPHA + responsibilities(gamma) @ document
         expected += responsibilities(gamma) * document
     return (1 - rho) * lam + rho * (ETA + problem.documents / len(counts) * expected)
+
+
+# %%
+# The corpus
+# ----------
 
 
 class Corpus(NamedTuple):
@@ -250,6 +271,11 @@ class Curve(NamedTuple):
     lam: np.ndarray
 
 
+# %%
+# Fits
+# ----
+
+
 def learn(
     label: str, problem: TopicModel, optimizer: _NumPyroOptim, corpus: Corpus, batches: list[np.ndarray]
 ) -> Curve:
@@ -323,6 +349,11 @@ def top_words(lam: np.ndarray, words: np.ndarray, number: int) -> list[tuple[flo
     return [(share[k], list(words[best[k]]), inside[k, best[k]]) for k in np.argsort(-share)]
 
 
+# %%
+# The figure
+# ----------
+
+
 def draw_topic(axis: Axes, share: float, words: list[str], probabilities: np.ndarray) -> None:
     """One topic: its likeliest words, with bars for their probabilities.
 
@@ -363,6 +394,11 @@ def picture(curves: list[Curve], corpus: Corpus) -> Figure:
     axis.legend(handles[::-1], labels[::-1], frameon=False, loc="lower left")
     plain(axis)
     return figure
+
+
+# %%
+# All together
+# ------------
 
 
 def main() -> None:

@@ -1,16 +1,23 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""A variational autoencoder of handwritten digits: networks in the guide and in the model, by minibatches.
+"""
+A variational autoencoder of digits
+===================================
+
+A variational autoencoder of handwritten digits: networks in the guide and in the model, by minibatches.
+The model and its guide are::
 
     z ~ N(0, I),   x | z ~ Bernoulli(decoder(z)),        q(z | x) = N(encoder(x))        (Kingma & Welling 2014)
 
 Both networks take natural-gradient steps: the Fisher matrix of q for the encoder, and that of the likelihood for the
-decoder, pulled back through the network over the minibatch. `NaturalGradient` has default options; Adam's rate is one
+decoder, pulled back through the network over the minibatch. ``NaturalGradient`` has default options; Adam's rate is one
 of five, constant and with a cosine decay. The digits are scikit-learn's, 8 × 8 pixels, black from 8 of 16 grey levels
 on; a sixth of them is held out.
 
-Run it with `python examples/vae.py`; `--help` lists what can be changed.
+Run it with ``python examples/vae.py``; ``--help`` lists what can be changed.
 """
+
+# sphinx_gallery_thumbnail_path = 'figures/vae.png'
 
 from __future__ import annotations
 
@@ -42,6 +49,11 @@ from numpyro_natgrad import NaturalGradient
 PIXELS, LATENTS, HIDDEN, BATCH = 64, 8, 128, 128
 RATES = (0.03, 0.01, 0.003, 0.001, 0.0003)
 DRAWS = 8  # of each image's latents, where the ELBO is looked at
+
+
+# %%
+# Networks, model and guide
+# -------------------------
 
 
 class Encoder(nnx.Module):
@@ -91,6 +103,11 @@ class Autoencoder(NamedTuple):
         encoder = nnx_module("encoder", self.encoder)
         with numpyro.plate("images", self.size, subsample_size=len(x)):
             numpyro.sample("z", dist.Normal(*encoder(x)).to_event(1))
+
+
+# %%
+# Data and fits
+# -------------
 
 
 class Digits(NamedTuple):
@@ -231,6 +248,11 @@ def line(curve: Curve, mark: float) -> str:
     return f"{curve.label:<22}{curve.steps[-1]:>7}{curve.train[-1]:>9.2f}{curve.test[-1]:>10.2f}{there}"
 
 
+# %%
+# The figure
+# ----------
+
+
 def mosaic(axis: Axes, rows: list[Array], title: str) -> None:
     """Images in rows, in ink on white.
 
@@ -288,6 +310,11 @@ def draw_curves(axes: list[Axes], curves: list[Curve], best: Curve) -> None:
         plain(axis)
     axes[0].set_ylabel("ELBO (nats an image)")
     axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="lower right", fontsize="small")
+
+
+# %%
+# All together
+# ------------
 
 
 def main() -> None:

@@ -1,9 +1,15 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Diagnostics of a mean-field fit: its standard deviations are too small, and two corrections are compared with NUTS.
-
-Run it with `python examples/verdict.py`; `--help` lists what can be changed.
 """
+Is the fit good? Diagnostics beside NUTS
+========================================
+
+Diagnostics of a mean-field fit: its standard deviations are too small, and two corrections are compared with NUTS.
+
+Run it with ``python examples/verdict.py``; ``--help`` lists what can be changed.
+"""
+
+# sphinx_gallery_thumbnail_path = 'figures/verdict.png'
 
 from __future__ import annotations
 
@@ -25,6 +31,11 @@ from numpyro_natgrad import NaturalGradient, Verdict, verdict
 
 OBSERVATIONS, COEFFICIENTS, CORRELATION = 60, 5, 0.85
 SEEDS = {"data": 0, "fit": 1, "verdict": 2, "NUTS": 3}
+
+
+# %%
+# Model and data
+# --------------
 
 
 def model(design: Array, successes: Array) -> None:
@@ -49,11 +60,21 @@ def simulated() -> tuple[Array, Array]:
     return design, dist.Binomial(10, logits=design @ truth).sample(keys[2])
 
 
+# %%
+# The reference
+# -------------
+
+
 def chains(design: Array, successes: Array, samples: int) -> np.ndarray:
     """Draws of the coefficients by NUTS, shape `(samples, d)`."""
     sampler = MCMC(NUTS(model), num_warmup=500, num_samples=samples, progress_bar=False)
     sampler.run(random.key(SEEDS["NUTS"]), design, successes)
     return np.asarray(sampler.get_samples()["beta"])
+
+
+# %%
+# The figure
+# ----------
 
 
 def picture(judged: Verdict, reference: np.ndarray) -> Figure:
@@ -79,6 +100,11 @@ def picture(judged: Verdict, reference: np.ndarray) -> Figure:
     plain(axis)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+# %%
+# All together
+# ------------
 
 
 def main() -> None:

@@ -16,6 +16,10 @@ import pytest
 import numpyro_natgrad
 
 ROOT = pathlib.Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    p.relative_to(ROOT).as_posix()
+    for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/benchmarks/**/*.md")]
+)
 MODULES = [m.name for m in pkgutil.walk_packages(numpyro_natgrad.__path__, "numpyro_natgrad.")]
 
 
@@ -73,9 +77,7 @@ def _anchors(document: pathlib.Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(
-    "document", sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_between_documents_lead_to_files_and_headings(document):
     for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
         if "://" not in target:
