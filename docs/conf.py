@@ -142,6 +142,13 @@ def _formulas_are_literal(app: Any, what: str, name: str, obj: Any, options: Any
     lines[:] = "\n".join(lines).split("\n")
 
 
+def _pages_of_the_site(app: Any, docname: str, source: list[str]) -> None:
+    """Links of the repository to scripts and to lists of pages become links to pages of the site."""
+    text = re.sub(r"\]\((?:\.\./)+examples/(\w+)\.py\)", r"](/gallery/\1.rst)", source[0])
+    text = re.sub(r"\]\((?:\.\./)+examples\)", "](/gallery/index.rst)", text)
+    source[0] = text.replace("](benchmarks/README.md)", "](/benchmarks/index.md)")
+
+
 def _figure_of_an_example(app: Any, docname: str, source: list[str]) -> None:
     """Show the figure that the repository keeps where an example was not run."""
     name = docname.removeprefix("gallery/")
@@ -153,12 +160,13 @@ def _figure_of_an_example(app: Any, docname: str, source: list[str]) -> None:
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """Register the renderer of formulas and the two hooks."""
+    """Register the renderer of formulas, and the hooks."""
     app.add_html_math_renderer(
         "mathml",
         inline_renderers=(lambda self, node: _mathml(self, node, block=False), None),
         block_renderers=(lambda self, node: _mathml(self, node, block=True), None),
     )
     app.connect("autodoc-process-docstring", _formulas_are_literal)
+    app.connect("source-read", _pages_of_the_site)
     app.connect("source-read", _figure_of_an_example)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The code in the documents, docstrings and examples runs, and prints what is printed there."""
 
+import ast
 import doctest
 import importlib
 import inspect
@@ -17,36 +18,79 @@ import numpyro_natgrad
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENTS = sorted(
-    p.relative_to(ROOT).as_posix()
-    for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/benchmarks/**/*.md")]
+    p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] if "_build" not in p.parts
 )
 MODULES = [m.name for m in pkgutil.walk_packages(numpyro_natgrad.__path__, "numpyro_natgrad.")]
 
 
+def _blocks(document: str, language: str) -> list[str]:
+    """The fenced blocks of that language in a document."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+#: Pages whose code is part of the first tier; that of all others belongs to the second.
+FIRST_TIER = {
+    "README.md",
+    "docs/compilation.md",
+    "docs/diagnostics.md",
+    "docs/fisher.md",
+    "docs/guides.md",
+    "docs/minibatches.md",
+    "docs/natural_gradients/any_guide.md",
+    "docs/natural_gradients/distance.md",
+    "docs/your_own_distribution.md",
+}
+#: A landing page shows three lines of a program.
+EXCERPTS = {"docs/index.md"}
+PROGRAMS = [name for name in DOCUMENTS if _blocks(name, "python") and name not in EXCERPTS]
+
+
+def test_most_pages_have_code():
+    assert len(PROGRAMS) >= 14
+    assert set(PROGRAMS) > FIRST_TIER
+
+
 @pytest.mark.parametrize(
-    ("document", "least"),
-    [
-        ("README.md", 2),
-        ("docs/your_own_distribution.md", 4),
-        ("docs/guides.md", 1),
-        ("docs/fisher.md", 3),
-        ("docs/diagnostics.md", 3),
-        ("docs/compilation.md", 2),
-        ("docs/minibatches.md", 1),
-    ],
+    "document", [pytest.param(p, marks=[] if p in FIRST_TIER else pytest.mark.slow) for p in PROGRAMS]
 )
-def test_code_blocks_of_a_document_run(document, least, capsys):
-    text = (ROOT / document).read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= least
+def test_code_blocks_of_a_document_run(document, capsys):
+    """All ``python`` blocks of a page run, one after the other, and print what its ``text`` blocks show."""
     namespace: dict = {}
-    for block in blocks:
+    for block in _blocks(document, "python"):
         exec(compile(block, document, "exec"), namespace)
-    printed = capsys.readouterr().out
-    shown = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
-    assert len(shown) >= 1
+    printed, shown = capsys.readouterr().out, _blocks(document, "text")
+    assert shown or _blocks(document, "console")
     for block in shown:
         assert block.strip() in printed
+
+
+def _messages() -> list[str]:
+    """The strings of the package, with … for what is filled in."""
+    found = []
+    for path in (ROOT / "numpyro_natgrad").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value.replace("{}", "…"))
+    return found
+
+
+def test_messages_in_troubleshooting_are_those_of_the_package():
+    quoted = re.findall(r"^> (.*)$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    messages = _messages()
+    assert len(quoted) > 20
+    for message in quoted:
+        assert any(message in one for one in messages), message
+
+
+def test_every_page_is_listed_where_the_folder_is_read():
+    """``docs/README.md`` links every page that the site's index has."""
+    listed = (ROOT / "docs" / "README.md").read_text()
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        assert (
+            page.name in {"README.md", "index.md", "contributing.md", "changelog.md"} or f"]({page.name}" in listed
+        ), page
 
 
 def test_doctests_of_all_modules_pass():
