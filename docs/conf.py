@@ -75,6 +75,28 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings have the types
 autodoc_preserve_defaults = True
 
+
+def write_modules() -> None:
+    """Write a page with the docstring of every module, where the derivations are, under a heading for each room."""
+    package = DOCS.parent / "numpyro_natgrad"
+    text = (
+        "Modules and derivations\n=======================\n\nThe derivations are in the docstrings of the modules.\n\n"
+    )
+    for folder in sorted({path.parent for path in package.rglob("*.py")} - {package}):
+        names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+        room = ".".join(folder.relative_to(package.parent).parts)
+        text += "\n".join(["", room, "-" * len(room), "", f".. automodule:: {room}", ""])
+        for name in names:
+            title = f"{name}.py"
+            text += "\n".join(["", title, "~" * len(title), "", f".. automodule:: {room}.{name}", ""])
+    text += "\n".join(["", "options.py", "-" * len("options.py"), "", ".. automodule:: numpyro_natgrad.options", ""])
+    page = DOCS / "modules.rst"
+    if not page.exists() or page.read_text() != text:
+        page.write_text(text)
+
+
+write_modules()
+
 # ---- gallery ---------------------------------------------------------------------------------------------------------
 
 if EXECUTE:  # keep the figures of the repository as they are
@@ -125,7 +147,9 @@ linkcheck_anchors = False
 def _mathml(self: Any, node: nodes.math | nodes.math_block, *, block: bool) -> None:
     """Write a formula as MathML, which browsers draw without a script."""
     try:
-        self.body.append(str(tex2mathml(node.astext(), as_block=block)))
+        formula = str(tex2mathml(node.astext(), as_block=block))
+        # A function without parentheses stands apart from its argument.
+        self.body.append(formula.replace("<mi>log</mi>", '<mo lspace="0.17em" rspace="0.17em">log</mo>'))
     except MathError as error:
         logging.getLogger(__name__).warning("formula not understood: %s", error, location=node)
     raise nodes.SkipNode

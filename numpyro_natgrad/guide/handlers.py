@@ -5,9 +5,10 @@
 That loss is a function ``fn(params) -> (loss, mutable_state)`` of the unconstrained parameters, which closes over the
 draws and data of the step. A handler around the *call* of ``fn`` processes every site of guide and model:
 
-* :class:`PathGradient` lets a Gaussian site's density depend on the parameters through the draw alone:
+* :class:`PathGradient` lets a Gaussian site's density depend on the parameters through the draw alone::
 
       ∇_φ E[f(z) + log q_φ(z)]  =  E[∇_z (f + log q)(z_φ(ε)) ∂z_φ(ε)],     because E[∇_φ log q_φ(z)] = 0 at fixed z
+
   (Roeder, Wu & Duvenaud 2017, "sticking the landing");
 * :class:`Frozen` freezes the draws and replaces log q and log p by other densities, such as Fisher surrogates
   (:mod:`.surrogate`).
