@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-r"""NumPyro's univariate, simplex and discrete distributions in the registry of :mod:`.distributions.exponential_family`.
+r"""NumPyro's univariate, simplex and discrete distributions, for :mod:`.distributions.exponential_family`.
 
     Gamma   η = (α, β)   T = (log z, −z)   A = log Γ(α) − α log β
 

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""NumPyro's distributions of directions, matrices and vectors in the registry of :mod:`.distributions.exponential_family`."""
+"""NumPyro's distributions of directions, matrices and vectors, for :mod:`.distributions.exponential_family`."""
 
 import math
 
