@@ -36,12 +36,11 @@ FIRST_TIER = {
     "docs/fisher.md",
     "docs/guides.md",
     "docs/minibatches.md",
-    "docs/natural_gradients/any_guide.md",
     "docs/natural_gradients/distance.md",
     "docs/your_own_distribution.md",
 }
-#: A landing page shows three lines of a program.
-EXCERPTS = {"docs/index.md"}
+#: A landing page shows three lines of a program; wrong calls have a test of their own.
+EXCERPTS = {"docs/index.md", "docs/wrong_calls.md"}
 PROGRAMS = [name for name in DOCUMENTS if _blocks(name, "python") and name not in EXCERPTS]
 
 
@@ -82,6 +81,19 @@ def test_messages_in_troubleshooting_are_those_of_the_package():
     assert len(quoted) > 20
     for message in quoted:
         assert any(message in one for one in messages), message
+
+
+def test_wrong_calls_raise_the_errors_that_are_shown(capsys):
+    """Every row of the page is run after its program, and raises exactly that error."""
+    page = "docs/wrong_calls.md"
+    namespace: dict = {}
+    exec(compile(_blocks(page, "python")[0], page, "exec"), namespace)
+    rows = re.findall(r"^\| `(.*?)` \| (.*) \|$", (ROOT / page).read_text(), re.MULTILINE)
+    assert len(rows) >= 60
+    for call, shown in rows:
+        with pytest.raises(Exception, match=re.escape(shown.partition(": ")[2])) as caught:
+            eval(call, namespace)
+        assert f"{type(caught.value).__name__}: {caught.value}" == shown, call
 
 
 def test_every_page_is_listed_where_the_folder_is_read():

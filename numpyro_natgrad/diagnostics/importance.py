@@ -26,7 +26,7 @@ from numpyro_natgrad.compilation.programs import quick_jit
 from numpyro_natgrad.diagnostics import arviz_compat
 from numpyro_natgrad.distributions.wrappers import base_distribution
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.infer.fisher import Estimate
+from numpyro_natgrad.infer.fisher import Estimate, _initialised
 from numpyro_natgrad.infer.fit import FitResult
 from numpyro_natgrad.options import StructureError
 
@@ -121,11 +121,11 @@ class Moments(NamedTuple):
 
 
 def fitted_guide(svi: SVI, result: Fitted, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FittedGuide:
-    """Read the parameters from what a fit returned; raise TypeError for anything else."""
+    """Read the parameters from what a fit returned; raise TypeError for anything else, ValueError before ``svi.init``."""
     if isinstance(result, SVIRunResult | FitResult):
         params, mutable_state = result.params, result.state.mutable_state
     elif isinstance(result, SVIState):
-        params, mutable_state = svi.get_params(result), result.mutable_state
+        params, mutable_state = _initialised(svi).get_params(result), result.mutable_state
     elif isinstance(result, Mapping):
         params, mutable_state = result, None
     else:
