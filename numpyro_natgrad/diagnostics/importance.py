@@ -121,7 +121,7 @@ class Moments(NamedTuple):
 
 
 def fitted_guide(svi: SVI, result: Fitted, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FittedGuide:
-    """Read the parameters from what a fit returned; raise TypeError for anything else, ValueError before ``svi.init``."""
+    """Read the parameters of what a fit returned. Raise TypeError for anything else, ValueError before ``svi.init``."""
     if isinstance(result, SVIRunResult | FitResult):
         params, mutable_state = result.params, result.state.mutable_state
     elif isinstance(result, SVIState):
