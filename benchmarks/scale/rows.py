@@ -76,7 +76,7 @@ def _adam(rows: int, batches: Iterable[Any], particles: int, rate: float, count:
     state = None
     for _ in range(EPOCHS):
         with BatchIterator(batches, CHUNK) as source:
-            state = svi.init(random.key(0), *source.peek()) if state is None else state
+            state = svi.init(random.key(0), *(source.peek() or ())) if state is None else state
             while True:
                 steps, stacked = source.take(10**9)
                 if not steps:
