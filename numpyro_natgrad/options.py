@@ -124,6 +124,9 @@ class RuleConstants(NamedTuple):
     regression_steps: float = 1.5
     #: Parameters up to which a Fisher matrix is formed.
     dense_limit: int = 512
+    #: Parameters of one row of a subsampled plate up to which its Fisher matrix is formed, by as many products with F.
+    #: Conjugate gradients take at least that many.
+    row_limit: int = 8
     #: Up to this many random numbers a step, values that depend on no parameter are computed once and kept.
     kept_draws: int = 1_000_000
 

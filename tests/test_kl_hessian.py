@@ -23,7 +23,7 @@ from scipy.special import polygamma
 from tables import GUIDES, started
 
 from numpyro_natgrad import NaturalGradient
-from numpyro_natgrad.blocks.fisher.solvers import Cholesky, ConjugateGradients, FisherOperator
+from numpyro_natgrad.blocks.fisher.solvers import Cholesky, ConjugateGradients, FisherOperator, RowCholesky
 from numpyro_natgrad.distributions.surrogate import fisher_surrogate, kl_surrogate, squared_score_surrogate
 from numpyro_natgrad.guide.handlers import Frozen
 from numpyro_natgrad.guide.trace import trace_loss
@@ -240,6 +240,28 @@ def test_dense_and_iterative_solvers_solve_the_damped_system(dtype):
         error = v - expected
         # In the Fisher norm, where a residual of 1 % and a condition number of 10 leave at most √10 %.
         assert np.sqrt(error @ matrix @ error) <= np.sqrt(10) * TOLERANCE * size
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rows_are_solved_each_for_itself(axis, dtype):
+    """Three rows with three parameters each, in two arrays; the oracle solves with the blocks of the whole matrix."""
+    rows = 3
+    params = {"a": jnp.ones((rows, 2) if axis == 0 else (2, rows)), "b": jnp.ones(rows)}
+    each = jnp.arange(rows)
+    numbers = np.asarray(ravel_pytree({"a": jnp.stack([each, each], axis=1 - axis), "b": each})[0])  # of the rows
+    same = numbers[:, None] == numbers
+    matrix = spd(4, 9, low=1.0, high=100.0) * same
+    slope = np.linspace(-1, 2, 9)
+    # One row has collapsed, and the batch lacks another.
+    scale = np.select([numbers == 0, numbers == 1], [1e5, 0.0], 1.0)
+    matrix, slope = matrix * np.outer(scale, scale), slope * scale
+    solver = RowCholesky(DAMPING, {"a": axis, "b": 0})
+    found = solver.solve(operator_of(matrix)._replace(params=params), jnp.asarray(slope, dtype))
+    damped = matrix + np.diag(DAMPING * np.diag(matrix) + (np.diag(matrix) == 0))
+    expected = np.linalg.solve(damped, slope)
+    np.testing.assert_allclose(
+        np.asarray(found) * np.maximum(scale, 1), expected * np.maximum(scale, 1), rtol=100 * root_eps(dtype)
+    )
 
 
 def test_one_collapsed_parameter_does_not_damp_the_others(dtype):

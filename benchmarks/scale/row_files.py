@@ -83,7 +83,8 @@ class Parquet:
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(self._path) as file:
+        # By default pyarrow keeps all that it has read of the file.
+        with pq.ParquetFile(self._path, pre_buffer=False) as file:
             for part in file.iter_batches(self._batch):
                 columns = [column.to_numpy() for column in part.columns]
                 yield np.stack(columns[:-1], axis=1), columns[-1]

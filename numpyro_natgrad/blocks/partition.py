@@ -17,7 +17,7 @@ from numpyro_natgrad.blocks.base import Block, NoiseTolerance, ReportRow, Scope
 from numpyro_natgrad.blocks.exponential_family import ExponentialFamilyBlock
 from numpyro_natgrad.blocks.fisher.block import FisherBlock
 from numpyro_natgrad.blocks.fisher.metrics import KLHessian, Likelihood, ScoreSamples, fisher_sites
-from numpyro_natgrad.blocks.fisher.solvers import Cholesky, Woodbury, damped_solver
+from numpyro_natgrad.blocks.fisher.solvers import Cholesky, Woodbury, damped_solver, row_solver
 from numpyro_natgrad.blocks.gaussian.curvature import (
     AntitheticProducts,
     CurvatureEstimator,
@@ -293,7 +293,9 @@ def _kl_hessian_block(
         scores = ScoreSamples(fisher_sites(traced), constants.score_draws)
         return block(scores, Woodbury(constants.score_damping, constants.score_norm_max))
     axes = _row_axes(tuple(mine), sites, trace)
-    solver = damped_solver(sum(mine.values()), constants, local=bool(axes))
+    size = sum(mine.values())
+    rows = max(((trace.params[p].shape or ())[axis] for p, axis in axes.items()), default=0)
+    solver = row_solver(size, rows, axes, constants) if axes else damped_solver(size, constants)
     metric = KLHessian(fisher_sites(traced), _copies(trace, constants) if _is_drawn(traced.values()) else 1)
     return block(metric, solver, row_axes=axes, row_kl=constants.element_kl)
 

@@ -1,8 +1,9 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The Fisher matrix F of P parameters as an operator, and four solvers of (F + damping) v = g.
+"""The Fisher matrix F of P parameters as an operator, and five solvers of (F + damping) v = g.
 
     Cholesky                    F is formed
+    RowCholesky                 the blocks of F are formed, one for each row of a subsampled plate
     ConjugateGradients          products with F, as many as the tolerance needs
     MomentumConjugateGradients  v ← μv + (F + λ)⁻¹ (g − (F + λ) μv), by a few products a step: networks
     Woodbury                    [g − U (λI + UᵀU)⁻¹ Uᵀ g] / λ for F = UUᵀ: scores
@@ -11,7 +12,7 @@ Operator and solver are separate, as in lineax: all solvers but Woodbury need pr
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -30,6 +31,8 @@ from numpyro_natgrad.options import RuleConstants
 ROW_PROBES = 4
 
 Product = Callable[[jax.Array], jax.Array]
+#: Arrays over the rows of a plate, one for each parameter of a row.
+Rows = list[jax.Array]
 
 
 class FisherTangent(NamedTuple):
@@ -155,6 +158,68 @@ class Cholesky(Solver):
 
 
 @dataclass(frozen=True)
+class RowCholesky(Solver):
+    """Form the block of F of each row, and solve (F + damping · diag F) v = g row by row.
+
+    F couples parameters of one row only. A product with a vector that is 1 in the k-th parameter of every row is
+    therefore the k-th column of all blocks: p products for p parameters a row, however many rows there are. Rows that
+    the batch lacks have zero blocks, and stay.
+
+    :ivar row_axes: of each parameter the axis of the rows.
+    """
+
+    damping: float
+    row_axes: Mapping[str, int]
+    description = "dense in each row"
+
+    def natural_gradient(self, operator: FisherOperator, gradient: jax.Array, memory: jax.Array) -> FisherTangent:
+        return compared(self.solve(operator, gradient), gradient, memory, operator.product(memory))
+
+    def solve(self, operator: FisherOperator, gradient: jax.Array) -> jax.Array:
+        g, from_rows = self._rows(operator.params, gradient)
+        one, zero = jnp.ones_like(g[0]), jnp.zeros_like(g[0])
+        units = [from_rows([one if k == i else zero for i in range(len(g))]) for k in range(len(g))]
+        columns = [self._rows(operator.params, operator.product(unit))[0] for unit in units]
+        return from_rows(_solve_each(columns, g, self.damping))
+
+    def _rows(self, params: Params, flat: jax.Array) -> tuple[Rows, Callable[[Rows], jax.Array]]:
+        """The p parameters of a row, each an array over the rows, and the function that undoes it."""
+        tree = ravel_pytree(params)[1](flat)
+        moved = {name: jnp.moveaxis(x, self.row_axes[name], -1) for name, x in tree.items()}
+        rows = [row for x in moved.values() for row in x.reshape(-1, x.shape[-1])]
+
+        def undo(rows: Rows) -> jax.Array:
+            left, back = iter(rows), {}
+            for name, x in moved.items():
+                mine = jnp.stack([next(left) for _ in range(x.size // x.shape[-1])]).reshape(x.shape)
+                back[name] = jnp.moveaxis(mine, -1, self.row_axes[name])
+            return ravel_pytree(back)[0]
+
+        return rows, undo
+
+
+def _solve_each(columns: list[Rows], right: Rows, damping: float) -> Rows:
+    """Solve (A + damping · diag A) v = b for each row by LDLᵀ; zero where a pivot is not positive."""
+    size, tiny = len(right), jnp.finfo(right[0].dtype).tiny
+    lower: dict[tuple[int, int], jax.Array] = {}
+    inverse: Rows = []
+    pivots: Rows = []
+    v = list(right)
+    for j in range(size):
+        pivot = (1 + damping) * columns[j][j] - sum(lower[j, k] ** 2 * pivots[k] for k in range(j))
+        pivots.append(pivot)
+        inverse.append(jnp.where(pivot > tiny, 1 / jnp.where(pivot > tiny, pivot, 1.0), 0.0))
+        for i in range(j + 1, size):
+            rest = columns[j][i] - sum(lower[i, k] * lower[j, k] * pivots[k] for k in range(j))
+            lower[i, j] = rest * inverse[j]
+            v[i] = v[i] - lower[i, j] * v[j]
+    v = [x * d for x, d in zip(v, inverse, strict=True)]
+    for j in reversed(range(size)):
+        v[j] = v[j] - sum(lower[i, j] * v[i] for i in range(j + 1, size))
+    return v
+
+
+@dataclass(frozen=True)
 class ConjugateGradients(Solver):
     """Solve (F + damping · D) v = g by products with D^(−½) F D^(−½), D the length of each row of F.
 
@@ -248,15 +313,25 @@ class Woodbury(Solver):
         return scope.constants.noise_threshold_scores / scope.blocks if scope.paired else None
 
 
-def damped_solver(parameters: int, constants: RuleConstants, *, local: bool = False) -> Solver:
-    """The solver of a Fisher matrix that varies from step to step; ``local``: of rows of a subsampled plate."""
+def damped_solver(parameters: int, constants: RuleConstants) -> Solver:
+    """The solver of a Fisher matrix that varies from step to step."""
     c = constants
     if parameters <= c.dense_limit:
-        # Of many local rows one may have collapsed, with an entry of F that is 1e10 times the others.
-        return Cholesky(c.fisher_damping, by_array=not local)
-    if local:
-        return ConjugateGradients(c.fisher_damping, c.fisher_cg_tolerance, c.fisher_cg_steps)
+        return Cholesky(c.fisher_damping, by_array=True)
     return MomentumConjugateGradients(c.network_damping, c.network_momentum, c.network_cg_steps)
+
+
+def row_solver(parameters: int, rows: int, row_axes: Mapping[str, int], constants: RuleConstants) -> Solver:
+    """The solver for the local rows of a subsampled plate.
+
+    One of many rows may have collapsed, with an entry of F that is 1e10 times the others: each is damped by its own.
+    """
+    c = constants
+    if parameters <= c.row_limit * rows:
+        return RowCholesky(c.fisher_damping, row_axes)
+    if parameters <= c.dense_limit:
+        return Cholesky(c.fisher_damping)
+    return ConjugateGradients(c.fisher_damping, c.fisher_cg_tolerance, c.fisher_cg_steps)
 
 
 def conjugate_gradients(product: Product, gradient: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
