@@ -64,6 +64,14 @@ def test_step_with_infinite_kl_is_shortened_until_kl_is_finite(dtype):
     assert 0.98e-3 <= rho <= 1e-3
 
 
+@pytest.mark.parametrize("nats", [jnp.nan, jnp.inf])
+def test_search_for_a_step_ends_where_no_step_has_a_finite_kl(nats, dtype):
+    """A bisection of the product of both ends never ended in single precision, where that product underflows."""
+    rho, kl = trust_region.longest(lambda rho: StepKL(rho + nats, rho, rho), jnp.asarray(1.0), jnp.asarray(1.0))
+    assert 0 < rho < 1e-20
+    assert kl.forward == 0
+
+
 def fresh(blocks: int) -> NoiseStatistics:
     """The statistics of that many blocks before the first step."""
     return allocated(0, blocks, CONSTANTS, jnp.result_type(float))[1]

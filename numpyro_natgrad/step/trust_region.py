@@ -48,7 +48,9 @@ def longest(kl: Callable[[jax.Array], StepKL], largest: jax.Array, radius: jax.A
         kl_middle = kl(middle)
         fits = jnp.sum(kl_middle.forward) <= radius
         low, high = jnp.where(fits, middle, low), jnp.where(fits, high, middle)
-        return low, high, jnp.sqrt(low * high), jax.tree.map(partial(jnp.where, fits), kl_middle, kl_low)
+        # The product of both would underflow in single precision, and the bisection would never end.
+        middle = jnp.sqrt(low) * jnp.sqrt(high)
+        return low, high, middle, jax.tree.map(partial(jnp.where, fits), kl_middle, kl_low)
 
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(kl, largest))
     # The first "middle" is the upper end, so that KL is compiled once.

@@ -24,6 +24,7 @@ from jax.scipy.sparse.linalg import cg
 
 from numpyro_natgrad.blocks.base import Scope, SquaredNorms, statistical_threshold
 from numpyro_natgrad.distributions.gaussian import scaled_cholesky_solve
+from numpyro_natgrad.estimators.hessian_products import random_signs
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.options import RuleConstants
 
@@ -237,7 +238,7 @@ class ConjugateGradients(Solver):
         return compared(self.solve(operator, gradient), gradient, memory, operator.product(memory))
 
     def solve(self, operator: FisherOperator, gradient: jax.Array) -> jax.Array:
-        signs = jax.random.rademacher(operator.key, (ROW_PROBES, gradient.size), gradient.dtype)
+        signs = random_signs(operator.key, (ROW_PROBES, gradient.size), gradient.dtype)
         rows = jnp.linalg.norm(jax.vmap(operator.product)(signs), axis=0) / ROW_PROBES**0.5
         root = jnp.sqrt(jnp.where(rows > 0, rows, 1.0))
         scaled = lambda x: operator.product(x / root) / root + self.damping * x

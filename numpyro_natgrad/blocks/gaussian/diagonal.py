@@ -22,7 +22,11 @@ from numpyro_natgrad.blocks.gaussian.site_block import SiteBlock
 from numpyro_natgrad.distributions import gaussian
 from numpyro_natgrad.distributions.gaussian import GaussianTangent, StepKL
 from numpyro_natgrad.estimators.derivatives import LossInfo
-from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, leave_one_out_tangent
+from numpyro_natgrad.estimators.hessian_products import (
+    fall_back_to_gradient,
+    leave_one_out_tangent,
+    random_signs,
+)
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
 
 
@@ -104,7 +108,7 @@ class DiagonalGaussian(SiteBlock[GaussianSite, GaussianTangent]):
     def _probed_curvature(self, loss_info: LossInfo, scale: jax.Array, randomness: Randomness) -> jax.Array:
         """λ by each of k Rademacher probes, ``(k, *shape)``."""
         product = lambda v: v * scale * self._hessian_product(loss_info, scale * v)
-        probes = jax.random.rademacher(randomness.key, (self.products, *self.site.shape), scale.dtype)
+        probes = random_signs(randomness.key, (self.products, *self.site.shape), scale.dtype)
         return jax.vmap(product)(probes) - 1
 
 

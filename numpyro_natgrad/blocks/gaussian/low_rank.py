@@ -28,7 +28,11 @@ from numpyro_natgrad.distributions import low_rank_gaussian
 from numpyro_natgrad.distributions.gaussian import StepKL
 from numpyro_natgrad.distributions.low_rank_gaussian import LowRankStep, LowRankTangent
 from numpyro_natgrad.estimators.derivatives import LossInfo, finite
-from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, leave_one_out_tangent
+from numpyro_natgrad.estimators.hessian_products import (
+    fall_back_to_gradient,
+    leave_one_out_tangent,
+    random_signs,
+)
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite
 
@@ -66,7 +70,7 @@ class LowRankGaussian(SiteBlock[LowRankSite, LowRankBlockTangent]):
         plain = scale * loss_info.gradient[self.site.loc].reshape(scale.shape)
         slope = plain + self._control_variate(loss_info, loc, scale, factor)
         key, *keys = random.split(randomness.key, 3)
-        signs = random.rademacher(key, (*scale.shape, 2 * k + 2 * self.site.rank + 2), scale.dtype)
+        signs = random_signs(key, (*scale.shape, 2 * k + 2 * self.site.rank + 2), scale.dtype)
         diagonal_probes, range_probes, substitutes = jnp.split(signs, [k, 2 * k], axis=-1)
         mean_slope, mean_diagonal = self._running_mean(memory, scale)
         residuals = memory.running_mean[self.site.factor].reshape(factor.shape) / scale[..., None]
@@ -130,7 +134,7 @@ class LowRankGaussian(SiteBlock[LowRankSite, LowRankBlockTangent]):
     def _hessian_products(self, loss_info: LossInfo, scale: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
         """Hx of every batch element, ``(batch, d, n)``, by shared products; random signs cancel cross terms in mean."""
         shape = (x.shape[0], 1, x.shape[-1])
-        signs = random.rademacher(key, shape, x.dtype) if x.shape[0] > 1 else jnp.ones(shape, x.dtype)
+        signs = random_signs(key, shape, x.dtype) if x.shape[0] > 1 else jnp.ones(shape, x.dtype)
         product = lambda column: self._hessian_product(loss_info, scale * column)
         return scale[..., None] * signs * jax.vmap(product, in_axes=-1, out_axes=-1)(signs * x)
 
