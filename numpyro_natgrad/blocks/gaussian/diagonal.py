@@ -22,11 +22,7 @@ from numpyro_natgrad.blocks.gaussian.site_block import SiteBlock
 from numpyro_natgrad.distributions import gaussian
 from numpyro_natgrad.distributions.gaussian import GaussianTangent, StepKL
 from numpyro_natgrad.estimators.derivatives import LossInfo
-from numpyro_natgrad.estimators.hessian_products import (
-    fall_back_to_gradient,
-    leave_one_out_tangent,
-    random_signs,
-)
+from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, random_signs
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
 
 
@@ -94,16 +90,13 @@ class DiagonalGaussian(SiteBlock[GaussianSite, GaussianTangent]):
     def _control_variate(
         self, loss_info: LossInfo, loc: jax.Array, scale: jax.Array, curvature: jax.Array
     ) -> jax.Array:
-        """The leave-one-out control variate of the slope, as in :func:`.whitened_hessian_products`.
+        """−(1 + λ)ε̄ with the λ of earlier steps, which does not depend on these draws: E[ε̄] = 0.
 
-        A single particle has no others: the curvature λ of earlier steps takes the place of H₋ₛ.
+        It removes the noise of a slope whose Hessian is diagonal. That of the other elements would cost a product, and
+        reaches no more in as many steps (docs/benchmarks/wide.md).
         """
         offset = self._mean_offset(loss_info, loc)
-        if offset is None:
-            return jnp.zeros_like(loc)
-        if loss_info.particles == 1:
-            return -(1 + curvature) * offset / scale
-        return scale * self._hessian_product(loss_info, *leave_one_out_tangent(offset, loss_info.particles))
+        return jnp.zeros_like(loc) if offset is None else -(1 + curvature) * offset / scale
 
     def _probed_curvature(self, loss_info: LossInfo, scale: jax.Array, randomness: Randomness) -> jax.Array:
         """λ by each of k Rademacher probes, ``(k, *shape)``."""
