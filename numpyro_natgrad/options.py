@@ -146,7 +146,7 @@ class RuleConstants(NamedTuple):
     # ---- Probes and products -----------------------------------------------------------------------------------------
     #: Hessian-vector products a step of one wide full Gaussian: 16 were as good as 32 for 50 to 500 latents.
     full_probes: int = 16
-    #: Rademacher probes of a Hessian's diagonal: mean field, whose running mean joins those of many steps, and low rank.
+    #: Rademacher probes of a Hessian's diagonal: mean field, whose running mean joins many steps, and low rank.
     #: A network, a regression and a hierarchy of 1000 latents reach as much in as many steps with 8 probes as with 2,
     #: which take a third to two thirds of the time (docs/benchmarks/wide.md). The signal fraction needs two.
     diagonal_probes: int = 2

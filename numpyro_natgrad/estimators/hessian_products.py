@@ -68,7 +68,7 @@ def fall_back_to_gradient(
 def random_signs(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """Independent ±1 with equal probability, one from each random bit.
 
-    ``jax.random.rademacher`` takes 32 bits a sign, which cost a mean-field guide of a million latents a third of a step.
+    ``jax.random.rademacher`` takes 32 bits a sign: a third of the step of a mean-field guide of a million latents.
     """
     size = math.prod(shape)
     words = jax.random.bits(key, (-(-size // 32),), jnp.uint32)
