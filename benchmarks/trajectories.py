@@ -234,7 +234,7 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     if options.seed is not None:
-        natural_step.run_seed = lambda loss, step, seed: jnp.array(options.seed, jnp.uint32)
+        natural_step.run_seed = lambda *_: jnp.array(options.seed, jnp.uint32)
     chosen = {name: fit for name, fit in fits().items() if not options.only or name in options.only}
     found = {name: trajectory(fit) for name, fit in tqdm(chosen.items())}
     flat = {f"{name}|{key}": x for name, arrays in found.items() for key, x in arrays.items()}

@@ -81,13 +81,14 @@ def is_same_leaf(old: Any, new: Any) -> bool:
     return old is new
 
 
+def place(x: Any) -> Any:
+    """How an array is spread over several devices; ``None`` if it is on one."""
+    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    return sharding if sharding is not None and len(sharding.device_set) > 1 else None
+
+
 def types(tree: Any) -> tuple[Any, ...]:
-    """The structure of a tree, and shapes, types and places of its leaves; ``None`` if these are on one device."""
-
-    def place(x: Any) -> Any:
-        sharding = getattr(x, "sharding", None)
-        return sharding if sharding is not None and len(sharding.device_set) > 1 else None
-
+    """The structure of a tree, and shapes, types and places of its leaves."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, tuple((jnp.shape(x), jnp.result_type(x), place(x)) for x in leaves)
 

@@ -112,7 +112,7 @@ def _unusable(args: Arguments, kwargs: dict[str, Any]) -> Iterable[str]:
         if isinstance(x, np.ndarray | jax.Array) and jnp.issubdtype(x.dtype, jnp.number):
             name = "".join(str(key) for key in path).removeprefix("['args']").replace("['kwargs']", "kwargs")
             name = f"args{name}" if name.startswith("[") else name
-            lost = int(np.sum(~np.isfinite(np.asarray(x, float))))
+            lost = int(jnp.sum(~jnp.isfinite(x)))
             if not x.size:
                 yield f"`{name}` has the shape {x.shape}, and so no entries."
             elif lost:

@@ -10,6 +10,7 @@ NumPy and in float64, whatever the precision of the fit.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -22,7 +23,7 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 from numpyro.infer.util import log_density
 from tqdm.auto import tqdm
 
-from numpyro_natgrad.compilation.programs import quick_jit
+from numpyro_natgrad.compilation.devices import fetch, jit_for
 from numpyro_natgrad.diagnostics import arviz_compat
 from numpyro_natgrad.distributions.wrappers import base_distribution
 from numpyro_natgrad.guide.gaussian_sites import Params
@@ -161,12 +162,13 @@ def draw(
     found = _inspect(guide, key, sites)
     names = tuple(dict.fromkeys(found.latent + found.tabulated))
 
-    def one(key: jax.Array) -> tuple[jax.Array, Params, Params]:
+    def one(guide: FittedGuide, key: jax.Array) -> tuple[jax.Array, Params, Params]:
         log_weight, _, trace = _traces(guide, key)
         log_scales = {name: _log_scale(trace[name]) for name in found.latent}
         return log_weight, {name: trace[name]["value"] for name in names}, log_scales
 
-    each = quick_jit(lambda keys: lax.map(one, keys, batch_size=DRAWS_PER_BATCH if guide.vectorized else None))
+    size = DRAWS_PER_BATCH if guide.vectorized else None
+    each = jit_for(guide, lambda guide, keys: lax.map(partial(one, guide), keys, batch_size=size))
     keys, starts = random.split(key, num_draws), range(0, num_draws, DRAWS_PER_CALL)
     bar = tqdm(
         starts,
@@ -174,9 +176,9 @@ def draw(
         unit=f"×{DRAWS_PER_CALL}",
         delay=PROGRESS_BAR_DELAY,
         leave=False,
-        disable=not progress_bar,
+        disable=not progress_bar or jax.process_index() > 0,
     )
-    chunks = [jax.device_get(each(keys[start : start + DRAWS_PER_CALL])) for start in bar]
+    chunks = [fetch(each(keys[start : start + DRAWS_PER_CALL])) for start in bar]
     log_weights, values, log_scales = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
     return Draws(
         log_weights=np.asarray(log_weights, np.float64),

@@ -29,7 +29,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 
-from numpyro_natgrad.compilation.programs import quick_jit
+from numpyro_natgrad.compilation.devices import jit_for
 from numpyro_natgrad.diagnostics.importance import Fitted, FittedGuide, Sites, fitted_guide
 from numpyro_natgrad.distributions.wrappers import map_base
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaussian_site
@@ -140,15 +140,14 @@ def respond(latents: GaussianLatents, key: jax.Array, num_particles: int) -> Lin
     noise = random.normal(key, (max(num_particles // 2, 1), d), dtype)
     solve = _dense_solver if 2 * d <= DENSE_HESSIAN_LIMIT else _iterative_solver
 
-    @quick_jit
-    def run() -> tuple[jax.Array, jax.Array]:
+    def run(latents: GaussianLatents) -> tuple[jax.Array, jax.Array]:
         gradient = jax.grad(partial(_loss, latents, offsets=jax.vmap(latents.spread)(noise)))
         _, product = jax.linearize(gradient, jnp.zeros(2 * d, dtype))
         columns, least = solve(product, jnp.eye(d, 2 * d, dtype=dtype))
         block = columns[:, :d] * latents.scale[:, None] * latents.scale
         return (block + block.T) / 2, least
 
-    covariance, least = run()
+    covariance, least = jit_for(latents, run)()
     usable = bool(jnp.all(jnp.isfinite(covariance))) and bool(jnp.all(jnp.diagonal(covariance) > 0))
     if not (least > 0 and usable):
         raise NoMinimumError(
@@ -268,7 +267,7 @@ def gaussian_latents(guide: FittedGuide, key: jax.Array) -> GaussianLatents:
         shapes=shapes,
         loc=loc,
         scale=scale,
-        spread=partial(_spread, factors),
+        spread=jax.tree_util.Partial(_spread, factors),
     )
 
 

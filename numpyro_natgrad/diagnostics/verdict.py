@@ -12,6 +12,7 @@ the moments of the guide (:mod:`.importance`), and the Hessian of the ELBO corre
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from jax import lax, random
 from numpyro.infer import SVI
 
 from numpyro_natgrad.compilation.data import traceable
-from numpyro_natgrad.compilation.programs import quick_jit
+from numpyro_natgrad.compilation.devices import fetch, jit_for
 from numpyro_natgrad.diagnostics import arviz_compat, importance, linear_response, recommendation
 from numpyro_natgrad.diagnostics.importance import (
     DRAWS_PER_BATCH,
@@ -299,13 +300,15 @@ def _response(fitted: FittedGuide, key: jax.Array, num_draws: int, names: tuple[
         return _Response(sd={}, widening=math.nan, note=str(error), no_maximum=no_maximum)
     factor = jnp.linalg.cholesky(corrected.covariance)
 
-    def one(key: jax.Array) -> dict[str, jax.Array]:
+    def one(at: tuple[linear_response.GaussianLatents, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+        latents, factor = at
         z = latents.loc + factor @ random.normal(key, latents.loc.shape, latents.loc.dtype)
         trace = linear_response.substitute_latents(latents, z)[1]
         return {name: trace[name]["value"] for name in names}
 
-    many = lambda keys: lax.map(one, keys, batch_size=DRAWS_PER_BATCH if fitted.vectorized else None)
-    values = jax.device_get(quick_jit(many)(random.split(key, num_draws)))
+    size = DRAWS_PER_BATCH if fitted.vectorized else None
+    many = jit_for((latents, factor), lambda at, keys: lax.map(partial(one, at), keys, batch_size=size))
+    values = fetch(many(random.split(key, num_draws)))
     sd = {name: importance.moments(values[name]).sd for name in names}
     return _Response(sd=sd, widening=float(jnp.max(corrected.sd / corrected.scale)), note="", no_maximum=False)
 

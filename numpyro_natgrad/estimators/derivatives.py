@@ -25,8 +25,10 @@ from numpyro_natgrad.guide.handlers import DensityMode, Frozen, IndependentDraws
 MAX_LOSS = 1e14
 
 
-#: Numbers up to which arrays are copied to be joined with others.
-SMALL_ARRAY = 4096
+#: Numbers up to which vectors, and matrices, are copied to be joined with others. A join gathers what is spread over
+#: devices: vectors of latents can be, and factors of covariances are not.
+SMALL_VECTOR = 256
+SMALL_MATRIX = 4096
 
 
 class LossInfo(NamedTuple):
@@ -278,9 +280,10 @@ def derivative(function: Callable, forward: bool) -> Callable:
 
 def finite(tree: Any) -> jax.Array:
     """Whether all numbers of a tree are finite; small arrays are joined, which costs one kernel instead of many."""
-    leaves = [jnp.ravel(x) for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    small, large = ([x for x in leaves if (x.size <= SMALL_ARRAY) == size] for size in (True, False))
-    joined = [jnp.concatenate(small)] if small else []
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    is_small = lambda x: jnp.size(x) <= (SMALL_MATRIX if jnp.ndim(x) > 1 else SMALL_VECTOR)
+    small, large = ([x for x in leaves if is_small(x) == wanted] for wanted in (True, False))
+    joined = [jnp.concatenate(list(map(jnp.ravel, small)))] if small else []
     return jnp.isfinite(sum((jnp.sum(x * 0) for x in large + joined), jnp.zeros(())))
 
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from numpyro_natgrad.blocks.partition import Partition
 from numpyro_natgrad.compilation.batches import BatchIterator, described, is_read_once
 from numpyro_natgrad.compilation.data import Arguments, Data, split, traceable
+from numpyro_natgrad.compilation.devices import check_processes, explained_loss, fetch
 from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.initial import check_start, initial_state, is_set_up
 from numpyro_natgrad.infer.convergence import (
@@ -148,7 +149,8 @@ def fit(
     :param cache: where compiled programs are kept for the next process: ``None`` for the user's cache folder, or that
         of the environment variable ``NUMPYRO_NATGRAD_CACHE``, which turns the cache off if it is ``off``; a folder; or
         ``False`` for nowhere. JAX's own persistent cache is used instead where it is set.
-    :param bool progress_bar: show the remaining gain, and means of ELBO and KL over a chunk of steps.
+    :param bool progress_bar: show the remaining gain, and means of ELBO and KL over a chunk of steps. Of several
+        processes only the first one shows it.
     :param bool forward_mode_differentiation: as for ``svi.run``.
     :param kwargs: keyword arguments of model and guide, the same in every step.
     :return: parameters, state, history, and why the fit ended.
@@ -163,11 +165,14 @@ def fit(
         num_starts, {"batches": batches, "init_state": init_state, "init_params": init_params, "resume": resume}
     )
     source = BatchIterator(batches, STEPS_PER_CHUNK, epochs, prefetch)
-    with source, disk_cache(cache), tqdm(total=max_steps, disable=not progress_bar, mininterval=0.2) as bar:
+    hidden = not progress_bar or jax.process_index() > 0
+    bar = tqdm(total=max_steps, disable=hidden, mininterval=0.2)
+    with explained_loss(), source, disk_cache(cache), bar:
         bar.set_postfix_str("tracing")
         first = args if source.fixed else source.peek()
         if first is None:
             raise ValueError("`batches` is empty: expected at least one tuple of arguments for model and guide.")
+        check_processes((first, kwargs, init_state))
         is_new = init_state is None and resume is None and not is_set_up(svi.guide)
         state = _start(svi, rng_key, first, kwargs, init_state, init_params, resume)
         _check_mutable_state(svi, state)
@@ -288,7 +293,7 @@ class _Run:
         chunk = self._compiled(batches, tolerance)
         assert self._data is not None
         state, records = chunk(self.state, steps, batches, self._data)
-        part = _history(jax.device_get(records), steps, begin, time.perf_counter() - self._begin)
+        part = _history(fetch(records), steps, begin, time.perf_counter() - self._begin)
         if self.check_start is not None and not (np.isfinite(part.loss) & ~part.skipped).any():
             self.check_start()
         self.state, self.check_start = state, None

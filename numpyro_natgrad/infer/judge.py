@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
-from jax.flatten_util import ravel_pytree
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from numpyro.infer.svi import SVIState
 
 from numpyro_natgrad.compilation.data import Arguments, Constants, Data, types
+from numpyro_natgrad.compilation.devices import fetch, placed_like
 from numpyro_natgrad.compilation.initial import without_validation
 from numpyro_natgrad.compilation.programs import in_background
 from numpyro_natgrad.estimators.relative_moves import Mirrored, moved, no_move, owned, path_sites, relative_sites
@@ -163,7 +163,7 @@ class Judge:
         self.vectorized = bool(getattr(svi.loss, "vectorize_particles", True))
         # Under ``eval_shape`` no operation is compiled on its own.
         jax.eval_shape(partial(self._read, batch=batch, data=data), params, jax.eval_shape(random.key, 0))
-        self._programs: list[Future[Any]] = []  # at most one, shared with copies for other data
+        self._programs: dict[Any, Future[Any]] = {}  # by places of parameters; shared with copies for other data
         self._cause: str | None = None
 
     def _read(self, params: Params, key: jax.Array, batch: Arguments, data: Data) -> None:
@@ -174,10 +174,11 @@ class Judge:
         self.row_weight = max([1.0, *(s.weight or 1.0 for s in found.sites.values())])
         self.sites = relative_sites(found)
         zero = no_move(params, self.sites)
-        flat, self._unravel = ravel_pytree(zero)
-        self.size, self.dtype = flat.size, flat.dtype
+        self._like = jax.eval_shape(lambda: zero)
+        leaves = jax.tree.leaves(self._like)
+        self.size, self.dtype = sum(x.size for x in leaves), jnp.result_type(*leaves)
         mine = [owned(p, self.sites) for p, x in sorted(zero.items()) for _ in jax.tree.leaves(x)]
-        self._relative = np.repeat(mine, [x.size for x in jax.tree.leaves(zero)])
+        self._relative = np.repeat(mine, [x.size for x in leaves])
 
     # ---- the program -------------------------------------------------------------------------------------------------
 
@@ -186,10 +187,11 @@ class Judge:
 
         :param batches: stacked arguments of at least one minibatch, or ``()``.
         """
-        if not self._programs:
+        if (place := types(params)) not in self._programs:
             example = self._pairs(key, batches, _SLOPES, 1)[0]
-            zeros, score = np.zeros(self.size, self.dtype), np.zeros((), self.dtype)
-            self._programs.append(in_background(jax.jit(self._slopes).trace(params, zeros, score, example, self.data)))
+            zeros, score = self._move(params, np.zeros(self.size)), np.zeros((), self.dtype)
+            traced = jax.jit(self._slopes).trace(params, zeros, score, example, self.data)
+            self._programs[place] = in_background(traced)
 
     def of(self, data: Data) -> "Judge":
         """The judge for other data of the same shapes, with the same program."""
@@ -204,22 +206,22 @@ class Judge:
         return _loss(self.svi, params, SVIState(params, self.mutable_state, key), args + batch, kwargs)
 
     def _slopes(
-        self, params: Params, x: jax.Array, score: jax.Array, pairs: _Pairs, data: Data
-    ) -> tuple[jax.Array, jax.Array]:
-        """Losses ``(groups, pairs, 2)`` and mean gradients ``(groups, P)`` after a move x.
+        self, params: Params, x: Params, score: jax.Array, pairs: _Pairs, data: Data
+    ) -> tuple[jax.Array, Params]:
+        """Losses ``(groups, pairs, 2)`` and mean gradients ``(groups, …)`` after a move x.
 
         :param score: 1 to include the score term of the gradient, 0 for path gradients.
         """
-        signs = jnp.array([1.0, -1.0], x.dtype)
+        signs = jnp.array([1.0, -1.0], self.dtype)
         first = JUDGE_KEY + (pairs.purpose * _CHUNKS + pairs.number) * JUDGE.chunk * JUDGE.group
         number = jnp.arange(JUDGE.chunk * JUDGE.group).reshape(JUDGE.chunk, JUDGE.group)
         keys = jax.vmap(jax.vmap(partial(random.fold_in, pairs.key)))(first + number)
 
-        def group(inputs: tuple[jax.Array, Arguments]) -> tuple[jax.Array, jax.Array]:
+        def group(inputs: tuple[jax.Array, Arguments]) -> tuple[jax.Array, Params]:
             keys, batches = inputs
 
-            def mean(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-                values = moved(params, self._unravel(x), self.sites)
+            def mean(x: Params) -> tuple[jax.Array, jax.Array]:
+                values = moved(params, x, self.sites)
 
                 def one(key: jax.Array, sign: jax.Array) -> jax.Array:
                     with Mirrored(self.path, sign, score):
@@ -323,10 +325,19 @@ class Judge:
     def _evaluate(
         self, params: Params, x: np.ndarray, score: float, pairs: list[_Pairs]
     ) -> tuple[np.ndarray, np.ndarray]:
-        program, move = self._programs[0].result(), np.asarray(x, self.dtype)
+        program, move = self._programs[types(params)].result(), self._move(params, x)
         parts = [program(params, move, np.asarray(score, self.dtype), chunk, self.data) for chunk in pairs]
-        losses, slopes = zip(*jax.device_get(parts), strict=True)
-        return np.concatenate(losses).astype(np.float64), np.concatenate(slopes).astype(np.float64)
+        losses, slopes = zip(*fetch(parts), strict=True)
+        flat = lambda tree: np.concatenate([g.reshape(len(g), -1) for g in jax.tree.leaves(tree)], axis=1)
+        joined = np.concatenate([flat(tree) for tree in slopes]).astype(np.float64)
+        return np.concatenate(losses).astype(np.float64), joined
+
+    def _move(self, params: Params, x: np.ndarray) -> Params:
+        """The vector x as a tree, spread over devices as the parameters are."""
+        leaves, tree = jax.tree.flatten(self._like)
+        parts = np.split(np.asarray(x, self.dtype), np.cumsum([leaf.size for leaf in leaves])[:-1])
+        shaped = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+        return placed_like(jax.tree.unflatten(tree, shaped), params)
 
     def _product(self, params: Params, v: np.ndarray, scale: np.ndarray, pairs: list[_Pairs]) -> np.ndarray:
         """Hv by a difference of gradients at common draws, which needs no second derivatives of the model."""

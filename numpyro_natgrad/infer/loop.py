@@ -19,7 +19,7 @@ from jax import lax
 from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_natgrad.blocks.partition import Partition
-from numpyro_natgrad.compilation.data import Arguments, Constants, Data, types
+from numpyro_natgrad.compilation.data import Arguments, Constants, Data, place, types
 from numpyro_natgrad.compilation.initial import without_validation
 from numpyro_natgrad.compilation.programs import in_background
 from numpyro_natgrad.guide.gaussian_sites import Params
@@ -59,7 +59,9 @@ class Program:
         if key not in self._compiled:
             found: list[Partition] = []
             steps = partial(self.steps, found=found)
-            traced = jax.jit(steps).trace(state, STEPS_PER_CHUNK, batches, data)
+            # What is spread over devices stays as it is spread; XLA decides about the rest.
+            kept = jax.tree.map(place, state), None
+            traced = jax.jit(steps, out_shardings=kept).trace(state, STEPS_PER_CHUNK, batches, data)
             self._compiled[key] = found[0], in_background(traced)
         return self._compiled[key]
 

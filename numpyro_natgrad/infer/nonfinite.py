@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names the site of a model whose log density is not finite, for whoever reads why a fit ended."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from numpyro.handlers import replay, seed, substitute, trace
 from numpyro.infer import SVI
 
 from numpyro_natgrad.compilation.data import Arguments
+from numpyro_natgrad.compilation.devices import fetch, jit_for
 from numpyro_natgrad.guide.gaussian_sites import Params
 
 
@@ -19,7 +22,10 @@ def nonfinite_site(svi: SVI, params: Params, key: jax.Array, args: Arguments, kw
     kwargs = {**getattr(svi, "static_kwargs", {}), **kwargs}
     observed: dict[str, bool] = {}
 
-    def one(key: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    def one(
+        given: tuple[Params, Arguments, Params], key: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        params, args, kwargs = given
         model_key, guide_key = random.split(key)
         drawn = trace(substitute(seed(svi.guide, guide_key), data=params)).get_trace(*args, **kwargs)
         model = substitute(replay(seed(svi.model, model_key), drawn), data=params)
@@ -28,7 +34,8 @@ def nonfinite_site(svi: SVI, params: Params, key: jax.Array, args: Arguments, kw
         inside = {n: jnp.all(_inside(s["fn"], s["value"])) for n, s in sites.items()}
         return inside, {n: jnp.all(jnp.isfinite(s["fn"].log_prob(s["value"]))) for n, s in sites.items()}
 
-    inside, finite = jax.device_get(jax.jit(lambda keys: lax.map(one, keys))(random.split(key, draws)))
+    many = jit_for((params, args, kwargs), lambda given, keys: lax.map(partial(one, given), keys))
+    inside, finite = fetch(many(random.split(key, draws)))
     for name, x in inside.items():
         if not x.all():
             what = "the data of" if observed[name] else f"{np.mean(~x):.2g} of the guide's draws of"

@@ -21,6 +21,7 @@ from numpyro.infer.autoguide import AutoContinuous
 from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_natgrad.compilation.data import Data
+from numpyro_natgrad.compilation.devices import fetch
 from numpyro_natgrad.compilation.initial import new_guide
 from numpyro_natgrad.compilation.programs import quick_jit
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, Program, StepRecords
@@ -109,7 +110,7 @@ def best_start(
         chunk = lambda state, data: program.steps(state, STEPS_PER_CHUNK, (), data, [])
         advance = quick_jit(jax.vmap(chunk, in_axes=(0, None)))
         evaluate = quick_jit(partial(_losses, svi))
-        losses = jax.device_get(evaluate(states, random.split(key, STARTS.losses), data))
+        losses = fetch(evaluate(states, random.split(key, STARTS.losses), data))
         stay, records, steps, target = np.ones(num_starts, bool), [], 0, STARTS.first
         while _undecided(losses, stay) or not steps:
             target = min(target, most // STEPS_PER_CHUNK * STEPS_PER_CHUNK)
@@ -117,10 +118,10 @@ def best_start(
                 break
             for _ in range(steps, target, STEPS_PER_CHUNK):
                 states, part = advance(states, data)
-                records.append(jax.device_get(part))
+                records.append(fetch(part))
             steps, target = target, 2 * target
             draws = random.split(random.fold_in(key, steps), STARTS.losses)
-            losses = jax.device_get(evaluate(states, draws, data))
+            losses = fetch(evaluate(states, draws, data))
             stay &= _staying(losses, stay)
             show(f"{num_starts} starts, {steps} steps, {stay.sum()} not behind")
     except (jax.errors.JAXTypeError, NotImplementedError, TypeError, ValueError) as error:

@@ -8,6 +8,7 @@ It never raises and leaves no NaN in the state. A step that would leave the trus
 while it does not reduce the loss on its own draws. One that never does, or is not finite, is *skipped* and counted.
 """
 
+import inspect
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -144,7 +145,7 @@ def natural_step(
     partition = context.partition
     state = unpack(carried, partition, context.options.constants)
     loss_info = evaluate_loss(fn, state.params, partition.request, partition.particles)
-    state = state._replace(seed=run_seed(loss_info.loss, step, state.seed))
+    state = state._replace(seed=run_seed(fn, loss_info.loss, step, state.seed))
     gradients = natural_gradients(loss_info, partition, step, state)
     statistics = update_statistics(gradients, context, state)
     largest = choose_step_sizes(gradients, statistics, context, step, state)
@@ -158,8 +159,17 @@ def natural_step(
     return loss_info, pack(finish(gradients, statistics, search, end, context, state), carried)
 
 
-def run_seed(loss: jax.Array, step: jax.Array, seed: jax.Array) -> jax.Array:
-    """The seed of the blocks' probes: the bits of the first loss, which differs between runs (there is no key)."""
+def run_seed(fn: Loss, loss: jax.Array, step: jax.Array, seed: jax.Array) -> jax.Array:
+    """The seed of the blocks' probes: a word of the key of the first draws, which NumPyro's loss function closes over.
+
+    Integers are the same however the sums of the loss are spread over devices. The bits of the first loss, which are
+    not, stand in for the key of a loss function that was made otherwise.
+    """
+    key = inspect.getclosurevars(fn).nonlocals.get("rng_key") if inspect.isfunction(fn) else None
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    if isinstance(key, jax.Array) and key.dtype == jnp.uint32:
+        return jnp.where(step == 0, key.ravel()[-1], seed)
     return jnp.where(step == 0, lax.bitcast_convert_type(loss.astype(jnp.float32), jnp.uint32), seed)
 
 
