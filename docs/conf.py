@@ -52,7 +52,7 @@ root_doc = "index"
 # The README of a folder lists its pages for those who read them in the repository.
 exclude_patterns = ["README.md", "**/README.md", "_build"]
 highlight_language = "none"  # indented blocks are formulas
-suppress_warnings = ["config.cache"]  # the gallery's settings hold functions
+suppress_warnings = ["toc.empty_glob"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4  # those of GitHub
@@ -118,7 +118,7 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "first_notebook_cell": (
         "# `pip install numpyro-natgrad[examples]`; the file `_common.py` of the examples has to lie beside this one.\n"
-        "%matplotlib inline"
+        "import sys\n\nsys.argv = [\"example\"]  # instead of options on a command line\n%matplotlib inline"
     ),
 }
 
