@@ -52,7 +52,6 @@ root_doc = "index"
 # The README of a folder lists its pages for those who read them in the repository.
 exclude_patterns = ["README.md", "**/README.md", "_build"]
 highlight_language = "none"  # indented blocks are formulas
-suppress_warnings = ["toc.empty_glob"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4  # those of GitHub
