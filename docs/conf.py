@@ -117,7 +117,7 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "first_notebook_cell": (
         "# `pip install numpyro-natgrad[examples]`; the file `_common.py` of the examples has to lie beside this one.\n"
-        "import sys\n\nsys.argv = [\"example\"]  # instead of options on a command line\n%matplotlib inline"
+        'import sys\n\nsys.argv = ["example"]  # instead of options on a command line\n%matplotlib inline'
     ),
 }
 
@@ -129,6 +129,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
+html_domain_indices = False
 html_theme_options: dict[str, Any] = {
     "show_toc_level": 2,
     "use_download_button": False,
