@@ -3,6 +3,8 @@
 """``fit(batches=...)`` on data that do not fit into memory: what is read, when, by whom, and what is refused."""
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -316,3 +318,44 @@ def test_numbers_that_are_not_finite_are_counted(svi):
     assert "3 numbers in 2 of the 6 batches read are not finite, first in `batches[2][0]`" in result.reason
     assert result.history.skipped.sum() == 2
     assert np.isfinite(result.params["mu_auto_loc"])
+
+
+PEAK = """
+import resource, sys
+import numpy as np, numpyro, numpyro.distributions as dist
+from jax import random
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+from numpyro_natgrad import NaturalGradient, fit
+
+rows, path = int(sys.argv[1]), sys.argv[2]
+
+def model(x, y):
+    b = numpyro.sample("b", dist.Normal(0, 1).expand([x.shape[1]]).to_event(1))
+    with numpyro.plate("rows", rows, subsample_size=len(x)):
+        numpyro.sample("y", dist.Bernoulli(logits=x @ b), obs=y)
+
+def batches():
+    width = 21
+    for start in range(0, rows, 10_000):  # mapped anew, since pages that were read count as memory
+        data = np.memmap(path, np.float32, "r", 4 * start * width, (10_000, width))
+        yield data[:, 1:], (data[:, 0] > 0.5).astype(np.float32)
+
+svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO(1))
+fit(svi, random.key(0), batches=batches(), tolerance=0, progress_bar=False, cache=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_depend_on_the_number_of_rows(tmp_path):
+    """The larger file has 336 MB, about as much as the whole process."""
+    path, peaks = tmp_path / "rows.bin", []
+    piece = np.random.default_rng(0).random((100_000, 21), np.float32).tobytes()
+    with path.open("wb") as file:
+        for _ in range(40):
+            file.write(piece)
+    for rows in (400_000, 4_000_000):
+        command = [sys.executable, "-c", PEAK, str(rows), str(path)]
+        peaks.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert peaks[1] < 1.1 * peaks[0]
