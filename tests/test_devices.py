@@ -84,9 +84,9 @@ def assert_steps_agree(found: dict[str, Any], largest: int) -> None:
 
 
 def test_parameters_in_parts(tmp_path):
-    """2048 latents whose features are in parts: only sums over them, of 64 rows and 8 probes, are exchanged."""
+    """2048 latents whose features are in parts: only sums over them, of 64 rows and 2 probes, are exchanged."""
     found, _ = found_by("features", tmp_path)
-    particles, rows, probes = 2, 64, 8
+    particles, rows, probes = 2, 64, 2
     assert_steps_agree(found, largest=particles * rows * probes + 8)
 
 
