@@ -98,7 +98,8 @@ write_modules()
 
 # ---- gallery ---------------------------------------------------------------------------------------------------------
 
-if EXECUTE:  # keep the figures of the repository as they are
+if EXECUTE:  # keep the figures of the repository as they are, and progress bars out of the pages
+    os.environ["TQDM_DISABLE"] = "1"
     import _common
 
     _common.FIGURES = pathlib.Path(tempfile.mkdtemp(prefix="natgrad_gallery_"))
