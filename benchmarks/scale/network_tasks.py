@@ -47,7 +47,7 @@ class Task(NamedTuple):
     :ivar likelihood: from the network's output to the distribution of a row.
     """
 
-    net: nn.Module
+    net: Any
     likelihood: Callable[[jax.Array], dist.Distribution]
     train: Rows
     test: Rows
@@ -91,7 +91,7 @@ def regression() -> Task:
     def normal(output: jax.Array) -> dist.Distribution:
         return dist.Normal(output[..., 0], 1e-3 + jax.nn.softplus(output[..., 1]))
 
-    train, test = (tuple(each[part] for each in both) for part in (slice(100_000), slice(100_000, None)))
+    train, test = (both[0][:100_000], both[1][:100_000]), (both[0][100_000:], both[1][100_000:])
     return Task(Dense((50, 50), 2), normal, train, test, 500)
 
 
