@@ -227,7 +227,7 @@ def _streams(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         groups.setdefault(tuple(row[k] for k in ("rows", "batch", "who", "format", "particles")), []).append(row)
     for key in sorted(groups, key=lambda k: (k[0], k[1])):
-        row = min(groups[key], key=lambda r: (_arrival(r), r["nats"][-1]))
+        row = min(groups[key], key=lambda r: (_arrival(r), np.nan_to_num(r["nats"][-1], nan=np.inf)))
         # The first epoch has the compilation.
         speed = 2 * row["rows"] / (row["seconds"][2] - row["seconds"][0]) / 1000
         who = row["who"] + (f", rate {row['rate']}" if row["rate"] else "")
