@@ -49,8 +49,9 @@ class Memory(NamedTuple):
     joint: JointMemory
 
     def with_running_means(self, new: Params) -> "Memory":
-        shaped = {p: x.reshape(jnp.shape(self.running_mean[p])) for p, x in new.items()}
-        return self._replace(running_mean={**self.running_mean, **shaped})
+        old = self.running_mean
+        shaped = {p: x if x.shape == jnp.shape(old[p]) else x.reshape(jnp.shape(old[p])) for p, x in new.items()}
+        return self._replace(running_mean={**old, **shaped})
 
 
 class SquaredNorms(NamedTuple):
@@ -81,7 +82,7 @@ class Scope(NamedTuple):
     """The properties of the whole fit on which the noise tolerance of a block depends.
 
     :ivar latents: latent dimensions of the guide, for the whole data set.
-    :ivar blocks: number of blocks.
+    :ivar blocks: number of blocks, of which one with several step sizes counts as several.
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar exact: a step of size 1 is exact on conjugate models, in all blocks.
     :ivar full_data: every step sees all of the data.
@@ -131,6 +132,16 @@ class Block(Protocol, Generic[Tangent]):
     @property
     def params(self) -> tuple[str, ...]:
         """The parameters that it moves."""
+
+    @property
+    def count(self) -> int:
+        """How many step sizes it has. With more than one, norms, KL and step sizes have the shape ``(count,)``."""
+        return 1
+
+    @property
+    def step_size_params(self) -> tuple[tuple[str, ...], ...]:
+        """The parameters that each step size moves."""
+        return (self.params,)
 
     @property
     def exact_on_conjugate(self) -> bool:

@@ -31,9 +31,15 @@ from numpyro_natgrad.blocks.gaussian.joint_latents import JointLatents
 from numpyro_natgrad.blocks.gaussian.low_rank import LowRankGaussian
 from numpyro_natgrad.distributions.surrogate import FisherEstimate
 from numpyro_natgrad.estimators.derivatives import GradientRequest
-from numpyro_natgrad.guide.exponential_sites import read_exponential_site
+from numpyro_natgrad.guide.exponential_sites import read_exponential_site, stack_sites
 from numpyro_natgrad.guide.fisher_method import resolve_fisher_method
-from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaussian_site
+from numpyro_natgrad.guide.gaussian_sites import (
+    GaussianSite,
+    MeanFieldSites,
+    Params,
+    join_mean_fields,
+    read_gaussian_site,
+)
 from numpyro_natgrad.guide.handlers import DensityMode, Loss
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace, ModelSite, trace_loss
@@ -80,7 +86,7 @@ class Partition(NamedTuple):
     :ivar latents: latent dimensions of the guide, for the whole data set; observed numbers if there is no guide site.
     :ivar batch_weight: how many rows of the whole data set a row of a step stands for, N/B.
     :ivar joint_latents: latent dimensions of the joint Gaussian block, 0 if there is none.
-    :ivar tolerance: every field has an entry for each block.
+    :ivar tolerance: every field has an entry for each step size.
     :ivar paired: whether draws follow the parameters, so that losses at two parameters and the same draws have most of
         their noise in common. Draws of a discrete site jump.
     """
@@ -95,6 +101,11 @@ class Partition(NamedTuple):
     exact_on_conjugate: bool
     tolerance: NoiseTolerance
     paired: bool
+
+    @property
+    def step_sizes(self) -> int:
+        """How many step sizes its blocks have."""
+        return sum(block.count for block in self.blocks)
 
     def rows(self) -> list[ReportRow]:
         """The report: parameter, site, distribution, Fisher matrix, size."""
@@ -112,7 +123,7 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     _warn_of_trace(trace)
     sizes = {name: sum(jnp.size(x) for x in jax.tree.leaves(tree)) for name, tree in params.items()}
     sites, natural = _sites_with_coordinates(trace, options)
-    covered = {g.name for g in sites} | {n.site.name for n in natural}
+    covered = {g.name for g in sites} | {name for block in natural for name in block.sites.names}
     kl_blocks = _kl_hessian_blocks(trace, covered, sizes, options)
     guided: tuple[Block, ...] = (*_gaussian_blocks(sites, trace, options, set(sizes)), *natural, *kl_blocks)
     free = {p: size for p, size in sizes.items() if not any(p in block.params for block in guided)}
@@ -126,9 +137,10 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     exact = trace.is_elbo and all(block.exact_on_conjugate for block in blocks)
     paired = not any(site.is_score_function for site in trace.sites.values())
     weight = trace.batch_weight
-    scope = Scope(latents, len(blocks), trace.particles, exact, trace.full_data, options.constants, paired, weight)
+    count = sum(block.count for block in blocks)
+    scope = Scope(latents, count, trace.particles, exact, trace.full_data, options.constants, paired, weight)
     fields = len(NoiseTolerance._fields)
-    tolerances = np.array([block.noise_tolerance(scope) for block in blocks], float).reshape(-1, fields)
+    tolerances = np.array([block.noise_tolerance(scope) for block in blocks for _ in range(block.count)], float)
     return Partition(
         blocks=blocks,
         unowned=unowned,
@@ -138,7 +150,7 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
         batch_weight=trace.batch_weight,
         joint_latents=sum(block.latents.size for block in blocks if isinstance(block, JointGaussian)),
         exact_on_conjugate=exact,
-        tolerance=NoiseTolerance(*tolerances.T),
+        tolerance=NoiseTolerance(*tolerances.reshape(-1, fields).T),
         paired=paired,
     )
 
@@ -189,11 +201,16 @@ def _shared(trace: LossTrace) -> set[str]:
 def _gaussian_blocks(
     sites: list[GaussianSite | LowRankSite], trace: LossTrace, options: Options, names: set[str]
 ) -> list[Block]:
-    """One joint block if its Hessian is small enough to be formed, else a block for every site."""
-    latents = JointLatents(tuple(sites))
+    """One joint block if its Hessian is small enough to be formed, else blocks of single sites.
+
+    Mean-field sites of no more latents than a joint block has share one block then, as if they were one site: a model
+    may draw a thousand numbers in a loop or in a plate.
+    """
+    latents = JointLatents(tuple(join_mean_fields(sites)))
     second = trace.is_elbo and options.estimator != "first_order"
     if not (second and sites and latents.size <= joint_limit(latents, options.constants)):
-        return [_single_site_block(s, trace, options) for s in sites]
+        joined = join_mean_fields(sites, options.constants.joint_limit)
+        return [_single_site_block(s, trace, options) for s in joined]
     estimator = _curvature_estimator(latents, trace, options, alone=names == set(latents.params))
     limit = options.constants.widening_decrement if options.is_adaptive else math.inf
     return [JointGaussian(latents, estimator, options.margin, limit, options.fixed_max_kl)]
@@ -221,14 +238,14 @@ def _curvature_estimator(
     return AntitheticProducts(int(trace.particles), options.constants) if trace.particles >= 2 else HessianProducts()
 
 
-def _single_site_block(site: GaussianSite | LowRankSite, trace: LossTrace, options: Options) -> Block:
+def _single_site_block(site: GaussianSite | MeanFieldSites | LowRankSite, trace: LossTrace, options: Options) -> Block:
     """The block of one Gaussian site with more latents than a joint block has."""
     c, margin = options.constants, options.margin
     if isinstance(site, LowRankSite):
         return LowRankGaussian(site, DensityMode.DETACHED, True, margin, c)
     mode = DensityMode.PATH if options.path_gradient and trace.is_elbo else None
     second = options.estimator != "first_order" and trace.is_elbo
-    if site.form.diagonal:
+    if isinstance(site, MeanFieldSites) or site.form.diagonal:
         return DiagonalGaussian(site, DensityMode.DETACHED if second else mode, second, margin, c)
     second = second and len(site.shape) == 1
     return FullGaussian(site, DensityMode.DETACHED if second else mode, second, margin, c)
@@ -237,15 +254,14 @@ def _single_site_block(site: GaussianSite | LowRankSite, trace: LossTrace, optio
 def _exponential_family_blocks(
     trace: LossTrace, taken: set[str], shared: set[str], options: Options
 ) -> list[ExponentialFamilyBlock]:
-    """A block for every site of an exponential family whose arguments are its own parameters."""
+    """A block for all sites of an exponential family that differ in name only, whose arguments are parameters."""
     read = [read_exponential_site(name, trace) for name in trace.sites if name not in taken]
     sites = [s for s in read if s is not None and not shared & set(s.params)]
     limited = options.max_kl is not None
     margin = options.constants.natural_margin if limited else options.margin
-    tilted = [_is_tilted(trace, s.name, options) for s in sites]
-    return [
-        ExponentialFamilyBlock(s, t, margin, limited, options.constants) for s, t in zip(sites, tilted, strict=True)
-    ]
+    split = [[s for s in sites if _is_tilted(trace, s.name, options) == tilted] for tilted in (False, True)]
+    stacks = [(stack, bool(tilted)) for tilted, mine in enumerate(split) for stack in stack_sites(mine)]
+    return [ExponentialFamilyBlock(s, tilted, margin, limited, options.constants) for s, tilted in stacks]
 
 
 def _is_tilted(trace: LossTrace, name: str, options: Options) -> bool:
@@ -362,7 +378,7 @@ def _gradient_request(
         perturbations={
             **{name: trace.sites[name].shape for name in detached},
             **{name: (2, int(trace.particles), *trace.sites[name].shape) for name in own},
-            **{n.site.name: n.site.eta_shape for n in natural if n.tilted},
+            **{s.name: s.eta_shape for block in natural if block.tilted for s in block.sites.members},
         },
         hessian_params=tuple(p for block in blocks for p in block.hessian_params),
         mean_params={g.name: g.loc for g in gaussians if modes.get(g.name) in centered},

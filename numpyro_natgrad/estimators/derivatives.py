@@ -9,6 +9,7 @@ At z = m + Kε, log q does not depend on m. The Hessian of the loss with respect
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from numpyro import distributions as dist
 
+from numpyro_natgrad.estimators.equation_batches import LEAST_BATCH, map_stacked
 from numpyro_natgrad.estimators.partial_evaluation import partially_evaluated
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import DensityMode, Frozen, IndependentDraws, Loss, PathGradient
@@ -215,7 +217,9 @@ def _loss_at(fn: Loss, probed: ProbedLoss, inputs: _Inputs, request: GradientReq
 
 def _padded(tangents: Params, at: Params) -> Params:
     """The tangents with zeros for the other parameters, in the parameters' own types."""
-    return {p: tangents[p].astype(x.dtype) if p in tangents else jnp.zeros_like(x) for p, x in at.items()}
+    zero = cache(jnp.zeros)
+    cast = lambda x, dtype: x if x.dtype == dtype else x.astype(dtype)
+    return {p: cast(tangents[p], x.dtype) if p in tangents else zero(x.shape, x.dtype) for p, x in at.items()}
 
 
 def _score(fn: Loss, params: Params, weights: Mapping[str, Any], forward: bool) -> Params:
@@ -259,7 +263,7 @@ def rescale_loss(loss_info: LossInfo, modes: Mapping[str, DensityMode]) -> tuple
         log-linear model may start with rates of e^50.)
     """
     scale = jnp.minimum(1.0, MAX_LOSS / jnp.abs(loss_info.loss))
-    scaled = lambda tree: jax.tree.map(lambda x: (scale * x).astype(x.dtype), tree)
+    scaled = lambda tree: map_stacked(lambda x: (scale * x).astype(x.dtype), tree)
     # Of (draws, gradients) only the gradients are scaled.
     own = {name for name, mode in modes.items() if mode.per_particle}
     by_perturbation = {
@@ -283,7 +287,12 @@ def finite(tree: Any) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
     is_small = lambda x: jnp.size(x) <= (SMALL_MATRIX if jnp.ndim(x) > 1 else SMALL_VECTOR)
     small, large = ([x for x in leaves if is_small(x) == wanted] for wanted in (True, False))
-    joined = [jnp.concatenate(list(map(jnp.ravel, small)))] if small else []
+    kinds: dict[Any, list[Any]] = {}
+    for x in small:
+        kinds.setdefault((jnp.shape(x), jnp.result_type(x)), []).append(x)
+    alike = ([jnp.stack(xs)] if len(xs) >= LEAST_BATCH else xs for xs in kinds.values())
+    stacks = [jnp.ravel(x) for xs in alike for x in xs]
+    joined = [jnp.concatenate(stacks)] if stacks else []
     return jnp.isfinite(sum((jnp.sum(x * 0) for x in large + joined), jnp.zeros(())))
 
 

@@ -13,39 +13,36 @@ from typing import Any
 import jax
 from jax.extend import core
 
-Values = dict[core.Var, Any]
+from numpyro_natgrad.estimators.equation_batches import Values, batches, needed
 
 
 def partially_evaluated(fn: Callable, x: Any) -> Callable:
     """``fn``, a function of trees like ``x``, with all equations evaluated that do not depend on its argument."""
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(x)
-    known, rest = _split(closed.jaxpr, dict(zip(closed.jaxpr.constvars, closed.consts, strict=True)))
+    jaxpr = closed.jaxpr
+    known = Values(dict(zip(jaxpr.constvars, closed.consts, strict=True)))
+    fixed, rest = _split(needed(jaxpr.eqns, jaxpr.outvars), set(jaxpr.constvars))
+    for batch in batches(fixed):
+        known.run(batch)
+    order = batches(rest, jaxpr.invars)
 
     def remainder(y: Any) -> Any:
-        values = {**known, **dict(zip(closed.jaxpr.invars, jax.tree.leaves(y), strict=True))}
-        for eqn in rest:
-            _run(eqn, values)
-        return jax.tree.unflatten(jax.tree.structure(shapes), [_read(v, values) for v in closed.jaxpr.outvars])
+        values = known.copy()
+        values.update(zip(jaxpr.invars, jax.tree.leaves(y), strict=True))
+        for batch in order:
+            values.run(batch)
+        return jax.tree.unflatten(jax.tree.structure(shapes), list(map(values.read, jaxpr.outvars)))
 
     return remainder
 
 
-def _split(jaxpr: core.Jaxpr, known: Values) -> tuple[Values, list[core.JaxprEqn]]:
-    """Run the equations whose operands are known; return all known values, and the other equations."""
-    rest = []
-    for eqn in jaxpr.eqns:
+def _split(eqns: list[core.JaxprEqn], known: set[core.Var]) -> tuple[list[core.JaxprEqn], list[core.JaxprEqn]]:
+    """The equations whose operands are known, or made of known ones, and the others."""
+    fixed, rest = [], []
+    for eqn in eqns:
         if eqn.effects or not all(isinstance(v, core.Literal) or v in known for v in eqn.invars):
             rest.append(eqn)
         else:
-            _run(eqn, known)
-    return known, rest
-
-
-def _run(eqn: core.JaxprEqn, values: Values) -> None:
-    with eqn.ctx.manager:
-        out = eqn.primitive.bind(*(_read(v, values) for v in eqn.invars), **eqn.primitive.get_bind_params(eqn.params))
-    values.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
-
-
-def _read(atom: core.Var | core.Literal, values: Values) -> Any:
-    return atom.val if isinstance(atom, core.Literal) else values[atom]
+            fixed.append(eqn)
+            known.update(eqn.outvars)
+    return fixed, rest

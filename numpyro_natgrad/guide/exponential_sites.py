@@ -6,15 +6,17 @@ unconstrained parameters ──bijection of the constraint──▶ arguments of
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro import distributions as dist
 from numpyro.distributions import biject_to, constraints, transforms
 
 from numpyro_natgrad.distributions.exponential_family import ExponentialFamily, find_exponential_family
-from numpyro_natgrad.guide.gaussian_sites import CHOLESKY, Params, argument_parameter
+from numpyro_natgrad.guide.gaussian_sites import CHOLESKY, Params, argument_parameter, same_transform
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace
 
 #: A bijection is evaluated at ± this unconstrained value to find its range: exp and softplus are 0 or beyond 1e3 there.
@@ -60,6 +62,83 @@ class ExponentialFamilySite(NamedTuple):
         """The gradient with respect to η, for one of the copies, from that of the unconstrained parameters."""
         mine = lambda eta: {p: x for p, x in self.write(params, eta).items() if p in self.params}
         return jax.vjp(mine, self.read(params))[1]({p: gradient[p] for p in self.params})[0] / self.copies
+
+    def is_like(self, other: "ExponentialFamilySite") -> bool:
+        """Whether the two sites differ in their names only."""
+        unnamed = lambda s: s._replace(name="", params=(), transforms=())
+        same = self.cls is other.cls and unnamed(self) == unnamed(other)
+        return same and all(map(same_transform, self.transforms, other.transforms))
+
+
+class ExponentialFamilySites(NamedTuple):
+    """Sites that differ in their names only, with a leading axis of their number in all arrays."""
+
+    members: tuple[ExponentialFamilySite, ...]
+
+    @property
+    def first(self) -> ExponentialFamilySite:
+        return self.members[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(s.name for s in self.members)
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return tuple(p for s in self.members for p in s.params)
+
+    @property
+    def eta_shape(self) -> tuple[int, ...]:
+        return (len(self.members), *self.first.eta_shape)
+
+    def read(self, params: Params) -> jax.Array:
+        return jax.vmap(self.first.read)(self._stacked(params))
+
+    def write(self, params: Params, eta: jax.Array) -> Params:
+        return {**params, **self._unstacked(jax.vmap(self.first.write)(self._stacked(params), eta), params)}
+
+    def pull(self, params: Params, gradient: Params) -> jax.Array:
+        return jax.vmap(self.first.pull)(self._stacked(params), self._stacked(gradient))
+
+    def flat(self, values: Params) -> jax.Array:
+        """The values of each site's parameters one after another, in the shape of η, which has as many numbers."""
+        stacked = self._stacked(values)
+        parts = [stacked[p].reshape(len(self.members), -1) for p in self.first.params]
+        return jnp.concatenate(parts, axis=1).reshape(self.eta_shape)
+
+    def split(self, x: jax.Array, like: Params) -> Params:
+        """The inverse of :meth:`flat`."""
+        shapes = {p: jnp.shape(like[p]) for p in self.first.params}
+        ends = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
+        parts = zip(shapes.items(), jnp.split(x.reshape(len(self.members), -1), ends, axis=1), strict=True)
+        return self._unstacked({p: y.reshape(-1, *shape) for (p, shape), y in parts}, like)
+
+    def _stacked(self, values: Params) -> Params:
+        """Values under the names of the first site's parameters, with a leading axis for the sites."""
+        names = zip(*(s.params for s in self.members), strict=True)
+        return {group[0]: stacked([values[p] for p in group]) for group in names}
+
+    def _unstacked(self, values: Params, like: Params) -> Params:
+        names = zip(*(s.params for s in self.members), strict=True)
+        parts = {p: x for group in names for p, x in zip(group, jnp.unstack(values[group[0]]), strict=True)}
+        return {p: x if x.dtype == like[p].dtype else x.astype(like[p].dtype) for p, x in parts.items()}
+
+
+def stacked(arrays: list[jax.Array]) -> jax.Array:
+    """Arrays of one shape along a new leading axis, which costs a single array no copy."""
+    return arrays[0][None] if len(arrays) == 1 else jnp.stack(arrays)
+
+
+def stack_sites(sites: Sequence[ExponentialFamilySite]) -> list[ExponentialFamilySites]:
+    """The sites in groups that differ in their names only, in the order of the first of each."""
+    groups: list[list[ExponentialFamilySite]] = []
+    for site in sites:
+        known = next((group for group in groups if site.is_like(group[0])), None)
+        if known is None:
+            groups.append([site])
+        else:
+            known.append(site)
+    return [ExponentialFamilySites(tuple(group)) for group in groups]
 
 
 def read_exponential_site(name: str, trace: LossTrace) -> ExponentialFamilySite | None:

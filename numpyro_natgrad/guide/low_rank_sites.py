@@ -54,6 +54,14 @@ class LowRankSite(NamedTuple):
     scale_shape: tuple[int, ...]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def locs(self) -> tuple[str, ...]:
+        return (self.loc,)
+
+    @property
     def size(self) -> int:
         return math.prod(self.shape)
 

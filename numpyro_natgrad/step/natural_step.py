@@ -10,7 +10,7 @@ while it does not reduce the loss on its own draws. One that never does, or is n
 
 import inspect
 from collections.abc import Iterable
-from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms
 from numpyro_natgrad.blocks.partition import Partition
 from numpyro_natgrad.distributions.gaussian import StepKL
 from numpyro_natgrad.estimators.derivatives import LossInfo, evaluate_loss, finite, rescale_loss, zero_unless
+from numpyro_natgrad.estimators.equation_batches import map_stacked
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Loss
 from numpyro_natgrad.options import Options
@@ -44,7 +45,7 @@ class NaturalGradients(NamedTuple):
     """The natural gradient of every block.
 
     :ivar tangents: v of each block, in its own coordinates; zero where ``ok`` is false.
-    :ivar squared_norms: vᵀFv, nats; ``(B,)``.
+    :ivar squared_norms: vᵀFv, nats, for each of B step sizes; ``(B,)``.
     :ivar own_step_sizes: the step size that a block prescribes, or zero; ``(B,)``.
     :ivar scale: the factor on the loss by :func:`.rescale_loss`.
     :ivar ok: whether loss, gradient and norms are finite.
@@ -121,16 +122,18 @@ class Curve(NamedTuple):
     def end(self, rho: jax.Array) -> tuple[Params, Memory]:
         """Parameters and memory after a step of these sizes."""
         params, memory = self.params, self.memory
-        for k, (block, v) in self._blocks():
-            params, memory = block.retract(params, memory, v, rho[k])
+        for block, v, own in self._blocks(rho):
+            params, memory = block.retract(params, memory, v, own)
         return params, memory
 
     def _kl(self, fraction: jax.Array) -> StepKL:
-        each = [block.kl(v, fraction * self.largest[k]) for k, (block, v) in self._blocks()]
+        each = [block.kl(v, own) for block, v, own in self._blocks(fraction * self.largest)]
         return StepKL(*(_stack(getattr(kl, name) for kl in each) for name in StepKL._fields))
 
-    def _blocks(self) -> Iterable[tuple[int, tuple[Any, Any]]]:
-        return enumerate(zip(self.context.partition.blocks, self.tangents, strict=True))
+    def _blocks(self, rho: jax.Array) -> Iterable[tuple[Any, Any, jax.Array]]:
+        """Each block with its natural gradient and its part of ``rho``."""
+        partition = self.context.partition
+        return zip(partition.blocks, self.tangents, _split(rho, partition), strict=True)
 
 
 def natural_step(
@@ -149,8 +152,8 @@ def natural_step(
     gradients = natural_gradients(loss_info, partition, step, state)
     statistics = update_statistics(gradients, context, state)
     largest = choose_step_sizes(gradients, statistics, context, step, state)
-    pairs = zip(partition.blocks, gradients.tangents, strict=True)
-    tangents = [b.restrained(v, largest[k]) for k, (b, v) in enumerate(pairs)]
+    each = zip(partition.blocks, gradients.tangents, _split(largest, partition), strict=True)
+    tangents = [block.restrained(v, rho) for block, v, rho in each]
     unowned = tuple(partition.unowned)
     params, fallback = context.fallback.step(state.params, loss_info.gradient, state.fallback, unowned)
     curve = Curve(context, params, statistics.memory, tangents, largest)
@@ -183,11 +186,12 @@ def natural_gradients(
     randomness = Randomness(jax.random.key(state.seed), step)
     tangents = [b.natural_gradient(rescaled, state.params, state.memory, randomness) for b in partition.blocks]
     squared_norms = _stack(b.squared_norm(v) for b, v in zip(partition.blocks, tangents, strict=True))
-    ok = finite((loss_info.loss, loss_info.gradient, squared_norms, tangents))
-    stuck = state.info.skipped & ~ok & finite((loss_info.loss, loss_info.gradient))
+    differentiable = finite((loss_info.loss, loss_info.gradient))
+    ok = differentiable & finite((squared_norms, tangents))
+    stuck = state.info.skipped & ~ok & differentiable
     tangents = zero_unless(ok, tangents)
-    own = [b.own_step_size(v) for b, v in zip(partition.blocks, tangents, strict=True)]
-    own_step_sizes = _stack(jnp.zeros(()) if rho is None else rho for rho in own)
+    own = [(b.count, b.own_step_size(v)) for b, v in zip(partition.blocks, tangents, strict=True)]
+    own_step_sizes = _stack(jnp.zeros(n) if rho is None else rho for n, rho in own)
     return NaturalGradients(tangents, jnp.where(ok, squared_norms, 0.0), own_step_sizes, scale, ok, stuck)
 
 
@@ -203,8 +207,8 @@ def update_statistics(gradients: NaturalGradients, context: Context, state: Natu
         state.statistics, norms, context.options.constants, context.partition.tolerance.visits
     )
     memory = state.memory
-    for k, (block, v) in enumerate(pairs):
-        memory = block.update_memory(memory, v, estimate.weight[k])
+    for (block, v), weight in zip(pairs, _split(estimate.weight, context.partition), strict=True):
+        memory = block.update_memory(memory, v, weight)
     return Statistics(memory, noise, norms, estimate)
 
 
@@ -375,12 +379,16 @@ def _after_step(
 
 def _averaged(average: Params, params: Params, partition: Partition, newest: jax.Array) -> Params:
     """The running mean of the iterates; of the fallback optimizer's parameters, the last iterate."""
-    weights = {p: newest[k] for k, block in enumerate(partition.blocks) for p in block.params}
+    moved = (params for block in partition.blocks for params in block.step_size_params)
+    weights = {p: weight for params, weight in zip(moved, jnp.unstack(newest), strict=True) for p in params}
 
-    def mean(weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    def mean(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
+        weight = jnp.expand_dims(weight, tuple(range(weight.ndim, old.ndim)))
         return old + (weight * (new - old)).astype(old.dtype)
 
-    return {p: jax.tree.map(partial(mean, weights[p]), average[p], x) if p in weights else x for p, x in params.items()}
+    owned = {p: x for p, x in params.items() if p in weights}
+    each = {p: jax.tree.map(lambda _, w=weights[p]: w, x) for p, x in owned.items()}
+    return {**params, **map_stacked(mean, {p: average[p] for p in owned}, owned, each)}
 
 
 def _info(
@@ -410,7 +418,14 @@ def _info(
 
 
 def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b).astype(b.dtype), yes, no)
+    old, structure = jax.tree.flatten(no)
+    new = jax.tree.leaves(yes)
+    changed = [n for n, (a, b) in enumerate(zip(new, old, strict=True)) if a is not b]
+    select = lambda a, b: lax.select_n(condition, b, lax.convert_element_type(a, b.dtype))
+    found = map_stacked(select, [new[n] for n in changed], [old[n] for n in changed])
+    for n, x in zip(changed, found, strict=True):
+        old[n] = x
+    return jax.tree.unflatten(structure, old)
 
 
 def _finite_or(tree: Any, start: Any) -> Any:
@@ -419,5 +434,12 @@ def _finite_or(tree: Any, start: Any) -> Any:
 
 
 def _stack(terms: Iterable[jax.Array]) -> jax.Array:
-    """One number for each block, as an array."""
-    return jnp.stack([*terms, jnp.zeros(())])[:-1]  # there may be none
+    """One number for each step size, as an array, from those of every block."""
+    return jnp.concatenate([*map(jnp.ravel, terms), jnp.zeros(1)])[:-1]  # there may be none
+
+
+def _split(numbers: jax.Array, partition: Partition) -> list[jax.Array]:
+    """The numbers of every block: a scalar, or as many as it has step sizes."""
+    ends = list(accumulate(block.count for block in partition.blocks))
+    parts = zip(partition.blocks, ends, strict=True)
+    return [numbers[end - 1] if block.count == 1 else numbers[end - block.count : end] for block, end in parts]

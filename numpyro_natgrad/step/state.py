@@ -135,7 +135,7 @@ def allocated(
 
 def fresh(state: NaturalGradientState, partition: Partition, constants: RuleConstants) -> NaturalGradientState:
     """The state with the radius, memory and statistics of a new one, for the partition of the loss."""
-    sizes = partition.joint_latents, len(partition.blocks)
+    sizes = partition.joint_latents, partition.step_sizes
     joint, statistics, decrement = allocated(*sizes, constants, state.radius.dtype)
     memory = Memory(jax.tree.map(jnp.zeros_like, state.memory.running_mean), joint)
     radius = jnp.zeros_like(state.radius)
@@ -144,7 +144,7 @@ def fresh(state: NaturalGradientState, partition: Partition, constants: RuleCons
 
 def unpack(state: NaturalGradientState, partition: Partition, constants: RuleConstants) -> NaturalGradientState:
     """The state with every array cut to the partition of the loss."""
-    sizes = partial(allocated, partition.joint_latents, len(partition.blocks), constants, state.radius.dtype)
+    sizes = partial(allocated, partition.joint_latents, partition.step_sizes, constants, state.radius.dtype)
     joint, statistics, decrement = jax.tree.map(_cut, _sized(state), jax.eval_shape(sizes))
     memory = state.memory._replace(joint=joint)
     return state._replace(memory=memory, statistics=statistics, decrement=decrement)

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""One mean-field Gaussian site with too many latents for a joint step: everything is elementwise.
+"""Mean-field Gaussian sites with too many latents for a joint step: everything is elementwise.
 
 With the whitened slope g = σ ∂L/∂m and curvature λ = σ ∂L/∂σ a step multiplies the precision by 1 + ρλ and moves the
 mean by −ρσg/(1 + ρλ) (Khan & Rue 2023). In second order λ comes from k Rademacher probes v of the Hessian of the loss
@@ -23,12 +23,12 @@ from numpyro_natgrad.distributions import gaussian
 from numpyro_natgrad.distributions.gaussian import GaussianTangent, StepKL
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, random_signs
-from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
+from numpyro_natgrad.guide.gaussian_sites import GaussianSite, MeanFieldSites, Params, gathered, scattered
 
 
 @dataclass(frozen=True)
-class DiagonalGaussian(SiteBlock[GaussianSite, GaussianTangent]):
-    """One site of independent Normals."""
+class DiagonalGaussian(SiteBlock[GaussianSite | MeanFieldSites, GaussianTangent]):
+    """One site of independent Normals, or several."""
 
     @property
     def products(self) -> int:
@@ -38,7 +38,7 @@ class DiagonalGaussian(SiteBlock[GaussianSite, GaussianTangent]):
         self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness
     ) -> GaussianTangent:
         loc, scale = self.site.read(params)
-        plain = scale * loss_info.gradient[self.site.loc].reshape(self.site.shape)
+        plain = scale * gathered(loss_info.gradient, self.site.locs).reshape(self.site.shape)
         if not self.second_order:
             return GaussianTangent(plain, self._first_order_curvature(loss_info, scale), None)
         mean = self._running_mean(memory).values
@@ -75,17 +75,20 @@ class DiagonalGaussian(SiteBlock[GaussianSite, GaussianTangent]):
         return self.site.write(params, loc + scale * shift, scale * ratio), memory
 
     def _running_mean(self, memory: Memory) -> GaussianTangent:
-        slope, values = (memory.running_mean[p].reshape(self.site.shape) for p in self.params)
+        both = (gathered(memory.running_mean, names) for names in (self.site.locs, self.site.scales))
+        slope, values = (x.reshape(self.site.shape) for x in both)
         return GaussianTangent(slope, values, None)
 
     def _remembered(self, memory: Memory, mean: GaussianTangent) -> Memory:
-        return memory.with_running_means({self.site.loc: mean.slope, self.site.scale: mean.values})
+        slopes = scattered(mean.slope.ravel(), memory.running_mean, self.site.locs)
+        values = scattered(mean.values.ravel(), memory.running_mean, self.site.scales)
+        return memory.with_running_means({**slopes, **values})
 
     def _first_order_curvature(self, loss_info: LossInfo, scale: jax.Array) -> jax.Array:
-        gradient = loss_info.gradient[self.site.scale]
+        gradient = gathered(loss_info.gradient, self.site.scales)
         # dx/dσ of the parameter x along each coordinate: its bijection is elementwise.
-        rate = jax.jvp(self.site.unconstrain, (scale,), (jnp.ones_like(scale),))[1].reshape(gradient.shape)
-        return scale * (gradient * rate).reshape(self.site.shape)
+        rate = jax.jvp(self.site.unconstrain, (scale,), (jnp.ones_like(scale),))[1]
+        return scale * (gradient * rate.ravel()).reshape(self.site.shape)
 
     def _control_variate(
         self, loss_info: LossInfo, loc: jax.Array, scale: jax.Array, curvature: jax.Array

@@ -73,11 +73,11 @@ class JointGaussian(Block[JointTangent]):
 
     @property
     def density_modes(self) -> dict[str, DensityMode]:
-        return {s.name: self.curvature.density_mode for s in self.latents.sites}
+        return dict.fromkeys(self.latents.names, self.curvature.density_mode)
 
     @property
     def hessian_params(self) -> tuple[str, ...]:
-        return () if self.curvature.density_mode.per_particle else tuple(s.loc for s in self.latents.sites)
+        return () if self.curvature.density_mode.per_particle else self.latents.locs
 
     def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
         c = scope.constants

@@ -12,7 +12,14 @@ from jax.scipy.linalg import block_diag
 
 from numpyro_natgrad.distributions.gaussian import inverse_lower
 from numpyro_natgrad.estimators.derivatives import LossInfo
-from numpyro_natgrad.guide.gaussian_sites import GaussianParameterization, Params, project, projected_square
+from numpyro_natgrad.guide.gaussian_sites import (
+    GaussianParameterization,
+    Params,
+    gathered,
+    project,
+    projected_square,
+    scattered,
+)
 from numpyro_natgrad.guide.low_rank_sites import LowRankFactor
 
 #: The covariance factor of every site, in the coordinates of its family.
@@ -31,6 +38,16 @@ class JointLatents:
         return sum(s.size for s in self.sites)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The sites of the guide, of which one entry of ``sites`` may join several."""
+        return tuple(name for s in self.sites for name in s.names)
+
+    @property
+    def locs(self) -> tuple[str, ...]:
+        """Their mean parameters."""
+        return tuple(loc for s in self.sites for loc in s.locs)
+
+    @property
     def params(self) -> tuple[str, ...]:
         return tuple(p for s in self.sites for p in s.params)
 
@@ -41,7 +58,7 @@ class JointLatents:
 
     def means(self, values: Params) -> jax.Array:
         """The entries of the mean parameters, ``(D,)``: m from parameters, ∂L/∂m from a gradient."""
-        return jnp.concatenate([values[s.loc].ravel() for s in self.sites])
+        return gathered(values, self.locs)
 
     def cholesky(self, params: Params) -> jax.Array:
         """K of the guide, ``(D, D)``, lower triangular and block diagonal."""
@@ -51,24 +68,23 @@ class JointLatents:
         """The mean of the draws of detached sites, minus m, ``(D,)``; ``None`` where nothing is drawn."""
         if any(s.analytic for s in self.sites):
             return None
-        return jnp.concatenate([loss_info.perturbation_gradients[s.name].ravel() for s in self.sites]) - loc
+        return gathered(loss_info.perturbation_gradients, self.names) - loc
 
     def draws(self, loss_info: LossInfo) -> jax.Array:
         """Draws of per-particle or antithetic sites, and the gradients of −log p there, ``(2, S, D)``."""
         n, both = int(loss_info.particles), loss_info.perturbation_gradients
-        return jnp.concatenate([n * both[s.name].reshape(2, n, -1) for s in self.sites], axis=2)
+        return n * jnp.concatenate([both[name].reshape(2, n, -1) for name in self.names], axis=2)
 
     def hessian_product(self, loss_info: LossInfo, shift: jax.Array, stretch: jax.Array) -> jax.Array:
         """The change of ∂L/∂m by a shift of m, ``(D,)``, and a stretch of the draws away from m."""
-        shifts = zip(self.sites, self.split(shift), strict=True)
-        tangents = {s.loc: x.reshape(loss_info.gradient[s.loc].shape) for s, x in shifts}
-        return self.means(loss_info.hessian_product(tangents, {s.name: stretch for s in self.sites}))
+        tangents = scattered(shift, loss_info.gradient, self.locs)
+        return self.means(loss_info.hessian_product(tangents, dict.fromkeys(self.names, stretch)))
 
     def hessian_product_per_draw(self, loss_info: LossInfo, shifts: jax.Array) -> jax.Array:
         """H_s u_s/S for every draw s and its shift u_s, ``(S, D)``."""
-        shapes, split = loss_info.perturbation_gradients, zip(self.sites, self.split(shifts, axis=1), strict=True)
-        images = loss_info.hessian_product_per_draw({s.name: x.reshape(shapes[s.name][1].shape) for s, x in split})
-        return jnp.concatenate([images[s.name].reshape(len(shifts), -1) for s in self.sites], axis=1)
+        like = {name: loss_info.perturbation_gradients[name][1, 0] for name in self.names}
+        images = loss_info.hessian_product_per_draw(jax.vmap(lambda x: scattered(x, like, self.names))(shifts))
+        return jax.vmap(lambda x: gathered(x, self.names))(images)
 
     def write(self, params: Params, loc: jax.Array, factor: jax.Array, starts: GuideFactors) -> Params:
         """The parameters of the guide closest to N(m, KKᵀ); an iterative projection begins at ``starts``."""

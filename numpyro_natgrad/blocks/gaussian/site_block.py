@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The base class of the blocks of a single Gaussian site with too many latents for a joint step."""
+"""The base class of the blocks of Gaussian sites with too many latents for a joint step."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ import jax.numpy as jnp
 
 from numpyro_natgrad.blocks.base import Block, NoiseTolerance, ReportRow, Scope, Tangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
-from numpyro_natgrad.guide.gaussian_sites import GaussianSite
+from numpyro_natgrad.guide.gaussian_sites import GaussianSite, MeanFieldSites, gathered, scattered
 from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite
 from numpyro_natgrad.options import RuleConstants
 
-Site = TypeVar("Site", GaussianSite, LowRankSite)
+Site = TypeVar("Site", bound=GaussianSite | MeanFieldSites | LowRankSite)
 
 
 @dataclass(frozen=True)
 class SiteBlock(Block[Tangent], Generic[Site, Tangent]):
-    """One Gaussian site.
+    """One Gaussian site, or several that are joined.
 
     :ivar density_mode: how its density is differentiated; ``None`` for NumPyro's way.
     :ivar second_order: whether the curvature comes from products with the Hessian of the loss, or from the gradient.
@@ -45,11 +45,11 @@ class SiteBlock(Block[Tangent], Generic[Site, Tangent]):
 
     @property
     def density_modes(self) -> dict[str, DensityMode]:
-        return {self.site.name: self.density_mode} if self.density_mode else {}
+        return dict.fromkeys(self.site.names, self.density_mode) if self.density_mode else {}
 
     @property
     def hessian_params(self) -> tuple[str, ...]:
-        return (self.site.loc,) if self.second_order else ()
+        return self.site.locs if self.second_order else ()
 
     def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
         c = scope.constants
@@ -64,10 +64,10 @@ class SiteBlock(Block[Tangent], Generic[Site, Tangent]):
         """The mean of a detached site's draws, minus m; ``None`` where nothing is drawn."""
         if self.site.analytic:
             return None
-        return loss_info.perturbation_gradients[self.site.name].reshape(loc.shape) - loc
+        return gathered(loss_info.perturbation_gradients, self.site.names).reshape(loc.shape) - loc
 
     def _hessian_product(self, loss_info: LossInfo, shift: jax.Array, stretch: jax.Array | float = 0.0) -> jax.Array:
         """The change of ∂L/∂m by a shift of m and a stretch of the draws away from m; in the shape of the shift."""
-        tangents = {self.site.loc: shift.reshape(loss_info.gradient[self.site.loc].shape)}
-        stretches = {self.site.name: jnp.asarray(stretch)}
-        return loss_info.hessian_product(tangents, stretches)[self.site.loc].reshape(shift.shape)
+        tangents = scattered(shift.ravel(), loss_info.gradient, self.site.locs)
+        stretches = dict.fromkeys(self.site.names, jnp.asarray(stretch))
+        return gathered(loss_info.hessian_product(tangents, stretches), self.site.locs).reshape(shift.shape)
