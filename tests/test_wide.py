@@ -68,3 +68,21 @@ def test_wide_full_gaussian_agrees_from_all_starts_of_a_centred_hierarchy():
     early, late = elbos(hierarchy, AutoMultivariateNormal, 8, [30, 50])
     assert np.ptp(late) < 0.1
     assert (early > late.max() - 0.1).all(), late.max() - early
+
+
+@pytest.mark.parametrize("particles", [1, 8])
+def test_negative_curvature_widens_no_further_than_none(particles):
+    """Where −log p is concave, a step of size ρ leaves 1 − ρ of every precision, as where it is flat."""
+
+    def double_wells():
+        z = numpyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (D,)))
+        numpyro.factor("f", jnp.sum(50 * z**2 - z**4))
+
+    rho = 0.5
+    optimizer = NaturalGradient(step_size=rho, max_kl=None, estimator="second_order")
+    guide = AutoDiagonalNormal(double_wells, init_loc_fn=numpyro.infer.init_to_value(values={"z": jnp.zeros(D)}))
+    svi = SVI(double_wells, guide, optimizer, Trace_ELBO(particles))
+    state = svi.init(random.key(0))
+    before = svi.get_params(state)["auto_scale"]
+    after = svi.get_params(svi.update(state)[0])["auto_scale"]
+    np.testing.assert_allclose((before / after) ** 2, 1 - rho, rtol=1e-4)

@@ -6,7 +6,7 @@ With the whitened slope g = σ ∂L/∂m and curvature λ = σ ∂L/∂σ a step
 mean by −ρσg/(1 + ρλ) (Khan & Rue 2023). In second order λ comes from k Rademacher probes v of the Hessian of the loss
 (Bekas, Kokiopoulou & Saad 2007),
 
-    λ = E[v ⊙ σHσv] − 1,      averaged over steps, each with the signal fraction of its k estimates as weight.
+    λ = max(E[v ⊙ σHσv], 0) − 1,    averaged over steps, each with the signal fraction of its k estimates as weight.
 
 In first order λ comes from the gradient with respect to σ. Its noise is that of σ ∇f ⊙ ε, which grows with the distance
 from the optimum; since 1 + ρλ must stay positive, such noise widens more than it narrows.
@@ -45,7 +45,10 @@ class DiagonalGaussian(SiteBlock[GaussianSite | MeanFieldSites, GaussianTangent]
         slope = plain + self._control_variate(loss_info, loc, scale, mean)
         innovations = self._probed_curvature(loss_info, scale, randomness) - mean
         update = signal_fraction(innovations, self.constants.diagonal_weight_min) * jnp.mean(innovations, axis=0)
-        usable = fall_back_to_gradient(loss_info.previous_step_skipped, plain, slope, mean + update)
+        # H is positive at an optimum, 1/σ² itself. Below zero it is noise or far away, and one bad draw of a network would
+        # widen σ beyond the prior's: the draws of wide weights then have such Hessians again.
+        values = jnp.maximum(mean + update, -1.0)
+        usable = fall_back_to_gradient(loss_info.previous_step_skipped, plain, slope, values)
         return GaussianTangent(*usable, None)
 
     def squared_norm(self, v: GaussianTangent) -> jax.Array:
