@@ -45,8 +45,8 @@ class DiagonalGaussian(SiteBlock[GaussianSite | MeanFieldSites, GaussianTangent]
         slope = plain + self._control_variate(loss_info, loc, scale, mean)
         innovations = self._probed_curvature(loss_info, scale, randomness) - mean
         update = signal_fraction(innovations, self.constants.diagonal_weight_min) * jnp.mean(innovations, axis=0)
-        # H is positive at an optimum, 1/σ² itself. Below zero it is noise or far away, and one bad draw of a network would
-        # widen σ beyond the prior's: the draws of wide weights then have such Hessians again.
+        # At an optimum the mean of H is 1/σ². Where it is negative it is noise, or of a distant guide, and one bad draw of
+        # a network would widen σ beyond the prior's: draws of wide weights then have such Hessians again.
         values = jnp.maximum(mean + update, -1.0)
         usable = fall_back_to_gradient(loss_info.previous_step_skipped, plain, slope, values)
         return GaussianTangent(*usable, None)
