@@ -33,15 +33,10 @@ from numpyro_natgrad.distributions.surrogate import FisherEstimate
 from numpyro_natgrad.estimators.derivatives import GradientRequest
 from numpyro_natgrad.guide.exponential_sites import read_exponential_site, stack_sites
 from numpyro_natgrad.guide.fisher_method import resolve_fisher_method
-from numpyro_natgrad.guide.gaussian_sites import (
-    GaussianSite,
-    MeanFieldSites,
-    Params,
-    join_mean_fields,
-    read_gaussian_site,
-)
+from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaussian_site
 from numpyro_natgrad.guide.handlers import DensityMode, Loss
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
+from numpyro_natgrad.guide.mean_field_sites import MeanFieldSites, join_mean_fields
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace, ModelSite, trace_loss
 from numpyro_natgrad.options import Options, RuleConstants
 

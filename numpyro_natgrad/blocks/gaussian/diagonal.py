@@ -23,7 +23,8 @@ from numpyro_natgrad.distributions import gaussian
 from numpyro_natgrad.distributions.gaussian import GaussianTangent, StepKL
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, random_signs
-from numpyro_natgrad.guide.gaussian_sites import GaussianSite, MeanFieldSites, Params, gathered, scattered
+from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
+from numpyro_natgrad.guide.mean_field_sites import MeanFieldSites, gathered, scattered
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class DiagonalGaussian(SiteBlock[GaussianSite | MeanFieldSites, GaussianTangent]
         slope = plain + self._control_variate(loss_info, loc, scale, mean)
         innovations = self._probed_curvature(loss_info, scale, randomness) - mean
         update = signal_fraction(innovations, self.constants.diagonal_weight_min) * jnp.mean(innovations, axis=0)
-        # At an optimum the mean of H is 1/σ². Where it is negative it is noise, or of a distant guide, and one bad draw of
-        # a network would widen σ beyond the prior's: draws of wide weights then have such Hessians again.
+        # The mean of H is 1/σ² at an optimum. Negative, it is noise, or of a distant guide, and one bad draw of a
+        # network would widen σ beyond the prior's: draws of wide weights then have such Hessians again.
         values = jnp.maximum(mean + update, -1.0)
         usable = fall_back_to_gradient(loss_info.previous_step_skipped, plain, slope, values)
         return GaussianTangent(*usable, None)

@@ -12,15 +12,9 @@ from jax.scipy.linalg import block_diag
 
 from numpyro_natgrad.distributions.gaussian import inverse_lower
 from numpyro_natgrad.estimators.derivatives import LossInfo
-from numpyro_natgrad.guide.gaussian_sites import (
-    GaussianParameterization,
-    Params,
-    gathered,
-    project,
-    projected_square,
-    scattered,
-)
+from numpyro_natgrad.guide.gaussian_sites import GaussianParameterization, Params, project, projected_square
 from numpyro_natgrad.guide.low_rank_sites import LowRankFactor
+from numpyro_natgrad.guide.mean_field_sites import gathered, scattered
 
 #: The covariance factor of every site, in the coordinates of its family.
 GuideFactors = list[jax.Array | LowRankFactor]

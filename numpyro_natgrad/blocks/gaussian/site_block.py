@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from numpyro_natgrad.blocks.base import Block, NoiseTolerance, ReportRow, Scope, Tangent
 from numpyro_natgrad.estimators.derivatives import LossInfo
-from numpyro_natgrad.guide.gaussian_sites import GaussianSite, MeanFieldSites, gathered, scattered
+from numpyro_natgrad.guide.gaussian_sites import GaussianSite
 from numpyro_natgrad.guide.handlers import DensityMode
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite
+from numpyro_natgrad.guide.mean_field_sites import MeanFieldSites, gathered, scattered
 from numpyro_natgrad.options import RuleConstants
 
 Site = TypeVar("Site", bound=GaussianSite | MeanFieldSites | LowRankSite)
