@@ -3,7 +3,7 @@
 """``python -m benchmarks`` writes all tables, in float32 and float64, to ``docs/benchmarks/races.md`` (half an hour).
 
 One table is printed by ``python -m benchmarks PART``, where PART is ``race eight``, ``race gaussian``,
-``race logistic``, ``exact`` or ``cost``; ``--x64`` is double precision.
+``race logistic`` or ``exact``; ``--x64`` is double precision.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 
-PARTS = ("exact", "race eight", "race gaussian", "race logistic", "cost")
+PARTS = ("exact", "race eight", "race gaussian", "race logistic")
 OUTPUT = pathlib.Path("docs/benchmarks/races.md")
 
 
@@ -37,19 +37,19 @@ def run(part: str, x64: bool) -> str:
 
     jax.config.update("jax_enable_x64", x64)
     jax.config.update("jax_enable_compilation_cache", False)
-    from . import cases, cost, exact, race
+    from . import cases, exact, race
 
     kind, _, case = part.partition(" ")
     if kind == "race":
         return race.report(cases.RACES[case]())
-    return cost.report() if kind == "cost" else exact.report()
+    return exact.report()
 
 
 def everything() -> None:
     """Write all parts in both precisions to the document, each in its own process."""
     tables = []
     for flags in ([], ["--x64"]):
-        for part in PARTS[:-1] if flags else PARTS:  # costs are compared in the default precision
+        for part in PARTS:
             print(f"… {part} {' '.join(flags)}", flush=True)
             command = [sys.executable, "-m", "benchmarks", *part.split(), *flags]
             tables.append(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -63,7 +63,7 @@ def header() -> str:
 
     versions = ", ".join(f"{name} {meta.version(name)}" for name in ("jax", "numpyro", "optax"))
     return (
-        "# Races against Adam, and the cost of a step\n\n"
+        "# Races against Adam\n\n"
         "Written by `python -m benchmarks`; the heads of `benchmarks/*.py` say how each figure is measured.\n"
         f"Python {platform.python_version()}, {versions}, {os.cpu_count()} CPU cores. 5 seeds, 8 particles, "
         "default options.\n"
