@@ -228,9 +228,10 @@ def test_thread_ends_after_an_interrupt_without_a_wait_for_the_loader(svi):
 
     def interrupt():
         begun.wait(30)
-        time.sleep(0.5)
+        time.sleep(2)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
+    run(svi, EXPECTED[:5])  # compiles, so that the steps before the interrupt take milliseconds
     threading.Thread(target=interrupt).start()
     result = run(svi, stuck())
     assert result.reason.startswith("interrupted")
