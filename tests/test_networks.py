@@ -21,6 +21,8 @@ from numpyro.optim import Adam
 from oracles import assert_close, root_eps, spd
 from tables import positive, tiers
 
+from benchmarks.scale.network_tasks import TASKS
+from benchmarks.scale.networks import by_svi, scored
 from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.blocks.fisher.solvers import conjugate_gradients
 
@@ -192,3 +194,17 @@ def test_vae_example_needs_a_quarter_of_adams_steps():
     ours = vae.natural(data, 60, every=60)
     theirs = max(curve.train[-1] for curve in vae.adams(data, 240, every=240))
     assert ours.train[-1] > theirs
+
+
+@pytest.mark.slow
+def test_scales_of_a_network_in_minibatches_stay_near_the_prior():
+    """One particle: curvatures of single draws are indefinite, and scales grew to a hundred times the prior's."""
+    task = TASKS["digits"]()
+    method = by_svi(task, NaturalGradient())
+    trained = jax.jit(lambda state, batches: jax.lax.scan(lambda s, b: (method.step(s, b), None), state, batches)[0])
+    state = method.start(random.key(0))
+    for epoch in range(20):
+        state = trained(state, task.epoch(random.key(epoch)))
+    scales = {k: jax.nn.softplus(x) for k, x in state.optim_state[1].params.items() if k.endswith("_scale")}
+    assert max(float(x.max()) for x in scales.values()) < 2
+    assert scored(task, method, state)[0] > -0.25
