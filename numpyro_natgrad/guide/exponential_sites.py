@@ -16,7 +16,13 @@ from numpyro import distributions as dist
 from numpyro.distributions import biject_to, constraints, transforms
 
 from numpyro_natgrad.distributions.exponential_family import ExponentialFamily, find_exponential_family
-from numpyro_natgrad.guide.gaussian_sites import CHOLESKY, Params, argument_parameter, same_transform
+from numpyro_natgrad.guide.gaussian_sites import (
+    CHOLESKY,
+    Params,
+    argument_parameter,
+    elementwise,
+    same_transform,
+)
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace
 
 #: A bijection is evaluated at ± this unconstrained value to find its range: exp and softplus are 0 or beyond 1e3 there.
@@ -203,7 +209,7 @@ def _order(site: GuideSite) -> int:
 
 def _covers(transform: transforms.Transform, constraint: constraints.Constraint, order: int) -> bool:
     """Whether the parameter's constraint admits every valid value of the argument (an interval would not)."""
-    transform, constraint = _elementwise(transform), _elementwise(constraint)
+    transform, constraint = elementwise(transform), _elementwise_constraint(constraint)
     if constraint in (constraints.positive_definite, constraints.lower_cholesky):
         parts = transform.parts if isinstance(transform, transforms.ComposeTransform) else [transform]
         return isinstance(parts[0], CHOLESKY)
@@ -212,13 +218,11 @@ def _covers(transform: transforms.Transform, constraint: constraints.Constraint,
     low, high = _range(transform)
     if isinstance(constraint, type(constraints.dependent)):
         return 0.0 <= low <= order - 1 and high >= _FAR
-    wanted = _range(_elementwise(biject_to(constraint)))
+    wanted = _range(elementwise(biject_to(constraint)))
     return bool(low <= wanted[0] and high >= min(wanted[1], _FAR))
 
 
-def _elementwise(x: Any) -> Any:
-    while isinstance(x, transforms.IndependentTransform):
-        x = x.base_transform
+def _elementwise_constraint(x: Any) -> Any:
     while type(x) is type(constraints.real_vector):
         x = x.base_constraint
     return x
