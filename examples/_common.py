@@ -24,13 +24,13 @@ import optax
 from jax import Array, lax, random
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIState
 from numpyro.optim import Adam, _NumPyroOptim
 from tqdm import tqdm
 
-from numpyro_natgrad import NaturalGradient
+from numpyro_natgrad import NaturalGradient, Verdict, to_arviz
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 
@@ -41,6 +41,7 @@ OTHERS = ("#0072b2", "#009e73", "#cc79a7")
 FIT, EVALUATION = 0, 1  # seeds
 PARTICLES = 8
 DRAWS = 4000
+WARMUP, SAMPLES, CHAINS = 1000, 2000, 2  # of NUTS
 TIMED = 300  # most steps to time, because all steps of a fit cost the same
 
 
@@ -226,6 +227,68 @@ def posterior(problem: Problem, curve: Curve) -> dict[str, Array]:
     """
     draw = partial(problem.guide.sample_posterior, sample_shape=(DRAWS,))
     return draw(random.key(EVALUATION), curve.params, *problem.args)
+
+
+def figure_path(description: str, figure: str) -> Path:
+    """Parse a command line whose only option is where the figure goes.
+
+    :param description: help text of the example.
+    :param figure: file name of the figure under `docs/figures`.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--output", type=Path, default=FIGURES / figure, help="path of the figure")
+    return parser.parse_args().output
+
+
+def nuts(model: Callable[..., Any], *args: Any, **settings: Any) -> dict[str, np.ndarray]:
+    """Draws of all sites by NUTS, from `CHAINS` chains that run at once.
+
+    :param model: the model.
+    :param args: its arguments.
+    :param settings: of `NUTS`, such as `target_accept_prob`.
+    """
+    kernel = NUTS(model, **settings)
+    sampler = MCMC(
+        kernel,
+        num_warmup=WARMUP,
+        num_samples=SAMPLES,
+        num_chains=CHAINS,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    sampler.run(random.key(EVALUATION), *args)
+    return {name: np.asarray(value) for name, value in sampler.get_samples().items()}
+
+
+def weighted_summary(judged: Verdict, sites: Sequence[str]) -> str:
+    """ArviZ's table of means, standard deviations and intervals of importance-weighted draws.
+
+    :param judged: the verdict on a fit.
+    :param sites: names of the sites.
+    """
+    data = to_arviz(judged, random.key(EVALUATION))
+    return str(az.summary(data, var_names=list(sites), kind="stats").to_string())
+
+
+def beside_nuts(judged: Verdict, reference: dict[str, np.ndarray], sites: Sequence[str]) -> str:
+    """Means and standard deviations of the weighted guide beside those by NUTS, one line for each entry of the sites.
+
+    :param judged: the verdict on a fit.
+    :param reference: draws by NUTS.
+    :param sites: names of the sites.
+    """
+    lines = [f"{'':<16}{'weighted guide':>20}{'NUTS':>20}{'difference/sd':>15}{'sd ratio':>10}"]
+    for name in sites:
+        mean, sd = (
+            np.ravel(np.asarray(x))
+            for x in (judged.importance_weighted[name].mean, judged.importance_weighted[name].sd)
+        )
+        draws = reference[name].reshape(len(reference[name]), -1)
+        for i, (mine, width, other, spread) in enumerate(zip(mean, sd, draws.mean(0), draws.std(0), strict=True)):
+            label = name if len(mean) == 1 else f"{name}[{i}]"
+            both = f"{f'{mine:.3f} ± {width:.3f}':>20}{f'{other:.3f} ± {spread:.3f}':>20}"
+            lines.append(f"{label:<16}{both}{(mine - other) / spread:>15.2f}{width / spread:>10.2f}")
+    return "\n".join(lines)
 
 
 def scoreboard(curves: Sequence[Curve]) -> str:

@@ -15,7 +15,7 @@ from numpyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from numpyro_natgrad import NaturalGradient, fit
 from numpyro_natgrad.compilation.data import split
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, program_of
-from numpyro_natgrad.infer.starts import initial_states
+from numpyro_natgrad.infer.starts import _summary, initial_states
 from numpyro_natgrad.options import StructureError
 
 #: Log weights of two modes that no draw of a fitted guide connects: the ELBO of the best mode is 0, of the other −4.
@@ -99,3 +99,10 @@ def test_mutable_state_is_refused():
     svi = SVI(counting, AutoNormal(counting), NaturalGradient(), Trace_ELBO(num_particles=1))
     with pytest.raises(StructureError, match="`num_starts=2`: expected a model without mutable state"):
         fit(svi, random.key(0), jnp.array(1.0), num_starts=2, progress_bar=False)
+
+
+def test_a_start_without_a_finite_loss_has_no_error_and_no_warning():
+    found = _summary(np.array([[1.0, 1.1], [np.inf, 2.0]]), np.ones(2, bool), 5)
+    assert found.chosen == 0
+    assert np.isnan(found.elbo_error).tolist() == [False, True]
+    assert str(found).endswith("1 not finite")

@@ -218,7 +218,8 @@ def _undecided(losses: np.ndarray, stay: np.ndarray) -> bool:
 def _summary(losses: np.ndarray, stay: np.ndarray, steps: int) -> Starts:
     chosen = _best(losses, stay)
     elbo = -_means(losses)
-    error = losses.astype(np.float64).std(1, ddof=1) / np.sqrt(losses.shape[1])
+    with np.errstate(invalid="ignore"):  # a start whose loss is not finite has no error
+        error = losses.astype(np.float64).std(1, ddof=1) / np.sqrt(losses.shape[1])
     near = int(np.sum(elbo[chosen] - elbo <= STARTS.agree)) if np.isfinite(elbo[chosen]) else 0
     return Starts(elbo, error, steps, chosen, near)
 
