@@ -30,14 +30,19 @@ from numpyro_natgrad.distributions.exponential_family import register_exponentia
 from numpyro_natgrad.distributions.exponential_family import register_fisher as register_fisher
 from numpyro_natgrad.guide.gaussian_sites import CovarianceForm as CovarianceForm
 from numpyro_natgrad.guide.gaussian_sites import register_gaussian as register_gaussian
-from numpyro_natgrad.infer.convergence import History as History
 from numpyro_natgrad.infer.fisher import Estimate as Estimate
 from numpyro_natgrad.infer.fisher import fisher as fisher
 from numpyro_natgrad.infer.fisher import kl as kl
 from numpyro_natgrad.infer.fisher import natural_gradient as natural_gradient
 from numpyro_natgrad.infer.fisher import scale_by_fisher as scale_by_fisher
-from numpyro_natgrad.infer.fit import FitResult as FitResult
-from numpyro_natgrad.infer.fit import fit as fit
+from numpyro_natgrad.infer.fitting.fit import fit as fit
+from numpyro_natgrad.infer.fitting.many import FitManyResult as FitManyResult
+from numpyro_natgrad.infer.fitting.many import fit_many as fit_many
+from numpyro_natgrad.infer.fitting.outcome import FitResult as FitResult
+from numpyro_natgrad.infer.fitting.progress import Progress as Progress
+from numpyro_natgrad.infer.fitting.saved import load as load
+from numpyro_natgrad.infer.fitting.saved import save as save
+from numpyro_natgrad.infer.history import History as History
 from numpyro_natgrad.infer.optimizer import NaturalGradient as NaturalGradient
 from numpyro_natgrad.options import StructureError as StructureError
 from numpyro_natgrad.step.state import NaturalGradientState as NaturalGradientState
@@ -47,22 +52,27 @@ __all__ = [
     "CovarianceForm",
     "Estimate",
     "FisherOperator",
+    "FitManyResult",
     "FitResult",
     "History",
     "LinearResponse",
     "NaturalGradient",
     "NaturalGradientState",
+    "Progress",
     "StepInfo",
     "StructureError",
     "Verdict",
     "fisher",
     "fit",
+    "fit_many",
     "kl",
     "linear_response",
+    "load",
     "natural_gradient",
     "register_exponential_family",
     "register_fisher",
     "register_gaussian",
+    "save",
     "scale_by_fisher",
     "to_arviz",
     "verdict",

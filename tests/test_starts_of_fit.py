@@ -14,8 +14,8 @@ from numpyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
 from numpyro_natgrad import NaturalGradient, fit
 from numpyro_natgrad.compilation.data import split
+from numpyro_natgrad.infer.fitting.starts import _summary, initial_states
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, program_of
-from numpyro_natgrad.infer.starts import _summary, initial_states
 from numpyro_natgrad.options import StructureError
 
 #: Log weights of two modes that no draw of a fitted guide connects: the ELBO of the best mode is 0, of the other −4.

@@ -127,6 +127,10 @@ class Data:
         leaves = [next(inputs) if x is _INPUT else x for x in self.constants.leaves]
         return jax.tree.unflatten(self.constants.tree, leaves)
 
+    def chosen(self) -> list[bool]:
+        """Which leaves of ``(args, kwargs)`` are inputs."""
+        return [x is _INPUT for x in self.constants.leaves]
+
     def signature(self) -> tuple[Any, ...]:
         """What a compiled program depends on: shapes, types and places of the inputs, and the constants."""
         return types(self.inputs), self.constants

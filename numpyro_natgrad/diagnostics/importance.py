@@ -28,7 +28,7 @@ from numpyro_natgrad.diagnostics import arviz_compat
 from numpyro_natgrad.distributions.wrappers import base_distribution
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.infer.fisher import Estimate, _initialised
-from numpyro_natgrad.infer.fit import FitResult
+from numpyro_natgrad.infer.fitting.outcome import FitResult
 from numpyro_natgrad.options import StructureError
 
 #: Draws of one call of the compiled program, between two updates of the progress bar: a matter of display.

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from numpyro_natgrad.infer.history import History
+
 
 class StoppingConstants(NamedTuple):
     """Every number of the stopping rule; measurements are those of ``docs/benchmarks/stopping.md``."""
@@ -42,75 +44,6 @@ class StoppingConstants(NamedTuple):
 
 
 STOPPING = StoppingConstants()
-
-
-class History(NamedTuple):
-    """One entry for each step; all fields are arrays of shape ``(steps,)``.
-
-    :ivar numpy.ndarray loss: the loss at the iterate before the step, nats.
-    :ivar numpy.ndarray kl: forward KL(q ‖ q₊) of the step, nats; 0 if it was skipped.
-    :ivar numpy.ndarray step_size: ρ, where 1 is a step to the minimum of the local model.
-    :ivar numpy.ndarray newton_decrement: expected remaining gain of ``get_params`` after the step, nats.
-    :ivar numpy.ndarray newton_decrement_error: its Monte-Carlo standard error, nats.
-    :ivar numpy.ndarray limited: whether the trust region shortened the step, bool.
-    :ivar numpy.ndarray skipped: whether the step was not taken, bool.
-    :ivar numpy.ndarray seconds: seconds since the fit began, with compilation; steps of a chunk share its time evenly.
-
-    .. doctest::
-
-        >>> import numpy as np
-        >>> from numpyro_natgrad import History
-        >>> zero = np.zeros(3)
-        >>> history = History(zero, zero, zero, zero, zero, zero > 0, zero > 0, zero)
-        >>> history.steps
-        3
-    """
-
-    loss: np.ndarray
-    kl: np.ndarray
-    step_size: np.ndarray
-    newton_decrement: np.ndarray
-    newton_decrement_error: np.ndarray
-    limited: np.ndarray
-    skipped: np.ndarray
-    seconds: np.ndarray
-
-    @property
-    def steps(self) -> int:
-        """Number of steps."""
-        return len(self.loss)
-
-
-def empty_history() -> History:
-    """A history of no steps."""
-    zero = np.zeros(0)
-    fields = dict.fromkeys(History._fields, zero) | {"limited": zero > 0, "skipped": zero > 0}
-    return History(**fields)
-
-
-def concatenate(parts: list[History]) -> History:
-    """The histories of ``parts``, one after the other."""
-    return History(*(np.concatenate(x) for x in zip(empty_history(), *parts, strict=True)))
-
-
-class HistoryRecorder:
-    """A history that grows by parts; only its ``recent`` steps are concatenated while it grows."""
-
-    def __init__(self, past: History) -> None:
-        self._parts = [past]
-        self._start = past.seconds[-1] if past.steps else 0.0
-        self.recent, self.steps = past, past.steps
-
-    def append(self, part: History) -> None:
-        """Append a part, whose ``seconds`` count from the creation of this recorder."""
-        part = part._replace(seconds=part.seconds + self._start)
-        self._parts.append(part)
-        self.steps += part.steps
-        self.recent = History(*(x[-STOPPING.memory :] for x in concatenate([self.recent, part])))
-
-    def history(self) -> History:
-        """The history of all steps."""
-        return concatenate(self._parts)
 
 
 def converged(history: History, tolerance: float) -> bool:

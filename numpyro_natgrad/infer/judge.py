@@ -370,13 +370,13 @@ class Judge:
 class StopCheck:
     """The judge of a fit: compiled beside the first steps, and consulted ever more rarely after refusals.
 
-    :ivar last: the last judgement, and ``at`` the number of steps before it.
+    :ivar last: the last judgement, ``at`` the number of steps before it, and ``next`` that before the next one.
     :ivar seconds: seconds that all judgements took, with compilation.
     :ivar few: whether too few minibatches were left for a judgement.
     """
 
     def __init__(self, svi: SVI, steps: int = 0) -> None:
-        self._svi, self._next = svi, steps
+        self._svi, self.next = svi, steps
         self._judge: tuple[Any, Judge] | None = None
         self.last: Judgement | None = None
         self.at, self.seconds, self.few = 0, 0.0, False
@@ -407,7 +407,7 @@ class StopCheck:
 
         :param hold: the stacked arguments of at most so many coming steps; ``None`` for fixed data.
         """
-        if steps < self._next:
+        if steps < self.next:
             return False
         begin, batches = time.perf_counter(), ()
         if hold is not None:
@@ -419,7 +419,7 @@ class StopCheck:
         draws = JUDGE.draws * steps * (particles if math.isfinite(particles) else 1)
         judge = self.compile(state, data, batches)
         self.last = judge(params, state.rng_key, tolerance, batches, draws)
-        self.at, self._next = steps, math.ceil(JUDGE.growth * steps)
+        self.at, self.next = steps, math.ceil(JUDGE.growth * steps)
         self.seconds += time.perf_counter() - begin
         return self.last.grants(tolerance)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from numpyro.infer.svi import SVI, SVIState
 
@@ -24,6 +25,7 @@ from numpyro_natgrad.compilation.initial import without_validation
 from numpyro_natgrad.compilation.programs import in_background
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Loss
+from numpyro_natgrad.infer.history import History
 from numpyro_natgrad.step.state import StepInfo
 
 #: Steps between two checks of convergence, so that at most four steps are superfluous. Not tuned.
@@ -37,7 +39,17 @@ class StepRecords(NamedTuple):
     info: StepInfo
 
 
+def history_of(records: StepRecords, steps: int, begin: float, end: float) -> History:
+    """The first ``steps`` records, which were taken between two times, as a history."""
+    loss, info = records
+    seconds = begin + (end - begin) * np.arange(1, steps + 1) / steps
+    fields = info.kl, info.step_size, info.newton_decrement, info.newton_decrement_error, info.limited, info.skipped
+    return History(*(np.asarray(x)[:steps] for x in (loss, *fields, seconds)))
+
+
 Chunk = Callable[[SVIState, int, Arguments, Data], tuple[SVIState, StepRecords]]
+#: A chunk of several fits: ``(states, steps, active, data) -> (states, records)``.
+StackedChunk = Callable[[SVIState, int, Any, Data], tuple[SVIState, StepRecords]]
 
 
 class Program:
@@ -46,6 +58,7 @@ class Program:
     def __init__(self, svi: "weakref.ref[SVI]", forward: bool) -> None:
         self._svi, self._forward = svi, forward
         self._compiled: dict[Any, tuple[Partition, Future[Chunk]]] = {}
+        self._together: dict[Any, tuple[Partition, Future[StackedChunk]]] = {}
         self._constrained: dict[Any, Future[Any]] = {}
 
     def compiled(self, state: SVIState, batches: Arguments, data: Data) -> "tuple[Partition, Future[Chunk]]":
@@ -64,6 +77,35 @@ class Program:
             traced = jax.jit(steps, out_shardings=kept).trace(state, STEPS_PER_CHUNK, batches, data)
             self._compiled[key] = found[0], in_background(traced)
         return self._compiled[key]
+
+    def together(self, states: SVIState, data: Data, axes: Any) -> "tuple[Partition, Future[StackedChunk]]":
+        """The same for stacked states, in one ``vmap``.
+
+        :param axes: the axes of ``data``, as for ``jax.vmap``.
+        :return: the program leaves states as they are where ``active`` is false.
+        """
+        key = types(states), data.signature(), tuple(axes.inputs)
+        if key not in self._together:
+            found: list[Partition] = []
+            each = self.stacked_steps(axes, found)
+
+            def chunk(states: SVIState, steps: int, active: jax.Array, data: Data) -> tuple[SVIState, StepRecords]:
+                new, records = each(states, steps, data)
+                chosen = lambda x, y: jnp.where(active.reshape(active.shape + (1,) * (jnp.ndim(x) - 1)), x, y)
+                return jax.tree.map(chosen, new, states), records
+
+            active = jax.ShapeDtypeStruct(jnp.shape(states.optim_state[0]), bool)
+            traced = jax.jit(chunk).trace(states, STEPS_PER_CHUNK, active, data)
+            self._together[key] = found[0], in_background(traced)
+        return self._together[key]
+
+    def stacked_steps(
+        self, axes: Any = None, found: list[Partition] | None = None
+    ) -> Callable[[SVIState, int, Data], tuple[SVIState, StepRecords]]:
+        """``(states, steps, data) -> (states, records)`` for stacked states, to be traced."""
+        found = [] if found is None else found
+        chunk = lambda state, steps, data: self.steps(state, steps, (), data, found)
+        return jax.vmap(chunk, in_axes=(0, None, axes))
 
     def constrained(self, state: SVIState) -> "Future[Callable[[SVIState], Params]]":
         """``svi.get_params``, which is compiled in the background."""

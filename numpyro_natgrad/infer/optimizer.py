@@ -197,9 +197,9 @@ def _is_floating(x: Any) -> bool:
 HEADER = ("parameter", "site", "family", "Fisher", "size")
 
 
-def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows under :data:`HEADER`, aligned, as one string."""
-    lines = [HEADER, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = HEADER) -> str:
+    """Rows under a header, aligned, as one string."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([text[0], "─" * len(text[0]), *text[1:]])

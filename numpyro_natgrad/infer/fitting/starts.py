@@ -43,6 +43,13 @@ class StartsConstants(NamedTuple):
 STARTS = StartsConstants()
 #: Folded into the key of the run: for the other starts, and for the draws at which starts are compared.
 START_KEY = 0x73746172
+#: What NumPyro and JAX raise for a model or guide that ``vmap`` cannot run.
+CANNOT_BE_MAPPED = (jax.errors.JAXTypeError, NotImplementedError, TypeError, ValueError)
+
+
+def cause_of(error: Exception) -> str:
+    """Type and first line of an error."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 class Starts(NamedTuple):
@@ -107,9 +114,8 @@ def best_start(
     key = random.fold_in(rng_key, START_KEY)
     try:
         states = initial_states(svi, key, first, num_starts, data)
-        chunk = lambda state, data: program.steps(state, STEPS_PER_CHUNK, (), data, [])
-        advance = quick_jit(jax.vmap(chunk, in_axes=(0, None)))
-        evaluate = quick_jit(partial(_losses, svi))
+        advance = quick_jit(lambda states, data: program.stacked_steps()(states, STEPS_PER_CHUNK, data))
+        evaluate = quick_jit(partial(stacked_losses, svi))
         losses = fetch(evaluate(states, random.split(key, STARTS.losses), data))
         stay, records, steps, target = np.ones(num_starts, bool), [], 0, STARTS.first
         while _undecided(losses, stay) or not steps:
@@ -124,11 +130,10 @@ def best_start(
             losses = fetch(evaluate(states, draws, data))
             stay &= _staying(losses, stay)
             show(f"{num_starts} starts, {steps} steps, {stay.sum()} not behind")
-    except (jax.errors.JAXTypeError, NotImplementedError, TypeError, ValueError) as error:
-        cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except CANNOT_BE_MAPPED as error:
         raise ValueError(
             f"`num_starts={num_starts}`: expected a model and a guide that `jax.vmap` can run for all starts at once, "
-            f"but {cause}. Use `num_starts=1`, once for each start and with a new guide."
+            f"but {cause_of(error)}. Use `num_starts=1`, once for each start and with a new guide."
         ) from error
     found = _summary(losses, stay, steps)
     pick = lambda tree: jax.tree.map(lambda x: x[found.chosen], tree)
@@ -136,15 +141,8 @@ def best_start(
 
 
 def initial_states(svi: SVI, key: jax.Array, first: SVIState, num_starts: int, data: Data) -> SVIState:
-    """The first start and ``num_starts - 1`` others, stacked; an autoguide is set up anew for each of them."""
-
-    def begin(key: jax.Array, data: Data) -> SVIState:
-        args, kwargs = data.arguments()
-        other = copy.copy(svi)
-        other.guide = new_guide(svi.guide)
-        return _in_order(svi, other.guide, other.init(key, *args, **kwargs))
-
-    others = quick_jit(jax.vmap(begin, in_axes=(0, None)))(random.split(key, num_starts - 1), data)
+    """The first start and ``num_starts - 1`` others, stacked."""
+    others = stacked_starts(svi, random.split(key, num_starts - 1), data)
     states = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, others)
     params = jax.tree.leaves(svi.optim.get_params(states.optim_state))
     if all(bool(jnp.all(jnp.isclose(x, x[:1], equal_nan=True))) for x in params):
@@ -155,6 +153,18 @@ def initial_states(svi: SVI, key: jax.Array, first: SVIState, num_starts: int, d
             stacklevel=4,
         )
     return states
+
+
+def stacked_starts(svi: SVI, keys: jax.Array, data: Data, axes: Any = None) -> SVIState:
+    """A start for each key, stacked; an autoguide is set up anew for each of them."""
+
+    def begin(key: jax.Array, data: Data) -> SVIState:
+        args, kwargs = data.arguments()
+        other = copy.copy(svi)
+        other.guide = new_guide(svi.guide)
+        return _in_order(svi, other.guide, other.init(key, *args, **kwargs))
+
+    return quick_jit(jax.vmap(begin, in_axes=(0, axes)))(keys, data)
 
 
 def _in_order(svi: SVI, guide: Any, state: SVIState) -> SVIState:
@@ -172,11 +182,14 @@ def _in_order(svi: SVI, guide: Any, state: SVIState) -> SVIState:
     return state._replace(optim_state=svi.optim.init({**params, name: loc}))
 
 
-def _losses(svi: SVI, states: SVIState, keys: jax.Array, data: Data) -> jax.Array:
-    """Losses ``(num_starts, keys)`` of all states at common draws."""
-    args, kwargs = data.arguments()
-    one = lambda state, key: svi.evaluate(state._replace(rng_key=key), *args, **kwargs)
-    return lax.map(lambda key: jax.vmap(one, in_axes=(0, None))(states, key), keys).T
+def stacked_losses(svi: SVI, states: SVIState, keys: jax.Array, data: Data, axes: Any = None) -> jax.Array:
+    """Losses ``(states, keys)`` of stacked states at common draws."""
+
+    def one(state: SVIState, key: jax.Array, data: Data) -> jax.Array:
+        args, kwargs = data.arguments()
+        return svi.evaluate(state._replace(rng_key=key), *args, **kwargs)
+
+    return lax.map(lambda key: jax.vmap(one, in_axes=(0, None, axes))(states, key, data), keys).T
 
 
 def _means(losses: np.ndarray) -> np.ndarray:
