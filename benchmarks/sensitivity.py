@@ -39,7 +39,6 @@ ELSEWHERE = (
 STATIC = {
     "noise_threshold": ("minibatches", "random effects"),
     "floor_noise": ("40 Poisson", "minibatches"),
-    "full_step_draws": ("40 Poisson",),
     "recent_steps": ("40 Poisson", "minibatches"),
     "joint_limit": ("40 Poisson",),
     "regression_steps": ("eight schools",),

@@ -49,9 +49,6 @@ class RuleConstants(NamedTuple):
     #: The same with minibatches, each of which has its own optimum: one nat of noise per latent leaves it half a nat
     #: off. Sensitivity: 2 leaves a fit 2.6 nats off, ½ takes 52 steps instead of 83.
     floor_noise_minibatch: float = 1.0
-    #: With at least this many antithetic draws the largest step size is 1, with fewer S/(S + 2): one pair does not
-    #: determine a curvature. Sensitivity: none with nine draws.
-    full_step_draws: int = 4
     #: The least signal fraction: no step size is zero. Sensitivity: none.
     signal_floor: float = 1e-6
 
@@ -70,9 +67,6 @@ class RuleConstants(NamedTuple):
     #: do as well; a factor of 0.65 leaves a minibatch fit 0.5 nats off.
     recent_steps: int = 3
     recent_factor: float = 1.3
-    #: The largest factor by which a lagging running mean is corrected. Ablation: no effect on seven posteriors; random
-    #: effects beside parameters of the model need it (docs/step_size_rule.md).
-    drift_max: float = 10.0
     #: After a step of this many nats per latent the running means count as a single step, since the two guides hardly
     #: overlap. Ablation: GLMM takes 82 steps instead of 68 without forgetting.
     forgetting_kl: float = 10.0
@@ -119,6 +113,8 @@ class RuleConstants(NamedTuple):
     joint_limit: int = 128
     #: The same where that is one full Gaussian, whose covariance is dense in any case and needs no proxy.
     full_joint_limit: int = 1024
+    #: Standard deviation of a parameter of the model in the proxy before the first step: that of NumPyro's autoguides.
+    parameter_scale: float = 0.1
     #: Gradients are regressed on draws if this many steps have the d + 1 draws that determine slope and curvature.
     #: Sensitivity: with ¾ eight schools takes 40 % fewer steps, with products that cost ten times the gradients.
     regression_steps: float = 1.5
@@ -170,10 +166,9 @@ class RuleConstants(NamedTuple):
     score_draws: int = 64
     score_damping: float = 1e-2
     score_norm_max: float = 4.0
-    #: Draws, at least, from which those things are computed that must not depend on the step's own draws: a Fisher
-    #: matrix behind draws, and baselines of score functions. The inverse of a mean of n squares has a variance for
-    #: n > 4, and a baseline of n draws adds 1/n to the noise. With one draw one of eight chains of seven latents runs
-    #: away, with eight none.
+    #: Draws, at least, of a joint Gaussian block's step, of a Fisher matrix behind draws, and of the baselines of score
+    #: functions. The inverse of a mean of n squares has a variance for n > 4, and a baseline of n draws adds 1/n to the
+    #: noise. With one draw a step 12 of 55 rows of the random starts are behind Adam (docs/step_size_rule.md).
     independent_draws: int = 8
 
     # ---- Exponential families in natural parameters (:mod:`numpyro_natgrad.blocks.exponential_family`) ---------------

@@ -157,9 +157,8 @@ def test_exchanged_optimizer_of_an_svi_takes_the_next_steps():
 
 
 def test_fit_reports_unknown_gain_without_fisher_parameters():
-    svi = SVI(
-        lambda: numpyro.factor("f", -(numpyro.param("x", 1.0) ** 2)), lambda: None, NaturalGradient(), Trace_ELBO()
-    )
+    model = lambda: numpyro.factor("f", -jnp.sum(numpyro.param("x", jnp.ones(200)) ** 2))
+    svi = SVI(model, lambda: None, NaturalGradient(), Trace_ELBO())
     with pytest.warns(UserWarning, match="have no Fisher matrix"):
         result = fit(svi, random.key(0), max_steps=3, progress_bar=False)
     assert "unknown number of nats" in result.reason

@@ -180,13 +180,18 @@ def factored(x: Any, y: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:NaturalGradient. no distribution that it can read owns the parameters ..w")
 def test_method_of_each_parameter_follows_from_model_and_options():
-    """Parameters outside of all sites use the fallback optimizer, as do all where it is given; others Fisher scoring."""
+    """Parameters outside of all sites use the fallback optimizer, as do all where it is given; others Fisher scoring.
+
+    Beside a guide of Gaussians they take second-order steps with its latents.
+    """
     y, given = DATA["logistic"], {"fallback_optimizer": optax.adam(0.1)}
     for model, guide, options, method in (
-        (latent, AutoNormal(latent), {}, "Fisher of the likelihood"),
+        (latent, AutoNormal(latent), {}, "Hessian of the loss"),
+        (latent, AutoNormal(latent), {"estimator": "first_order"}, "Fisher of the likelihood"),
         (latent, AutoNormal(latent), given, "none: fallback optimizer"),
         (latent, AutoNormal(latent), {**given, "fisher": "closed_form"}, "none: fallback optimizer"),
-        (factored, nothing, {}, "none: fallback optimizer"),
+        (factored, nothing, {}, "Hessian of the loss"),
+        (factored, nothing, {"estimator": "first_order"}, "none: fallback optimizer"),
         (regression("logistic"), nothing, given, "none: fallback optimizer"),
         (regression("logistic"), nothing, {**given, "fisher": "closed_form"}, "Fisher of the likelihood"),
     ):

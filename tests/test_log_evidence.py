@@ -224,7 +224,7 @@ def test_mixed_guide_reaches_exact_posteriors_and_the_mode():
     np.testing.assert_allclose(tril @ tril.T, np.linalg.inv(precision), atol=1e-3)
     np.testing.assert_allclose([params["alpha"], params["beta"]], [2 + 9, 1 + 3], rtol=1e-2)
     np.testing.assert_allclose(params["c_point_loc"], -1.0 / 0.25 / (1 + 1 / 0.25), rtol=1e-2)
-    assert report.count("Fisher of the likelihood") == 1
+    assert report.count("Hessian of the loss") == 1
 
 
 def uneven() -> None:

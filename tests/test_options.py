@@ -160,12 +160,18 @@ def test_fixed_step_size_is_used_as_given(rule, x64):
 
 
 @pytest.mark.parametrize(
-    ("estimator", "particles", "whole"),
-    [(None, 4, 1.0), ("second_order", 4, 1.0), ("second_order", 3, 3 / (3 + 2)), ("second_order", 2, 2 / (2 + 2))],
+    ("estimator", "loss", "whole"),
+    [
+        (None, Trace_ELBO(4), 1.0),
+        ("second_order", Trace_ELBO(4), 1.0),
+        ("second_order", Trace_ELBO(1), 1.0),
+        ("second_order", Trace_ELBO(3, vectorize_particles=False), 3 / (3 + 2)),
+        ("second_order", Trace_ELBO(2, vectorize_particles=False), 2 / (2 + 2)),
+    ],
 )
-def test_default_step_size_stays_between_zero_and_one(x64, estimator, particles, whole):
-    """The largest step is 1 for a regression and for two pairs of draws, and S/(S + 2) for S independent draws."""
-    params, info = walk(gaussian, full, NaturalGradient(estimator=estimator), Trace_ELBO(num_particles=particles))
+def test_default_step_size_stays_between_zero_and_one(x64, estimator, loss, whole):
+    """The largest step is 1 for a regression and for antithetic draws, and S/(S + 2) for S independent draws."""
+    params, info = walk(gaussian, full, NaturalGradient(estimator=estimator), loss)
     assert (info.step_size[~info.skipped] > 0).all()
     assert (info.step_size <= whole + root_eps("float64")).all()
     assert info.step_size.max() > whole - 1e-3

@@ -21,7 +21,7 @@ def loss(copies, keys, over=jax.vmap):
     """The mean of Σ z⁴/4 over particles z = copy + ε."""
 
     def one(key):
-        z = per_particle(copies, key) + random.normal(antithetic_key(key), (3,))
+        z = per_particle(copies, key) + random.normal(antithetic_key(PARTICLES, key), (3,))
         return jnp.sum(z**4) / 4
 
     return jnp.mean(over(one)(keys))
@@ -72,10 +72,26 @@ def test_a_batch_of_another_size_is_no_batch_of_particles(keys, x64):
     np.testing.assert_array_equal(rows, jnp.stack([COPIES[0], COPIES[0]]))
 
 
+def test_a_batch_of_batches_is_one_batch_if_its_size_is_that_of_all_particles(keys, x64):
+    """The outer batch counts first; partners are half of all particles apart."""
+    copies, few = jnp.arange(24.0).reshape(8, 3), keys[:2]
+
+    def one(number, key):
+        key = random.fold_in(key, number)
+        return per_particle(copies, key), antithetic_key(8, key)
+
+    rows, found = jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))(jnp.arange(4), few)
+    np.testing.assert_array_equal(rows.reshape(8, 3), copies)
+    words = lambda key: random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    own = [[words(random.fold_in(key, number)) for key in few] for number in (0, 1, 0, 1)]
+    np.testing.assert_array_equal(words(found), jnp.array(own))
+
+
 @pytest.mark.parametrize("particles", [1, 2, 5, 8])
 def test_partners_have_the_same_key_and_opposite_signs(particles):
     keys, half = random.split(random.key(1), particles), particles // 2
-    found, signs = random.key_data(jax.vmap(antithetic_key)(keys)), antithetic_signs(particles)
+    found = random.key_data(jax.vmap(lambda key: antithetic_key(particles, key))(keys))
+    signs = antithetic_signs(particles)
     np.testing.assert_array_equal(found[:half], found[half : 2 * half])
     np.testing.assert_array_equal(found[2 * half :], random.key_data(keys)[2 * half :])
     np.testing.assert_array_equal(signs[:half], -signs[half : 2 * half])

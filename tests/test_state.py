@@ -38,9 +38,9 @@ def test_packing_undoes_unpacking(guide, dtype):
     fn = lambda params: (Trace_ELBO(2).loss(random.key(1), svi.constrain_fn(params), model, svi.guide, Y), None)
     partition = svi.optim._partition(fn, carried.params, False)
     exact = unpack(carried, partition, RuleConstants())
-    assert partition.joint_latents == 3
-    assert exact.memory.joint.slope.shape == (3,)
-    assert exact.memory.joint.curvature.shape == (3, 3)
+    assert partition.joint_latents == 4
+    assert exact.memory.joint.slope.shape == (4,)
+    assert exact.memory.joint.curvature.shape == (4, 4)
     assert exact.statistics.noise.shape == exact.decrement.visible.shape == (len(partition.blocks),)
     jax.tree.map(np.testing.assert_array_equal, pack(exact, carried), carried)
 

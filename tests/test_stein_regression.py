@@ -151,9 +151,9 @@ def _subsampled(y):
     [
         (True, Trace_ELBO(8), {}),
         (True, Trace_ELBO(3), {}),
-        (False, Trace_ELBO(2), {}),
+        (True, Trace_ELBO(2), {}),
         (True, Trace_ELBO(8), {"guide": AutoMultivariateNormal}),
-        (False, Trace_ELBO(1), {}),
+        (True, Trace_ELBO(1), {}),
         (False, Trace_ELBO(8, vectorize_particles=False), {}),
         (False, TraceMeanField_ELBO(8), {}),
         (False, Trace_ELBO(8), {"model": _subsampled}),

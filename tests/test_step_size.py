@@ -104,33 +104,6 @@ def test_signal_fraction_of_a_constant_gradient_is_one(dtype):
     assert noise.max() <= np.sqrt(np.finfo(dtype).eps) * np.sum(np.arange(1.0, 21.0) ** 2)
 
 
-def chased(velocity, noise):
-    """Signal fractions and squared distances when the optimum moves by ``velocity`` with every step."""
-    d = velocity.size
-
-    def step(carry, draw):
-        statistics, mean, distance = carry
-        v = distance + draw
-        squares = jnp.sum(jnp.stack([mean, v - mean, v]) ** 2, axis=1)
-        statistics, seen = step_size.observe(statistics, SquaredNorms(*squares[:, None]), CONSTANTS)
-        rho = 0.8 * seen.signal[0]
-        mean = mean + seen.weight[0] * (v - mean) - rho * v  # as the families do
-        return (statistics, mean, distance - rho * v + velocity), (seen.signal[0], jnp.sum(distance**2))
-
-    start = fresh(1), jnp.zeros(d), 10 * velocity
-    draws = noise * jax.random.normal(jax.random.key(0), (300, d))
-    return jax.lax.scan(step, start, draws)[1]
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_drifting_optimum_is_followed(noise, dtype):
-    """The lag stays within three steps of the optimum; steps of length ρ leave 1/ρ of them."""
-    velocity = jnp.ones(10)
-    signal, distance = jax.jit(chased)(velocity, noise)
-    assert jnp.median(signal[100:]) > 0.4  # steps of 0.8 × 0.4, which leave a lag of three
-    assert jnp.median(distance[100:]) < 3**2 * jnp.sum(velocity**2)
-
-
 def test_noise_estimates_the_variance_of_one_natural_gradient(dtype):
     """d standard normals have E‖n‖² = d, and a mean of t of them a relative standard error of √(2/(d t))."""
     d, steps = 50, 2000
@@ -207,7 +180,7 @@ def test_default_step_size_stays_below_one(particles, antithetic, threshold, dty
     )
     rho = step_size.adaptive(estimate, NoiseTolerance(max_step_size(scope, antithetic), threshold), CONSTANTS)
     assert (rho > 0).all()
-    bound = 1.0 if antithetic and particles > 2 else particles / (particles + 2)
+    bound = 1.0 if antithetic else particles / (particles + 2)
     assert (rho <= bound + np.finfo(dtype).eps).all()
     np.testing.assert_allclose(rho[0, -1], bound, rtol=1e-5)
     # More signal never shortens a step, more noise never lengthens it.

@@ -36,7 +36,7 @@ def model(x: Any, width: float = 1.0) -> None:
 @cache
 def fitted() -> tuple[SVI, Any, Any, list[Any], list[Any]]:
     """(svi, start, jitted update, states, losses) of a few updates."""
-    svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO(num_particles=2))
+    svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO(num_particles=8))
     start = svi.init(random.key(0), X)
     update, states, losses = jax.jit(svi.update), [start], []
     for _ in range(STEPS):

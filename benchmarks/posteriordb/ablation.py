@@ -76,7 +76,6 @@ ABLATIONS = {
     "one trust-region trial per step": Ablation({"radius_trials": 1}),
     "statistics never discounted with distance": Ablation({"forgetting_kl": float("inf")}),
     "noise not bounded by the last three steps": Ablation({"recent_factor": 1e9}),
-    "no drift correction": Ablation({"drift_max": 1.0}),
     "noise threshold τ = 0": Ablation({"noise_threshold": 1e-9, "noise_threshold_per_latent": 0.0}),
     "no step-size floor": Ablation({"step_size_floor": 0.0}),
     "step-size floor at any noise": Ablation({"floor_noise": float("inf")}),

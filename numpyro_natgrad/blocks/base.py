@@ -204,10 +204,9 @@ def max_step_size(scope: Scope, antithetic: bool) -> float:
     """The largest step size: S/(S + 2) with S independent draws, 1 with antithetic pairs.
 
     At a distance x from the optimum of a conjugate model, a natural gradient whose curvature comes from S draws has the
-    noise 2‖x‖²/S, and (1−ρ)²‖x‖² + 2ρ²‖x‖²/S is least at ρ = S/(S + 2). Antithetic draws have no such noise, but a step
-    of size 1 replaces the precision by this step's Hessians, for which one pair is too few.
+    noise 2‖x‖²/S, and (1−ρ)²‖x‖² + 2ρ²‖x‖²/S is least at ρ = S/(S + 2). Antithetic draws have no such noise.
     """
-    return 1.0 if antithetic and scope.particles >= scope.constants.full_step_draws else 1 / (1 + 2 / scope.particles)
+    return 1.0 if antithetic else 1 / (1 + 2 / scope.particles)
 
 
 def statistical_threshold(parameters: int, numbers: int) -> float:

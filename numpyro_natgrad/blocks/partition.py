@@ -27,14 +27,14 @@ from numpyro_natgrad.blocks.gaussian.curvature import (
 from numpyro_natgrad.blocks.gaussian.diagonal import DiagonalGaussian
 from numpyro_natgrad.blocks.gaussian.full import FullGaussian
 from numpyro_natgrad.blocks.gaussian.joint import JointGaussian
-from numpyro_natgrad.blocks.gaussian.joint_latents import JointLatents
+from numpyro_natgrad.blocks.gaussian.joint_latents import JointLatents, ModelParameters
 from numpyro_natgrad.blocks.gaussian.low_rank import LowRankGaussian
 from numpyro_natgrad.distributions.surrogate import FisherEstimate
 from numpyro_natgrad.estimators.derivatives import GradientRequest
 from numpyro_natgrad.guide.exponential_sites import read_exponential_site, stack_sites
 from numpyro_natgrad.guide.fisher_method import resolve_fisher_method
-from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaussian_site
-from numpyro_natgrad.guide.handlers import DensityMode, Loss
+from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, is_identity, read_gaussian_site
+from numpyro_natgrad.guide.handlers import DensityMode, Loss, with_copies
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
 from numpyro_natgrad.guide.mean_field_sites import MeanFieldSites, join_mean_fields
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace, ModelSite, trace_loss
@@ -84,6 +84,7 @@ class Partition(NamedTuple):
     :ivar tolerance: every field has an entry for each step size.
     :ivar paired: whether draws follow the parameters, so that losses at two parameters and the same draws have most of
         their noise in common. Draws of a discrete site jump.
+    :ivar copies: how many independent draws of the guide each particle of the loss stands for.
     """
 
     blocks: tuple[Block, ...]
@@ -96,6 +97,7 @@ class Partition(NamedTuple):
     exact_on_conjugate: bool
     tolerance: NoiseTolerance
     paired: bool
+    copies: int
 
     @property
     def step_sizes(self) -> int:
@@ -115,14 +117,20 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     :raises StructureError: if a site has no Fisher matrix of the kind that ``options.fisher`` requests.
     """
     trace = resolve_fisher_method(trace_loss(fn, params), options.fisher)
+    copies = _draw_copies(fn, params, trace, options)
+    if copies > 1:
+        trace = resolve_fisher_method(trace_loss(with_copies(fn, copies), params), options.fisher)
     _warn_of_trace(trace)
     sizes = {name: sum(jnp.size(x) for x in jax.tree.leaves(tree)) for name, tree in params.items()}
     sites, natural = _sites_with_coordinates(trace, options)
     covered = {g.name for g in sites} | {name for block in natural for name in block.sites.names}
     kl_blocks = _kl_hessian_blocks(trace, covered, sizes, options)
-    guided: tuple[Block, ...] = (*_gaussian_blocks(sites, trace, options, set(sizes)), *natural, *kl_blocks)
-    free = {p: size for p, size in sizes.items() if not any(p in block.params for block in guided)}
-    blocks = (*guided, *_likelihood_blocks(trace, free, options))
+    taken = {p for s in sites for p in s.params}.union(*(b.params for b in natural), *(b.params for b in kl_blocks))
+    free = {p: x for p, x in params.items() if p not in taken}
+    beside = _model_parameters(trace, free, options, drawn=bool(sites))
+    gaussian = _gaussian_blocks(sites, beside, trace, options, set(sizes))
+    rest = {p: sizes[p] for p in free if not any(p in block.params for block in gaussian)}
+    blocks = (*gaussian, *natural, *kl_blocks, *_likelihood_blocks(trace, rest, options))
     _warn_of_first_order(blocks, options)
     owned = {p for block in blocks for p in block.params}
     unowned = {p: size for p, size in sizes.items() if p not in owned}
@@ -131,11 +139,10 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     latents = _numbers(trace.sites or trace.model_sites)
     exact = trace.is_elbo and all(block.exact_on_conjugate for block in blocks)
     paired = not any(site.is_score_function for site in trace.sites.values())
-    weight = trace.batch_weight
     count = sum(block.count for block in blocks)
-    scope = Scope(latents, count, trace.particles, exact, trace.full_data, options.constants, paired, weight)
-    fields = len(NoiseTolerance._fields)
-    tolerances = np.array([block.noise_tolerance(scope) for block in blocks for _ in range(block.count)], float)
+    scope = Scope(
+        latents, count, trace.particles, exact, trace.full_data, options.constants, paired, trace.batch_weight
+    )
     return Partition(
         blocks=blocks,
         unowned=unowned,
@@ -145,9 +152,34 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
         batch_weight=trace.batch_weight,
         joint_latents=sum(block.latents.size for block in blocks if isinstance(block, JointGaussian)),
         exact_on_conjugate=exact,
-        tolerance=NoiseTolerance(*tolerances.reshape(-1, fields).T),
+        tolerance=_noise_tolerance(blocks, scope),
         paired=paired,
+        copies=copies,
     )
+
+
+def _noise_tolerance(blocks: tuple[Block, ...], scope: Scope) -> NoiseTolerance:
+    """The tolerances of all blocks, with an entry for each step size."""
+    each = [block.noise_tolerance(scope) for block in blocks for _ in range(block.count)]
+    return NoiseTolerance(*np.array(each, float).reshape(-1, len(NoiseTolerance._fields)).T)
+
+
+def _draw_copies(fn: Loss, params: Params, trace: LossTrace, options: Options) -> int:
+    """How many independent draws each particle of the loss stands for; even, so that they come in pairs.
+
+    A joint block replaces its precision by the Hessians of a step's draws. NumPyro's default of one particle is too few
+    for that, and the draws that are added cost less than the steps that they save. A loss with a mutable state is
+    evaluated as it is, and so is one whose step size the user chose.
+    """
+    enough = options.constants.independent_draws
+    if options.step_size is not None or options.estimator == "first_order" or trace.particles >= enough:
+        return 1
+    latents = JointLatents(tuple(join_mean_fields(_sites_with_coordinates(trace, options)[0])))
+    joint = trace.is_elbo and latents.sites and latents.size <= joint_limit(latents, options.constants)
+    drawn = trace.batched and not any(s.analytic for s in latents.sites)
+    if not (joint and drawn) or jax.tree.leaves(jax.eval_shape(fn, params)[1]):
+        return 1
+    return 2 * math.ceil(enough / (2 * trace.particles))
 
 
 def _warn_of_trace(trace: LossTrace) -> None:
@@ -194,21 +226,47 @@ def _shared(trace: LossTrace) -> set[str]:
 
 
 def _gaussian_blocks(
-    sites: list[GaussianSite | LowRankSite], trace: LossTrace, options: Options, names: set[str]
+    sites: list[GaussianSite | LowRankSite],
+    beside: list[ModelParameters],
+    trace: LossTrace,
+    options: Options,
+    names: set[str],
 ) -> list[Block]:
     """One joint block if its Hessian is small enough to be formed, else blocks of single sites.
 
-    Mean-field sites of no more latents than a joint block has share one block then, as if they were one site: a model
-    may draw a thousand numbers in a loop or in a plate.
+    Parameters of the model belong to it where it is small enough with them. Mean-field sites of no more latents than a
+    joint block has share one block otherwise, as if they were one site: a model may draw a thousand numbers in a loop
+    or in a plate.
     """
     latents = JointLatents(tuple(join_mean_fields(sites)))
+    larger = JointLatents((*latents.sites, *beside))
+    if larger.sites and larger.size <= joint_limit(larger, options.constants):
+        latents = larger
     second = trace.is_elbo and options.estimator != "first_order"
-    if not (second and sites and latents.size <= joint_limit(latents, options.constants)):
+    if not (second and latents.sites and latents.size <= joint_limit(latents, options.constants)):
         joined = join_mean_fields(sites, options.constants.joint_limit)
         return [_single_site_block(s, trace, options) for s in joined]
     estimator = _curvature_estimator(latents, trace, options, alone=names == set(latents.params))
     limit = options.constants.widening_decrement if options.is_adaptive else math.inf
     return [JointGaussian(latents, estimator, options.margin, limit, options.fixed_max_kl)]
+
+
+def _model_parameters(trace: LossTrace, free: Params, options: Options, *, drawn: bool) -> list[ModelParameters]:
+    """The parameters of the model that no guide site owns, as one site, unless the user chose how they move.
+
+    They need Gaussian sites beside them (``drawn``), which follow them, or a loss without draws. Such a loss has the
+    Fisher matrix of the likelihood, unless it hides the sites of the model (:class:`.LossTrace`): then they are all
+    parameters that it depends on.
+    """
+    hidden = not trace.model_sites and not trace.scanned
+    alone = hidden and trace.particles == math.inf
+    if options.has_fallback or options.fisher is not None or not (drawn or alone):
+        return []
+    owned = trace.loss_params if hidden else frozenset().union(*(s.params for s in trace.model_sites.values()))
+    shapes = {p: jnp.shape(x) for p, x in free.items() if p in owned and trace.params[p].shape is not None}
+    curved = tuple(not is_identity(trace.params[p].transform) for p in shapes)
+    scale = options.constants.parameter_scale
+    return [ModelParameters(tuple(shapes), tuple(shapes.values()), curved, scale)] if shapes else []
 
 
 def joint_limit(latents: JointLatents, constants: RuleConstants) -> int:
@@ -224,7 +282,8 @@ def _curvature_estimator(
     Regression, and antithetic draws (which NumPyro would not make), require that the joint block owns every parameter
     (``alone``). Regression also needs full data: all particles share the error of a minibatch.
     """
-    if not (alone and trace.batched and trace.particles < math.inf) or any(s.analytic for s in latents.sites):
+    drawn = trace.particles < math.inf and not any(s.analytic for s in latents.sites)
+    if not (alone and trace.batched and drawn) or latents.has_model_parameters:
         return HessianProducts()
     default = options.estimator is None and options.step_size is None and options.adaptive
     few = latents.size + 1 <= options.constants.regression_steps * trace.particles

@@ -34,7 +34,7 @@ from numpyro_natgrad.diagnostics.importance import (
 )
 from numpyro_natgrad.infer.fisher import Estimate
 from numpyro_natgrad.infer.judge import Judgement, judge_of
-from numpyro_natgrad.options import StructureError
+from numpyro_natgrad.options import CONSTANTS, StructureError
 
 #: Rows of the printed table: about one screen.
 TABLE_ROWS = 30
@@ -205,7 +205,7 @@ def _verdict(fitted: FittedGuide, drawn: Draws, judgement: Judgement, response: 
         cause=judgement.cause,
         abstains=judgement.abstains,
         term_tail=importance.tail_of_terms(drawn.log_weights, drawn.dtype),
-        particles=int(getattr(fitted.svi.loss, "num_particles", 0)),
+        particles=_particles(fitted.svi, sum(guide[name].mean.size for name in latent)),
         funnel=_funnel(drawn),
         correlated=not response.widening <= 1 + recommendation.SD_TOLERANCE,
         points=points,
@@ -269,6 +269,12 @@ def to_arviz(judged: Verdict, rng_key: jax.Array | None = None, **labels: Any) -
 
 def _is_point(values: np.ndarray) -> bool:
     return bool(np.issubdtype(values.dtype, np.floating) and np.all(values == values[0]))
+
+
+def _particles(svi: SVI, latents: int) -> int:
+    """Draws of a step: a joint block has at least ``independent_draws``, however few particles the loss has."""
+    particles = int(getattr(svi.loss, "num_particles", 0))
+    return max(particles, CONSTANTS.independent_draws) if latents <= CONSTANTS.joint_limit else particles
 
 
 def _rounding(drawn: Draws) -> float:

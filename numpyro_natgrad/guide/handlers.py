@@ -14,6 +14,7 @@ draws and data of the step. A handler around the *call* of ``fn`` processes ever
   (:mod:`.surrogate`).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
@@ -94,32 +95,49 @@ def is_summed(msg: Message) -> bool:
 def per_particle(copies: jax.Array, key: jax.Array) -> jax.Array:
     """Row s of ``copies`` in the s-th particle; row 0 where particles are not drawn in one batch.
 
-    A loss averages over particles by ``vmap``, and only a batching rule knows its size. The rule returns integers,
-    so that only the indexing with them is differentiated.
+    A loss averages over particles by ``vmap``, or over copies of its particles by two, and only a batching rule knows
+    their sizes. The rule returns integers, so that only the indexing with them is differentiated.
+    """
+
+    def index(shape: tuple[int, ...]) -> jax.Array:
+        # A batch of another size is one of chains or seeds, not of particles.
+        n = math.prod(shape)
+        return jnp.arange(n).reshape(shape) if n == len(copies) else jnp.zeros(shape, int)
+
+    return copies[_over_particles(len(copies), lambda shape, keys: index(shape))(key)]
+
+
+def antithetic_key(particles: int, key: jax.Array) -> jax.Array:
+    """A particle's own key, or in the second half of a batch (but for an unpaired last one) that of its partner."""
+
+    def paired(shape: tuple[int, ...], keys: jax.Array) -> jax.Array:
+        if not shape:
+            return keys
+        flat = keys.reshape(-1, *keys.shape[len(shape) :])
+        half = len(flat) // 2
+        return jnp.concatenate([flat[:half], flat[:half], flat[2 * half :]]).reshape(keys.shape)
+
+    return _over_particles(particles, paired)(key)
+
+
+def _over_particles(particles: int, function: Callable, shape: tuple[int, ...] = ()) -> Callable:
+    """``function(shape, keys)`` of the keys of all particles, whose batch shape is found by the rules of ``vmap``.
+
+    As long as a batch has too few particles, and so many batches would have all of them, it waits for another ``vmap``.
     """
 
     @custom_vmap
-    def index(key: jax.Array) -> jax.Array:
-        return jnp.zeros((), int)
+    def apply(keys: jax.Array) -> jax.Array:
+        return function(shape, keys)
 
-    @index.def_vmap
-    def _(size: int, batched: list[bool], key: jax.Array) -> tuple[jax.Array, bool]:
-        # A batch of another size is one of chains or seeds, not of particles.
-        return (jnp.arange(size) if size == len(copies) else jnp.zeros(size, int)), True
+    @apply.def_vmap
+    def _(size: int, batched: list[bool], keys: jax.Array) -> tuple[jax.Array, bool]:
+        larger = (size, *shape)
+        n = math.prod(larger)
+        waits = n < particles and particles % n == 0
+        return _over_particles(particles, function, larger)(keys) if waits else function(larger, keys), True
 
-    return copies[index(key)]
-
-
-@custom_vmap
-def antithetic_key(key: jax.Array) -> jax.Array:
-    """A particle's own key, or in the second half of a batch (but for an unpaired last one) that of its partner."""
-    return key
-
-
-@antithetic_key.def_vmap
-def _(size: int, batched: list[bool], keys: jax.Array) -> tuple[jax.Array, bool]:
-    half = size // 2
-    return jnp.concatenate([keys[:half], keys[:half], keys[2 * half :]]), True
+    return apply
 
 
 def antithetic_signs(particles: int) -> jax.Array:
@@ -163,8 +181,9 @@ class PathGradient(Messenger):
         name = msg["name"]
         mode = self.modes.get(name)
         if mode == DensityMode.ANTITHETIC:
-            sign = per_particle(antithetic_signs(self.perturbations[name].shape[1]), msg["kwargs"]["rng_key"])
-            msg["kwargs"]["rng_key"] = antithetic_key(msg["kwargs"]["rng_key"])
+            particles, key = self.perturbations[name].shape[1], msg["kwargs"]["rng_key"]
+            sign = per_particle(antithetic_signs(particles), key)
+            msg["kwargs"]["rng_key"] = antithetic_key(particles, key)
             msg["fn"] = map_base(msg["fn"], lambda base: with_antithetic_draws(base, self.means[name], sign))
         if mode and mode.per_particle:
             shift = per_particle(self.perturbations[name][1], msg["kwargs"]["rng_key"])
@@ -238,6 +257,21 @@ class IndependentDraws(Messenger):
         if is_guide_site(msg) and msg["name"] in self.shifts:
             fn, shift = msg["fn"], self.shifts[msg["name"]].reshape(msg["fn"].batch_shape)
             msg["fn"] = with_log_prob(fn, lambda *args: fn.log_prob(*args) + shift)
+
+
+def with_copies(fn: Loss, copies: int) -> Loss:
+    """The mean of the loss over so many independent draws of the guide, for each draw of its own."""
+    if copies == 1:
+        return fn
+
+    def mean(params: Params) -> tuple[jax.Array, None]:
+        def drawn(number: jax.Array) -> jax.Array:
+            with IndependentDraws(number):
+                return fn(params)[0]
+
+        return jnp.mean(jax.vmap(drawn)(jnp.arange(copies))), None
+
+    return mean
 
 
 class Assigned(dist.Distribution):

@@ -106,7 +106,8 @@ class NaturalGradient(_NumPyroOptim):
         """Evaluate the loss and take one step.
 
         :param fn: ``params -> (loss, mutable_state)``, as ``SVI`` makes it.
-        :return: ``((loss, mutable_state), state)``, the loss at the iterate before the step, in nats.
+        :return: ``((loss, mutable_state), state)``, the loss at the iterate before the step, in nats: the mean
+            over the draws of the step, of which a joint Gaussian block makes at least eight.
         """
         step, carried = state
         if not jax.tree.leaves(carried.params):
@@ -162,10 +163,10 @@ class NaturalGradient(_NumPyroOptim):
             >>> model = lambda: numpyro.sample("z", dist.Gamma(2.0, 1.0))
             >>> svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO())
             >>> print(svi.optim.report(svi, svi.init(random.key(0))))
-            parameter     site  family          Fisher                                                         size
-            ───────────────────────────────────────────────────────────────────────────────────────────────────────
-            z_auto_loc    z     Normal          closed form, 1 Hessian-vector products, full-covariance proxy  1
-            z_auto_scale  z     Normal (scale)  closed form, 1 Hessian-vector products, full-covariance proxy  1
+            parameter     site  family          Fisher                                                       size
+            ─────────────────────────────────────────────────────────────────────────────────────────────────────
+            z_auto_loc    z     Normal          closed form, regression of gradients, full-covariance proxy  1
+            z_auto_scale  z     Normal (scale)  closed form, regression of gradients, full-covariance proxy  1
 
         :param SVI svi: the ``SVI`` whose loss this optimizer minimises, after ``svi.init`` or ``svi.run``.
         :param SVIState state: a state of ``svi``.

@@ -23,7 +23,7 @@ from numpyro_natgrad.distributions.gaussian import StepKL
 from numpyro_natgrad.estimators.derivatives import LossInfo, evaluate_loss, finite, rescale_loss, zero_unless
 from numpyro_natgrad.estimators.equation_batches import map_stacked
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.guide.handlers import Loss
+from numpyro_natgrad.guide.handlers import Loss, with_copies
 from numpyro_natgrad.options import Options
 from numpyro_natgrad.step import newton_decrement, step_size, trust_region
 from numpyro_natgrad.step.fallback import FallbackOptimizer
@@ -147,7 +147,8 @@ def natural_step(
     """
     partition = context.partition
     state = unpack(carried, partition, context.options.constants)
-    loss_info = evaluate_loss(fn, state.params, partition.request, partition.particles)
+    drawn = with_copies(fn, partition.copies)
+    loss_info = evaluate_loss(drawn, state.params, partition.request, partition.particles)
     state = state._replace(seed=run_seed(fn, loss_info.loss, step, state.seed))
     gradients = natural_gradients(loss_info, partition, step, state)
     statistics = update_statistics(gradients, context, state)

@@ -28,14 +28,12 @@ class NoiseStatistics(NamedTuple):
     :ivar recent: noise of each of the last steps, oldest first, nats; ``(recent_steps, B)``.
     :ivar window: effective number of steps in the running means; ``(B,)``.
     :ivar stationary: number of stationary steps, the averaging window; ``(B,)``.
-    :ivar drift: running means of ⟨v − m, m⟩ and ⟨m, m⟩ as fractions of ⟨v, v⟩ + ⟨m, m⟩; ``(2, B)``.
     """
 
     noise: jax.Array
     recent: jax.Array
     window: jax.Array
     stationary: jax.Array
-    drift: jax.Array
 
 
 class DecrementState(NamedTuple):
@@ -112,7 +110,7 @@ def initial(params: Params, fallback: Any, constants: RuleConstants) -> NaturalG
     leaves = jax.tree.leaves(params)
     dtype, entries = jnp.result_type(*leaves or [float]), sum(jnp.size(x) for x in leaves)
     full = min((math.isqrt(8 * entries + 9) - 3) // 2, constants.full_joint_limit)
-    latents = max(full, min(entries // 2, constants.joint_limit))
+    latents = max(full, min(entries, constants.joint_limit))
     joint, statistics, decrement = allocated(latents, len(params), constants, dtype)
     zeros = [jnp.zeros((), dtype) for _ in range(8)]
     flags = jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32)
@@ -129,7 +127,7 @@ def allocated(
     zeros, ones = (lambda *shape: jnp.zeros(shape, dtype)), (lambda: jnp.ones(blocks, dtype))
     sums = stein_regression.empty_sums(latents, dtype)
     joint = JointMemory(zeros(latents, latents), zeros(latents), zeros(latents, latents), sums)
-    statistics = NoiseStatistics(zeros(blocks), zeros(constants.recent_steps, blocks), ones(), ones(), zeros(2, blocks))
+    statistics = NoiseStatistics(zeros(blocks), zeros(constants.recent_steps, blocks), ones(), ones())
     return joint, statistics, DecrementState(zeros(3, 3, blocks), zeros(2, blocks), ones())
 
 

@@ -87,7 +87,6 @@ def observe(
     """
     tiny = jnp.finfo(norms.gradient.dtype).tiny
     first, weight = statistics.window < constants.window_min, 1 / statistics.window
-    drift, norms = _without_drift(statistics.drift, norms, weight, constants)
     bound = constants.outlier**2 * (norms.running_mean + statistics.noise)
     bound = jnp.where(first, jnp.inf, jnp.maximum(bound, constants.outlier_floor))
     huber = jnp.minimum(1.0, jnp.sqrt(bound / jnp.maximum(norms.innovation, tiny)))
@@ -104,7 +103,7 @@ def observe(
     signal = jnp.clip(mean / jnp.maximum(mean + noise, tiny), constants.signal_floor, 1.0)
     share = jnp.asarray(visits, signal.dtype)
     window = jnp.maximum(statistics.window + share * (1 - signal * statistics.window), constants.window_min)
-    statistics = statistics._replace(window=window, drift=drift)
+    statistics = statistics._replace(window=window)
     return statistics, NoiseEstimate(w, signal, noise, huber, statistics.stationary)
 
 
@@ -131,9 +130,8 @@ def foreseen(
     :param estimate: by :func:`observe`.
     """
     noise, tiny = statistics.noise, jnp.finfo(running_mean.dtype).tiny
-    square = (1 + _excess(statistics.drift, constants)) ** 2 * running_mean
-    excess = jnp.maximum(square - constants.nonstationarity * predicted, 0.0)
-    signal = jnp.clip(excess / jnp.maximum(square + noise, tiny), 1 / (statistics.window + delay), 1.0)
+    excess = jnp.maximum(running_mean - constants.nonstationarity * predicted, 0.0)
+    signal = jnp.clip(excess / jnp.maximum(running_mean + noise, tiny), 1 / (statistics.window + delay), 1.0)
     known = step >= constants.recent_steps
     return estimate._replace(
         signal=jnp.where(known, signal, estimate.signal), noise=jnp.where(known, noise, estimate.noise)
@@ -143,31 +141,6 @@ def foreseen(
 def current_noise(statistics: NoiseStatistics, constants: RuleConstants) -> jax.Array:
     """Noise of each block, nats: the running mean, bounded by the latest steps because it lags behind."""
     return jnp.minimum(statistics.noise, constants.recent_factor * statistics.recent.mean(0))
-
-
-def _without_drift(
-    drift: jax.Array, norms: SquaredNorms, weight: jax.Array, constants: RuleConstants
-) -> tuple[jax.Array, SquaredNorms]:
-    """The norms with the running mean m scaled by β, for optima that move.
-
-    Every step is subtracted from m, which is right for a fixed optimum. Where the optimum moves (a guide beside
-    parameters of the model, a model far from quadratic) the next natural gradient is βm with β > 1, and v − m is drift
-    and not noise. β − 1 = ⟨v − m, m⟩/⟨m, m⟩, both averaged; noise alone makes it negative.
-    """
-    mean2, innovation2, gradient2, _ = norms
-    tiny = jnp.finfo(mean2.dtype).tiny
-    bound = jnp.sqrt(innovation2) * jnp.sqrt(mean2)  # Cauchy & Schwarz: the rest is rounding
-    product = jnp.clip((gradient2 - mean2 - innovation2) / 2, -bound, bound)  # ⟨v − m, m⟩
-    fractions = jnp.stack([product, mean2]) / jnp.maximum(gradient2 + mean2, tiny)
-    drift = drift + weight * (fractions - drift)
-    excess = _excess(drift, constants)
-    rest = jnp.maximum(innovation2 - 2 * excess * product + excess**2 * mean2, 0.0)
-    return drift, SquaredNorms((1 + excess) ** 2 * mean2, rest, gradient2)
-
-
-def _excess(drift: jax.Array, constants: RuleConstants) -> jax.Array:
-    """β − 1."""
-    return jnp.clip(drift[0] / jnp.maximum(drift[1], jnp.finfo(drift.dtype).tiny), 0.0, constants.drift_max - 1)
 
 
 def forget(statistics: NoiseStatistics, distant: float, kl: jax.Array) -> NoiseStatistics:
@@ -188,7 +161,6 @@ def forget(statistics: NoiseStatistics, distant: float, kl: jax.Array) -> NoiseS
         recent=statistics.recent * fraction,
         window=jnp.minimum(statistics.window, 1 + steps),
         stationary=jnp.minimum(statistics.stationary, 1 + steps),
-        drift=statistics.drift * fraction,
     )
 
 

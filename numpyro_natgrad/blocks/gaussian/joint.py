@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from numpyro_natgrad.blocks.base import (
     Block,
@@ -98,6 +99,7 @@ class JointGaussian(Block[JointTangent]):
     ) -> JointTangent:
         factor = self._factor(params, memory.joint)
         estimate = self.curvature.estimate(self.latents, loss_info, params, factor, memory.joint.sums)
+        estimate = self._damped(estimate, factor, memory.joint)
         # A NaN would keep the eigensolver busy; it is put back so that the step is skipped.
         ok = jnp.all(jnp.isfinite(estimate.curvature))
         tangent = gaussian.tangent(estimate.slope, jnp.where(ok, estimate.curvature, 0.0))
@@ -150,6 +152,22 @@ class JointGaussian(Block[JointTangent]):
         joint = self._transported(memory.joint, v.tangent, rho, shift, ratio)
         joint = joint._replace(factor=factor) if self.latents.has_proxy else joint
         return self.latents.write(params, loc, factor, v.guide_factors), memory._replace(joint=joint)
+
+    def _damped(self, estimate: CurvatureEstimate, factor: jax.Array, joint: JointMemory) -> CurvatureEstimate:
+        """Add ½c‖Δθ‖² to the local model, for parameters of the model θ that a bijection constrains.
+
+        A bijection onto an interval has plateaus, which a long step from a guide that has not settled would reach and
+        not leave. c = ‖m‖²/D, nats per latent, vanishes with the running mean m of natural gradients, so that
+        convergence is as fast as without it (Fan & Yuan 2005, "On the quadratic convergence of the
+        Levenberg-Marquardt method").
+        """
+        curved = np.flatnonzero(self.latents.curved)
+        if not curved.size:
+            return estimate
+        slope = jnp.where(joint.factor[0, 0] > 0, joint.slope, estimate.slope)
+        rows = factor[curved]
+        damping = jnp.sum(slope**2) / slope.size * rows.T @ rows
+        return estimate._replace(curvature=estimate.curvature + damping)
 
     def _factor(self, params: Params, joint: JointMemory) -> jax.Array:
         """K of the guide, or of the proxy, which starts as the guide."""

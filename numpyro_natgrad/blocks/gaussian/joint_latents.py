@@ -1,13 +1,15 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The latents of several Gaussian sites as one vector z of D entries, in the order of the sites."""
+"""The latents of several Gaussian sites, and parameters of the model, as one vector z of D entries."""
 
+import math
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.linalg import block_diag
 
 from numpyro_natgrad.distributions.gaussian import inverse_lower
@@ -21,8 +23,85 @@ GuideFactors = list[jax.Array | LowRankFactor]
 
 
 @dataclass(frozen=True)
+class ModelParameters:
+    """Parameters of the model as a site that has a mean and no variance: a :class:`.GaussianParameterization`.
+
+    In the proxy they are latents like all others, so that their steps take into account that the guide will follow.
+    The Fisher matrix of the complete data does not: it is larger than the curvature of the marginal likelihood by the
+    share of missing information, the slow rate of the EM algorithm (Dempster, Laird & Rubin 1977, section 4).
+
+    :ivar shapes: of the parameters.
+    :ivar curved: which of them a bijection other than the identity constrains.
+    :ivar scale: the standard deviation in the proxy before the first step.
+    """
+
+    locs: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    curved: tuple[bool, ...]
+    scale: float
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def analytic(self) -> bool:
+        return False
+
+    @property
+    def block_size(self) -> int:
+        return 1
+
+    @property
+    def full_covariance(self) -> bool:
+        return False
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        return self.locs
+
+    @property
+    def size(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size,)
+
+    @property
+    def curved_entries(self) -> np.ndarray:
+        return np.repeat(self.curved, [math.prod(shape) for shape in self.shapes])
+
+    def report_rows(self, how: str) -> list[tuple[str, str, str, str, str]]:
+        each = zip(self.locs, self.shapes, strict=True)
+        return [(p, "–", "–", "Hessian of the loss, full-covariance proxy", _shape_text(shape)) for p, shape in each]
+
+    def read(self, params: Params) -> tuple[jax.Array, jax.Array]:
+        return gathered(params, self.locs), self.covariance_factor(params)
+
+    def covariance_factor(self, params: Params) -> jax.Array:
+        return jnp.full(self.size, self.scale, jnp.result_type(*(params[p] for p in self.locs)))
+
+    def write(self, params: Params, loc: jax.Array, factor: jax.Array) -> Params:
+        return {**params, **scattered(loc, params, self.locs)}
+
+    def cholesky(self, params: Params) -> jax.Array:
+        return jnp.diag(self.covariance_factor(params))[None]
+
+    def project(self, columns: jax.Array, start: jax.Array) -> jax.Array:
+        return 1 / jnp.sqrt(jnp.sum(columns**2, axis=0))
+
+    def kl(self, before: jax.Array, after: jax.Array, shift: jax.Array) -> jax.Array:
+        return 0.5 * jnp.sum((shift / after) ** 2)
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "1"
+
+
+@dataclass(frozen=True)
 class JointLatents:
-    """Conversions between arrays of the sites and arrays over all D latents."""
+    """Conversions between arrays of the sites and arrays over all D latents; parameters of the model come last."""
 
     sites: tuple[GaussianParameterization[Any], ...]
 
@@ -50,6 +129,16 @@ class JointLatents:
         """Whether a full Gaussian over all latents is kept beside the guide, whose family is smaller."""
         return len(self.sites) > 1 or not self.sites[0].full_covariance
 
+    @property
+    def has_model_parameters(self) -> bool:
+        return not all(s.names for s in self.sites)
+
+    @property
+    def curved(self) -> np.ndarray:
+        """The entries, ``(D,)``, that are model parameters behind a bijection other than the identity."""
+        entries = [s.curved_entries if isinstance(s, ModelParameters) else np.zeros(s.size, bool) for s in self.sites]
+        return np.concatenate(entries)
+
     def means(self, values: Params) -> jax.Array:
         """The entries of the mean parameters, ``(D,)``: m from parameters, ∂L/∂m from a gradient."""
         return gathered(values, self.locs)
@@ -60,9 +149,10 @@ class JointLatents:
 
     def mean_offset(self, loss_info: LossInfo, loc: jax.Array) -> jax.Array | None:
         """The mean of the draws of detached sites, minus m, ``(D,)``; ``None`` where nothing is drawn."""
-        if any(s.analytic for s in self.sites):
+        if not self.names or any(s.analytic for s in self.sites):
             return None
-        return gathered(loss_info.perturbation_gradients, self.names) - loc
+        drawn = gathered(loss_info.perturbation_gradients, self.names)
+        return jnp.zeros_like(loc).at[: drawn.size].set(drawn - loc[: drawn.size])
 
     def draws(self, loss_info: LossInfo) -> jax.Array:
         """Draws of per-particle or antithetic sites, and the gradients of −log p there, ``(2, S, D)``."""
@@ -96,7 +186,7 @@ class JointLatents:
     def projected_square(self, factor: jax.Array, curvature: jax.Array) -> jax.Array:
         """‖M‖² of the guide's part of a whitened curvature M."""
         columns = zip(self.sites, self.split(inverse_lower(factor), axis=1), strict=True)
-        return sum((projected_square(x, curvature, s.block_size) for s, x in columns), jnp.zeros(()))
+        return sum((projected_square(x, curvature, s.block_size) for s, x in columns if s.names), jnp.zeros(()))
 
     def split(self, x: jax.Array, axis: int = 0) -> list[jax.Array]:
         """The entries of every site along an axis of length D."""
