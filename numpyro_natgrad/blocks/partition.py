@@ -42,6 +42,12 @@ from numpyro_natgrad.options import Options, RuleConstants
 
 _NO_ELBO = "NaturalGradient: the loss is not affine in the guide's log-densities, so it is no ELBO (a Rényi bound). {}"
 
+_SCALED = (
+    "NaturalGradient: the loss is {} times an ELBO, so that its second derivatives are not the precision of "
+    "the best guide. {} Leave the factor out: steps do not depend on the unit of the loss. To weight the prior or "
+    "the likelihood, use `numpyro.handlers.scale`."
+)
+
 _SCORE_FUNCTIONS = (
     "NaturalGradient: the loss is not affine in the guide's log-densities, because the gradients of the sites {} are "
     "score functions. {} If their values are few, sum over them with `TraceEnum_ELBO`; else use more particles."
@@ -185,7 +191,10 @@ def _draw_copies(fn: Loss, params: Params, trace: LossTrace, options: Options) -
 def _warn_of_trace(trace: LossTrace) -> None:
     if not trace.is_elbo:
         scores = [name for name, site in trace.sites.items() if site.is_score_function]
-        text = _SCORE_FUNCTIONS.format(scores, _PLAIN_METRIC) if scores else _NO_ELBO.format(_PLAIN_METRIC)
+        if trace.factor != 1:
+            text = _SCALED.format(f"{trace.factor:.3g}", _PLAIN_METRIC)
+        else:
+            text = _SCORE_FUNCTIONS.format(scores, _PLAIN_METRIC) if scores else _NO_ELBO.format(_PLAIN_METRIC)
         warnings.warn(text, stacklevel=6)
     if trace.scanned:
         warnings.warn(_SCANNED.format(sorted(trace.scanned)), stacklevel=6)

@@ -7,18 +7,21 @@ through every equation, which answers three questions:
 
 * Is a distribution's argument a parameter itself, a product of parameters, or computed in another way?
 * Does a parameter reach the loss by another path than the draws and the density of its site?
-* Is the loss affine in the guide's log-densities? An ELBO is; a Rényi bound is not.
+* Is the loss affine in the guide's log-densities? An ELBO is; a Rényi bound is not. With which factors?
 
-``numpyro.ops.provenance.eval_provenance`` finds sources only; the first question needs exponents, the third a degree,
-and the number of particles the sizes of tagged values.
+``numpyro.ops.provenance.eval_provenance`` finds sources only; the first question needs exponents, the third a degree
+and constants, and the number of particles the sizes of tagged values.
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
@@ -35,6 +38,14 @@ _AFFINE = _SHAPE_ONLY | {
 }
 # Equations that are affine in one operand while the others do not depend on it.
 _BILINEAR = {"mul", "dot_general", "div", "select_n"}
+# Equations after which every entry of a log-density has the same factor in the sum of all entries as before.
+_ENTRYWISE = (_AFFINE | {"select_n", "mul", "div"}) - {"cumsum", "gather", "dynamic_slice", "pad"}
+_BINARY: dict[str, Callable[[float, float], float]] = {
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "add": operator.add,
+    "sub": operator.sub,
+}
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 Atom = core.Var | core.Literal
@@ -83,11 +94,15 @@ class Origin(NamedTuple):
     :ivar sources: the tags it depends on.
     :ivar powers: the tags, with their exponents, whose product it equals up to shape and dtype, or ``None``.
     :ivar degree: 0 if no log-density enters it, 1 if they enter affinely, 2 otherwise.
+    :ivar constant: the number that all of its entries are, or ``None`` if that is not known while tracing.
+    :ivar factors: of each log-density that enters it, the factor before every entry, or ``None`` if that is not known.
     """
 
     sources: frozenset[Label] = frozenset()
     powers: Mapping[Label, int] | None = None
     degree: int = 0
+    constant: float | None = None
+    factors: Mapping[Label, float | None] = {}
 
     @property
     def copy_of(self) -> Label | None:
@@ -149,15 +164,18 @@ def origins(fn: Callable, *args: Any) -> tuple[Origin, Tags]:
     """Trace ``fn(*args)``; return the origin of its first output leaf, the loss, and of each tagged value."""
     closed = jax.make_jaxpr(fn)(*args)
     tags: Tags = {}
-    outputs = _walk(closed.jaxpr, [Origin()] * len(closed.jaxpr.invars), tags, repeats=1)
+    outputs = _walk(closed.jaxpr, [Origin()] * len(closed.jaxpr.invars), tags, 1, closed.consts)
     return outputs[0], tags
 
 
-def _walk(jaxpr: core.Jaxpr, inputs: Sequence[Origin], tags: Tags, repeats: int) -> list[Origin]:
+def _walk(
+    jaxpr: core.Jaxpr, inputs: Sequence[Origin], tags: Tags, repeats: int, consts: Sequence[Any] = ()
+) -> list[Origin]:
     known = dict(zip(jaxpr.invars, inputs, strict=True))
+    known.update({var: _of_constant(x) for var, x in zip(jaxpr.constvars, consts, strict=False)})
 
     def past(atom: Atom) -> Origin:
-        return Origin() if isinstance(atom, core.Literal) else known.get(atom, Origin())
+        return _of_constant(atom.val) if isinstance(atom, core.Literal) else known.get(atom, Origin())
 
     for eqn in jaxpr.eqns:
         outs = _equation(eqn, [past(v) for v in eqn.invars], tags, repeats)
@@ -178,7 +196,9 @@ def _equation(eqn: core.JaxprEqn, inputs: list[Origin], tags: Tags, repeats: int
                 body = getattr(inner, "jaxpr", inner)
                 if len(body.invars) == len(inputs) and len(body.outvars) == len(eqn.outvars):
                     return _walk(body, inputs, tags, repeats)
-    merged = Origin(_union(inputs), _powers(eqn, inputs), _degree(kind, inputs))
+    merged = Origin(
+        _union(inputs), _powers(eqn, inputs), _degree(kind, inputs), _constant(kind, inputs), _factors(eqn, inputs)
+    )
     return [merged] * len(eqn.outvars)
 
 
@@ -187,7 +207,8 @@ def _tagged(label: Label, past: Origin, out: core.Var, tags: Tags, repeats: int)
     tags[label] = TaggedValue(past, {**before, id(out): math.prod(_shape(out)) * repeats}, repeats > 1)
     if not label.kind.is_source:
         return past
-    return Origin(frozenset([label]), {label: 1}, int(label.kind == LabelKind.DENSITY))
+    is_density = label.kind == LabelKind.DENSITY
+    return Origin(frozenset([label]), {label: 1}, int(is_density), factors={label: 1.0} if is_density else {})
 
 
 def _scan(eqn: core.JaxprEqn, inputs: list[Origin], tags: Tags, repeats: int) -> list[Origin]:
@@ -218,7 +239,68 @@ def _union(inputs: list[Origin]) -> frozenset[Label]:
 
 
 def _join(a: Origin, b: Origin) -> Origin:
-    return Origin(a.sources | b.sources, a.powers if a.powers == b.powers else None, max(a.degree, b.degree))
+    same = lambda x, y: x if x == y else None
+    degree = max(a.degree, b.degree)
+    factors = {label: same(a.factors.get(label), b.factors.get(label)) for label in {**a.factors, **b.factors}}
+    return Origin(a.sources | b.sources, same(a.powers, b.powers), degree, same(a.constant, b.constant), factors)
+
+
+def _of_constant(x: Any) -> Origin:
+    """The origin of a number that is known while tracing."""
+    if isinstance(x, jax.core.Tracer) or jnp.size(x) != 1:
+        return Origin()
+    dtype = jnp.result_type(x)
+    real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    return Origin(constant=np.asarray(x).item()) if real else Origin()
+
+
+def _constant(kind: str, inputs: list[Origin]) -> float | None:
+    values = [i.constant for i in inputs]
+    if not values or values[0] is None or any(i.sources for i in inputs):
+        return None
+    if kind in _SHAPE_ONLY:
+        return values[0]
+    if kind == "neg":
+        return -values[0]
+    if kind in _BINARY and values[1] is not None and (kind != "div" or values[1]):
+        return _BINARY[kind](values[0], values[1])
+    return None
+
+
+def _factors(eqn: core.JaxprEqn, inputs: list[Origin]) -> dict[Label, float | None]:
+    """Factors before the entries of log-densities, through sums and products with known numbers."""
+    kind, each = eqn.primitive.name, [i.factors for i in inputs]
+    labels = {label for factors in each for label in factors}
+    if not labels:
+        return {}
+    scale = [1.0] * len(inputs)
+    if kind in ("mul", "div"):
+        constants = [i.constant for i in inputs]
+        by = constants[1] if each[0] else constants[0] if kind == "mul" else None
+        if by is None or (each[0] and each[1]) or (kind == "div" and not by):
+            return dict.fromkeys(labels)
+        scale = [by if kind == "mul" else 1 / by] * 2
+    elif kind in ("neg", "sub"):
+        scale[-1] = -1.0
+    elif kind not in _ENTRYWISE or (kind == "broadcast_in_dim" and _size(eqn.outvars[0]) != _size(eqn.invars[0])):
+        return dict.fromkeys(labels)
+    terms = {label: [(f[label], s) for f, s in zip(each, scale, strict=True) if label in f] for label in labels}
+    return {label: _combined(kind, some) for label, some in terms.items()}
+
+
+def _combined(kind: str, terms: list[tuple[float | None, float]]) -> float | None:
+    """One factor from those of the operands: their sum in a sum, and elsewhere the one that all have."""
+    scaled = [None if factor is None else factor * scale for factor, scale in terms]
+    known = [x for x in scaled if x is not None]
+    if len(known) < len(scaled):
+        return None
+    if kind in ("add", "add_any", "sub"):
+        return sum(known)
+    return known[0] if len(set(known)) == 1 else None
+
+
+def _size(atom: Atom) -> int:
+    return math.prod(_shape(atom))
 
 
 def _powers(eqn: core.JaxprEqn, inputs: list[Origin]) -> Mapping[Label, int] | None:

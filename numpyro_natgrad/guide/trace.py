@@ -42,8 +42,11 @@ from numpyro_natgrad.guide.handlers import (
     is_summed,
     mark_guide_site,
 )
-from numpyro_natgrad.guide.provenance import Label, LabelKind, Origin, Tags, origins, tag
+from numpyro_natgrad.guide.provenance import Label, LabelKind, Origin, TaggedValue, Tags, origins, tag
 from numpyro_natgrad.options import StructureError
+
+#: Relative rounding error of the factor before log q, which is a product of a few numbers in single precision.
+FACTOR_ROUNDING = 1e-4
 
 
 class ParamSite(NamedTuple):
@@ -132,7 +135,8 @@ class LossTrace(NamedTuple):
     :ivar batch_weight: the largest known number of rows N/B for which one row of a step stands; at least 1.
     :ivar particles: draws a step; infinity where nothing is drawn.
     :ivar batched: whether all particles are drawn in one batch.
-    :ivar is_elbo: whether it is affine in log q.
+    :ivar is_elbo: whether it is affine in log q, with the factor of an ELBO.
+    :ivar factor: how many times an ELBO it is; 1 where that is not known.
     :ivar scanned: sites that the guide draws inside of NumPyro's ``scan``, where only their names are known.
     :ivar loss_params: the parameters that the loss depends on, directly or by draws and densities of the guide.
     """
@@ -145,6 +149,7 @@ class LossTrace(NamedTuple):
     particles: float
     batched: bool
     is_elbo: bool
+    factor: float
     scanned: frozenset[str]
     loss_params: frozenset[str]
 
@@ -171,6 +176,7 @@ def trace_loss(fn: Loss, params: Params) -> LossTrace:
     counts = [draw.size // max(found[name].draw_size, 1) for name, draw in draws.items()]
     # Origins are unknown behind sums over values, and for draws inside of a scan, which have no tags.
     hidden = handler.enumerated or handler.enumerates or handler.scanned
+    factor = 1.0 if hidden else _factor(without_kl, sites, draws)
     weights = [s.weight for s in handler.model_sites.values()] + [s.weight for s in sites.values()]
     return LossTrace(
         params=handler.params,
@@ -180,7 +186,8 @@ def trace_loss(fn: Loss, params: Params) -> LossTrace:
         batch_weight=max([1.0, *(weight for weight in weights if weight is not None)]),
         particles=max(counts, default=math.inf),
         batched=all(draw.batched for draw in draws.values()),
-        is_elbo=total.degree <= 1,
+        is_elbo=total.degree <= 1 and factor == 1.0,
+        factor=factor,
         scanned=frozenset(handler.scanned),
         loss_params=_params_behind(total, tags),
     )
@@ -196,6 +203,17 @@ def _traced(
             return fn(values)[0]
 
     return handler, *origins(loss, params)
+
+
+def _factor(total: Origin, sites: Mapping[str, GuideSite], draws: Mapping[str, TaggedValue]) -> float:
+    """How many times an ELBO the loss is: the factor before log q, times the particles of which an ELBO is a mean."""
+    for name, site in sites.items():
+        factor = total.factors.get(Label(LabelKind.DENSITY, name))
+        if factor is not None and site.weight:
+            times = factor * (draws[name].size // max(site.draw_size, 1)) / site.weight
+            if not math.isclose(times, 1.0, rel_tol=FACTOR_ROUNDING):
+                return times
+    return 1.0
 
 
 def _params_behind(total: Origin, tags: Tags) -> frozenset[str]:
