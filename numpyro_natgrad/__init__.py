@@ -20,10 +20,12 @@ Each package imports only those below it:
 """
 
 from numpyro_natgrad.blocks.fisher.solvers import FisherOperator as FisherOperator
+from numpyro_natgrad.diagnostics.arviz_compat import to_arviz as to_arviz
 from numpyro_natgrad.diagnostics.linear_response import LinearResponse as LinearResponse
 from numpyro_natgrad.diagnostics.linear_response import linear_response as linear_response
+from numpyro_natgrad.diagnostics.nuts import NUTSStart as NUTSStart
+from numpyro_natgrad.diagnostics.nuts import to_nuts as to_nuts
 from numpyro_natgrad.diagnostics.verdict import Verdict as Verdict
-from numpyro_natgrad.diagnostics.verdict import to_arviz as to_arviz
 from numpyro_natgrad.diagnostics.verdict import verdict as verdict
 from numpyro_natgrad.distributions import builtin_matrix as _builtin  # noqa: F401  (fills the registry, with the module that it imports)
 from numpyro_natgrad.distributions.exponential_family import register_exponential_family as register_exponential_family
@@ -56,6 +58,7 @@ __all__ = [
     "FitResult",
     "History",
     "LinearResponse",
+    "NUTSStart",
     "NaturalGradient",
     "NaturalGradientState",
     "Progress",
@@ -75,6 +78,7 @@ __all__ = [
     "save",
     "scale_by_fisher",
     "to_arviz",
+    "to_nuts",
     "verdict",
 ]
 __version__ = "0.1.0"

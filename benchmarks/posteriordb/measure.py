@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from numpyro_natgrad.diagnostics import arviz_compat
+from numpyro_natgrad.diagnostics import importance
 
 from .models import Data
 from .target import Target
@@ -154,7 +154,7 @@ def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     (ArviZ 1 raises).
     """
     try:
-        smoothed, khat = arviz_compat.psis(log_weights)
+        smoothed, khat = importance.psis(log_weights)
     except ValueError:
         smoothed, khat = log_weights, np.inf
     return smoothed - np.logaddexp.reduce(smoothed), khat

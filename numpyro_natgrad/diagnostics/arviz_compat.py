@@ -1,40 +1,105 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of ArviZ that work in version 0.x, which is one package, and in 1.x, several with other signatures.
+"""The draws of a verdict in ArviZ's groups, with log likelihoods and predictions.
 
-ArviZ is imported inside of the functions, because its import takes longer than a small fit.
+It works with ArviZ 0.x, which is one package, and with 1.x, several with other signatures. ArviZ is imported inside of
+the functions, because its import takes longer than a small fit.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax, random
+from numpyro.handlers import seed, substitute, trace, uncondition
+from numpyro.infer import Predictive, log_likelihood
+
+from numpyro_natgrad.compilation.devices import fetch, jit_for
+from numpyro_natgrad.diagnostics.importance import FittedGuide
+from numpyro_natgrad.diagnostics.verdict import Source, Verdict
+from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.options import StructureError
+
+#: Groups that are computed from the model.
+GROUPS = ("log_likelihood", "observed_data", "posterior_predictive")
+#: Entries that a chunk of draws may have, by default: 32 MB in double precision, with its intermediate values.
+ENTRIES_PER_CHUNK = 2**22
+#: Entries of a group above which it is left out, unless it is named: 1 GiB in single precision.
+LARGEST_GROUP = 2**28
 
 
-def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """Pareto-smoothed importance sampling (Vehtari, Simpson, Gelman, Yao & Gabry 2024, JMLR 25:72).
+def to_arviz(
+    judged: Verdict,
+    rng_key: jax.Array | None = None,
+    *,
+    groups: Sequence[str] | None = None,
+    draws_per_chunk: int | None = None,
+    **labels: Any,
+) -> Any:
+    """Give the draws of a verdict to ArviZ, as one chain, with log likelihoods, observed data and predictions.
 
-    :param log_weights: finite log p − log q of independent draws, ``(S,)``, nats.
-    :return: log weights, smoothed and normalised to a sum of 1, ``(S,)``, and k-hat, the Pareto shape of their tail.
+    ``sample_stats`` has the ``log_weight`` (smoothed and normalised), ``lp_minus_lq``, ``log_p`` and ``log_q`` of each
+    draw, nats, as ``arviz_stats.loo_approximate_posterior`` needs them.
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from jax import lax, random
+        >>> from numpyro.infer import SVI, Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_natgrad import NaturalGradient, to_arviz, verdict
+        >>> def model(y):
+        ...     z = numpyro.sample("z", dist.Normal(0, 1))
+        ...     numpyro.sample("y", dist.Normal(z, 1).expand([3]), obs=y)
+        >>> y = jnp.array([1.0, 2.0, 3.0])
+        >>> svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO())
+        >>> judged = verdict(svi, svi.init(random.key(0), y), random.key(1), y, num_draws=500)
+        >>> data = to_arviz(judged, random.key(2), dims={"y": ["row"]})
+        >>> data["log_likelihood"]["y"].dims, data["posterior_predictive"]["y"].shape
+        (('chain', 'draw', 'row'), (1, 500, 3))
+
+    :param Verdict judged: what :func:`verdict` returned.
+    :param jax.Array rng_key: key for resampling the draws by their weights, which makes them posterior draws without
+        weights, and for predictions. By default the draws are those of the guide, and there are no predictions.
+    :param groups: names of the groups to compute from the model: ``"log_likelihood"``, ``"observed_data"``,
+        ``"posterior_predictive"``. By default all that can be computed, if none has more than 2²⁸ entries.
+    :param int draws_per_chunk: draws that are evaluated together, which bounds the memory of the device; by default as
+        many as have 2²² log likelihoods or predictions.
+    :param labels: ``dims`` and ``coords``, as for ``arviz.from_dict``.
+    :return: ``InferenceData`` in ArviZ 0.x, ``xarray.DataTree`` in ArviZ 1.x.
+    :raises StructureError: if the model sees a minibatch, so that a group in ``groups`` cannot be computed.
+    :raises TypeError: if ``draws_per_chunk`` is not an integer.
+    :raises ValueError: if ``groups`` has another name, or predictions without ``rng_key``; if ``draws_per_chunk`` is
+        not positive.
     """
-    try:
-        from arviz_stats.base import array_stats
-    except ImportError:
-        import arviz
-
-        smoothed, k_hat = arviz.psislw(log_weights)
+    _check(groups, rng_key, draws_per_chunk)
+    count = judged.weights.size
+    statistics = {"lp_minus_lq": judged.log_weights}
+    if judged.source is not None:
+        log_p = judged.source.drawn.log_p
+        statistics |= {"log_p": log_p, "log_q": log_p - judged.log_weights}
+    if rng_key is None:
+        chosen = np.arange(count)
+        with np.errstate(divide="ignore"):
+            statistics["log_weight"] = np.log(judged.weights)
     else:
-        # ArviZ 1.x expects log likelihoods, the negatives of log weights.
-        smoothed, k_hat = array_stats.psislw(-log_weights)
-    return np.asarray(smoothed), float(k_hat)
+        chosen = np.asarray(random.choice(rng_key, count, (count,), p=jnp.asarray(judged.weights)))
+    computed = _Groups(judged.source, chosen, rng_key, draws_per_chunk).of(groups) if judged.source else {}
+    drawn = {name: z[chosen] for name, z in judged.draws.items()}
+    data = computed.pop("observed_data", None)
+    chains = {"posterior": drawn, "sample_stats": {name: x[chosen] for name, x in statistics.items()}, **computed}
+    found: dict[str, Any] = {group: _one_chain(values) for group, values in chains.items()}
+    return _from_dict(found | ({"observed_data": data} if data else {}), labels)
 
 
-def inference_data(posterior: Mapping[str, np.ndarray], statistics: Mapping[str, np.ndarray], **labels: Any) -> Any:
-    """One chain of draws, ``(S, *shape)``, and of statistics, ``(S,)``; ``labels`` as for :func:`.to_arviz`."""
+def _from_dict(groups: dict[str, Any], labels: dict[str, Any]) -> Any:
     import arviz
 
     from_dict: Any = arviz.from_dict
-    groups = {"posterior": _one_chain(posterior), "sample_stats": _one_chain(statistics)}
     if "InferenceData" in vars(arviz):  # 0.x takes groups as keywords, 1.x as a dict
         return from_dict(**groups, **labels)
     return from_dict(groups, **labels)
@@ -42,3 +107,102 @@ def inference_data(posterior: Mapping[str, np.ndarray], statistics: Mapping[str,
 
 def _one_chain(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.asarray(x)[None] for name, x in values.items()}
+
+
+def _check(groups: Any, rng_key: jax.Array | None, draws_per_chunk: Any) -> None:
+    if isinstance(groups, str) or (groups is not None and (unknown := [x for x in groups if x not in GROUPS])):
+        wrong = groups if isinstance(groups, str) else unknown
+        raise ValueError(f"`groups` has {wrong!r}: expected a list of some of {list(GROUPS)}.")
+    if groups is not None and "posterior_predictive" in groups and rng_key is None:
+        raise ValueError(
+            "`groups` has 'posterior_predictive', and there is no `rng_key`: expected a key, by which draws of the "
+            "guide become draws of the posterior. Call `to_arviz(judged, rng_key, ...)`."
+        )
+    if draws_per_chunk is None:
+        return
+    if isinstance(draws_per_chunk, bool) or not isinstance(draws_per_chunk, int | np.integer):
+        raise TypeError(f"`draws_per_chunk={draws_per_chunk!r}`: expected a positive integer, such as 100.")
+    if draws_per_chunk < 1:
+        raise ValueError(f"`draws_per_chunk={draws_per_chunk}`: expected a positive integer, such as 100.")
+
+
+class _Groups:
+    """What the model says of its observed sites, at draws number ``chosen`` of a verdict."""
+
+    def __init__(
+        self, source: Source, chosen: np.ndarray, rng_key: jax.Array | None, draws_per_chunk: int | None
+    ) -> None:
+        self.fitted, self.chosen, self.draws_per_chunk = source.fitted, chosen, draws_per_chunk
+        self.subsampled = list(source.drawn.sites.subsampled)
+        self.latent = {name: source.drawn.values[name] for name in source.drawn.sites.latent}
+        self.predict = rng_key is not None
+        self.keys = random.split(random.key(0) if rng_key is None else random.fold_in(rng_key, 1), chosen.size)
+
+    def of(self, groups: Sequence[str] | None) -> dict[str, dict[str, np.ndarray]]:
+        """The named groups, or all that can be computed and are not too large; a group without sites is left out."""
+        if self.subsampled and groups:
+            raise StructureError(
+                f"the plates {self.subsampled} see a minibatch, so that {list(groups)} would be those of one "
+                "minibatch: expected all of the data. Call `verdict` with it (`subsample_size=None`)."
+            )
+        data = {} if self.subsampled or groups == () else self._data()
+        known: dict[str, Callable[..., Params]] = {"log_likelihood": partial(_log_likelihoods, tuple(data))}
+        if self.predict:
+            known["posterior_predictive"] = partial(_predictions, tuple(data))
+        chosen = [name for name in known if data and (groups is None or name in groups)]
+        found = {name: self._each(name, known[name], named=groups is not None) for name in chosen}
+        if groups is None or "observed_data" in groups:
+            found["observed_data"] = data
+        return {name: values for name, values in found.items() if values}
+
+    def _data(self) -> dict[str, np.ndarray]:
+        """The observed values of the model, without those of ``numpyro.factor``, which have no entries."""
+
+        def run(fitted: FittedGuide, latent: Params) -> Params:
+            model = substitute(seed(fitted.svi.model, random.key(0)), data={**fitted.params, **latent})
+            sites = trace(model).get_trace(*fitted.args, **fitted.kwargs)
+            return {n: x["value"] for n, x in sites.items() if x["type"] == "sample" and x["is_observed"]}
+
+        found = fetch(jit_for(self.fitted, run)({name: z[0] for name, z in self.latent.items()}))
+        return {name: x for name, x in found.items() if x.size}
+
+    def _each(self, group: str, one: Callable[..., Params], named: bool) -> dict[str, np.ndarray]:
+        """``one`` of each draw, in chunks of one size, so that one program is compiled."""
+        count, first = self.chosen.size, {name: z[0] for name, z in self.latent.items()}
+        try:
+            shapes = jax.eval_shape(partial(one, self.fitted), first, self.keys[0])
+        except NotImplementedError:  # a distribution that cannot be sampled
+            if named:
+                raise
+            return {}
+        entries = max(sum(x.size for x in shapes.values()), 1)
+        if entries * count > LARGEST_GROUP and not named:
+            warnings.warn(
+                f"`{group}` has {entries} entries for each of {count} draws, and was left out: name it in `groups` to "
+                "compute it all the same, or take a smaller `num_draws` for the verdict.",
+                stacklevel=4,
+            )
+            return {}
+        size = min(self.draws_per_chunk or max(ENTRIES_PER_CHUNK // entries, 1), count)
+        many = jax.vmap if self.fitted.vectorized else lambda f: lambda *inputs: lax.map(lambda x: f(*x), inputs)
+        program = jit_for(self.fitted, lambda fitted, latent, keys: many(partial(one, fitted))(latent, keys))
+        chunks = []
+        for begin in range(0, count, size):
+            at = np.minimum(np.arange(begin, begin + size), count - 1)
+            latent = {name: z[self.chosen[at]] for name, z in self.latent.items()}
+            chunks.append(fetch(program(latent, self.keys[at])))
+        return {name: np.concatenate([x[name] for x in chunks])[:count] for name in shapes}
+
+
+def _log_likelihoods(names: tuple[str, ...], fitted: FittedGuide, latent: Params, key: jax.Array) -> Params:
+    """Log likelihoods of the observed sites at one draw."""
+    model = substitute(seed(fitted.svi.model, key), data=dict(fitted.params))
+    found = log_likelihood(model, latent, *fitted.args, batch_ndims=0, **fitted.kwargs)
+    return {name: found[name] for name in names}
+
+
+def _predictions(names: tuple[str, ...], fitted: FittedGuide, latent: Params, key: jax.Array) -> Params:
+    """New values of the observed sites for one draw."""
+    model = uncondition(substitute(fitted.svi.model, data=dict(fitted.params)))
+    predictive = Predictive(model, latent, return_sites=list(names), batch_ndims=0)
+    return predictive(key, *fitted.args, **fitted.kwargs)

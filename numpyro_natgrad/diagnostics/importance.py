@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
+from numpyro.distributions import biject_to
 from numpyro.handlers import replay, seed
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIRunResult, SVIState
@@ -24,7 +25,6 @@ from numpyro.infer.util import log_density
 from tqdm.auto import tqdm
 
 from numpyro_natgrad.compilation.devices import fetch, jit_for
-from numpyro_natgrad.diagnostics import arviz_compat
 from numpyro_natgrad.distributions.wrappers import base_distribution
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.infer.fisher import Estimate, _initialised
@@ -83,6 +83,8 @@ class Draws(NamedTuple):
     :ivar log_weights: ``(S,)``, nats, converted to float64 from ``dtype``, the precision of their computation.
     :ivar values: constrained values of latent and tabulated sites, ``(S, *shape)``.
     :ivar log_scales: mean log scale of the distribution of each latent site in the model, ``(S,)``.
+    :ivar unconstrained: values of latent sites in the unconstrained space of NUTS, ``(S, *shape)``, if requested.
+    :ivar log_p: log p(x, z) of each draw, ``(S,)``, nats; log q(z) is ``log_p - log_weights``.
     """
 
     log_weights: np.ndarray
@@ -90,6 +92,8 @@ class Draws(NamedTuple):
     sites: Inspection
     dtype: np.dtype
     log_scales: dict[str, np.ndarray] = {}  # noqa: RUF012
+    unconstrained: dict[str, np.ndarray] = {}  # noqa: RUF012
+    log_p: np.ndarray = np.empty(0)
 
 
 class ImportanceWeights(NamedTuple):
@@ -152,20 +156,23 @@ def draw(
     num_draws: int,
     sites: Sequence[str] | str | None = None,
     *,
+    unconstrain: bool = False,
     progress_bar: bool = False,
 ) -> Draws:
     """Draw from the guide and compute the log weight of every draw, with a progress bar if that takes long.
 
     :param sites: names of latent or deterministic sites to tabulate; all latent sites by default.
+    :param unconstrain: whether to return unconstrained values of the latent sites as well.
     :raises StructureError: if the model has latent sites that the guide does not draw, or no site of a given name.
     """
     found = _inspect(guide, key, sites)
     names = tuple(dict.fromkeys(found.latent + found.tabulated))
 
-    def one(guide: FittedGuide, key: jax.Array) -> tuple[jax.Array, Params, Params]:
-        log_weight, _, trace = _traces(guide, key)
+    def one(guide: FittedGuide, key: jax.Array) -> tuple[jax.Array, jax.Array, Params, Params, Params]:
+        log_p, log_q, _, trace = _traces(guide, key)
         log_scales = {name: _log_scale(trace[name]) for name in found.latent}
-        return log_weight, {name: trace[name]["value"] for name in names}, log_scales
+        free = {name: unconstrained_value(trace[name]) for name in found.latent} if unconstrain else {}
+        return log_p - log_q, log_p, {name: trace[name]["value"] for name in names}, log_scales, free
 
     size = DRAWS_PER_BATCH if guide.vectorized else None
     each = jit_for(guide, lambda guide, keys: lax.map(partial(one, guide), keys, batch_size=size))
@@ -179,13 +186,15 @@ def draw(
         disable=not progress_bar or jax.process_index() > 0,
     )
     chunks = [fetch(each(keys[start : start + DRAWS_PER_CALL])) for start in bar]
-    log_weights, values, log_scales = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+    log_weights, log_p, values, log_scales, free = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
     return Draws(
         log_weights=np.asarray(log_weights, np.float64),
         values=values,
         sites=found,
         dtype=log_weights.dtype,
         log_scales=log_scales,
+        unconstrained=free,
+        log_p=np.asarray(log_p, np.float64),
     )
 
 
@@ -195,13 +204,18 @@ def _log_scale(site: dict[str, Any]) -> jax.Array:
     return jnp.zeros(()) if scale is None else jnp.mean(jnp.log(scale))
 
 
-def _traces(guide: FittedGuide, key: jax.Array) -> tuple[jax.Array, Sites, Sites]:
-    """The log weight of one draw, and the traces of guide and model."""
+def unconstrained_value(site: dict[str, Any]) -> jax.Array:
+    """The value of a site of the model in the unconstrained space that NUTS samples."""
+    return biject_to(site["fn"].support).inv(site["value"])
+
+
+def _traces(guide: FittedGuide, key: jax.Array) -> tuple[jax.Array, jax.Array, Sites, Sites]:
+    """log p(x, z) and log q(z) of one draw, and the traces of guide and model."""
     svi, args, kwargs, params = guide.svi, guide.args, guide.kwargs, guide.params
     model_key, guide_key = random.split(key)  # the order of ``Trace_ELBO``, so that the draws of a key are the same
     log_q, guide_sites = log_density(seed(svi.guide, guide_key), args, kwargs, params)
     log_p, model_sites = log_density(replay(seed(svi.model, model_key), guide_sites), args, kwargs, params)
-    return log_p - log_q, guide_sites, model_sites
+    return log_p, log_q, guide_sites, model_sites
 
 
 def _inspect(guide: FittedGuide, key: jax.Array, sites: Sequence[str] | str | None) -> Inspection:
@@ -209,7 +223,7 @@ def _inspect(guide: FittedGuide, key: jax.Array, sites: Sequence[str] | str | No
     found: list[Inspection] = []
 
     def look(key: jax.Array) -> None:
-        _, guide_sites, model_sites = _traces(guide, key)
+        _, _, guide_sites, model_sites = _traces(guide, key)
         plates = {name: site["args"] for name, site in model_sites.items() if site["type"] == "plate"}
         subsampled = tuple(name for name, (size, rows) in plates.items() if rows is not None and rows < size)
         latent = _latent_sites(guide_sites, model_sites)
@@ -262,7 +276,7 @@ def smooth(log_weights: np.ndarray, dtype: np.dtype | type[np.floating]) -> Impo
     elif _are_equal(known, dtype):
         smoothed, k_hat = np.full(known.size, -math.log(known.size)), 0.0
     else:
-        smoothed, k_hat = arviz_compat.psis(known)
+        smoothed, k_hat = psis(known)
     normalised = np.zeros(count)
     normalised[finite] = np.exp(smoothed)
     # Smoothing changes the largest weights only: the smallest one shows the sum that all of them were divided by.
@@ -270,6 +284,24 @@ def smooth(log_weights: np.ndarray, dtype: np.dtype | type[np.floating]) -> Impo
     log_mean = known[smallest] - smoothed[smallest] - math.log(count)
     error = math.sqrt(max(float(np.sum(normalised**2)) - 1 / count, 0.0))
     return ImportanceWeights(normalised=normalised, k_hat=k_hat, log_evidence=_estimate(log_mean, error))
+
+
+def psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """Pareto-smoothed importance sampling (Vehtari, Simpson, Gelman, Yao & Gabry 2024, JMLR 25:72), by ArviZ.
+
+    :param log_weights: finite log p − log q of independent draws, ``(S,)``, nats.
+    :return: log weights, smoothed and normalised to a sum of 1, ``(S,)``, and k-hat, the Pareto shape of their tail.
+    """
+    try:
+        from arviz_stats.base import array_stats
+    except ImportError:
+        import arviz
+
+        smoothed, k_hat = arviz.psislw(log_weights)
+    else:
+        # ArviZ 1.x expects log likelihoods, the negatives of log weights.
+        smoothed, k_hat = array_stats.psislw(-log_weights)
+    return np.asarray(smoothed), float(k_hat)
 
 
 def gap(log_weights: np.ndarray, weights: ImportanceWeights) -> Estimate:
@@ -297,7 +329,7 @@ def tail_of_terms(log_weights: np.ndarray, dtype: np.dtype | type[np.floating]) 
     if known.size < MIN_WEIGHTS_FOR_TAIL or _are_equal(known, dtype):
         return 0.0
     depth = known.max() - known
-    return arviz_compat.psis(np.log(np.maximum(depth, np.finfo(float).tiny)))[1]
+    return psis(np.log(np.maximum(depth, np.finfo(float).tiny)))[1]
 
 
 def moments(values: np.ndarray, weights: np.ndarray | None = None) -> Moments:

@@ -23,7 +23,7 @@ from numpyro.infer import SVI
 
 from numpyro_natgrad.compilation.data import traceable
 from numpyro_natgrad.compilation.devices import fetch, jit_for
-from numpyro_natgrad.diagnostics import arviz_compat, importance, linear_response, recommendation
+from numpyro_natgrad.diagnostics import importance, linear_response, recommendation
 from numpyro_natgrad.diagnostics.importance import (
     DRAWS_PER_BATCH,
     Draws,
@@ -49,6 +49,13 @@ _MINIBATCH = (
 )
 
 
+class Source(NamedTuple):
+    """Model and guide at the fitted parameters, and all draws of a verdict."""
+
+    fitted: FittedGuide
+    drawn: Draws
+
+
 class Verdict(NamedTuple):
     """What :func:`verdict` returns for ``S`` draws, in float64; ``print`` shows it as a table.
 
@@ -68,6 +75,7 @@ class Verdict(NamedTuple):
     :ivar numpy.ndarray log_weights: unsmoothed log weights, ``(S,)``, nats.
     :ivar numpy.ndarray weights: smoothed weights w̄ with sum 1, ``(S,)``.
     :ivar str recommendation: what to do, in a sentence or two.
+    :ivar Source source: model, guide and all of the draws, for :func:`.to_arviz`.
     """
 
     k_hat: float
@@ -85,6 +93,7 @@ class Verdict(NamedTuple):
     log_weights: np.ndarray
     weights: np.ndarray
     recommendation: str
+    source: Source | None = None
 
     def __str__(self) -> str:
         return "\n".join([*_summary_lines(self), "", *_moment_lines(self), "", self.recommendation])
@@ -229,42 +238,8 @@ def _verdict(fitted: FittedGuide, drawn: Draws, judgement: Judgement, response: 
         log_weights=drawn.log_weights,
         weights=weights.normalised,
         recommendation=recommendation.recommend(case),
+        source=Source(fitted, drawn),
     )
-
-
-def to_arviz(judged: Verdict, rng_key: jax.Array | None = None, **labels: Any) -> Any:
-    """Give the draws of a verdict to ArviZ, as one chain.
-
-    ``sample_stats`` has the ``log_weight`` (smoothed and normalised) and ``lp_minus_lq`` of each draw, nats.
-
-    .. doctest::
-
-        >>> import numpyro, numpyro.distributions as dist
-        >>> from jax import random
-        >>> from numpyro.infer import SVI, Trace_ELBO
-        >>> from numpyro.infer.autoguide import AutoNormal
-        >>> from numpyro_natgrad import NaturalGradient, to_arviz, verdict
-        >>> model = lambda: numpyro.sample("z", dist.Normal(0, 1).expand([3]).to_event(1))
-        >>> svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO())
-        >>> judged = verdict(svi, svi.init(random.key(0)), random.key(1), num_draws=500)
-        >>> data = to_arviz(judged, random.key(2), dims={"z": ["entry"]})
-        >>> data["posterior"]["z"].dims, data["posterior"]["z"].shape
-        (('chain', 'draw', 'entry'), (1, 500, 3))
-
-    :param Verdict judged: what :func:`verdict` returned.
-    :param jax.Array rng_key: key for resampling the draws by their weights, which makes them posterior draws without
-        weights. By default the draws are those of the guide.
-    :param labels: ``dims`` and ``coords``, as for ``arviz.from_dict``.
-    :return: ``InferenceData`` in ArviZ 0.x, ``xarray.DataTree`` in ArviZ 1.x.
-    """
-    count = judged.weights.size
-    if rng_key is not None:
-        chosen = np.asarray(random.choice(rng_key, count, (count,), p=jnp.asarray(judged.weights)))
-        drawn = {name: z[chosen] for name, z in judged.draws.items()}
-        return arviz_compat.inference_data(drawn, {"lp_minus_lq": judged.log_weights[chosen]}, **labels)
-    with np.errstate(divide="ignore"):
-        statistics = {"log_weight": np.log(judged.weights), "lp_minus_lq": judged.log_weights}
-    return arviz_compat.inference_data(judged.draws, statistics, **labels)
 
 
 def _is_point(values: np.ndarray) -> bool:

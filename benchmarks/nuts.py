@@ -1,0 +1,260 @@
+# Copyright Contributors to the numpyro_natgrad project.
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks.nuts --checkout PATH``: gradients of NUTS to 400 effective draws, with and without a fit.
+
+    default: NUTS(model), 1000 steps of warm-up        fit: 50 steps, then NUTS from ``to_nuts``
+
+Both run four chains in double precision. A run is charged with all gradients up to the first number of draws at which
+every unconstrained latent has a bulk ESS of 400 and an R-hat below 1.01: warm-up, draws, and the fit. Each posterior is
+a file of its own, written after each run, so that the benchmark can be interrupted and resumed.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from numpyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from tqdm.auto import tqdm
+
+from numpyro_natgrad import NaturalGradient, to_nuts
+from numpyro_natgrad.diagnostics.nuts import START
+from numpyro_natgrad.options import RuleConstants
+
+from .posteriordb.checkout import arguments
+from .posteriordb.models import MODELS, named
+from .starts.cases import PROBLEMS
+
+FOLDER = pathlib.Path("benchmarks/results/nuts")
+OUTPUT = pathlib.Path("docs/benchmarks/nuts.md")
+HEADING = "## The table\n\n"
+#: Problems of ``benchmarks.starts``, one of each kind, on which chains of NUTS agree.
+STARTS = (
+    *("negative_binomial", "item_response", "counts_by_region", "logistic_growth"),
+    *("weibull_censored", "stochastic_volatility", "student_regression", "laplace_shrinkage"),
+)
+POSTERIORS = (*(name.partition("-")[2] for name in MODELS), *STARTS)
+CHAINS, WARMUP, STEPS, PARTICLES = 4, 1000, 50, 8
+ESS, R_HAT = 400, 1.01
+#: Draws of each chain between two looks at ESS and R-hat; draws that are computed in one call, and at most.
+LOOK, DRAWS, MOST = 25, 1000, 8000
+#: Guides of the fits, by the names of the methods.
+GUIDES = {"full": AutoMultivariateNormal, "mean-field": AutoNormal}
+METHODS = ("default", *GUIDES)
+
+Run = dict[str, Any]
+Model = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+def main() -> None:
+    """Run what is missing, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.nuts", description=__doc__)
+    parser.add_argument("--checkout", type=pathlib.Path, help="checkout of posteriordb")
+    parser.add_argument("--only", nargs="*", default=list(POSTERIORS), choices=POSTERIORS, metavar="NAME")
+    parser.add_argument("--methods", nargs="*", default=["default", "full"], choices=METHODS)
+    parser.add_argument("--cache", type=pathlib.Path, default=FOLDER, help="folder of the results")
+    parser.add_argument("--table", action="store_true", help="print the table of the stored results, and run nothing")
+    parser.add_argument("--document", action="store_true", help=f"write the table to {OUTPUT}")
+    options = parser.parse_args()
+    if not options.table:
+        run(options)
+    text = table({name: read(options.cache, name) for name in options.only})
+    print(text)
+    if options.document:
+        OUTPUT.write_text(OUTPUT.read_text().partition(HEADING)[0] + HEADING + text)
+
+
+def run(options: argparse.Namespace) -> None:
+    """The missing runs, with a progress bar."""
+    jobs = [(name, method) for name in options.only for method in options.methods]
+    for name, method in (bar := tqdm(jobs, unit="run")):
+        bar.set_postfix_str(f"{name}, {method}")
+        if method in read(options.cache, name):
+            continue
+        begin = time.perf_counter()
+        try:
+            with jax.enable_x64(True):
+                found = measure(method, *problem(name, options.checkout))
+        except Exception:
+            bar.write(f"{name}, {method}:\n{traceback.format_exc()}")
+            continue
+        finally:
+            jax.clear_caches()
+        write(options.cache, name, method, found | {"seconds": time.perf_counter() - begin})
+
+
+def problem(name: str, checkout: pathlib.Path | None) -> Model:
+    """A model with its arguments.
+
+    :raises SystemExit: if the posterior is one of posteriordb, and there is no checkout.
+    """
+    if name in STARTS:
+        model, args = PROBLEMS[name].make()
+        return model, args, {}
+    if checkout is None:
+        raise SystemExit(
+            "`--checkout`: expected the folder of a checkout of posteriordb. Clone https://github.com/stan-dev/posteriordb."
+        )
+    full = named(name)
+    return MODELS[full].function, (), arguments(checkout, full)
+
+
+def measure(method: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+    """Gradients of one method, and how its chains went."""
+    if method == "default":
+        return sample(NUTS(model), WARMUP, None, args, kwargs) | {"fit": 0}
+    svi = SVI(model, GUIDES[method](model), NaturalGradient(), Trace_ELBO(PARTICLES))
+    result = svi.run(jax.random.key(0), STEPS, *args, progress_bar=False, **kwargs)
+    start = to_nuts(svi, result, jax.random.key(1), *args, num_chains=CHAINS, **kwargs)
+    size = sum(x[0].size for x in start.init_params.values())
+    response = START.response_draws * 2 * 2 * size if method == "mean-field" else 0
+    report = svi.optim.report(svi, result.state, *args, **kwargs)
+    fit = STEPS * step_gradients(report) + START.draws / 3 + 2 * response
+    return sample(start.kernel, start.num_warmup, start.init_params, args, kwargs) | {
+        "fit": round(fit),
+        "k_hat": float(start.k_hat),
+        "latents": size,
+    }
+
+
+def step_gradients(report: str) -> float:
+    """Gradients of a draw's log density in a step: one, two for each Hessian-vector product, a third for each trial."""
+    products = re.search(r"(\d+) Hessian-vector products", report)
+    return PARTICLES * (1 + 2 * (int(products[1]) if products else 0) + RuleConstants().radius_trials / 3)
+
+
+def sample(kernel: NUTS, warmup: int, init_params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+    """Run chains until all latents have enough effective draws."""
+    mcmc = MCMC(
+        kernel,
+        num_warmup=warmup,
+        num_samples=DRAWS,
+        num_chains=CHAINS,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.warmup(
+        jax.random.key(2), *args, extra_fields=("num_steps",), collect_warmup=True, init_params=init_params, **kwargs
+    )
+    names = sorted(mcmc.last_state.z)
+    fields = ("num_steps", *(f"z.{name}" for name in names))  # unconstrained values
+    spent = int(np.sum(mcmc.get_extra_fields()["num_steps"]))
+    steps, z, diverging = (np.empty((CHAINS, 0)) for _ in range(3))
+    while steps.shape[1] < MOST:
+        mcmc.run(mcmc.last_state.rng_key, *args, extra_fields=fields, **kwargs)
+        mcmc.post_warmup_state = mcmc.last_state
+        more = mcmc.get_extra_fields(group_by_chain=True)
+        flat = np.concatenate([np.reshape(more[f"z.{name}"], (CHAINS, DRAWS, -1)) for name in names], axis=2)
+        z = np.concatenate([z, flat], axis=1) if z.size else flat
+        steps = np.concatenate([steps, more["num_steps"]], axis=1)
+        diverging = np.concatenate([diverging, more["diverging"]], axis=1)
+        for end in looks(steps.shape[1] - DRAWS, steps.shape[1]):
+            if reached(z[:, :end]):
+                return _run(end, spent, steps, z, diverging) | {"reached": True}
+    return _run(steps.shape[1], spent, steps, z, diverging) | {"reached": False}
+
+
+def _run(end: int, spent: int, steps: np.ndarray, z: np.ndarray, diverging: np.ndarray) -> Run:
+    ess, r_hat = diagnostics(z[:, :end])
+    return {
+        "warmup": spent,
+        "draws": int(steps[:, :end].sum()),
+        "length": end,
+        "ess": ess,
+        "r_hat": r_hat,
+        "divergences": int(diverging[:, :end].sum()),
+    }
+
+
+def looks(begin: int, end: int) -> Iterator[int]:
+    """Numbers of draws at which chains are examined: every 25, and every 100 after the first 1000."""
+    step = LOOK if begin < DRAWS else 4 * LOOK
+    yield from range(begin + step, end + 1, step)
+
+
+def reached(z: np.ndarray) -> bool:
+    """Whether every latent has enough effective draws, and its chains agree."""
+    ess, r_hat = diagnostics(z)
+    return ess >= ESS and r_hat < R_HAT
+
+
+def diagnostics(z: np.ndarray) -> tuple[float, float]:
+    """The least bulk ESS and the largest rank-normalised R-hat of the latents, ``(chains, draws, d)``, by ArviZ."""
+    try:
+        from arviz_stats.base import array_stats
+    except ImportError:
+        import arviz
+
+        ess = [arviz.ess(z[:, :, i], method="bulk") for i in range(z.shape[2])]
+        r_hat = [arviz.rhat(z[:, :, i], method="rank") for i in range(z.shape[2])]
+    else:
+        ess = array_stats.ess(z, chain_axis=0, draw_axis=1, method="bulk")
+        r_hat = array_stats.rhat(z, chain_axis=0, draw_axis=1, method="rank")
+    return float(np.min(ess)), float(np.max(r_hat))
+
+
+def total(run: Run) -> int:
+    """All gradients of a run."""
+    return run["fit"] + run["warmup"] + run["draws"]
+
+
+def table(stored: dict[str, dict[str, Run]]) -> str:
+    """Gradients of each method, and their ratio to those of the default."""
+    lines, summary = [], []
+    for method in GUIDES:
+        rows = [(n, x["default"], x[method]) for n, x in stored.items() if "default" in x and method in x]
+        if not rows:
+            continue
+        ratios = [total(b) / total(a) for _, a, b in rows]
+        summary.append(
+            f"* `{GUIDES[method].__name__}`: {len(rows)} posteriors, median ratio {np.median(ratios):.2f}, "
+            f"largest {max(ratios):.2f}, {sum(x <= 1 / 3 for x in ratios)} at most 1/3."
+        )
+        lines += ["", f"With `{GUIDES[method].__name__}`:", "", f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
+        lines += [_line(*row) for row in rows]
+    return "\n".join([*summary, *lines]) + "\n"
+
+
+HEAD = (
+    *("posterior", "latents", "k-hat", "default: warm-up", "draws", "fit", "warm-up", "draws", "ratio"),
+    *("draws a chain, default", "fit", "divergences, default", "fit"),
+)
+
+
+def _line(name: str, default: Run, warm: Run) -> str:
+    short = lambda x: f"{x:,}"
+    ratio = total(warm) / total(default)
+    length = lambda x: f"{x['length']}" if x["reached"] else f"> {x['length']}"
+    cells = [
+        *(f"`{name}`", str(warm["latents"]), f"{warm['k_hat']:.2f}"),
+        *(short(default["warmup"]), short(default["draws"])),
+        *(short(warm["fit"]), short(warm["warmup"]), short(warm["draws"])),
+        f"**{ratio:.2f}**" if ratio > 1 / 3 else f"{ratio:.2f}",
+        *(length(default), length(warm), str(default["divergences"]), str(warm["divergences"])),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def read(cache: pathlib.Path, name: str) -> dict[str, Run]:
+    """What is stored of a posterior, by method."""
+    path = cache / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(cache: pathlib.Path, name: str, method: str, found: Run) -> None:
+    """Store a run beside the others of its posterior."""
+    cache.mkdir(parents=True, exist_ok=True)
+    part = cache / f"{name}.part"
+    part.write_text(json.dumps(read(cache, name) | {method: found}, indent=1))
+    part.replace(cache / f"{name}.json")
+
+
+if __name__ == "__main__":
+    main()
