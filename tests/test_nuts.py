@@ -8,7 +8,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from jax import random
-from numpyro.handlers import seed, trace
+from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import MCMC, SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from scipy import stats
@@ -101,16 +101,19 @@ def test_chains_start_at_the_posterior():
 
 
 def test_parameters_of_the_model_and_static_arguments_are_the_fitted_ones():
+    """Beside a flat prior, which cannot be sampled."""
+
     def model(y, scale):
         prior = numpyro.param("prior_mean", 0.0)
         z = numpyro.sample("z", dist.Normal(prior, scale))
-        numpyro.sample("y", dist.Normal(z, 1), obs=y)
+        flat = numpyro.sample("flat", dist.ImproperUniform(dist.constraints.real, (), ()))
+        numpyro.sample("y", dist.Normal(z + flat, 1), obs=y)
 
     y = jnp.array(2.0)
     svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO(), scale=3.0)
     state = svi.init(random.key(0), y)
     start = to_nuts(svi, svi.get_params(state) | {"prior_mean": jnp.array(5.0)}, random.key(1), y)
-    sites = trace(seed(start.model, random.key(0))).get_trace(y)
+    sites = trace(substitute(seed(start.model, random.key(0)), data={"flat": 0.0})).get_trace(y)
     assert sites["prior_mean"]["value"] == 5.0
     assert sites["z"]["fn"].scale == 3.0
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 from numpyro.handlers import seed, substitute, trace
-from numpyro.infer import NUTS, SVI, init_to_value
+from numpyro.infer import NUTS, SVI, init_to_uniform, init_to_value
 
 from numpyro_natgrad.compilation.devices import jit_for
 from numpyro_natgrad.diagnostics import importance
@@ -165,12 +165,13 @@ def _check_num_chains(num_chains: Any) -> None:
 
 
 def _model_sites(fitted: FittedGuide) -> dict[str, dict[str, Any]]:
-    """The trace of the model, whose values are abstract."""
+    """The trace of the model, whose values are abstract; improper priors have no draws, and so take initial values."""
     found: dict[str, dict[str, Any]] = {}
 
     def look(key: jax.Array) -> None:
         model = substitute(seed(fitted.svi.model, key), data=dict(fitted.params))
-        found.update(trace(model).get_trace(*fitted.args, **fitted.kwargs))
+        valued = substitute(model, substitute_fn=init_to_uniform)
+        found.update(trace(valued).get_trace(*fitted.args, **fitted.kwargs))
 
     jax.eval_shape(look, random.key(0))
     return found
