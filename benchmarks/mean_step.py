@@ -32,7 +32,7 @@ DATA, BATCH = np.array([[0.0, 2.0], [1.0, 5.0], [0.0, 3.0], [0.0, 4.0], [2.0, 3.
 STEPS = 30
 GUIDES = {"full": AutoMultivariateNormal, "mean field": AutoNormal}
 #: Guide, estimator, and rows of a step (``None``: all).
-ROWS = [
+ROWS: list[tuple[str, Any, int | None]] = [
     ("full", None, None),
     ("full", "second_order", None),
     ("full", "first_order", None),
