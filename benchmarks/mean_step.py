@@ -123,7 +123,7 @@ def main() -> None:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     with jax.enable_x64(True):
-        lines += [row(*case, options.keys) for case in tqdm(ROWS)]
+        lines += [row(guide, estimator, rows, options.keys) for guide, estimator, rows in tqdm(ROWS)]
     noise = 1 / np.sqrt(options.keys)
     table = "\n".join([*lines, "", f"{options.keys} keys: a bias of zero scatters by {noise:.3f}.", ""])
     print(table)
