@@ -217,7 +217,15 @@ def test_thread_ends_when_the_model_fails(svi):
     assert not threads()
 
 
-def test_thread_ends_after_an_interrupt_without_a_wait_for_the_loader(svi):
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT, which a shell turns off for what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_thread_ends_after_an_interrupt_without_a_wait_for_the_loader(svi, interruptible):
     begun, go_on = threading.Event(), threading.Event()
 
     def stuck():
