@@ -98,9 +98,9 @@ def steps(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", ["full", "diagonal"])
 def test_rows_in_parts(steps, guide):
-    """Two sums: of losses, and of losses with gradients and Hessian-vector products at four draws of six latents."""
-    found, particles, latents = steps[guide], 4, 6
-    assert_steps_agree(found, largest=particles * (1 + latents + latents**2))
+    """Two sums: of losses, and of losses with gradients and products at eight draws of six latents."""
+    found, draws, latents = steps[guide], 8, 6
+    assert_steps_agree(found, largest=draws * (1 + latents + latents**2))
     assert len(found["many"]["collectives"]) == 2
 
 
