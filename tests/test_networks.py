@@ -148,7 +148,7 @@ def test_model_parameters_reach_the_maximum_marginal_likelihood(dtype):
     result = svi.run(random.key(0), 150, jnp.asarray(SEEN, dtype), progress_bar=False)
     assert shortfall(0.0, 2.0) > 50
     assert shortfall(float(result.params["center"]), float(result.params["noise"])) < 0.1
-    assert "Fisher of the likelihood" in svi.optim.report(svi, result.state, jnp.asarray(SEEN, dtype))
+    assert "Hessian of the loss" in svi.optim.report(svi, result.state, jnp.asarray(SEEN, dtype))
 
 
 def test_annealing_parameters_of_dais_stay_with_the_fallback_optimizer():
