@@ -109,7 +109,7 @@ def run_cell(plan: Plan, cell: Cell) -> str:
         return traceback.format_exc()
     finally:
         jax.clear_caches()
-    return ", ".join(said)
+    return ", ".join(said) or "stored meanwhile by another process"
 
 
 def _adam(plan: Plan, cell: Cell, starts: Starts, judge: Judge) -> dict[str, Any]:

@@ -3,7 +3,18 @@
 """The problems, by kind; importing this package registers them."""
 
 from ..problems import PROBLEMS
-from . import changes, counts, curves, discrete, hierarchies, mixtures, multimodal, processes, regressions
+from . import (
+    changes,
+    counts,
+    curves,
+    discrete,
+    hierarchies,
+    mixtures,
+    model_parameters,
+    multimodal,
+    processes,
+    regressions,
+)
 
 __all__ = [
     "PROBLEMS",
@@ -13,6 +24,7 @@ __all__ = [
     "discrete",
     "hierarchies",
     "mixtures",
+    "model_parameters",
     "multimodal",
     "processes",
     "regressions",
