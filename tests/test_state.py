@@ -46,7 +46,7 @@ def test_packing_undoes_unpacking(guide, dtype):
 
 
 def test_the_state_has_room_for_every_partition(dtype):
-    """One block for a parameter at most, and a joint block of at most half as many latents as there are numbers."""
+    """One block for a parameter at most, and a joint block of at most as many latents as there are numbers."""
     small, large = (allocated(*shape, RuleConstants(), jnp.result_type(float)) for shape in ((3, 2), (5, 4)))
     for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(large), strict=True):
         assert all(m <= n for m, n in zip(a.shape, b.shape, strict=True))

@@ -178,12 +178,11 @@ def _draw_copies(fn: Loss, params: Params, trace: LossTrace, options: Options) -
     evaluated as it is, and so is one whose step size the user chose.
     """
     enough = options.constants.independent_draws
-    if options.step_size is not None or options.estimator == "first_order" or trace.particles >= enough:
+    if options.step_size is not None or trace.particles >= enough:
         return 1
     latents = JointLatents(tuple(join_mean_fields(_sites_with_coordinates(trace, options)[0])))
-    joint = trace.is_elbo and latents.sites and latents.size <= joint_limit(latents, options.constants)
     drawn = trace.batched and not any(s.analytic for s in latents.sites)
-    if not (joint and drawn) or jax.tree.leaves(jax.eval_shape(fn, params)[1]):
+    if not (_is_joint(latents, trace, options) and drawn) or jax.tree.leaves(jax.eval_shape(fn, params)[1]):
         return 1
     return 2 * math.ceil(enough / (2 * trace.particles))
 
@@ -251,8 +250,7 @@ def _gaussian_blocks(
     larger = JointLatents((*latents.sites, *beside))
     if larger.sites and larger.size <= joint_limit(larger, options.constants):
         latents = larger
-    second = trace.is_elbo and options.estimator != "first_order"
-    if not (second and latents.sites and latents.size <= joint_limit(latents, options.constants)):
+    if not _is_joint(latents, trace, options):
         joined = join_mean_fields(sites, options.constants.joint_limit)
         return [_single_site_block(s, trace, options) for s in joined]
     estimator = _curvature_estimator(latents, trace, options, alone=names == set(latents.params))
@@ -276,6 +274,12 @@ def _model_parameters(trace: LossTrace, free: Params, options: Options, *, drawn
     curved = tuple(not is_identity(trace.params[p].transform) for p in shapes)
     scale = options.constants.parameter_scale
     return [ModelParameters(tuple(shapes), tuple(shapes.values()), curved, scale)] if shapes else []
+
+
+def _is_joint(latents: JointLatents, trace: LossTrace, options: Options) -> bool:
+    """Whether these latents share one dense second-order step."""
+    second = trace.is_elbo and options.estimator != "first_order"
+    return bool(second and latents.sites) and latents.size <= joint_limit(latents, options.constants)
 
 
 def joint_limit(latents: JointLatents, constants: RuleConstants) -> int:

@@ -46,7 +46,7 @@ class NaturalGradient(_NumPyroOptim):
         ``"adaptive"`` (a trust-region radius, :mod:`.trust_region`), or ``None`` for no limit.
     :param str estimator: where the covariance's natural gradient comes from: ``"second_order"`` (Price's identity,
         Hessian-vector products of the loss), ``"first_order"`` (draws ⊗ gradients), or ``None`` to choose by the number
-        of latents: with fewer than 1.5 times the particles, gradients are regressed on draws
+        of latents: with fewer than 1.5 times the draws of a step, gradients are regressed on draws
         (:mod:`.stein_regression`), unless ``step_size`` or ``max_kl`` is given.
     :param bool path_gradient: leave out the score term of the gradient, which has zero mean, wherever that is valid.
         (The second-order estimator takes the entropy in closed form and has no score term.)

@@ -102,10 +102,10 @@ class NaturalGradientState(NamedTuple):
 
 
 def initial(params: Params, fallback: Any, constants: RuleConstants) -> NaturalGradientState:
-    """The state before the first step. A block has at least one parameter, a Gaussian latent at least two entries.
+    """The state before the first step, with room for every partition: of a block for each parameter, and a joint block.
 
-    A full Gaussian over d latents has ½d(d + 3) of them. No two arrays share memory, so that a program may reuse
-    that of each (``donate_argnums``).
+    A latent has at least one entry, and a full Gaussian over d latents ½d(d + 3). No two arrays share memory, so that a
+    program may reuse that of each (``donate_argnums``).
     """
     leaves = jax.tree.leaves(params)
     dtype, entries = jnp.result_type(*leaves or [float]), sum(jnp.size(x) for x in leaves)
