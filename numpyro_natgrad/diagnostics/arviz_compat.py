@@ -72,10 +72,15 @@ def to_arviz(
     :param labels: ``dims`` and ``coords``, as for ``arviz.from_dict``.
     :return: ``InferenceData`` in ArviZ 0.x, ``xarray.DataTree`` in ArviZ 1.x.
     :raises StructureError: if the model sees a minibatch, so that a group in ``groups`` cannot be computed.
-    :raises TypeError: if ``draws_per_chunk`` is not an integer.
+    :raises TypeError: if ``judged`` is not a verdict, or ``draws_per_chunk`` not an integer.
     :raises ValueError: if ``groups`` has another name, or predictions without ``rng_key``; if ``draws_per_chunk`` is
         not positive.
     """
+    if not isinstance(judged, Verdict):
+        raise TypeError(
+            f"`to_arviz(<{type(judged).__name__}>)`: expected a `Verdict`, whose draws have importance weights. Call "
+            "`to_arviz(verdict(svi, result, rng_key, *args))`."
+        )
     _check(groups, rng_key, draws_per_chunk)
     count = judged.weights.size
     statistics = {"lp_minus_lq": judged.log_weights}
