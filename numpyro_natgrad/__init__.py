@@ -20,6 +20,7 @@ Each package imports only those below it:
 """
 
 from numpyro_natgrad.blocks.fisher.solvers import FisherOperator as FisherOperator
+from numpyro_natgrad.compilation.threads import avoid_waiting_threads as _avoid_waiting_threads
 from numpyro_natgrad.diagnostics.arviz_compat import to_arviz as to_arviz
 from numpyro_natgrad.diagnostics.linear_response import LinearResponse as LinearResponse
 from numpyro_natgrad.diagnostics.linear_response import linear_response as linear_response
@@ -82,3 +83,5 @@ __all__ = [
     "verdict",
 ]
 __version__ = "0.1.0"
+
+_avoid_waiting_threads()

@@ -22,6 +22,8 @@ import jax
 import pytest
 from hypothesis import settings
 
+import numpyro_natgrad  # noqa: F401  (decides how many threads XLA takes, before a test module uses a device)
+
 settings.register_profile("laws", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("laws")
 
