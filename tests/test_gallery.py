@@ -7,11 +7,13 @@ posterior standard deviations: priors and skewness move a mean by some tenths of
 """
 
 import importlib
+import itertools
 import pathlib
 
 import numpy as np
 import pytest
 import statsmodels.api as sm
+from scipy.special import betaln, logsumexp, softmax
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +82,47 @@ def test_both_modes_of_the_line_with_outliers(example):
     assert 0.6 < odds / (1 + odds) < 0.85
     slope = steep.importance_weighted["slope"]
     assert abs(slope.mean - 2.725) < 0.3 * slope.sd
+
+
+def test_tables_of_the_bayesian_network_have_the_exact_posterior(example):
+    network = example("bayesian_network")
+    known, hidden = network.read()
+    del hidden["lipids"]
+    fitted, exact = network.run(known, hidden), network.exact(known, hidden)
+    for name, mean in exact.mean.items():
+        draws = np.asarray(fitted.draws[name])
+        np.testing.assert_array_less(np.abs(draws.mean(0) - mean) / exact.sd[name], 0.1, name)
+        np.testing.assert_allclose(draws.std(0), exact.sd[name], rtol=0.06, err_msg=name)
+    assert -0.01 < exact.log_evidence - fitted.log_weights.mean() < 0.05
+    # Hidden entries by Bayes' rule at the mean tables, which are narrow.
+    smoking, physical, pressure = (np.asarray(hidden[name]) for name in ("smoking", "physical", "pressure"))
+    yes, no = (
+        np.where(lipids, tables := exact.mean["p_lipids"][smoking, physical], 1 - tables)
+        * np.where(pressure, high := exact.mean["p_pressure"][smoking, lipids], 1 - high)
+        for lipids in (1, 0)
+    )
+    np.testing.assert_allclose(fitted.probability, yes / (yes + no), atol=0.1)
+
+
+def test_sum_over_hidden_entries_of_the_bayesian_network_is_that_over_all_completions(example):
+    network = example("bayesian_network")
+    known, hidden = ({name: np.asarray(x[::150]) for name, x in men.items()} for men in network.read())
+    number = len(hidden.pop("lipids"))
+    assert number > 3
+    logs, means = [], []
+    for completion in itertools.product((0, 1), repeat=number):
+        men = {name: np.append(known[name], (hidden | {"lipids": np.array(completion)})[name]) for name in known}
+        log, mean = 0.0, {}
+        for name, parents in network.PARENTS.items():
+            counts = network.count(men, (*parents, name))
+            log += betaln(1 + counts[..., 1], 1 + counts[..., 0]).sum()
+            mean[f"p_{name}"] = (1 + counts[..., 1]) / (2 + counts.sum(-1))
+        logs.append(log)
+        means.append(mean)
+    exact = network.exact(known, hidden)
+    np.testing.assert_allclose(exact.log_evidence, logsumexp(logs))
+    for name, mean in exact.mean.items():
+        np.testing.assert_allclose(mean, np.tensordot(softmax(logs), [x[name] for x in means], 1), err_msg=name)
 
 
 def test_maximum_likelihood_and_its_standard_errors(example):
