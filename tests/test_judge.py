@@ -19,7 +19,8 @@ from oracles import spd
 
 from numpyro_natgrad import NaturalGradient, fit, verdict
 from numpyro_natgrad.compilation.data import split
-from numpyro_natgrad.infer.judge import JUDGE, Judge, conjugate_gradients
+from numpyro_natgrad.infer.judge import JUDGE, Judge
+from numpyro_natgrad.infer.krylov import conjugate_gradients, flattest_direction
 
 D = 4
 CENTRE, COVARIANCE = np.arange(1.0, D + 1), spd(3, D, low=0.5, high=8.0)
@@ -224,14 +225,49 @@ def test_discrete_draws_have_no_hessian():
 
 
 def test_conjugate_gradients_solve_and_find_negative_curvature():
-    matrix, right = spd(1, 6), np.arange(6.0)
-    x, _, least = conjugate_gradients(lambda v: matrix @ v, right, np.ones(6))
+    matrix, right, limits = spd(1, 6), np.arange(6.0), (JUDGE.products, JUDGE.residual, JUDGE.flat)
+    x, _, least = conjugate_gradients(lambda v: matrix @ v, right, np.ones(6), *limits)
     assert least > 0
     np.testing.assert_allclose(x, np.linalg.solve(matrix, right), rtol=0.05, atol=0.05)
     saddle = np.diag([1.0, 1.0, 1.0, 1.0, 1.0, -1.0])
-    _, direction, least = conjugate_gradients(lambda v: saddle @ v, right, np.ones(6))
+    _, direction, least = conjugate_gradients(lambda v: saddle @ v, right, np.ones(6), *limits)
     assert least <= 0
     assert direction @ saddle @ direction < 0
+
+
+@pytest.mark.parametrize("least", [-0.3, 0.0, 0.02])
+def test_flattest_direction_is_the_eigenvector_of_the_least_eigenvalue(least):
+    """In the metric of the scale, in half as many products as there are dimensions; all products agree with eigh."""
+    rng = np.random.default_rng(0)
+    basis, scale = np.linalg.qr(rng.normal(size=(20, 20)))[0], rng.uniform(0.5, 2, 20)
+    matrix = np.sqrt(scale)[:, None] * (basis * np.r_[least, rng.uniform(0.8, 4, 19)]) @ basis.T * np.sqrt(scale)
+    direction, curvature = flattest_direction(lambda v: matrix @ v, rng.normal(size=20), scale, 10)
+    assert curvature == pytest.approx(least, abs=2e-3)
+    assert direction @ (scale * direction) == pytest.approx(1)
+    assert direction @ matrix @ direction == pytest.approx(curvature)
+    assert abs(basis[:, 0] @ (np.sqrt(scale) * direction)) > 0.999
+    assert flattest_direction(lambda v: matrix @ v, rng.normal(size=20), scale, 30)[1] == pytest.approx(least, abs=1e-6)
+
+
+def test_a_flat_valley_is_not_called_converged(dtype):
+    """The neck of a funnel, from which exactly centre²/18 nats remain, with a guide that is the best there.
+
+    The covariance follows the mean, so that the curvature along the valley is a fiftieth of the Fisher matrix. Draws
+    that happen to have no gradient there are frequent, and tell nothing.
+    """
+
+    def funnel():
+        v = numpyro.sample("v", dist.Normal(0, 3))
+        numpyro.sample("z", dist.Normal(0, jnp.exp(v / 2)).expand([6]).to_event(1))
+
+    svi, centre, square = started(funnel, AutoNormal(funnel), Trace_ELBO(8)), -2.0, 1 / (3 + 1 / 9)
+    scales = {"v_auto_scale": np.sqrt(square), "z_auto_scale": np.full(6, np.exp(centre / 2 - square / 4))}
+    params = {"v_auto_loc": centre, "z_auto_loc": np.zeros(6), **scales}
+    svi.init(random.key(0))
+    values = svi.constrain_fn({name: jnp.asarray(x, float) for name, x in params.items()}, invert=True)
+    judge = Judge(svi, None, values, split(svi, (), {}))
+    granted = sum(judge(values, random.key(key), TOLERANCE, draws=3200).grants(TOLERANCE) for key in range(60))
+    assert granted <= 2
 
 
 def test_a_judge_is_compiled_once_for_several_fits_and_the_verdict(monkeypatch):

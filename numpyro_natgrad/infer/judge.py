@@ -35,6 +35,7 @@ from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.trace import trace_loss
 from numpyro_natgrad.infer.convergence import format_interval
 from numpyro_natgrad.infer.fisher import _initialised, _loss
+from numpyro_natgrad.infer.krylov import Product, conjugate_gradients, flattest_direction
 from numpyro_natgrad.infer.nonfinite import nonfinite_site
 
 
@@ -57,8 +58,8 @@ class JudgeConstants(NamedTuple):
     residual: float = 1e-2
     #: Curvature, in units of these scales, that counts as none: the error of differenced gradients.
     flat: float = 1e-3
-    #: Products from a random vector that look for negative curvature.
-    saddle_products: int = 8
+    #: Products from a random vector that look for the direction of least curvature.
+    flat_products: int = 8
     #: Random vectors from which the scale of every parameter is estimated, for preconditioning.
     probes: int = 4
     #: Gradients are differenced over a distance, in the metric of these scales, of the precision to this power.
@@ -83,7 +84,8 @@ JUDGE_KEY = 0x6A756467
 _SLOPES, _HESSIAN, _REDUCTIONS = 0, 1, 2
 #: More chunks than a judgement has for one purpose.
 _CHUNKS = 2**16
-#: Lengths, in units of the Newton step, at which the real reduction of the loss is measured; both signs.
+#: Lengths, in units of the Newton step and of √nats along the flattest direction, at which the real reduction of the
+#: loss is measured; both signs.
 LENGTHS = (0.1, 0.3, 1.0, 3.0)
 EPS = float(np.finfo(np.float64).eps)
 _MEAN_OVER_PARTICLES = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
@@ -143,11 +145,18 @@ class _Pairs(NamedTuple):
 
 
 class _Hessian(NamedTuple):
-    """The Hessian of the loss at common draws: ``v -> Hv``, the scale of its rows, and a direction where it falls."""
+    """The Hessian of the loss at common draws.
 
-    product: Callable[[np.ndarray], np.ndarray]
+    :ivar product: ``v -> Hv``.
+    :ivar scale: the scale of its rows.
+    :ivar flattest: the direction of least curvature that was found, of length 1 in the metric of ``scale``.
+    :ivar least: the curvature there.
+    """
+
+    product: Product
     scale: np.ndarray
-    falls: np.ndarray | None
+    flattest: np.ndarray
+    least: float
 
 
 class Judge:
@@ -292,28 +301,35 @@ class Judge:
     def _judged(
         self, params: Params, losses: np.ndarray, slopes: np.ndarray, hessian: "_Hessian", others: list[_Pairs]
     ) -> Judgement:
-        """The cross-validated Newton decrement, corrected by reductions of the loss at ``others``."""
-        x, direction, curvature = conjugate_gradients(hessian.product, slopes[::2].mean(0), hessian.scale)
+        """The cross-validated Newton decrement, corrected by reductions of the loss at ``others``.
+
+        Noise in a gradient is largest, in nats, where the curvature is least, and a gradient that happens to have no
+        component there looks exact. So the loss is measured along the flattest direction too.
+        """
+        x, direction, curvature = conjugate_gradients(
+            hessian.product, slopes[::2].mean(0), hessian.scale, JUDGE.products, JUDGE.residual, JUDGE.flat
+        )
         gain, error = _mean(0.5 * slopes[1::2] @ x)
-        falls = direction if curvature <= JUDGE.flat else hessian.falls
-        along = x if falls is None else falls
-        at = lambda t: self._evaluate(params, -t * along, 0.0, others)[0].mean((1, 2))
-        reductions = at(0.0)[:, None] - np.stack([at(s * t) for t in LENGTHS for s in (1, -1)], axis=1)
-        return _combined(gain, math.sqrt(2) * error, falls is not None, reductions, losses.size)
+        flat, unit = curvature <= JUDGE.flat, math.sqrt(max(abs(hessian.least), JUDGE.flat))
+        along = [(direction if flat else x, flat), (hessian.flattest / unit, hessian.least < -JUDGE.flat)]
+        moves = [(s * t * v, falls) for v, falls in along for t in LENGTHS for s in (1, -1)]
+        at = lambda move: self._evaluate(params, -move, 0.0, others)[0].mean((1, 2))
+        reductions = at(0 * x)[:, None] - np.stack([at(move) for move, _ in moves], axis=1)
+        known = math.nan if flat else gain  # where the curvature is not positive there is no Newton step
+        return _combined(known, math.sqrt(2) * error, reductions, np.array([x for _, x in moves]), losses.size)
 
     def _hessian(self, params: Params, pairs: list[_Pairs]) -> "_Hessian":
-        """Products with H, and a direction of negative curvature if conjugate gradients from a random vector find one.
+        """Products with H, and a direction of little or negative curvature.
 
-        Those from the gradient miss a saddle whose direction is orthogonal to the gradient, as by symmetry.
+        Conjugate gradients from the gradient miss a saddle whose direction is orthogonal to it, as by symmetry.
         """
         product = lambda v, scale: self._product(params, v, scale, pairs)
         scale = self._scales(product)
         if not np.isfinite(scale).all():
-            return _Hessian(lambda v: v, scale, None)
+            return _Hessian(lambda v: v, scale, np.zeros(self.size), math.nan)
         own = lambda v: product(v, scale)
-        start = np.sqrt(scale) * np.random.default_rng(1).standard_normal(self.size)
-        _, direction, curvature = conjugate_gradients(own, start, scale, JUDGE.saddle_products)
-        return _Hessian(own, scale, direction if curvature < -JUDGE.flat else None)
+        start = np.random.default_rng(1).standard_normal(self.size) / np.sqrt(scale)
+        return _Hessian(own, scale, *flattest_direction(own, start, scale, JUDGE.flat_products))
 
     def _pairs(self, key: jax.Array, batches: Arguments, purpose: int, end: int, begin: int = 0) -> list[_Pairs]:
         """Independent pairs; the groups go round the minibatches, so that those of even and odd number differ."""
@@ -424,17 +440,21 @@ class StopCheck:
         return self.last.grants(tolerance)
 
 
-def _combined(gain: float, error: float, negative: bool, reductions: np.ndarray, count: int) -> Judgement:
-    """Correct the quadratic model by the reductions ``(groups, lengths)`` that were measured on other draws."""
-    usable, saddle = reductions[:, np.isfinite(reductions).all(0)], False
-    if usable.size:
-        best = int(np.argmax(usable.mean(0)))
-        real, noise = _mean(usable[:, best])
-        beyond = real - JUDGE.errors * noise
-        saddle = bool(negative and beyond > 0)
-        # Where the curvature is negative there is no Newton step to compare with.
-        if (negative and real > gain) or beyond > gain + JUDGE.errors * error:
-            gain, error = real, noise
+def _combined(gain: float, error: float, reductions: np.ndarray, falls: np.ndarray, count: int) -> Judgement:
+    """Correct the quadratic model by the reductions ``(groups, moves)`` that were measured on other draws.
+
+    At least the largest reduction remains, whatever the quadratic model says.
+
+    :param falls: of each move, whether its curvature is negative; then a reduction shows a saddle.
+    """
+    finite = np.isfinite(reductions).all(0)
+    real, noise = reductions[:, finite].mean(0), reductions[:, finite].std(0, ddof=1) / math.sqrt(len(reductions))
+    beyond, saddle = real - JUDGE.errors * noise, False
+    if finite.any():
+        best = int(np.argmax(beyond))
+        saddle = bool((beyond[falls[finite]] > 0).any())
+        if not beyond[best] <= gain:  # also if it is not known
+            gain, error = float(real[best]), max(error, float(noise[best]))
     return Judgement(gain=gain, error=error, saddle=saddle, draws=count, nonfinite=0, cause="")
 
 
@@ -473,27 +493,3 @@ def judge_of(svi: SVI, mutable_state: Any, params: Params, data: Data, batch: Ar
     if known is None or mutable_state is not None or known[0] != key:
         known = _JUDGES[svi] = key, Judge(svi, mutable_state, params, data, batch)
     return known[1].of(data)
-
-
-def conjugate_gradients(
-    product: Callable, right: np.ndarray, scale: np.ndarray, most: int = JUDGE.products
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Solve Hx = g until the residual is small, or the loss is flat or falls along a direction p.
-
-    :return: x; p, of length 1 in the metric of ``scale``; and the last curvature pᵀHp/‖p‖².
-    """
-    x, residual, least = np.zeros_like(right), right, math.inf
-    p = residual / scale
-    rest = first = residual @ p
-    for _ in range(most):
-        if rest <= JUDGE.residual**2 * first:
-            break
-        image = product(p)
-        curvature = p @ image
-        least = min(least, curvature / (p @ (scale * p)))
-        if not curvature > JUDGE.flat * (p @ (scale * p)):
-            break
-        x, residual = x + rest / curvature * p, residual - rest / curvature * image
-        after = residual @ (residual / scale)
-        p, rest = residual / scale + after / rest * p, after
-    return x, p / math.sqrt(max(p @ (scale * p), EPS)), least

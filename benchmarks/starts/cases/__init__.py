@@ -4,6 +4,7 @@
 
 from ..problems import PROBLEMS
 from . import (
+    applied,
     changes,
     counts,
     curves,
@@ -18,6 +19,7 @@ from . import (
 
 __all__ = [
     "PROBLEMS",
+    "applied",
     "changes",
     "counts",
     "curves",
