@@ -52,17 +52,21 @@ def flattest_direction(product: Product, start: np.ndarray, scale: np.ndarray, m
     """
     root = np.sqrt(scale)
     basis = [start * root / np.linalg.norm(start * root)]
-    images: list[np.ndarray] = []
+    projected = np.zeros((most, most))
     while True:
-        images.append(product(basis[-1] / root) / root)
-        if len(images) == most:
-            break
-        rest = images[-1]
+        now = len(basis) - 1
+        rest = product(basis[now] / root) / root
+        length = np.linalg.norm(rest)
         for _ in range(2):  # once more, against rounding
-            rest = rest - sum((q @ rest) * q for q in basis)
-        if not np.linalg.norm(rest) > ROUNDING * np.linalg.norm(images[-1]):
+            for k, q in enumerate(basis):
+                along = q @ rest
+                projected[k, now] += along
+                rest = rest - along * q
+        left = np.linalg.norm(rest)
+        if len(basis) == most or not left > ROUNDING * length:
             break
-        basis.append(rest / np.linalg.norm(rest))
-    projected = np.stack(basis) @ np.stack(images).T
-    values, vectors = np.linalg.eigh((projected + projected.T) / 2)
-    return vectors[:, 0] @ np.stack(basis) / root, float(values[0])
+        projected[now + 1, now] = left
+        basis.append(rest / left)
+    size = len(basis)
+    values, vectors = np.linalg.eigh((projected + projected.T)[:size, :size] / 2)
+    return sum(c * q for c, q in zip(vectors[:, 0], basis, strict=True)) / root, float(values[0])
