@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark of random starts fits, judges, stores and counts correctly, and its tenth shows what is promised."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -193,6 +194,16 @@ def test_the_table_counts_starts_and_stops(tmp_path):
     assert "| 0 | **1** | 3 | 2 |" in text
     assert "brings 4 home: 25.0%" in text
     assert "False stops: 1 of 2" in text
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_share_of_sets_whose_best_start_arrives(count):
+    """Against a count of all sets; the start that leads after a third of the steps does not arrive."""
+    third, last = np.array([3.0, 0.5, 1.0, 9.0, 2.0]), np.array([0.1, 4.0, 0.2, 0.0, 7.0])
+    row = table.Row(CELL, np.stack([third, last]), {}, [])
+    sets = [list(x) for x in itertools.combinations(range(5), count)]
+    expected = np.mean([last[x][np.argmin(third[x])] <= 0.3 for x in sets])
+    assert table.best_of(row, count) == pytest.approx(expected)
 
 
 def test_the_common_setting_comes_first_and_the_tenth_has_no_other():
