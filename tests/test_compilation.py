@@ -22,7 +22,7 @@ from numpyro.infer import SVI, Trace_ELBO, autoguide, init_to_median
 from numpyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal
 from tables import tiers
 
-from numpyro_natgrad import NaturalGradient, fit, verdict
+from numpyro_natgrad import NaturalGradient, fit, fit_many, verdict
 from numpyro_natgrad.compilation import initial
 from numpyro_natgrad.compilation.data import Data, split
 from numpyro_natgrad.compilation.disk_cache import VARIABLE, ProgramFolder, cache_path, disk_cache, program_folder
@@ -214,6 +214,24 @@ def test_refit_with_new_data_compiles_nothing():
     expected = fit(alone, key, X, 2 * Y, tolerance=0.05, progress_bar=False)
     np.testing.assert_allclose(again.losses, expected.losses, rtol=1e-4)
     assert again.reason == expected.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", ["several starts", "many data sets"])
+def test_fits_together_compile_nothing_the_second_time(together):
+    svi = started(AutoMultivariateNormal(line))
+
+    def run(seed, factor):
+        key, limits = random.key(seed), {"tolerance": 0.05, "max_steps": 60, "progress_bar": False}
+        if together == "several starts":
+            return fit(svi, key, X, factor * Y, num_starts=4, **limits).losses
+        return fit_many(svi, random.split(key, 3), X, factor * jnp.stack([Y] * 3), in_axes=(None, 0), **limits).elbo
+
+    run(0, 1)
+    with compilations() as count:
+        found = run(1, 2)
+    assert count == [0]
+    assert np.isfinite(found).all()
 
 
 def test_many_data_sets_are_fitted_at_once():

@@ -14,7 +14,7 @@ from numpyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
 from numpyro_natgrad import NaturalGradient, fit
 from numpyro_natgrad.compilation.data import split
-from numpyro_natgrad.infer.fitting.starts import _summary, initial_states
+from numpyro_natgrad.infer.fitting.starts import SeveralStarts, _summary
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, program_of
 from numpyro_natgrad.options import StructureError
 
@@ -43,6 +43,10 @@ def test_the_best_mode_is_found_where_single_starts_end_in_the_other(x64):
     np.testing.assert_allclose(result.params["x_auto_loc"], -5.0, atol=0.3)
 
 
+def _states(svi, first, count):
+    return SeveralStarts(svi, random.key(1), first, program_of(svi, False), count, split(svi, (), {})).states()
+
+
 def test_starts_keep_the_order_of_the_latents():
     """``init_to_sample`` draws ``b`` near −50 and ``a`` near 50, in the order of the model in each start."""
 
@@ -52,7 +56,7 @@ def test_starts_keep_the_order_of_the_latents():
 
     guide = AutoDiagonalNormal(two_sites, init_loc_fn=init_to_sample)
     svi = SVI(two_sites, guide, NaturalGradient(), Trace_ELBO())
-    states = initial_states(svi, random.key(1), svi.init(random.key(0)), 4, split(svi, (), {}))
+    states = _states(svi, svi.init(random.key(0)), 4)
     found = jax.vmap(lambda state: guide.median(svi.get_params(state)))(states)
     assert np.all(np.abs(found["a"] - 50) < 10)
     assert np.all(np.abs(found["b"] + 50) < 10)
@@ -63,7 +67,7 @@ def test_steps_of_all_starts_together_are_those_of_each_alone():
     first = svi.init(random.key(0))
     data = split(svi, (), {})
     chunk = lambda state: program_of(svi, False).steps(state, STEPS_PER_CHUNK, (), data, [])[0]
-    states = initial_states(svi, random.key(1), first, 3, data)
+    states = _states(svi, first, 3)
     together = jax.jit(jax.vmap(chunk))(states)
     together = svi.optim.get_params(together.optim_state)
     for i in range(3):

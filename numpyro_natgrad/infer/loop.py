@@ -59,7 +59,7 @@ class Program:
         self._svi, self._forward = svi, forward
         self._compiled: dict[Any, tuple[Partition, Future[Chunk]]] = {}
         self._together: dict[Any, tuple[Partition, Future[StackedChunk]]] = {}
-        self._constrained: dict[Any, Future[Any]] = {}
+        self._kept: dict[Any, Future[Any]] = {}
 
     def compiled(self, state: SVIState, batches: Arguments, data: Data) -> "tuple[Partition, Future[Chunk]]":
         """Trace the steps and start to compile them, unless that was done before.
@@ -87,7 +87,8 @@ class Program:
         key = types(states), data.signature(), tuple(axes.inputs)
         if key not in self._together:
             found: list[Partition] = []
-            each = self.stacked_steps(axes, found)
+            one = lambda state, steps, data: self.steps(state, steps, (), data, found)
+            each = jax.vmap(one, in_axes=(0, None, axes))
 
             def chunk(states: SVIState, steps: int, active: jax.Array, data: Data) -> tuple[SVIState, StepRecords]:
                 new, records = each(states, steps, data)
@@ -99,21 +100,21 @@ class Program:
             self._together[key] = found[0], in_background(traced)
         return self._together[key]
 
-    def stacked_steps(
-        self, axes: Any = None, found: list[Partition] | None = None
-    ) -> Callable[[SVIState, int, Data], tuple[SVIState, StepRecords]]:
-        """``(states, steps, data) -> (states, records)`` for stacked states, to be traced."""
-        found = [] if found is None else found
-        chunk = lambda state, steps, data: self.steps(state, steps, (), data, found)
-        return jax.vmap(chunk, in_axes=(0, None, axes))
+    def kept(self, name: Any, function: Callable[..., Any], *arguments: Any) -> "Future[Callable[..., Any]]":
+        """Another function of this ``SVI``, compiled in the background once for arguments of these types.
+
+        :param name: tells it from the other functions.
+        """
+        key = name, types(arguments)
+        if key not in self._kept:
+            self._kept[key] = in_background(jax.jit(function).trace(*arguments))
+        return self._kept[key]
 
     def constrained(self, state: SVIState) -> "Future[Callable[[SVIState], Params]]":
-        """``svi.get_params``, which is compiled in the background."""
-        owner, key = self._svi(), types(state)
+        """``svi.get_params``."""
+        owner = self._svi()
         assert owner is not None
-        if key not in self._constrained:
-            self._constrained[key] = in_background(jax.jit(owner.get_params).trace(state))
-        return self._constrained[key]
+        return self.kept("constrained", owner.get_params, state)
 
     def steps(
         self, state: SVIState, steps: int, batches: Arguments, data: Data, found: list[Partition]

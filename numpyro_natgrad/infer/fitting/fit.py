@@ -5,7 +5,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ from numpyro_natgrad.infer.fitting.outcome import (
     outcome,
 )
 from numpyro_natgrad.infer.fitting.progress import Callback, Reporter, message_of_stop, progress_of
-from numpyro_natgrad.infer.fitting.starts import Starts, best_start, check_num_starts
+from numpyro_natgrad.infer.fitting.starts import SeveralStarts, Starts, check_num_starts
 from numpyro_natgrad.infer.history import History, HistoryRecorder, empty_history
 from numpyro_natgrad.infer.judge import StopCheck
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, Chunk, Program, history_of, program_of
@@ -194,9 +194,9 @@ class _Run:
         """Go on from the best of several starts, at least one chunk before the last step."""
         most = max(max_steps - STEPS_PER_CHUNK, 0)
         data = split(self._svi, *self._arguments)
-        self._state, records, starts = best_start(
-            self._svi, key, self._state, self._program, num_starts, most, data, self._reporter.say
-        )
+        several = SeveralStarts(self._svi, key, self._state, self._program, num_starts, data)
+        self._traced(())  # to be compiled beside them
+        self._state, records, starts = several.best(most, self._reporter.say)
         if records is not None:
             part = history_of(records, starts.steps, 0.0, time.perf_counter() - self._begin)
             self._record(part)
@@ -283,6 +283,14 @@ class _Run:
         self._reporter.steps(part, self._recorder.steps)
 
     def _compiled(self, batches: Arguments) -> Chunk:
+        """The program of a chunk, when it is compiled."""
+        future = self._traced(batches)
+        while not future.done():
+            self._reporter.say("compiling (first fit of this shape; kept for the next)")
+            wait([future], timeout=REFRESH)
+        return future.result()
+
+    def _traced(self, batches: Arguments) -> "Future[Chunk]":
         """The program of a chunk; everything that the fit needs later is compiled beside it."""
         trace = lambda data: self._program.compiled(self._state, batches, data)
         if self._data is None:
@@ -292,10 +300,7 @@ class _Run:
             self._program.constrained(self._state)
         else:
             self._partition, future = _noted(trace, self._data, batches)
-        while not future.done():
-            self._reporter.say("compiling (first fit of this shape; kept for the next)")
-            wait([future], timeout=REFRESH)
-        return future.result()
+        return future
 
 
 def _noted(trace: Callable[[Data], Any], data: Data, batches: Arguments) -> Any:

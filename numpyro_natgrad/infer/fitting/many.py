@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -25,7 +24,6 @@ from numpyro_natgrad.compilation.data import Arguments, Data, traceable
 from numpyro_natgrad.compilation.devices import fetch
 from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.initial import initial_state
-from numpyro_natgrad.compilation.programs import quick_jit
 from numpyro_natgrad.infer.convergence import STOPPING, converged, diverged, format_interval
 from numpyro_natgrad.infer.fitting.checks import check_limits, check_optimizer, check_parameters
 from numpyro_natgrad.infer.fitting.fit import REFRESH
@@ -36,6 +34,7 @@ from numpyro_natgrad.infer.fitting.starts import (
     START_KEY,
     STARTS,
     cause_of,
+    entry,
     stacked_losses,
     stacked_starts,
 )
@@ -278,11 +277,12 @@ class _ManyRun:
     ) -> None:
         self._svi, self._tolerance, self._reporter = svi, tolerance, reporter
         self._begin = time.perf_counter()
-        program = program_of(svi, forward)
+        program = self._program = program_of(svi, forward)
 
         def trace(one: Data) -> tuple[SVIState, Data, Data, tuple[Partition, Future[StackedChunk]]]:
             data, axes = mapped.stacked(one)
-            states = stacked_starts(svi, keys, data, axes)
+            begin = program.kept(("starts", axes.inputs), stacked_starts(svi, axes), keys, data)
+            states = begin.result()(keys, data)
             return states, data, axes, program.together(states, data, axes)
 
         self._one, found = traceable(svi, first, kwargs, trace)
@@ -290,7 +290,6 @@ class _ManyRun:
         self._checks = [StopCheck(svi) for _ in range(len(keys))]
         self._recorders = [HistoryRecorder(empty_history(), STOPPING.memory) for _ in self._checks]
         self._ends: list[str | None] = [None] * len(keys)
-        self._pick = quick_jit(lambda tree, i: jax.tree.map(lambda x: x[i], tree))
         if tolerance:
             self._checks[0].compile(self._state_of(0), self._data_of(0))
 
@@ -333,7 +332,7 @@ class _ManyRun:
         return CONVERGED if granted else None
 
     def _state_of(self, i: int) -> SVIState:
-        return self._pick(self._states, i)
+        return entry(self._program, self._states, i)
 
     def _data_of(self, i: int) -> Data:
         inputs = zip(self._data.inputs, self._axes.inputs, strict=True)
@@ -342,12 +341,15 @@ class _ManyRun:
     def result(self, key: jax.Array) -> FitManyResult:
         """All outcomes; ELBOs are estimated at common fresh draws."""
         svi = self._svi
-        params = quick_jit(jax.vmap(svi.get_params))(self._states)
-        evaluate = quick_jit(partial(stacked_losses, svi, axes=self._axes))
-        losses = fetch(evaluate(self._states, random.split(key, STARTS.losses), self._data)).astype(np.float64)
+        states, data, keys = self._states, self._data, random.split(key, STARTS.losses)
+        params = self._program.kept("params", jax.vmap(svi.get_params), states).result()(states)
+        evaluate = self._program.kept(
+            ("losses", self._axes.inputs), stacked_losses(svi, self._axes), states, keys, data
+        )
+        losses = fetch(evaluate.result()(states, keys, data)).astype(np.float64)
         fits = []
         for i, end in enumerate(self._ends):
-            own, state = self._pick((params, self._states), i)
+            own, state = entry(self._program, (params, states), i)
             history = self._recorders[i].history()
             assert end is not None
             fits.append(outcome(svi, state, own, history, self._checks[i], self._partition, end, self._tolerance))

@@ -23,7 +23,6 @@ from numpyro.infer.svi import SVI, SVIState
 from numpyro_natgrad.compilation.data import Data
 from numpyro_natgrad.compilation.devices import fetch
 from numpyro_natgrad.compilation.initial import new_guide
-from numpyro_natgrad.compilation.programs import quick_jit
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, Program, StepRecords
 from numpyro_natgrad.options import StructureError
 
@@ -95,68 +94,87 @@ def check_num_starts(num_starts: Any, others: dict[str, Any]) -> None:
         )
 
 
-def best_start(
-    svi: SVI,
-    rng_key: jax.Array,
-    first: SVIState,
-    program: Program,
-    num_starts: int,
-    most: int,
-    data: Data,
-    show: Callable[[str], None],
-) -> tuple[SVIState, StepRecords | None, Starts]:
-    """The state of the best start, its records of every step, and how it was chosen, after at most ``most`` steps."""
-    if first.mutable_state is not None:
-        raise StructureError(
-            f"`num_starts={num_starts}`: expected a model without mutable state, which the starts would share, but it "
-            f"has the mutable sites {sorted(first.mutable_state)}. Use `num_starts=1`."
-        )
-    key = random.fold_in(rng_key, START_KEY)
-    try:
-        states = initial_states(svi, key, first, num_starts, data)
-        advance = quick_jit(lambda states, data: program.stacked_steps()(states, STEPS_PER_CHUNK, data))
-        evaluate = quick_jit(partial(stacked_losses, svi))
-        losses = fetch(evaluate(states, random.split(key, STARTS.losses), data))
-        stay, records, steps, target = np.ones(num_starts, bool), [], 0, STARTS.first
+class SeveralStarts:
+    """Several random starts of one fit; their programs are traced at once, and compiled in the background.
+
+    :param key: of the run.
+    :param first: the first start.
+    :raises StructureError: if the starts would share mutable sites.
+    :raises ValueError: if ``vmap`` cannot run model or guide.
+    """
+
+    def __init__(
+        self, svi: SVI, key: jax.Array, first: SVIState, program: Program, num_starts: int, data: Data
+    ) -> None:
+        if first.mutable_state is not None:
+            raise StructureError(
+                f"`num_starts={num_starts}`: expected a model without mutable state, which the starts would share, but "
+                f"it has the mutable sites {sorted(first.mutable_state)}. Use `num_starts=1`."
+            )
+        self._first, self._program, self._count, self._data = first, program, num_starts, data
+        self._key = random.fold_in(key, START_KEY)
+        self._keys = random.split(self._key, num_starts - 1)
+        shared = Data((None,) * len(data.inputs), data.constants)
+        begin = partial(_beside, svi, stacked_starts(svi, shared))
+        draws = random.split(self._key, STARTS.losses)
+        states = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_starts, *jnp.shape(x)), x.dtype), first)
+        try:
+            self._begin = program.kept("beside the first", begin, first, self._keys, data)
+            self._losses = program.kept("losses", stacked_losses(svi, shared), states, draws, data)
+            _, self._advance = program.together(states, data, shared)
+        except CANNOT_BE_MAPPED as error:
+            raise ValueError(
+                f"`num_starts={num_starts}`: expected a model and a guide that `jax.vmap` can run for all starts at "
+                f"once, but {cause_of(error)}. Use `num_starts=1`, once for each start and with a new guide."
+            ) from error
+
+    def states(self) -> SVIState:
+        """The first start and the others, stacked."""
+        states, same = self._begin.result()(self._first, self._keys, self._data)
+        if same:
+            warnings.warn(
+                f"`num_starts={self._count}`: all starts have the same parameters, so that only their draws differ. "
+                "Use `init_loc_fn=init_to_uniform` in an autoguide, or draw the initial values of `numpyro.param` "
+                "by `lambda key: ...`.",
+                stacklevel=5,
+            )
+        return states
+
+    def best(self, most: int, show: Callable[[str], None]) -> tuple[SVIState, StepRecords | None, Starts]:
+        """The state of the best start, the records of its steps, and how it was chosen.
+
+        :param most: the most steps of each start.
+        """
+        states, everyone = self.states(), np.ones(self._count, bool)
+        losses = self._compared(states, self._key)
+        stay, records, steps, target = everyone, [], 0, STARTS.first
         while _undecided(losses, stay) or not steps:
             target = min(target, most // STEPS_PER_CHUNK * STEPS_PER_CHUNK)
             if steps >= target:
                 break
             for _ in range(steps, target, STEPS_PER_CHUNK):
-                states, part = advance(states, data)
+                states, part = self._advance.result()(states, STEPS_PER_CHUNK, everyone, self._data)
                 records.append(fetch(part))
             steps, target = target, 2 * target
-            draws = random.split(random.fold_in(key, steps), STARTS.losses)
-            losses = fetch(evaluate(states, draws, data))
-            stay &= _staying(losses, stay)
-            show(f"{num_starts} starts, {steps} steps, {stay.sum()} not behind")
-    except CANNOT_BE_MAPPED as error:
-        raise ValueError(
-            f"`num_starts={num_starts}`: expected a model and a guide that `jax.vmap` can run for all starts at once, "
-            f"but {cause_of(error)}. Use `num_starts=1`, once for each start and with a new guide."
-        ) from error
-    found = _summary(losses, stay, steps)
-    pick = lambda tree: jax.tree.map(lambda x: x[found.chosen], tree)
-    return pick(states), pick(_joined(records)) if records else None, found
+            losses = self._compared(states, random.fold_in(self._key, steps))
+            stay = stay & _staying(losses, stay)
+            show(f"{self._count} starts, {steps} steps, {stay.sum()} not behind")
+        found = _summary(losses, stay, steps)
+        records = [jax.tree.map(lambda x: x[found.chosen], part) for part in records]
+        return entry(self._program, states, found.chosen), _joined(records) if records else None, found
+
+    def _compared(self, states: SVIState, key: jax.Array) -> np.ndarray:
+        return fetch(self._losses.result()(states, random.split(key, STARTS.losses), self._data))
 
 
-def initial_states(svi: SVI, key: jax.Array, first: SVIState, num_starts: int, data: Data) -> SVIState:
-    """The first start and ``num_starts - 1`` others, stacked."""
-    others = stacked_starts(svi, random.split(key, num_starts - 1), data)
-    states = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, others)
-    params = jax.tree.leaves(svi.optim.get_params(states.optim_state))
-    if all(bool(jnp.all(jnp.isclose(x, x[:1], equal_nan=True))) for x in params):
-        warnings.warn(
-            f"`num_starts={num_starts}`: all starts have the same parameters, so that only their draws differ. Use "
-            "`init_loc_fn=init_to_uniform` in an autoguide, or draw the initial values of `numpyro.param` by "
-            "`lambda key: ...`.",
-            stacklevel=4,
-        )
-    return states
+def entry(program: Program, tree: Any, index: int) -> Any:
+    """One entry of stacked arrays."""
+    pick = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+    return program.kept("entry", pick, tree, np.int32(index)).result()(tree, np.int32(index))
 
 
-def stacked_starts(svi: SVI, keys: jax.Array, data: Data, axes: Any = None) -> SVIState:
-    """A start for each key, stacked; an autoguide is set up anew for each of them."""
+def stacked_starts(svi: SVI, axes: Data) -> Callable[[jax.Array, Data], SVIState]:
+    """A function that makes a start for each key, stacked; an autoguide is set up anew for each of them."""
 
     def begin(key: jax.Array, data: Data) -> SVIState:
         args, kwargs = data.arguments()
@@ -164,7 +182,17 @@ def stacked_starts(svi: SVI, keys: jax.Array, data: Data, axes: Any = None) -> S
         other.guide = new_guide(svi.guide)
         return _in_order(svi, other.guide, other.init(key, *args, **kwargs))
 
-    return quick_jit(jax.vmap(begin, in_axes=(0, axes)))(keys, data)
+    return jax.vmap(begin, in_axes=(0, axes))
+
+
+def _beside(
+    svi: SVI, others: Callable[[jax.Array, Data], SVIState], first: SVIState, keys: jax.Array, data: Data
+) -> tuple[SVIState, jax.Array]:
+    """The first start and the others, stacked, and whether all have the same parameters."""
+    states = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, others(keys, data))
+    params = jax.tree.leaves(svi.optim.get_params(states.optim_state))
+    same = [jnp.all(jnp.isclose(x, x[:1], equal_nan=True)) for x in params]
+    return states, jnp.all(jnp.stack(same))
 
 
 def _in_order(svi: SVI, guide: Any, state: SVIState) -> SVIState:
@@ -182,14 +210,15 @@ def _in_order(svi: SVI, guide: Any, state: SVIState) -> SVIState:
     return state._replace(optim_state=svi.optim.init({**params, name: loc}))
 
 
-def stacked_losses(svi: SVI, states: SVIState, keys: jax.Array, data: Data, axes: Any = None) -> jax.Array:
-    """Losses ``(states, keys)`` of stacked states at common draws."""
+def stacked_losses(svi: SVI, axes: Data) -> Callable[[SVIState, jax.Array, Data], jax.Array]:
+    """A function for losses ``(states, keys)`` of stacked states at common draws."""
 
     def one(state: SVIState, key: jax.Array, data: Data) -> jax.Array:
         args, kwargs = data.arguments()
         return svi.evaluate(state._replace(rng_key=key), *args, **kwargs)
 
-    return lax.map(lambda key: jax.vmap(one, in_axes=(0, None, axes))(states, key, data), keys).T
+    each = jax.vmap(one, in_axes=(0, None, axes))
+    return lambda states, keys, data: lax.map(lambda key: each(states, key, data), keys).T
 
 
 def _means(losses: np.ndarray) -> np.ndarray:
@@ -238,4 +267,4 @@ def _summary(losses: np.ndarray, stay: np.ndarray, steps: int) -> Starts:
 
 
 def _joined(records: list[StepRecords]) -> StepRecords:
-    return jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), *records)
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *records)
