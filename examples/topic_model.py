@@ -41,7 +41,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import scipy.special
-from _common import FIGURES, NATURAL, OTHERS, plain, save
+from _common import FIGURES, NATURAL, OTHERS, plain, save, summary
 from jax import Array, lax, random
 from jax.scipy.special import digamma
 from matplotlib.axes import Axes
@@ -349,6 +349,18 @@ def top_words(lam: np.ndarray, words: np.ndarray, number: int) -> list[tuple[flo
     return [(share[k], list(words[best[k]]), inside[k, best[k]]) for k in np.argsort(-share)]
 
 
+def largest_topic(lam: np.ndarray, words: np.ndarray) -> str:
+    """ArviZ's summary of the probabilities of the ten likeliest words in the largest topic.
+
+    :param lam: parameters of the topics, shape `(K, V)`.
+    :param words: the vocabulary.
+    """
+    concentration = lam[np.argmax(lam.sum(1))]
+    best = np.argsort(-concentration)[:10]
+    beta = dist.Dirichlet(jnp.asarray(concentration)).sample(random.key(2), (1000,))[:, best]
+    return summary({"probability": beta}, dims={"probability": ["word"]}, coords={"word": words[best]})
+
+
 # %%
 # The figure
 # ----------
@@ -425,6 +437,7 @@ def main() -> None:
     print(f"\n{problem.documents} documents, {corpus.counts.sum():.0f} words of {problem.words}")
     for share, words, _ in top_words(curves[0].lam, corpus.words, 9):
         print(f"{share:>5.0%}  {' '.join(words)}")
+    print(f"\n{largest_topic(curves[0].lam, corpus.words)}")
     print(f"\n{'optimizer':<32}{'perplexity of held-out words':>30}")
     for curve in curves:
         print(f"{curve.label:<32}{curve.perplexity[-1]:>30.0f}")

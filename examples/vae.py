@@ -12,7 +12,7 @@ The model and its guide are::
 Both networks take natural-gradient steps: the Fisher matrix of q for the encoder, and that of the likelihood for the
 decoder, pulled back through the network over the minibatch. ``NaturalGradient`` has default options; Adam's rate is one
 of five, constant and with a cosine decay. The digits are scikit-learn's, 8 × 8 pixels, black from 8 of 16 grey levels
-on; a sixth of them is held out.
+on; a sixth of them is held out. For one of these the latents by the encoder are compared with those by NUTS.
 
 Run it with ``python examples/vae.py``; ``--help`` lists what can be changed.
 """
@@ -34,7 +34,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from _common import NATURAL, OTHERS, options, plain, save
+from _common import NATURAL, OTHERS, nuts, options, plain, save, summary
 from flax import nnx
 from jax import Array, lax, random
 from matplotlib.axes import Axes
@@ -249,6 +249,29 @@ def line(curve: Curve, mark: float) -> str:
 
 
 # %%
+# One image
+# ---------
+
+
+def one_image(params: dict[str, Any], vae: Autoencoder, image: Array) -> str:
+    """ArviZ's summaries of the latents of an image, by the encoder and by NUTS, for the same decoder.
+
+    :param params: the networks'.
+    :param vae: model and guide.
+    :param image: shape `(PIXELS,)`.
+    """
+    decoder = _network(vae.decoder, params["decoder$params"])
+    loc, scale = _network(vae.encoder, params["encoder$params"])(image)
+
+    def model(image: Array) -> None:
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([LATENTS]).to_event(1))
+        numpyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=image)
+
+    by_encoder = loc + scale * random.normal(random.key(2), (4000, LATENTS))
+    return summary({"encoder": by_encoder, "NUTS": jnp.asarray(nuts(model, image)["z"])})
+
+
+# %%
 # The figure
 # ----------
 
@@ -328,6 +351,7 @@ def main() -> None:
     for curve in (ours, *others):
         print(line(curve, mark))
     vae = autoencoder(data, 0)
+    print(f"\nLatents of the first image that is held out:\n{one_image(ours.params, vae, data.test[0])}")
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.8), width_ratios=[3, 3, 2.4, 2.4], layout="constrained")
     draw_curves(list(axes[:2]), [ours, best, *(c for c in others if c is not best)][:4], best)
     seen = data.test[:32].reshape(4, 8, PIXELS)
