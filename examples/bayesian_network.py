@@ -11,7 +11,9 @@ With uniform priors on the tables, a sum over all completions of the hidden entr
 fit is compared with. The parents of each factor are those of the largest marginal likelihood, among the factors before
 it: family history, mental work, physical work, smoking, lipoproteins, pressure::
 
-    mental → physical → smoking      smoking, physical → lipids      smoking, lipids → pressure      family
+    mental → physical → smoking
+    smoking, physical → lipids
+    smoking, lipids → pressure
 
 Run it with ``python examples/bayesian_network.py``.
 """
