@@ -84,6 +84,25 @@ def test_both_modes_of_the_line_with_outliers(example):
     assert abs(slope.mean - 2.725) < 0.3 * slope.sd
 
 
+def test_forecast_of_carbon_dioxide_is_near_what_was_measured(example):
+    series = example("forecast")
+    y, truth = series.read()
+    judged = series.run(y)
+    drawn = series.forecast(judged, y)
+    low, high = np.quantile(drawn, [0.05, 0.95], axis=0)
+    assert np.sum((np.asarray(truth) > low) & (np.asarray(truth) < high)) >= 20
+    # The months of the last year and its growth are 0.68 ppm off.
+    assert np.sqrt(np.mean((drawn.mean(0) - np.asarray(truth)) ** 2)) < 0.5
+    # Least squares for the rest, with a straight line in each year, gives the season.
+    year, month = np.divmod(np.arange(len(y)), 12)
+    ramps = np.clip(np.arange(len(y))[:, None] - 12 * np.arange(year[-1] + 1), 0, 12)
+    angle = 2 * np.pi * month[:, None] / 12 * np.arange(1, 4)
+    design = np.column_stack([np.cos(angle), np.sin(angle), np.ones(len(y)), ramps])
+    season = np.linalg.lstsq(design, np.asarray(y), rcond=None)[0][:6]
+    moments = judged.importance_weighted["season"]
+    np.testing.assert_array_less(np.abs(moments.mean - season) / moments.sd, 1.0)
+
+
 def test_tables_of_the_bayesian_network_have_the_exact_posterior(example):
     network = example("bayesian_network")
     known, hidden = network.read()
