@@ -14,7 +14,7 @@ from benchmarks.starts.cases import PROBLEMS
 from numpyro_natgrad.diagnostics import recommendation
 from numpyro_natgrad.diagnostics.importance import Moments
 
-CASE = recommendation.Case(("AutoNormal",), 5, 4000, 0, 0.9, 10.0, 1.0, 0.0, 0.0, False, (), False, (), ("z", 1.0))
+CASE = recommendation.Case(("AutoNormal",), 5, 4000, 0, 0.9, 1000.0, 1.0, 0.0, 0.0, False, (), False, (), ("z", 1.0))
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,10 @@ CASE = recommendation.Case(("AutoNormal",), 5, 4000, 0, 0.9, 10.0, 1.0, 0.0, 0.0
         ({"newton_decrement": 2.0}, "more steps"),
         ({"newton_decrement": 2.0, "particles": 1}, "more particles"),
         ({"newton_decrement": 2.0, "no_maximum": True}, "another start"),
-        ({"guide": ("AutoMultivariateNormal",)}, "another start"),
+        ({"guide": ("AutoMultivariateNormal",)}, "NUTS"),
+        ({"guide": ("AutoMultivariateNormal",), "no_maximum": True}, "another start"),
         ({"guide": ("AutoBNAFNormal",)}, "flow"),
+        ({"weighted_k_hat": 0.3}, "use it"),
         ({"funnel": "z"}, "non-centred"),
         ({"abstains": True, "cause": "draws are not differentiable"}, "enumeration"),
         ({"k_hat": 0.1}, "use it"),
@@ -35,6 +37,12 @@ CASE = recommendation.Case(("AutoNormal",), 5, 4000, 0, 0.9, 10.0, 1.0, 0.0, 0.0
 )
 def test_the_first_advice_of_a_verdict_is_recognised(changed, expected):
     assert advice.advice(recommendation.recommend(CASE._replace(**changed))) == expected
+
+
+def test_advice_that_was_followed_is_not_given_again():
+    said = recommendation.recommend(CASE._replace(guide=("AutoMultivariateNormal",), no_maximum=True))
+    assert advice.advice(said) == "another start"
+    assert advice.advice(said, ("another start",)) == "flow"
 
 
 def test_the_site_of_a_funnel_is_read_from_the_advice():
@@ -54,6 +62,7 @@ def test_the_largest_errors_are_found_and_entries_without_a_reference_are_left_o
 def _row(guide, weighted, said, *, use_weighted=False):
     return {
         "k_hat": 0.6,
+        "weighted_k_hat": 0.5,
         "guide": guide,
         "importance_weighted": weighted,
         "advice": said,
@@ -77,7 +86,8 @@ def test_the_table_judges_the_answer_that_the_verdict_names(tmp_path):
     text = table({name: read(tmp_path, name) for name in ("funnel", "banana")})
     assert "* Bad answers: 2; `verdict` calls 1 of them good (50%)." in text
     assert "* Good answers: 2; `verdict` calls 1 of them bad (50%)." in text
-    assert "once ends good for 0, once or twice for 1 (50%)" in text
+    assert "calls bad: 1. Its advice was followed for 1 of them: followed once, it leads to a good answer for 0" in text
+    assert "once or twice for 1." in text
     assert "* banana: chains disagree" in text
     assert "* funnel, full 4: StructureError: no" in text
 

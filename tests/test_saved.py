@@ -21,7 +21,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from numpyro_natgrad import NaturalGradient, fit, load, save
-from numpyro_natgrad.infer.judge import Judgement
+from numpyro_natgrad.infer.convergence import Judgement
 
 X = jnp.linspace(-2.0, 2.0, 12)
 Y = jnp.array([0.0, 1, 0, 2, 1, 1, 3, 2, 6, 5, 9, 13])

@@ -15,6 +15,7 @@ import numpy as np
 import numpyro
 import optax
 import pytest
+import scipy.stats
 from jax import random
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
@@ -41,9 +42,9 @@ from numpyro_natgrad import (
     to_arviz,
     verdict,
 )
-from numpyro_natgrad.diagnostics import importance
+from numpyro_natgrad.diagnostics import importance, mixture
 from numpyro_natgrad.diagnostics.importance import Moments, draw, fitted_guide, moments, smooth
-from numpyro_natgrad.diagnostics.linear_response import NoMinimumError
+from numpyro_natgrad.diagnostics.linear_response import NoMinimumError, gaussian_latents
 from numpyro_natgrad.diagnostics.recommendation import Case, recommend, threshold
 
 D = 4
@@ -204,8 +205,50 @@ def test_too_small_family_is_advised_a_larger_one():
     svi, params = started(ridge, AutoNormal(ridge), z_auto_loc=np.zeros(D), z_auto_scale=scale)
     found = verdict(svi, params, random.key(1), num_draws=1000)
     assert found.k_hat > 0.7
-    assert found.recommendation.endswith("Try `AutoMultivariateNormal`.")
-    assert_close(found.linear_response["z"], np.ones(D), 4 / math.sqrt(2 * 1000))
+    assert found.recommendation.endswith("try `AutoMultivariateNormal`.")
+    assert_close(found.linear_response["z"], np.ones(D), 4 / math.sqrt(2 * 500))
+    # Its linear response is the posterior, so that weighted draws of the mixture know it.
+    assert found.weighted_k_hat < 0.7
+    assert_close(found.importance_weighted["z"].sd, np.ones(D), 5 / math.sqrt(2 * found.ess))
+    assert np.all(np.abs(found.importance_weighted["z"].mean) < 5 / math.sqrt(found.ess))
+    assert abs(found.log_evidence.value) < 5 * found.log_evidence.standard_error
+    assert "usable for importance sampling" in found.recommendation
+    resampled = to_arviz(found, random.key(2))["posterior"]["z"].values
+    assert_close(resampled.std((0, 1)), np.ones(D), 0.2)
+
+
+def test_mixture_weights_are_the_densities_of_its_components(x64):
+    """A quarter of the draws has the density of the guide, half that of the linear response, a quarter Student's t."""
+    heavy = scipy.stats.multivariate_t(CENTRE, COVARIANCE, df=5)
+    normal = scipy.stats.multivariate_normal
+    svi, params = started(gaussian, AutoNormal(gaussian), z_auto_loc=CENTRE, z_auto_scale=np.diag(PRECISION) ** -0.5)
+    fitted = fitted_guide(svi, params, (), {})
+    sites = draw(fitted, random.key(0), 100).sites
+    found = mixture.draw(gaussian_latents(fitted, random.key(0)), jnp.array(COVARIANCE), random.key(1), 400, sites)
+    z = found.drawn.values["z"]
+    narrow = normal(CENTRE, np.diag(1 / np.diag(PRECISION))).pdf(z)
+    density = narrow / 4 + normal(CENTRE, COVARIANCE).pdf(z) / 2 + heavy.pdf(z) / 4
+    expected = LOG_EVIDENCE + normal(CENTRE, COVARIANCE).logpdf(z) - np.log(density)
+    assert_close(found.drawn.log_weights, expected, 1e-9)
+    assert found.drawn.log_weights.max() <= LOG_EVIDENCE + math.log(2)
+    distance = np.sum((z - CENTRE) @ PRECISION * (z - CENTRE), axis=1)
+    parts = np.split(distance, [found.response.start, found.response.stop])
+    assert [len(x) for x in parts] == [100, 200, 100]
+    assert parts[1].mean() < parts[2].mean()
+    assert abs(parts[1].mean() - D) < 4 * math.sqrt(2 * D / 200)
+
+
+def test_tails_that_the_guide_lacks_are_in_the_weighted_moments():
+    """Student's t with 5 degrees of freedom at the optimum of its Gaussian guide: a variance of 5/3."""
+
+    def model() -> None:
+        numpyro.sample("z", dist.StudentT(5.0).expand([2]).to_event(1))
+
+    svi, params = started(model, AutoNormal(model), z_auto_loc=np.zeros(2), z_auto_scale=np.full(2, 1.08))
+    found = verdict(svi, params, random.key(1), num_draws=4000, progress_bar=False)
+    sd = math.sqrt(5 / 3)
+    assert np.all(found.guide["z"].sd < 0.9 * sd)
+    assert_close(found.importance_weighted["z"].sd, np.full(2, sd), 0.06 * sd)
 
 
 def test_equal_weights_have_no_pareto_tail(dtype):
@@ -373,7 +416,7 @@ def _case(**changed: Any) -> Case:
         draws=4000,
         nonfinite=0,
         k_hat=1.2,
-        ess=10.0,
+        ess=1000.0,
         gap=3.0,
         rounding=0.0,
         newton_decrement=math.nan,
@@ -389,7 +432,13 @@ def _case(**changed: Any) -> Case:
 CASES = [
     ({"k_hat": 0.2}, "The guide is good: k-hat 0.20. Use it as it is."),
     ({"k_hat": 0.2, "worst": ("z[1]", 0.7)}, "Its standard deviation of `z[1]` is too small, 0.70 of the"),
-    ({"k_hat": 0.6}, "The guide is usable: k-hat 0.60. Use the importance-weighted moments (10 effective draws)."),
+    ({"k_hat": 0.6}, "The guide is usable: k-hat 0.60. Use the importance-weighted moments (1000 effective draws)."),
+    ({"k_hat": 0.2, "farthest": ("z[1]", 0.4)}, "Its mean of `z[1]` is off by 0.40 standard deviations"),
+    ({"k_hat": 0.6, "ess": 30.0}, "The family is too small"),
+    ({"weighted_k_hat": 0.3}, "(k-hat 1.20), and usable for importance sampling. Use the importance-weighted moments"),
+    ({"k_hat": 0.2, "weighted_k_hat": 0.9}, "The family is too small"),
+    ({"k_hat": 0.6, "funnel": "theta"}, "use `LocScaleReparam(0)` for it"),
+    ({"weighted_k_hat": 0.3, "funnel": "theta"}, "use `LocScaleReparam(0)` for it"),
     ({"k_hat": 0.6, "draws": 100}, "The family is too small: k-hat 0.60, trustworthy below 0.50."),
     ({"k_hat": 0.70004}, "The family is too small: k-hat 0.70004, trustworthy below 0.70000."),
     (
@@ -417,8 +466,10 @@ CASES = [
         "Use more particles (`num_particles=8`; a step then costs up to 8 times",
     ),
     ({"newton_decrement": 1.5, "newton_decrement_error": 1.2}, "The family is too small"),
-    ({"guide": ("AutoMultivariateNormal",)}, "Try other starts (`fit(..., num_starts=8)`"),
-    ({"correlated": False}, "Try other starts (`fit(..., num_starts=8)`"),
+    ({"guide": ("AutoMultivariateNormal",)}, "Start NUTS from this fit (`to_nuts`), or try a flow"),
+    ({"guide": ("AutoMultivariateNormal",), "no_maximum": True}, "try other starts (`fit(..., num_starts=8)`"),
+    ({"correlated": False}, "Start NUTS from this fit (`to_nuts`)"),
+    ({"correlated": False}, "other modes, try other starts (`fit(..., num_starts=8)`"),
     ({"funnel": "theta"}, "The scale of `theta` varies with other latents: use `LocScaleReparam(0)` for it"),
     ({"abstains": True, "cause": "draws of `c` are not differentiable"}, "by `TraceEnum_ELBO`, since draws of `c`"),
     ({"term_tail": 0.9}, "The ELBO has no finite variance: its lowest terms have the Pareto shape 0.90"),

@@ -1,20 +1,23 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""The first advice of a recommendation, and how it is followed without thinking.
+"""The first advice of a recommendation that was not followed before, and how it is followed without thinking.
 
-Advice is recognised by a word of the recommendation, the one that stands first in it.
+Advice is recognised by a word of the recommendation; the words that stand first in it come first.
 """
 
 import re
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import numpyro.infer.autoguide as autoguide
 from numpyro.handlers import reparam
-from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer import MCMC, SVI, Trace_ELBO
 from numpyro.infer.reparam import LocScaleReparam
 
-from numpyro_natgrad import FitResult, NaturalGradient, fit
+from numpyro_natgrad import FitResult, NaturalGradient, fit, to_nuts
+from numpyro_natgrad.diagnostics.importance import Moments, moments
 
 #: Words of a recommendation, and the advice that each stands for.
 WORDS = {
@@ -32,10 +35,12 @@ WORDS = {
     "NUTS": "NUTS",
     "non-finite": "mend the model",
     "is good": "use it",
-    "is usable": "use it",
+    "Use the importance-weighted moments": "use it",
 }
 #: Particles of a fit, and the most steps of one.
 PARTICLES, MAX_STEPS = 8, 2000
+#: Draws of each chain of NUTS that starts from a fit.
+NUTS_DRAWS = 500
 #: Starts of a fit that is told to use several.
 NUM_STARTS = 8
 
@@ -47,19 +52,19 @@ GUIDES = {
 
 
 class Attempt(NamedTuple):
-    """How a problem is fitted: which guide, which sites are non-centred, and from how many starts."""
+    """How a problem is fitted: guide, number of starts, non-centred sites, and the advice that was followed before."""
 
     guide: str
     key: int
     particles: int = PARTICLES
     num_starts: int = 1
     non_centred: tuple[str, ...] = ()
-    followed: str = ""
+    followed: tuple[str, ...] = ()
 
 
-def advice(recommendation: str) -> str:
-    """The first advice of a recommendation."""
-    at = {word: recommendation.find(word) for word in WORDS}
+def advice(recommendation: str, followed: Collection[str] = ()) -> str:
+    """The first advice of a recommendation that is not among those ``followed`` before, since it did not help."""
+    at = {word: recommendation.find(word) for word, kind in WORDS.items() if kind not in followed}
     given = {word: place for word, place in at.items() if place >= 0}
     return WORDS[min(given, key=lambda word: given[word])] if given else "other"
 
@@ -83,11 +88,12 @@ def follow(
     attempt: Attempt, said: str, svi: SVI, result: FitResult, model: Any, args: Any, training: dict[str, Any]
 ) -> tuple[Attempt, SVI, FitResult] | None:
     """Do what a recommendation says first; nothing if that is not a matter of the guide or of the fit."""
-    given = advice(said)
+    given = advice(said, attempt.followed)
+    followed = (*attempt.followed, given)
     if given == "more steps":
         more: dict[str, Any] = {"resume": result, "tolerance": 0.0, "max_steps": max(len(result.losses), 100)}
         return (
-            attempt._replace(followed=given),
+            attempt._replace(followed=followed),
             svi,
             fit(svi, jax.random.key(0), *args, progress_bar=False, **more, **training),
         )
@@ -98,10 +104,22 @@ def follow(
         "flow": {"guide": "flow"},
         "non-centred": {"non_centred": (*attempt.non_centred, *_sites(said))},
     }
-    if given not in changes or (given == "flow" and attempt.guide == "flow"):
+    if given not in changes:
         return None
-    next_ = attempt._replace(**changes[given], key=attempt.key + 100, followed=given)
+    next_ = attempt._replace(**changes[given], key=attempt.key + 100, followed=followed)
     return next_, *run(next_, model, args, training)
+
+
+def by_nuts(
+    attempt: Attempt, svi: SVI, result: FitResult, args: Any, exact: Collection[str]
+) -> tuple[Attempt, dict[str, Moments]]:
+    """Start NUTS from the fit, by its defaults, and return the moments of its draws."""
+    start = to_nuts(svi, result, jax.random.key(attempt.key + 200), *args)
+    chains: dict[str, Any] = {"num_chains": len(jax.tree.leaves(start.init_params)[0]), "chain_method": "vectorized"}
+    mcmc = MCMC(start.kernel, num_warmup=start.num_warmup, num_samples=NUTS_DRAWS, progress_bar=False, **chains)
+    mcmc.run(jax.random.key(attempt.key + 300), *args, init_params=start.init_params)
+    draws = {name: np.asarray(x) for name, x in mcmc.get_samples().items() if name in exact}
+    return attempt._replace(followed=(*attempt.followed, "NUTS")), {n: moments(x) for n, x in draws.items()}
 
 
 def _sites(said: str) -> list[str]:

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
-from numpyro.handlers import seed, trace
+from numpyro.handlers import reparam, seed, trace
 from numpyro.infer import MCMC, NUTS
+from numpyro.infer.reparam import LocScaleReparam
 
 from numpyro_natgrad import verdict
 from numpyro_natgrad.diagnostics.importance import Moments
@@ -24,6 +25,8 @@ MAX_R_HAT, MIN_ESS = 1.02, 200
 MAX_SD_ERROR = 0.1
 #: What a good answer may be off by, in standard deviations and as a ratio of them.
 MEAN_OFF, RATIO_OFF = 0.3, 1.5
+#: Sites whose centred form biases NUTS near a scale of zero, whatever its chains say: the reference is non-centred.
+NON_CENTRED = {"centred_effects": "theta", "counts_by_region": "log_rate"}
 #: Kinds whose modes NUTS does not travel between, whatever its chains say.
 MULTIMODAL = ("multimodal",)
 
@@ -46,14 +49,16 @@ def dropped(problem: Problem) -> str:
 def reference(problem: Problem) -> dict[str, Any]:
     """Means and standard deviations by NUTS, or ``dropped`` if its chains disagree."""
     model, args = problem.make()
+    own = {site["name"] for site in latent_sites(model, args)}
+    if problem.name in NON_CENTRED:
+        model = reparam(model, config={NON_CENTRED[problem.name]: LocScaleReparam(0)})
     begin = time.perf_counter()
     kernel = NUTS(model, target_accept_prob=0.9)
     mcmc = MCMC(
         kernel, num_warmup=WARMUP, num_samples=DRAWS, num_chains=CHAINS, chain_method="vectorized", progress_bar=False
     )
     mcmc.run(jax.random.key(problem.seed), *args)
-    latent = mcmc.last_state.z
-    draws = {n: np.asarray(x, float) for n, x in mcmc.get_samples(group_by_chain=True).items() if n in latent}
+    draws = {n: np.asarray(x, float) for n, x in mcmc.get_samples(group_by_chain=True).items() if n in own}
     varying = {n: x.std((0, 1)) > 1e-6 * (1e-300 + np.abs(x).max((0, 1))) for n, x in draws.items()}
     r_hat = max(np.max(split_gelman_rubin(x)[varying[n]], initial=1.0) for n, x in draws.items())
     ess = min(np.min(effective_sample_size(x)[varying[n]], initial=np.inf) for n, x in draws.items())
@@ -61,6 +66,12 @@ def reference(problem: Problem) -> dict[str, Any]:
     if not (r_hat < MAX_R_HAT and ess > MIN_ESS):
         return found | {"dropped": f"chains of NUTS disagree: R-hat {r_hat:.2f}, {ess:.0f} effective draws"}
     return found | {"sites": {n: _moments(x, varying[n]) for n, x in draws.items()}}
+
+
+def latent_sites(model: Any, args: Any) -> list[dict[str, Any]]:
+    """The latent sites of a model."""
+    sites = trace(seed(model, jax.random.key(0))).get_trace(*args).values()
+    return [site for site in sites if site["type"] == "sample" and not site["is_observed"]]
 
 
 def _moments(x: np.ndarray, varying: np.ndarray) -> dict[str, list[Any]]:
@@ -71,7 +82,7 @@ def _moments(x: np.ndarray, varying: np.ndarray) -> dict[str, list[Any]]:
 
 
 def rows(problem: Problem, guide: str, start: int, exact: dict[str, Any]) -> list[Row]:
-    """What ``verdict`` says of a fit, then of what comes of its first advice, and of the advice on that."""
+    """What ``verdict`` says of a fit, then of what comes of its first advice, and of the next advice on that."""
     model, args = problem.make()
     attempt = advice.Attempt(guide, key=1000 * start + problem.seed)
     found: list[Row] = []
@@ -83,6 +94,9 @@ def rows(problem: Problem, guide: str, start: int, exact: dict[str, Any]) -> lis
                 svi, result = advice.run(attempt, model, args, problem.training)
             else:
                 said = found[-1]["recommendation"]
+                if advice.advice(said, attempt.followed) == "NUTS":
+                    found.append(_nuts_row(attempt, svi, result, args, exact))
+                    break
                 followed = advice.follow(attempt, said, svi, result, model, args, problem.training)
                 if followed is None:
                     break
@@ -97,6 +111,20 @@ def rows(problem: Problem, guide: str, start: int, exact: dict[str, Any]) -> lis
     return found
 
 
+def _nuts_row(attempt: advice.Attempt, svi: Any, result: Any, args: Any, exact: dict[str, Any]) -> Row:
+    """The answer of NUTS, started from a fit."""
+    after, moments = advice.by_nuts(attempt, svi, result, args, tuple(exact))
+    answer = off(moments, exact)
+    return {
+        "attempt": after._asdict(),
+        "recommendation": "",
+        "advice": "use it",
+        "weighted": False,
+        "guide": answer,
+        "importance_weighted": answer,
+    }
+
+
 def _row(attempt: advice.Attempt, svi: Any, result: Any, args: Any, exact: dict[str, Any]) -> Row:
     begin = time.perf_counter()
     said = verdict(svi, result, jax.random.key(7), *args, sites=tuple(exact), progress_bar=False)
@@ -109,9 +137,10 @@ def _row(attempt: advice.Attempt, svi: Any, result: Any, args: Any, exact: dict[
         "elbo": float(said.elbo.value),
         "log_evidence": [float(x) for x in said.log_evidence],
         "k_hat": float(said.k_hat),
+        "weighted_k_hat": float(said.weighted_k_hat),
         "newton_decrement": float(said.newton_decrement),
         "recommendation": text,
-        "advice": advice.advice(text),
+        "advice": advice.advice(text, attempt.followed),
         "weighted": "importance-weighted" in text,
         "guide": off(said.guide, exact),
         "importance_weighted": off(said.importance_weighted, exact),

@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of the calibration, and the two figures above it."""
 
+import math
 from typing import Any
 
 from .measure import Row, answer_is_good, called_good
 
 HEAD = (
-    *("problem", "guide", "k-hat", "guide: mean off", "sd ratio", "weighted: mean off", "sd ratio"),
+    *("problem", "guide", "k-hat", "guide: mean off", "sd ratio", "its weights: k-hat", "mean off", "sd ratio"),
     *("`verdict`", "the answer it names", "first advice", "after it", "second advice", "after both"),
 )
 
@@ -34,7 +35,8 @@ def table(stored: dict[str, Any]) -> str:
 
 def _cells(problem: str, guide: str, rows: list[Row]) -> list[str]:
     first = rows[0]
-    numbers = [f"{x:.2f}" for x in (*first["guide"], *first["importance_weighted"])]
+    weighted = first["weighted_k_hat"] if math.isfinite(first["weighted_k_hat"]) else first["k_hat"]
+    numbers = [f"{x:.2f}" for x in (*first["guide"], weighted, *first["importance_weighted"])]
     says = "good" if called_good(first) else "bad"
     wrong = called_good(first) != answer_is_good(first)
     after = outcomes(rows)
@@ -53,20 +55,18 @@ def _summary(fits: dict[tuple[str, str], list[Row]]) -> str:
     bad, good = [x for x in first if not answer_is_good(x)], [x for x in first if answer_is_good(x)]
     missed = sum(map(called_good, bad))
     refused = sum(not called_good(x) for x in good)
-    called = [rows for rows in fits.values() if not called_good(rows[0])]
-    possible = {p for (p, _), rows in fits.items() if any(answer_is_good(x) for x in rows if "error" not in x)}
-    able = [rows for (p, _), rows in fits.items() if p in possible and not answer_is_good(rows[0])]
+    called = [rows for rows in fits.values() if not called_good(rows[0]) and not answer_is_good(rows[0])]
+    followed = [rows for rows in called if len(outcomes(rows)) > 1]
     within = lambda rows, n: any("good" in x for x in outcomes(rows)[1 : n + 1])
-    used = lambda rows: any(x == "good, used" for x in outcomes(rows)[1:])
     lines = [
         f"* {len(first)} fits of {len({p for p, _ in fits})} problems.",
         f"* Bad answers: {len(bad)}; `verdict` calls {missed} of them good ({_percent(missed, len(bad))}).",
         f"* Good answers: {len(good)}; `verdict` calls {refused} of them bad ({_percent(refused, len(good))}).",
-        f"* Fits that `verdict` calls bad: {len(called)}. Its first advice leads to a good answer for "
-        f"{sum(within(x, 1) for x in called)}, and once or twice for {sum(within(x, 2) for x in called)}.",
-        f"* Bad fits on problems where some fit of this table is good: {len(able)}. Following the advice once ends "
-        f"good for {sum(within(x, 1) for x in able)}, once or twice for {sum(within(x, 2) for x in able)} "
-        f"({_percent(sum(within(x, 2) for x in able), len(able))}); `verdict` then says so for {sum(map(used, able))}.",
+        f"* Answers that `verdict` calls good: {len(good) - refused + missed}; {missed} of them are bad "
+        f"({_percent(missed, len(good) - refused + missed)}).",
+        f"* Bad answers that `verdict` calls bad: {len(called)}. Its advice was followed for {len(followed)} of them: "
+        f"followed once, it leads to a good answer for {sum(within(x, 1) for x in followed)}, once or twice for "
+        f"{sum(within(x, 2) for x in followed)}.",
     ]
     kinds = sorted({rows[0]["advice"] for rows in called})
     for kind in kinds:

@@ -63,8 +63,9 @@ def to_arviz(
         (('chain', 'draw', 'row'), (1, 500, 3))
 
     :param Verdict judged: what :func:`verdict` returned.
-    :param jax.Array rng_key: key for resampling the draws by their weights, which makes them posterior draws without
-        weights, and for predictions. By default the draws are those of the guide, and there are no predictions.
+    :param jax.Array rng_key: key for resampling by weights the draws of the importance-weighted moments, which makes
+        them posterior draws without weights, and for predictions. By default the draws are those of the guide, and
+        there are no predictions.
     :param groups: names of the groups to compute from the model: ``"log_likelihood"``, ``"observed_data"``,
         ``"posterior_predictive"``. By default all that can be computed, if none has more than 2²⁸ entries.
     :param int draws_per_chunk: draws that are evaluated together, which bounds the memory of the device; by default as
@@ -82,21 +83,25 @@ def to_arviz(
             "`to_arviz(verdict(svi, result, rng_key, *args))`."
         )
     _check(groups, rng_key, draws_per_chunk)
-    count = judged.weights.size
-    statistics = {"lp_minus_lq": judged.log_weights}
-    if judged.source is not None:
-        log_p = judged.source.drawn.log_p
-        statistics |= {"log_p": log_p, "log_q": log_p - judged.log_weights}
+    draws, log_weights, weights, source = judged.draws, judged.log_weights, judged.weights, judged.source
+    if rng_key is not None and source is not None and source.mixture is not None:
+        drawn, weights = source.mixture.drawn, source.mixture.weights.normalised
+        draws, log_weights = {name: drawn.values[name] for name in draws}, drawn.log_weights
+        source = source._replace(drawn=drawn)
+    count = weights.size
+    statistics = {"lp_minus_lq": log_weights}
+    if source is not None:
+        statistics |= {"log_p": source.drawn.log_p, "log_q": source.drawn.log_p - log_weights}
     if rng_key is None:
         chosen = np.arange(count)
         with np.errstate(divide="ignore"):
-            statistics["log_weight"] = np.log(judged.weights)
+            statistics["log_weight"] = np.log(weights)
     else:
-        chosen = np.asarray(random.choice(rng_key, count, (count,), p=jnp.asarray(judged.weights)))
-    computed = _Groups(judged.source, chosen, rng_key, draws_per_chunk).of(groups) if judged.source else {}
-    drawn = {name: z[chosen] for name, z in judged.draws.items()}
+        chosen = np.asarray(random.choice(rng_key, count, (count,), p=jnp.asarray(weights)))
+    computed = _Groups(source, chosen, rng_key, draws_per_chunk).of(groups) if source else {}
+    posterior = {name: z[chosen] for name, z in draws.items()}
     data = computed.pop("observed_data", None)
-    chains = {"posterior": drawn, "sample_stats": {name: x[chosen] for name, x in statistics.items()}, **computed}
+    chains = {"posterior": posterior, "sample_stats": {name: x[chosen] for name, x in statistics.items()}, **computed}
     found: dict[str, Any] = {group: _one_chain(values) for group, values in chains.items()}
     return _from_dict(found | ({"observed_data": data} if data else {}), labels)
 

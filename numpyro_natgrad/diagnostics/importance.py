@@ -53,7 +53,8 @@ Sites = Mapping[str, dict[str, Any]]
 class FittedGuide(NamedTuple):
     """Model and guide in ``svi`` at the fitted constrained ``params``, which include mutable state.
 
-    ``kwargs`` include those of the ``SVI``; ``given`` are those of the call.
+    ``kwargs`` include those of the ``SVI``; ``given`` are those of the call. ``unconstrained`` are the parameters in
+    the state of the optimizer, if the fit returned one.
     """
 
     svi: SVI
@@ -62,6 +63,7 @@ class FittedGuide(NamedTuple):
     kwargs: Mapping[str, Any]
     given: Mapping[str, Any] = {}
     mutable_state: Mapping[str, Any] = {}
+    unconstrained: Params | None = None
 
     @property
     def vectorized(self) -> bool:
@@ -128,18 +130,18 @@ class Moments(NamedTuple):
 def fitted_guide(svi: SVI, result: Fitted, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FittedGuide:
     """Read the parameters of what a fit returned. Raise TypeError for anything else, ValueError before ``svi.init``."""
     if isinstance(result, SVIRunResult | FitResult):
-        params, mutable_state = result.params, result.state.mutable_state
+        params, state = result.params, result.state
     elif isinstance(result, SVIState):
-        params, mutable_state = _initialised(svi).get_params(result), result.mutable_state
+        params, state = _initialised(svi).get_params(result), result
     elif isinstance(result, Mapping):
-        params, mutable_state = result, None
+        params, state = result, None
     else:
         raise TypeError(
             f"`result` is of type `{type(result).__name__}`: expected what `svi.run` or `fit` returns, a state of "
             "`svi.update`, or the dict of `svi.get_params(state)`."
         )
     static: Mapping[str, Any] = getattr(svi, "static_kwargs", {})
-    mutable = mutable_state or {}
+    mutable = (state and state.mutable_state) or {}
     return FittedGuide(
         svi=svi,
         params={**params, **mutable},
@@ -147,6 +149,7 @@ def fitted_guide(svi: SVI, result: Fitted, args: tuple[Any, ...], kwargs: Mappin
         kwargs={**static, **kwargs},
         given=kwargs,
         mutable_state=mutable,
+        unconstrained=None if state is None else svi.optim.get_params(state.optim_state),
     )
 
 

@@ -197,17 +197,18 @@ def _iterative_solver(product: Product, right: jax.Array) -> tuple[jax.Array, ja
 
 def potential(latents: GaussianLatents, z: jax.Array) -> jax.Array:
     """f(z) = −log p(x, z) at d unconstrained latents, with the log Jacobian of the guide's transforms; nats."""
-    return substitute_latents(latents, z)[0]
+    log_p, log_jacobian, _ = substitute_latents(latents, z)
+    return log_jacobian - log_p
 
 
-def substitute_latents(latents: GaussianLatents, z: jax.Array) -> tuple[jax.Array, Sites]:
-    """The potential at z, and the trace of the model there."""
+def substitute_latents(latents: GaussianLatents, z: jax.Array) -> tuple[jax.Array, jax.Array, Sites]:
+    """log p(x, z), the log Jacobian of the guide's transforms as part of log q(z), and the trace of the model at z."""
     guide, key = latents.guide, random.key(0)  # of plates that subsample: the same minibatch at every z
     with SubstituteBaseDraws(latents.split(z)):
         log_jacobian, guide_sites = log_density(seed(guide.svi.guide, key), guide.args, guide.kwargs, guide.params)
     model = replay(seed(guide.svi.model, key), guide_sites)
     log_p, model_sites = log_density(model, guide.args, guide.kwargs, guide.params)
-    return log_jacobian - log_p, model_sites
+    return log_p, log_jacobian, model_sites
 
 
 class SubstituteBaseDraws(Messenger):

@@ -266,7 +266,7 @@ def _gaussian_covariance(latents: GaussianLatents, names: list[str], key: jax.Ar
             return None
 
     def flat(latents: GaussianLatents, z: jax.Array) -> jax.Array:
-        sites = substitute_latents(latents, z)[1]
+        sites = substitute_latents(latents, z)[2]
         return jnp.concatenate([unconstrained_value(sites[name]).ravel() for name in names])
 
     jacobian = jit_for(latents, lambda latents: jax.jacfwd(partial(flat, latents))(latents.loc))()

@@ -23,6 +23,11 @@ MAX_K_HAT = 0.7
 SMALL_KL = 0.3**2 / 2
 #: Standard errors that are added to the KL before it is compared.
 KL_ERRORS = 2.0
+#: Effective draws below which weighted moments are not recommended: the standard error of a mean is 0.1 standard
+#: deviations there (Kong 1992), a third of what the limit of the KL allows.
+MIN_ESS = 100
+#: Standard deviations by which a mean may differ from the weighted one: the standard error at ``MIN_ESS`` draws.
+MEAN_TOLERANCE = 0.1
 #: Newton decrement in nats above which more steps are recommended: half a nat is one standard deviation.
 MIN_DECREMENT = 0.5
 #: Share of log evidence − ELBO that the decrement must exceed as well; else steps close little of the gap. Not tuned.
@@ -46,7 +51,7 @@ _FLOW_ADVICE = (
     "a flow (`AutoBNAFNormal`, `AutoIAFNormal`), or another parameterisation of the model (`LocScaleReparam`: centred "
     "where data are many, non-centred where they are few)"
 )
-_LAST = "another parameterisation of the model (`numpyro.infer.reparam`), a larger flow, or NUTS"
+_LAST = "another parameterisation of the model (`numpyro.infer.reparam`), a larger flow, or NUTS (`to_nuts`)"
 #: The guide to try next, by the name of the class of the present one. ``wider`` and ``widest`` families contain it.
 _NEXT = {
     "AutoDelta": "`AutoNormal`",
@@ -62,7 +67,7 @@ _NEXT = {
 }
 
 
-#: Guides with all correlations: a better start is cheaper than a family that is wider still.
+#: Guides with all correlations.
 _FULL_COVARIANCE = ("AutoMultivariateNormal", "AutoLaplaceApproximation", "AutoBatchedMultivariateNormal")
 
 
@@ -82,6 +87,8 @@ class Case(NamedTuple):
         because draws of discrete sites are not differentiable.
     :ivar term_tail: Pareto shape of the lowest terms of the ELBO.
     :ivar funnel: the latent site whose scale varies with other latents, or ``""``.
+    :ivar weighted_k_hat: k-hat of the weights of the weighted moments, NaN if they are those of the guide's draws.
+    :ivar farthest: the entry whose mean is most off, and by how many importance-weighted standard deviations.
     :ivar correlated: whether linear response expects wider marginals than the guide's, or is unknown.
     """
 
@@ -107,11 +114,29 @@ class Case(NamedTuple):
     particles: int = FEW_PARTICLES
     funnel: str = ""
     correlated: bool = True
+    weighted_k_hat: float = math.nan
+    farthest: tuple[str, float] = ("", 0.0)
+
+    @property
+    def weights_are_good(self) -> bool:
+        """Whether the weighted moments can be used: those of the mixture, if there is one."""
+        k_hat = self.k_hat if math.isnan(self.weighted_k_hat) else self.weighted_k_hat
+        return can_be_weighted(k_hat, self.ess, self.draws)
 
 
 def threshold(draws: int) -> float:
     """The k-hat above which S = ``draws`` do not suffice, min(1 − 1/log₁₀ S, 0.7)."""
     return min(1 - 1 / math.log10(max(draws, 11)), MAX_K_HAT)
+
+
+def is_small(gap: float, error: float) -> bool:
+    """Whether KL(guide ‖ posterior) = ``gap``, nats, is so small that means and standard deviations are right."""
+    return gap + KL_ERRORS * error < SMALL_KL
+
+
+def can_be_weighted(k_hat: float, ess: float, draws: int) -> bool:
+    """Whether weighted moments can be trusted: their error is known, and small enough."""
+    return k_hat < threshold(draws) and ess > MIN_ESS
 
 
 def grade(k_hat: float, draws: int) -> str:
@@ -163,11 +188,13 @@ def _main(case: Case) -> str:
         return f"The guide is a point and has no uncertainty: try {next_guide(case)}."
     shown, limit = distinguishable(case.k_hat, threshold(case.draws))
     mark, k = grade(case.k_hat, case.draws), f"k-hat {shown}"
-    if mark == "good":
+    if mark == "good" and case.weights_are_good:
         return f"The guide is good: {k}. {_correction(case)}"
-    if mark == "usable":
+    # Weights do not know the neck of a funnel, where the guide has no draws.
+    weighable = case.weights_are_good and not case.funnel
+    if mark != "too large" and weighable:
         return f"The guide is usable: {k}. Use the importance-weighted moments ({case.ess:.0f} effective draws)."
-    if case.gap + KL_ERRORS * case.gap_error < SMALL_KL:
+    if is_small(case.gap, case.gap_error):
         return (
             "The guide is good for means and standard deviations: KL(guide ‖ posterior) is "
             f"{case.gap:.3f} ± {case.gap_error:.3f} nats. Do not weight its draws: {k}, since its tails are too light."
@@ -185,21 +212,37 @@ def _main(case: Case) -> str:
         return f"{gain} Use more particles (`num_particles={FEW_PARTICLES}`; {cost}), or take more steps."
     if unfinished:
         return f"{gain} Take more steps, about as many again; if that does not help, try {_OTHER_STARTS}."
+    if weighable:
+        return _proposal_only(case, k)
     if case.abstains:
         return f"The guide is too far off ({k}): sum over discrete sites by `TraceEnum_ELBO`, since {case.cause}."
-    return f"{_too_small(case, k, limit)}{' The ELBO has no maximum where the fit stopped.' * case.no_maximum}"
+    return _too_small(case, k, limit)
+
+
+def _proposal_only(case: Case, k: str) -> str:
+    """The guide is too far off, and its mixture has good weights."""
+    shown, _ = distinguishable(case.weighted_k_hat, threshold(case.draws))
+    return (
+        f"The guide is too far off to be used as it is ({k}), and usable for importance sampling. Use the "
+        f"importance-weighted moments ({case.ess:.0f} effective draws, k-hat {shown} of their weights) or resampled "
+        f"draws (`to_arviz(judged, rng_key)`). For a better guide, try {next_guide(case)}."
+    )
 
 
 def _too_small(case: Case, k: str, limit: str) -> str:
     """What to do if the optimum of the family is too far from the posterior: first what costs least."""
-    said = f"The family is too small: {k}, trustworthy below {limit}."
+    small = case.k_hat < threshold(case.draws)
+    said = f"The family is too small: {k}{'' if small else f', trustworthy below {limit}'}."
     wider = next_guide(case)
     if case.funnel:
         first = f"The scale of `{case.funnel}` varies with other latents: use `LocScaleReparam(0)` for it"
         return f"{said} {first} (non-centred; the same cost), or {wider}."
-    if any(name in _FULL_COVARIANCE for name in case.guide) or not case.correlated:
-        return f"{said} Try {_OTHER_STARTS}, at the cost of as many fits; then {wider}."
-    return f"{said} Try {wider}."
+    if case.correlated and not any(name in _FULL_COVARIANCE for name in case.guide):
+        return f"{said} Try {wider}."
+    if case.no_maximum:
+        return f"{said} The fit stopped where the ELBO has no maximum: try {_OTHER_STARTS}, then {wider}."
+    modes = f"If the posterior may have other modes, try {_OTHER_STARTS}."
+    return f"{said} Start NUTS from this fit (`to_nuts`), or try {wider}. {modes}"
 
 
 def _correction(case: Case) -> str:
@@ -207,7 +250,10 @@ def _correction(case: Case) -> str:
         return "Use the importance-weighted moments, in which draws with a non-finite log weight have weight zero."
     name, ratio = case.worst
     if abs(math.log(ratio)) <= SD_TOLERANCE:
-        return "Use it as it is."
+        name, shift = case.farthest
+        if shift <= MEAN_TOLERANCE:
+            return "Use it as it is."
+        return f"Its mean of `{name}` is off by {shift:.2f} standard deviations: use the importance-weighted moments."
     size = "small" if ratio < 1 else "large"
     fault = f"Its standard deviation of `{name}` is too {size}, {ratio:.2f} of the importance-weighted one"
     return f"{fault}: use the importance-weighted moments."

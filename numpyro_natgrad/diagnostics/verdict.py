@@ -12,28 +12,21 @@ the moments of the guide (:mod:`.importance`), and the Hessian of the ELBO corre
 import math
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax, random
+from jax import random
 from numpyro.infer import SVI
 
 from numpyro_natgrad.compilation.data import traceable
-from numpyro_natgrad.compilation.devices import fetch, jit_for
-from numpyro_natgrad.diagnostics import importance, linear_response, recommendation
-from numpyro_natgrad.diagnostics.importance import (
-    DRAWS_PER_BATCH,
-    Draws,
-    Fitted,
-    FittedGuide,
-    ImportanceWeights,
-    Moments,
-)
+from numpyro_natgrad.diagnostics import importance, linear_response, mixture, recommendation
+from numpyro_natgrad.diagnostics.importance import Draws, Fitted, FittedGuide, ImportanceWeights, Inspection, Moments
+from numpyro_natgrad.diagnostics.mixture import Mixture
+from numpyro_natgrad.infer.convergence import Judgement
 from numpyro_natgrad.infer.fisher import Estimate
-from numpyro_natgrad.infer.judge import Judgement, judge_of
+from numpyro_natgrad.infer.judge import judge_of
 from numpyro_natgrad.options import CONSTANTS, StructureError
 
 #: Rows of the printed table: about one screen.
@@ -50,25 +43,28 @@ _MINIBATCH = (
 
 
 class Source(NamedTuple):
-    """Model and guide at the fitted parameters, and all draws of a verdict."""
+    """Model and guide at the fitted parameters, and all draws of a verdict: of the guide, and of the mixture if any."""
 
     fitted: FittedGuide
     drawn: Draws
+    mixture: Mixture | None = None
 
 
 class Verdict(NamedTuple):
     """What :func:`verdict` returns for ``S`` draws, in float64; ``print`` shows it as a table.
 
-    :ivar float k_hat: Pareto shape of the largest weights, which can be trusted below ``threshold``; NaN for a point.
+    :ivar float k_hat: Pareto shape of the guide's largest weights, to be trusted below ``threshold``; NaN for a point.
     :ivar float threshold: min(1 − 1/log₁₀ S, 0.7).
     :ivar Estimate elbo: E[w] with its standard error, nats.
     :ivar Estimate log_evidence: log p(x) by the smoothed weights, with its standard error, nats.
-    :ivar float ess: effective number of draws, 1/Σw̄².
+    :ivar float ess: effective number of draws, 1/Σw̄², behind ``importance_weighted``.
     :ivar float newton_decrement: expected remaining gain within the family, nats, by the judge of :func:`.fit`
         (:mod:`.judge`); unbiased, and so slightly negative at times; NaN if unknown.
     :ivar float newton_decrement_error: its standard error, nats.
     :ivar dict guide: :class:`.Moments` of each site under the guide.
-    :ivar dict importance_weighted: importance-weighted :class:`.Moments` of each site.
+    :ivar dict importance_weighted: importance-weighted :class:`.Moments` of each site, from draws of a mixture of the
+        guide with wider distributions (:mod:`.mixture`) if their weights can be trusted and the guide is not nearly
+        exact, else from those of the guide.
     :ivar dict linear_response: standard deviations of each site by linear response, or ``{}``.
     :ivar str linear_response_note: why ``linear_response`` is empty, or ``""``.
     :ivar dict draws: draws of each site, ``(S, *shape)``.
@@ -76,6 +72,7 @@ class Verdict(NamedTuple):
     :ivar numpy.ndarray weights: smoothed weights w̄ with sum 1, ``(S,)``.
     :ivar str recommendation: what to do, in a sentence or two.
     :ivar Source source: model, guide and all of the draws, for :func:`.to_arviz`.
+    :ivar float weighted_k_hat: Pareto shape of the mixture's largest weights; NaN without a mixture.
     """
 
     k_hat: float
@@ -94,6 +91,7 @@ class Verdict(NamedTuple):
     weights: np.ndarray
     recommendation: str
     source: Source | None = None
+    weighted_k_hat: float = math.nan
 
     def __str__(self) -> str:
         return "\n".join([*_summary_lines(self), "", *_moment_lines(self), "", self.recommendation])
@@ -113,6 +111,7 @@ class _Response(NamedTuple):
     widening: float
     note: str
     no_maximum: bool
+    mixture: Mixture | None = None
 
 
 def verdict(
@@ -173,19 +172,19 @@ def verdict(
     if drawn.sites.subsampled:
         warnings.warn(_MINIBATCH.format(list(drawn.sites.subsampled)), stacklevel=2)
     judgement = _judgement(fitted, keys[2], num_draws)
-    return _verdict(fitted, drawn, judgement, _response(fitted, keys[1], num_draws, drawn.sites.tabulated))
+    return _verdict(fitted, drawn, judgement, _response(fitted, keys[1], num_draws, drawn.sites))
 
 
 def _judgement(fitted: FittedGuide, key: jax.Array, num_draws: int) -> Judgement:
-    """What the judge of :func:`.fit` finds, by as many draws as the verdict has."""
-    svi = fitted.svi
+    """What the judge of :func:`.fit` found at these parameters, or else finds by as many draws as the verdict has."""
+    svi, params = fitted.svi, fitted.unconstrained
     try:
-        params = svi.constrain_fn(
-            {name: x for name, x in fitted.params.items() if name not in fitted.mutable_state}, invert=True
-        )
+        if params is None:
+            own = {name: x for name, x in fitted.params.items() if name not in fitted.mutable_state}
+            params = svi.constrain_fn(own, invert=True)
         make = lambda data: judge_of(svi, fitted.mutable_state or None, params, data)
         _, judge = traceable(svi, fitted.args, dict(fitted.given), make)
-        return judge(params, key, 0.0, draws=num_draws)
+        return judge.last(params) or judge(params, key, 0.0, draws=num_draws)
     except (StructureError, ValueError, TypeError, NotImplementedError) as error:
         return Judgement(gain=math.nan, error=math.nan, saddle=False, draws=0, nonfinite=0, cause=str(error))
 
@@ -197,14 +196,17 @@ def _verdict(fitted: FittedGuide, drawn: Draws, judgement: Judgement, response: 
     weights = _weights(drawn, only_points)
     elbo, gap = importance.elbo(drawn.log_weights), importance.gap(drawn.log_weights, weights)
     guide = {name: importance.moments(z) for name, z in drawn.values.items()}
-    weighted = {name: importance.moments(z, weights.normalised) for name, z in drawn.values.items()}
+    mixed = None if recommendation.is_small(*map(float, gap)) else _usable(response.mixture)
+    values, best = (drawn.values, weights) if mixed is None else (mixed.drawn.values, mixed.weights)
+    weighted = {name: importance.moments(z, best.normalised) for name, z in values.items()}
     case = recommendation.Case(
         guide=recommendation.class_names(fitted.svi.guide),
         latents=sum(guide[name].mean.size for name in latent),
         draws=drawn.log_weights.size,
         nonfinite=int(np.sum(~np.isfinite(drawn.log_weights))),
         k_hat=weights.k_hat,
-        ess=weights.ess,
+        weighted_k_hat=best.k_hat,
+        ess=best.ess,
         gap=float(gap.value),
         gap_error=float(gap.standard_error),
         rounding=_rounding(drawn),
@@ -221,13 +223,14 @@ def _verdict(fitted: FittedGuide, drawn: Draws, judgement: Judgement, response: 
         only_points=only_points,
         subsampled=drawn.sites.subsampled,
         worst=_worst(guide, weighted),
+        farthest=_farthest(guide, weighted),
     )
     return Verdict(
         k_hat=weights.k_hat,
         threshold=recommendation.threshold(case.draws),
         elbo=elbo,
-        log_evidence=weights.log_evidence,
-        ess=weights.ess,
+        log_evidence=best.log_evidence,
+        ess=best.ess,
         newton_decrement=judgement.gain,
         newton_decrement_error=judgement.error,
         guide={name: guide[name] for name in tabulated},
@@ -238,8 +241,17 @@ def _verdict(fitted: FittedGuide, drawn: Draws, judgement: Judgement, response: 
         log_weights=drawn.log_weights,
         weights=weights.normalised,
         recommendation=recommendation.recommend(case),
-        source=Source(fitted, drawn),
+        source=Source(fitted, drawn, mixed),
+        weighted_k_hat=math.nan if mixed is None else mixed.weights.k_hat,
     )
+
+
+def _usable(mixture: Mixture | None) -> Mixture | None:
+    """The mixture, if its weights can be trusted."""
+    if mixture is None:
+        return None
+    weights = mixture.weights
+    return mixture if recommendation.can_be_weighted(weights.k_hat, weights.ess, weights.normalised.size) else None
 
 
 def _is_point(values: np.ndarray) -> bool:
@@ -267,8 +279,8 @@ def _weights(drawn: Draws, only_points: bool) -> ImportanceWeights:
     return ImportanceWeights(normalised=np.full(count, 1 / count), k_hat=math.nan, log_evidence=unknown)
 
 
-def _response(fitted: FittedGuide, key: jax.Array, num_draws: int, names: tuple[str, ...]) -> _Response:
-    """Standard deviations of the named sites, from draws of the corrected Gaussian through the guide's transforms."""
+def _response(fitted: FittedGuide, key: jax.Array, num_draws: int, sites: Inspection) -> _Response:
+    """The linear response of a Gaussian guide, and weighted draws of its mixture with the guide."""
     try:
         latents = linear_response.gaussian_latents(fitted, key)
         if 2 * latents.loc.size > linear_response.DENSE_HESSIAN_LIMIT:
@@ -279,19 +291,10 @@ def _response(fitted: FittedGuide, key: jax.Array, num_draws: int, names: tuple[
     except (StructureError, ValueError) as error:
         no_maximum = isinstance(error, linear_response.NoMinimumError)
         return _Response(sd={}, widening=math.nan, note=str(error), no_maximum=no_maximum)
-    factor = jnp.linalg.cholesky(corrected.covariance)
-
-    def one(at: tuple[linear_response.GaussianLatents, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
-        latents, factor = at
-        z = latents.loc + factor @ random.normal(key, latents.loc.shape, latents.loc.dtype)
-        trace = linear_response.substitute_latents(latents, z)[1]
-        return {name: trace[name]["value"] for name in names}
-
-    size = DRAWS_PER_BATCH if fitted.vectorized else None
-    many = jit_for((latents, factor), lambda at, keys: lax.map(partial(one, at), keys, batch_size=size))
-    values = fetch(many(random.split(key, num_draws)))
-    sd = {name: importance.moments(values[name]).sd for name in names}
-    return _Response(sd=sd, widening=float(jnp.max(corrected.sd / corrected.scale)), note="", no_maximum=False)
+    found = mixture.draw(latents, corrected.covariance, key, num_draws, sites)
+    sd = {name: importance.moments(found.drawn.values[name][found.response]).sd for name in sites.tabulated}
+    widening = float(jnp.max(corrected.sd / corrected.scale))
+    return _Response(sd=sd, widening=widening, note="", no_maximum=False, mixture=found)
 
 
 def _funnel(drawn: Draws) -> str:
@@ -333,6 +336,13 @@ def _worst(guide: dict[str, Moments], weighted: dict[str, Moments]) -> tuple[str
     return max(ratios, key=lambda ratio: abs(math.log(ratio[1])), default=("", 1.0))
 
 
+def _farthest(guide: dict[str, Moments], weighted: dict[str, Moments]) -> tuple[str, float]:
+    """The ``farthest`` entry of a :class:`.recommendation.Case`."""
+    entries = [x for x in _entries(guide, weighted) if x.weighted[1] > np.finfo(np.float32).eps * abs(x.weighted[0])]
+    shifts = [(x.label, abs(x.guide[0] - x.weighted[0]) / x.weighted[1]) for x in entries]
+    return max(shifts, key=lambda shift: shift[1], default=("", 0.0))
+
+
 def _summary_lines(v: Verdict) -> list[str]:
     count = v.weights.size
     k_hat, limit = recommendation.distinguishable(v.k_hat, v.threshold)
@@ -340,6 +350,7 @@ def _summary_lines(v: Verdict) -> list[str]:
         ("k-hat", k_hat, f"{recommendation.grade(v.k_hat, count)}; trustworthy below {limit}"),
         ("ELBO", _format(v.elbo), "nats"),
         ("log evidence", _format(v.log_evidence), "nats, Pareto-smoothed"),
+        *_weights_line(v),
         ("effective draws", f"{v.ess:.0f}", f"of {count}"),
     ]
     if not math.isnan(v.newton_decrement):
@@ -348,6 +359,14 @@ def _summary_lines(v: Verdict) -> list[str]:
         )
     width = max(len(value) for _, value, _ in rows)
     return [f"{name:<16}{value:>{width + 1}}  {remark}" for name, value, remark in rows]
+
+
+def _weights_line(v: Verdict) -> list[tuple[str, str, str]]:
+    """The k-hat of the mixture, if there is one."""
+    if math.isnan(v.weighted_k_hat):
+        return []
+    remark = f"{recommendation.grade(v.weighted_k_hat, v.weights.size)}; of the importance-weighted moments"
+    return [("k-hat, weighted", recommendation.distinguishable(v.weighted_k_hat, v.threshold)[0], remark)]
 
 
 def _format(estimate: Estimate) -> str:

@@ -106,3 +106,40 @@ def _two_digits(n: int) -> int:
     """Round up to two digits, because the number is an estimate."""
     unit = 10 ** max(0, len(str(n)) - 2)
     return -(-n // unit) * unit
+
+
+class Judgement(NamedTuple):
+    """What the judge found.
+
+    :ivar float gain: expected remaining gain, nats; NaN if it could not be computed.
+    :ivar float error: its standard error, nats.
+    :ivar bool saddle: whether the loss falls along a direction of negative curvature.
+    :ivar int draws: draws of the loss that were examined, and ``nonfinite``, how many of them were not finite.
+    :ivar str cause: the site at which losses are not finite, or why the gain could not be computed; else ``""``.
+    :ivar bool abstains: the loss has no Hessian, so that only finiteness was checked.
+    """
+
+    gain: float
+    error: float
+    saddle: bool
+    draws: int
+    nonfinite: int
+    cause: str
+    abstains: bool = False
+
+    def grants(self, tolerance: float) -> bool:
+        """Whether a proposed stop is granted."""
+        return self.abstains or (
+            not self.nonfinite and not self.saddle and max(self.gain, 0.0) + self.error < tolerance
+        )
+
+    def __str__(self) -> str:
+        if self.nonfinite:
+            cause = f": {self.cause}" if self.cause else ""
+            return f"{self.nonfinite} of {self.draws} draws have a non-finite loss{cause}"
+        if self.abstains:
+            return f"finite losses, and cannot estimate the gain: {self.cause}"
+        if self.cause:
+            return f"an unknown number of nats to gain: {self.cause}"
+        where = " along a direction of no or negative curvature" if self.saddle else ""
+        return f"{format_interval(max(self.gain, 0.0), self.error)} nats to gain{where}"

@@ -26,14 +26,14 @@ from jax import lax, random
 from numpyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from numpyro.infer.svi import SVIState
 
-from numpyro_natgrad.compilation.data import Arguments, Constants, Data, types
+from numpyro_natgrad.compilation.data import Arguments, Constants, Data, SameArrays, types
 from numpyro_natgrad.compilation.devices import fetch, placed_like
 from numpyro_natgrad.compilation.initial import without_validation
 from numpyro_natgrad.compilation.programs import in_background
 from numpyro_natgrad.estimators.relative_moves import Mirrored, moved, no_move, owned, path_sites, relative_sites
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.trace import trace_loss
-from numpyro_natgrad.infer.convergence import format_interval
+from numpyro_natgrad.infer.convergence import Judgement
 from numpyro_natgrad.infer.fisher import _initialised, _loss
 from numpyro_natgrad.infer.krylov import Product, conjugate_gradients, flattest_direction
 from numpyro_natgrad.infer.nonfinite import nonfinite_site
@@ -91,43 +91,6 @@ EPS = float(np.finfo(np.float64).eps)
 _MEAN_OVER_PARTICLES = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
 
 
-class Judgement(NamedTuple):
-    """What the judge found.
-
-    :ivar float gain: expected remaining gain, nats; NaN if it could not be computed.
-    :ivar float error: its standard error, nats.
-    :ivar bool saddle: whether the loss falls along a direction of negative curvature.
-    :ivar int draws: draws of the loss that were examined, and ``nonfinite``, how many of them were not finite.
-    :ivar str cause: the site at which losses are not finite, or why the gain could not be computed; else ``""``.
-    :ivar bool abstains: the loss has no Hessian, so that only finiteness was checked.
-    """
-
-    gain: float
-    error: float
-    saddle: bool
-    draws: int
-    nonfinite: int
-    cause: str
-    abstains: bool = False
-
-    def grants(self, tolerance: float) -> bool:
-        """Whether a proposed stop is granted."""
-        return self.abstains or (
-            not self.nonfinite and not self.saddle and max(self.gain, 0.0) + self.error < tolerance
-        )
-
-    def __str__(self) -> str:
-        if self.nonfinite:
-            cause = f": {self.cause}" if self.cause else ""
-            return f"{self.nonfinite} of {self.draws} draws have a non-finite loss{cause}"
-        if self.abstains:
-            return f"finite losses, and cannot estimate the gain: {self.cause}"
-        if self.cause:
-            return f"an unknown number of nats to gain: {self.cause}"
-        where = " along a direction of no or negative curvature" if self.saddle else ""
-        return f"{format_interval(max(self.gain, 0.0), self.error)} nats to gain{where}"
-
-
 class _Pairs(NamedTuple):
     """A chunk of groups of pairs of draws.
 
@@ -173,6 +136,7 @@ class Judge:
         # Under ``eval_shape`` no operation is compiled on its own.
         jax.eval_shape(partial(self._read, batch=batch, data=data), params, jax.eval_shape(random.key, 0))
         self._programs: dict[Any, Future[Any]] = {}  # by places of parameters; shared with copies for other data
+        self._last: list[tuple[Any, Judgement]] = []  # with what was judged; shared likewise
         self._cause: str | None = None
 
     def _read(self, params: Params, key: jax.Array, batch: Arguments, data: Data) -> None:
@@ -258,6 +222,15 @@ class Judge:
         :param batches: stacked arguments of held minibatches, or ``()``.
         :param draws: the most draws for the gradients, above the least number of :class:`JudgeConstants`.
         """
+        found = self._examine(params, key, tolerance, batches, draws)
+        self._last[:] = [] if _held(batches) else [(SameArrays((params, self.data.inputs)), found)]
+        return found
+
+    def last(self, params: Params) -> Judgement | None:
+        """The last judgement, if these very arrays were judged: a fit and its verdict then give the same number."""
+        return next((x for judged, x in self._last if judged.are((params, self.data.inputs))), None)
+
+    def _examine(self, params: Params, key: jax.Array, tolerance: float, batches: Arguments, draws: float) -> Judgement:
         self.compile(params, key, batches)
         rule, held = JUDGE, _held(batches)
         groups = rule.group * rule.chunk
@@ -447,15 +420,24 @@ def _combined(gain: float, error: float, reductions: np.ndarray, falls: np.ndarr
 
     :param falls: of each move, whether its curvature is negative; then a reduction shows a saddle.
     """
-    finite = np.isfinite(reductions).all(0)
-    real, noise = reductions[:, finite].mean(0), reductions[:, finite].std(0, ddof=1) / math.sqrt(len(reductions))
+    reached = _reached(reductions)
+    real, noise = reductions[:, reached].mean(0), reductions[:, reached].std(0, ddof=1) / math.sqrt(len(reductions))
     beyond, saddle = real - JUDGE.errors * noise, False
-    if finite.any():
+    if reached.any():
         best = int(np.argmax(beyond))
-        saddle = bool((beyond[falls[finite]] > 0).any())
+        saddle = bool((beyond[falls[reached]] > 0).any())
         if not beyond[best] <= gain:  # also if it is not known
             gain, error = float(real[best]), max(error, float(noise[best]))
     return Judgement(gain=gain, error=error, saddle=saddle, draws=count, nonfinite=0, cause="")
+
+
+def _reached(reductions: np.ndarray) -> np.ndarray:
+    """Which moves are reached without a rise of the loss: beyond one lies another basin, or an overflow."""
+    with np.errstate(all="ignore"):
+        falls = reductions.mean(0) >= -JUDGE.errors * reductions.std(0, ddof=1) / math.sqrt(len(reductions))
+    before = np.roll(falls.reshape(-1, len(LENGTHS), 2), 1, axis=1)
+    before[:, 0] = True
+    return np.logical_and.accumulate(before, axis=1).ravel() & np.isfinite(reductions).all(0)
 
 
 def _mean(x: np.ndarray) -> tuple[float, float]:

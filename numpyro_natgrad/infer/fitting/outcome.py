@@ -8,10 +8,10 @@ import numpy as np
 from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_natgrad.blocks.partition import Partition
-from numpyro_natgrad.infer.convergence import STOPPING, format_interval, remaining_effort
+from numpyro_natgrad.infer.convergence import STOPPING, Judgement, format_interval, remaining_effort
 from numpyro_natgrad.infer.fitting.starts import Starts
 from numpyro_natgrad.infer.history import History
-from numpyro_natgrad.infer.judge import MIN_HELD, Judgement, StopCheck
+from numpyro_natgrad.infer.judge import MIN_HELD, StopCheck
 from numpyro_natgrad.infer.optimizer import table
 from numpyro_natgrad.options import RuleConstants
 from numpyro_natgrad.step.newton_decrement import noise_part

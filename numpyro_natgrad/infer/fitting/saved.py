@@ -23,11 +23,11 @@ from numpyro.infer.svi import SVI
 
 from numpyro_natgrad.compilation.devices import fetch
 from numpyro_natgrad.compilation.initial import initial_state
+from numpyro_natgrad.infer.convergence import Judgement
 from numpyro_natgrad.infer.fitting.checks import check_optimizer
 from numpyro_natgrad.infer.fitting.outcome import FitResult
 from numpyro_natgrad.infer.fitting.starts import Starts
 from numpyro_natgrad.infer.history import empty_history
-from numpyro_natgrad.infer.judge import Judgement
 
 #: The version of the format, and the name of the array that holds the text.
 FORMAT, HEADER = 1, "header"
