@@ -25,6 +25,7 @@ from numpyro.infer.util import log_density
 from tqdm.auto import tqdm
 
 from numpyro_natgrad.compilation.devices import fetch, jit_for
+from numpyro_natgrad.compilation.initial import without_validation
 from numpyro_natgrad.distributions.wrappers import base_distribution
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.infer.fisher import Estimate, _initialised
@@ -216,7 +217,7 @@ def _traces(guide: FittedGuide, key: jax.Array) -> tuple[jax.Array, jax.Array, S
     """log p(x, z) and log q(z) of one draw, and the traces of guide and model."""
     svi, args, kwargs, params = guide.svi, guide.args, guide.kwargs, guide.params
     model_key, guide_key = random.split(key)  # the order of ``Trace_ELBO``, so that the draws of a key are the same
-    log_q, guide_sites = log_density(seed(svi.guide, guide_key), args, kwargs, params)
+    log_q, guide_sites = log_density(seed(without_validation(svi.guide), guide_key), args, kwargs, params)
     log_p, model_sites = log_density(replay(seed(svi.model, model_key), guide_sites), args, kwargs, params)
     return log_p, log_q, guide_sites, model_sites
 

@@ -29,7 +29,8 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 
-from numpyro_natgrad.compilation.devices import jit_for
+from numpyro_natgrad.compilation.devices import fetch, jit_for
+from numpyro_natgrad.compilation.initial import without_validation
 from numpyro_natgrad.diagnostics.importance import Fitted, FittedGuide, Sites, fitted_guide
 from numpyro_natgrad.distributions.wrappers import map_base
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaussian_site
@@ -148,8 +149,8 @@ def respond(latents: GaussianLatents, key: jax.Array, num_particles: int) -> Lin
         return (block + block.T) / 2, least
 
     covariance, least = jit_for(latents, run)()
-    usable = bool(jnp.all(jnp.isfinite(covariance))) and bool(jnp.all(jnp.diagonal(covariance) > 0))
-    if not (least > 0 and usable):
+    known, least = fetch((covariance, least))
+    if not (least > 0 and np.isfinite(known).all() and (np.diagonal(known) > 0).all()):
         raise NoMinimumError(
             f"the ELBO has no maximum at these parameters: the smallest curvature found is {float(least):.2g}, in "
             "units of the guide's standard deviations; expected one above 0. Take more steps, or more `num_particles`."
@@ -205,7 +206,9 @@ def substitute_latents(latents: GaussianLatents, z: jax.Array) -> tuple[jax.Arra
     """log p(x, z), the log Jacobian of the guide's transforms as part of log q(z), and the trace of the model at z."""
     guide, key = latents.guide, random.key(0)  # of plates that subsample: the same minibatch at every z
     with SubstituteBaseDraws(latents.split(z)):
-        log_jacobian, guide_sites = log_density(seed(guide.svi.guide, key), guide.args, guide.kwargs, guide.params)
+        log_jacobian, guide_sites = log_density(
+            seed(without_validation(guide.svi.guide), key), guide.args, guide.kwargs, guide.params
+        )
     model = replay(seed(guide.svi.model, key), guide_sites)
     log_p, model_sites = log_density(model, guide.args, guide.kwargs, guide.params)
     return log_p, log_jacobian, model_sites
@@ -250,18 +253,27 @@ def gaussian_latents(guide: FittedGuide, key: jax.Array) -> GaussianLatents:
     :raises StructureError: if a site is not a Gaussian with parameters of its own as arguments.
     """
     svi = _initialised(guide.svi)
-    params = svi.constrain_fn(guide.params, invert=True)
+    params = jax.jit(partial(svi.constrain_fn, invert=True))(guide.params)
 
     def loss(values: Params) -> tuple[jax.Array, None]:
         constrained = svi.constrain_fn(values)
-        return Trace_ELBO().loss(key, constrained, svi.model, svi.guide, *guide.args, **guide.kwargs), None
+        draws = without_validation(svi.guide)
+        return Trace_ELBO().loss(key, constrained, svi.model, draws, *guide.args, **guide.kwargs), None
 
     trace = trace_loss(loss, params)
     sites = _sites(trace)
     shapes = {s.name: trace.sites[s.name].shape for s in sites}
-    loc = jnp.concatenate([params[s.loc].ravel() for s in sites])
-    factors = [_factor(s, params) for s in sites]
-    scale = jnp.concatenate([jnp.sqrt(jnp.sum(k**2, -1)).ravel() if k.ndim > 1 else k for k in factors])
+
+    def read(params: Params) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+        loc = jnp.concatenate([params[s.loc].ravel() for s in sites])
+        factors = [_factor(s, params) for s in sites]
+        return (
+            loc,
+            factors,
+            jnp.concatenate([jnp.sqrt(jnp.sum(k**2, -1)).ravel() if k.ndim > 1 else k for k in factors]),
+        )
+
+    loc, factors, scale = jax.jit(read)(params)
     return GaussianLatents(
         guide=guide,
         names=_labels(svi.guide, shapes),
