@@ -66,7 +66,7 @@ def correlated_slopes(rng: np.random.Generator) -> tuple[Any, ...]:
     return model, person, t, y
 
 
-@problem("survival with censoring", 1003, every_setting=True)
+@problem("survival with censoring", 1003, every_setting=True, tenth=True)
 def shared_frailty(rng: np.random.Generator) -> tuple[Any, ...]:
     """Times of sixty patients of ten clinics, a third of them censored, with a gamma frailty of each clinic."""
     clinic, x = np.repeat(np.arange(10), 6), rng.normal(size=60)
