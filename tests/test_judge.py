@@ -249,6 +249,17 @@ def test_flattest_direction_is_the_eigenvector_of_the_least_eigenvalue(least):
     assert flattest_direction(lambda v: matrix @ v, rng.normal(size=20), scale, 30)[1] == pytest.approx(least, abs=1e-6)
 
 
+@pytest.mark.parametrize("after", [0, 2])
+def test_flattest_direction_says_that_a_product_is_not_finite(after):
+    done = []
+
+    def product(v):
+        done.append(v)
+        return np.full(6, np.nan) if len(done) > after else spd(1, 6) @ v
+
+    assert np.isnan(flattest_direction(product, np.arange(1.0, 7), np.ones(6), 4)[1])
+
+
 def test_a_flat_valley_is_not_called_converged(dtype):
     """The neck of a funnel, from which exactly centre²/18 nats remain, with a guide that is the best there.
 

@@ -113,7 +113,7 @@ class _Hessian(NamedTuple):
     :ivar product: ``v -> Hv``.
     :ivar scale: the scale of its rows.
     :ivar flattest: the direction of least curvature that was found, of length 1 in the metric of ``scale``.
-    :ivar least: the curvature there.
+    :ivar least: the curvature there; NaN if a product with H is not finite.
     """
 
     product: Product
@@ -246,7 +246,7 @@ class Judge:
             if hessian is None:
                 common = pairs(_HESSIAN, max(math.ceil(held / rule.chunk), rows, 1))
                 hessian = self._hessian(params, common)
-            if not np.isfinite(hessian.scale).all():
+            if not math.isfinite(hessian.least):
                 return _unknown(losses.size, 0, "derivatives of the loss are not finite")
             others = pairs(_REDUCTIONS, len(losses) // rule.chunk // 2)
             found = self._judged(params, losses, slopes, hessian, others)

@@ -48,7 +48,7 @@ def flattest_direction(product: Product, start: np.ndarray, scale: np.ndarray, m
     """The direction of least curvature in the Krylov space of ``start`` (Lanczos; Golub & Van Loan 2013, §10.1).
 
     :param most: products, each of which keeps a vector.
-    :return: the direction, of length 1, and its curvature.
+    :return: the direction, of length 1, and its curvature; NaN if a product is not finite.
     """
     root = np.sqrt(scale)
     basis = [start * root / np.linalg.norm(start * root)]
@@ -67,6 +67,8 @@ def flattest_direction(product: Product, start: np.ndarray, scale: np.ndarray, m
             break
         projected[now + 1, now] = left
         basis.append(rest / left)
+    if not np.isfinite(projected).all():  # an eigensolver may raise or not return
+        return start, math.nan
     size = len(basis)
     values, vectors = np.linalg.eigh((projected + projected.T)[:size, :size] / 2)
     return sum(c * q for c, q in zip(vectors[:, 0], basis, strict=True)) / root, float(values[0])

@@ -120,7 +120,7 @@ class SeveralStarts:
         states = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_starts, *jnp.shape(x)), x.dtype), first)
         try:
             self._begin = program.kept("beside the first", begin, first, self._keys, data)
-            self._losses = program.kept("losses", stacked_losses(svi, shared), states, draws, data)
+            self._losses = program.kept(("losses", shared.inputs), stacked_losses(svi, shared), states, draws, data)
             _, self._advance = program.together(states, data, shared)
         except CANNOT_BE_MAPPED as error:
             raise ValueError(
