@@ -2,15 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guides with more latents than one joint step covers: random starts that diverge, and ELBOs beside Adam's best rate.
 
-    python -m benchmarks.wide [--guide full] [--latents 130] [--particles 8] [--kind hierarchy] [--seeds 20]
+    python -m benchmarks.wide [--guide full] [--latents 130] [--particles 8] [--kind hierarchy] [--document]
 
 ``full`` is ``AutoMultivariateNormal``, ``mean`` is ``AutoNormal``. All starts of a method are one ``vmap``, each from
-its own random start and key; options are the defaults, in float32. Adam runs as many steps at four constant rates. A
-fit *diverges* if a parameter or its ELBO is not finite, or if it ends worse than it began. ELBOs (nats) are means over
-draws common to all fits; *best* is the best that any fit of the row found. Gaps are nats below it: median, and worst.
+its own random start and key; options are the defaults, in float32. Ours run 300 steps. Adam runs at four constant
+rates, as many steps for mean fields and 3000 for full Gaussians. A fit *diverges* if a parameter or its ELBO is not
+finite, or if it ends worse than it began. ELBOs (nats) are means over 256 draws common to all fits; *best* is the best
+that any fit of the row found at any mark. Gaps are nats below it at the end: median, and worst. Adam's *best rate* has
+the best median at the end. Each fit is a file in ``--results``, so that a run can be interrupted.
 """
 
 import argparse
+import json
+import pathlib
 import time
 from collections.abc import Callable
 from functools import partial
@@ -34,9 +38,15 @@ GUIDES = {"full": AutoMultivariateNormal, "mean": AutoNormal}
 SIZES = {"full": (100, 130, 400, 1000), "mean": (100, 130, 1000, 5000)}
 PARTICLES = {"full": (8,), "mean": (1, 2, 8)}
 DRAWS = 256
+#: Steps of ours and of Adam; starts, fewer where a step takes a tenth of a second.
+STEPS, ADAM_STEPS = 300, {"full": 3000, "mean": 300}
+MARKS = (10, 30, 50, 100, 200, 300, 500, 1000, 2000, 3000)
+SEEDS, SEEDS_OF_LARGE, LARGE = 20, 5, {"full": 1000, "mean": 5000}
+RESULTS, PAGE = pathlib.Path("benchmarks/results/wide"), pathlib.Path("docs/benchmarks/wide.md")
 HEADS = (
-    *("guide", "problem", "latents", "particles", "diverge", "best ELBO", "gap after 50 steps, median", "worst"),
-    *("gap at the end, median", "worst", "Adam's best rate", "Adam's gap, median", "worst", "ms a step", "Adam's ms"),
+    *("guide", "problem", "latents", "particles", "starts", "diverge", "best ELBO", "gap after 50 steps, median"),
+    *("worst", "gap after 300, median", "worst", "Adam's best rate", "after steps", "Adam's gap, median", "worst"),
+    *("ms a step", "Adam's ms"),
 )
 
 
@@ -119,17 +129,21 @@ class Fits(NamedTuple):
     marks: tuple[int, ...]
     elbo: np.ndarray
     seconds: float
-    skipped: np.ndarray
 
     @property
     def diverged(self) -> np.ndarray:
         """Whether each start diverged."""
         return ~np.isfinite(self.elbo).all(1) | (self.elbo[:, -1] < self.elbo[:, 0])
 
-    def gaps(self, best: float, steps: int) -> str:
+    @property
+    def median(self) -> float:
+        """Median ELBO at the end, nats; that of a fit that is not finite counts as -inf."""
+        return float(np.median(np.nan_to_num(self.elbo[:, -1], nan=-np.inf)))
+
+    def gaps(self, best: float, steps: int) -> list[str]:
         """Median and worst gap in nats after so many steps, as two cells."""
         gap = best - np.nan_to_num(self.elbo[:, self.marks.index(steps)], nan=-np.inf)
-        return f"{np.median(gap):.2f} | {gap.max():.2f}"
+        return [f"{np.median(gap):.2f}", f"{gap.max():.2f}"]
 
 
 class Problem(NamedTuple):
@@ -172,9 +186,7 @@ def fits(p: Problem, optimizer: Callable[[], Any], particles: int, marks: tuple[
         state = jax.block_until_ready(compiled(state, mark - taken))
         seconds, taken = seconds + time.perf_counter() - start, mark
         elbo.append(score(jax.vmap(svi.optim.get_params)(state.optim_state)))
-    info = getattr(svi.optim, "info", lambda _: None)(state)
-    skipped = np.zeros(p.seeds) if info is None else np.asarray(info.skipped_total)
-    return Fits((0, *marks), np.stack(elbo, 1), seconds / taken / p.seeds, skipped)
+    return Fits((0, *marks), np.stack(elbo, 1), seconds / taken / p.seeds)
 
 
 def scorer(p: Problem) -> Callable[[Any], np.ndarray]:
@@ -188,40 +200,94 @@ def scorer(p: Problem) -> Callable[[Any], np.ndarray]:
     return lambda each: np.asarray(compiled(each), np.float64)
 
 
-def row(guide: str, kind: str, latents: int, particles: int, seeds: int, steps: int) -> str:
-    """One line of the table."""
-    title = f"{guide} {kind} {latents}, {particles} particles"
-    marks = tuple(n for n in (10, 50, 100, 200, 300, 500, 1000, 2000) if n < steps)
-    marks = (*marks, steps)
-    p = problem(KINDS[kind](latents), GUIDES[guide], seeds)
-    ours = fits(p, NaturalGradient, particles, marks, title)
-    adam = {r: fits(p, partial(numpyro.optim.Adam, r), particles, marks, f"{title}, Adam({r})") for r in RATES}
-    rate = max(adam, key=lambda r: np.median(np.nan_to_num(adam[r].elbo[:, -1], nan=-np.inf)))
-    best = max(np.nanmax(f.elbo) for f in (ours, *adam.values()))
-    cells = [
-        *(guide, kind, str(latents), str(particles), f"{ours.diverged.sum()} of {seeds}", f"{best:.1f}"),
-        *(ours.gaps(best, min(50, steps)), ours.gaps(best, steps), str(rate), adam[rate].gaps(best, steps)),
-        *(f"{1e3 * f.seconds:.1f}" for f in (ours, adam[rate])),
-    ]
-    return f"| {' | '.join(cells)} |"
+class Row(NamedTuple):
+    """A row of the table, and the folder of its fits."""
+
+    guide: str
+    kind: str
+    latents: int
+    particles: int
+    folder: pathlib.Path
+
+    @property
+    def seeds(self) -> int:
+        """Number of starts."""
+        return SEEDS_OF_LARGE if self.latents >= LARGE[self.guide] else SEEDS
+
+    def path(self, method: str) -> pathlib.Path:
+        """File of a method's fits."""
+        return self.folder / f"{self.guide}-{self.kind}-{self.latents}-{self.particles}-{method}.json"
+
+    def read(self, method: str) -> Fits | None:
+        """The fits of a method, if they are there."""
+        if not self.path(method).exists():
+            return None
+        stored = json.loads(self.path(method).read_text())
+        return Fits(tuple(stored["marks"]), np.asarray(stored["elbo"], float), stored["seconds"])
+
+    def run(self) -> None:
+        """Run and store the fits that are missing."""
+        p, title = None, f"{self.guide} {self.kind} {self.latents}, {self.particles} particles"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        methods: dict[str, Callable[[], Any]] = {"ours": NaturalGradient}
+        methods |= {str(r): partial(numpyro.optim.Adam, r) for r in RATES}
+        for method, optimizer in methods.items():
+            if self.path(method).exists():
+                continue
+            p = p or problem(KINDS[self.kind](self.latents), GUIDES[self.guide], self.seeds)
+            steps = STEPS if method == "ours" else ADAM_STEPS[self.guide]
+            found = fits(p, optimizer, self.particles, tuple(m for m in MARKS if m <= steps), f"{title}, {method}")
+            stored = {"marks": found.marks, "elbo": found.elbo.tolist(), "seconds": found.seconds}
+            self.path(method).write_text(json.dumps(stored))
+
+    def line(self) -> str | None:
+        """The line of the table, if all fits are there."""
+        ours, adam = self.read("ours"), {r: self.read(str(r)) for r in RATES}
+        if ours is None or None in adam.values():
+            return None
+        done = {r: f for r, f in adam.items() if f is not None}
+        rate = max(done, key=lambda r: done[r].median)
+        best = max(np.nanmax(np.where(np.isfinite(f.elbo), f.elbo, np.nan)) for f in (ours, *done.values()))
+        cells = [
+            *(self.guide, self.kind, f"{self.latents:,}", str(self.particles), str(len(ours.elbo))),
+            *(str(ours.diverged.sum()), f"{best:.1f}", *ours.gaps(best, 50), *ours.gaps(best, STEPS)),
+            *(str(rate), f"{done[rate].marks[-1]:,}", *done[rate].gaps(best, done[rate].marks[-1])),
+            *(f"{1e3 * f.seconds:.1f}" for f in (ours, done[rate])),
+        ]
+        return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
-    """Print the lines that the arguments choose, by default all."""
+    """Run what the arguments choose, by default all, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.wide", description=__doc__)
     parser.add_argument("--guide", nargs="*", choices=GUIDES, default=list(GUIDES))
     parser.add_argument("--kind", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--latents", nargs="*", type=int)
     parser.add_argument("--particles", nargs="*", type=int)
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--document", action="store_true", help=f"write the table to {PAGE}")
     chosen = parser.parse_args()
-    print(f"| {' | '.join(HEADS)} |\n{'| --- ' * len(HEADS)}|", flush=True)
-    for guide in chosen.guide:
-        for kind in [k for k in GUIDE_KINDS[guide] if k in chosen.kind]:
-            for latents in chosen.latents or SIZES[guide]:
-                for particles in chosen.particles or PARTICLES[guide]:
-                    print(row(guide, kind, latents, particles, chosen.seeds, chosen.steps), flush=True)
+    rows = [
+        Row(guide, kind, latents, particles, chosen.results)
+        for guide in chosen.guide
+        for latents in chosen.latents or SIZES[guide]
+        for particles in chosen.particles or PARTICLES[guide]
+        for kind in GUIDE_KINDS[guide]
+        if kind in chosen.kind
+    ]
+    table = [f"| {' | '.join(HEADS)} |", "| --- " * len(HEADS) + "|"]
+    print("\n".join(table), flush=True)
+    for each in rows:
+        if not chosen.table:
+            each.run()
+        line = each.line()
+        if line is not None:
+            print(line, flush=True)
+            table.append(line)
+    if chosen.document:
+        head, rest = PAGE.read_text().split("\n| guide", 1)
+        PAGE.write_text("\n".join([head, *table, "", rest.split("\n\n", 1)[1]]))
 
 
 if __name__ == "__main__":

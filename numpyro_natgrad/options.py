@@ -123,6 +123,9 @@ class RuleConstants(NamedTuple):
     #: Parameters of one row of a subsampled plate up to which its Fisher matrix is formed, by as many products with F.
     #: Conjugate gradients take at least that many.
     row_limit: int = 8
+    #: Steps, at most, of those local rows of a minibatch that no step has visited before: Newton's method takes three
+    #: to five from the starts of the autoguides.
+    first_visit_steps: int = 8
     #: Up to this many random numbers a step, values that depend on no parameter are computed once and kept.
     kept_draws: int = 1_000_000
 

@@ -33,12 +33,14 @@ class JointMemory(NamedTuple):
     :ivar factor: K of the full-covariance proxy ``(D, D)``, where there is one; zero before the first step.
     :ivar slope: running mean of the natural gradient, mean part, whitened ``(D,)``.
     :ivar curvature: the same, precision part ``(D, D)``.
+    :ivar coupling: what the guide's precision has beyond the proxy's, by local rows ``(D, D)``.
     :ivar sums: sums over draws of the Stein regression.
     """
 
     factor: jax.Array
     slope: jax.Array
     curvature: jax.Array
+    coupling: jax.Array
     sums: RegressionSums
 
 

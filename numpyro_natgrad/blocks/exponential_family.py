@@ -74,6 +74,10 @@ class ExponentialFamilyBlock(base.Block[ExponentialFamilyTangent]):
         return tuple(s.params for s in self.sites.members)
 
     @property
+    def site_names(self) -> tuple[str, ...]:
+        return self.sites.names
+
+    @property
     def density_modes(self) -> dict[str, DensityMode]:
         return dict.fromkeys(self.sites.names, DensityMode.TILTED) if self.tilted else {}
 

@@ -3,11 +3,10 @@
 """Which block moves which parameters: the connected components of the graph of parameters and guide sites."""
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,60 +21,32 @@ from numpyro_natgrad.blocks.gaussian.curvature import (
     AntitheticProducts,
     CurvatureEstimator,
     HessianProducts,
+    ProfileProducts,
     SteinRegression,
 )
 from numpyro_natgrad.blocks.gaussian.diagonal import DiagonalGaussian
 from numpyro_natgrad.blocks.gaussian.full import FullGaussian
 from numpyro_natgrad.blocks.gaussian.joint import JointGaussian
 from numpyro_natgrad.blocks.gaussian.joint_latents import JointLatents, ModelParameters
+from numpyro_natgrad.blocks.gaussian.local_rows import LocalGaussian
 from numpyro_natgrad.blocks.gaussian.low_rank import LowRankGaussian
+from numpyro_natgrad.blocks.notices import warn_of_first_order, warn_of_trace, warn_of_unowned
 from numpyro_natgrad.distributions.surrogate import FisherEstimate
 from numpyro_natgrad.estimators.derivatives import GradientRequest
 from numpyro_natgrad.guide.exponential_sites import read_exponential_site, stack_sites
 from numpyro_natgrad.guide.fisher_method import resolve_fisher_method
-from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, is_identity, read_gaussian_site
+from numpyro_natgrad.guide.gaussian_sites import (
+    GaussianSite,
+    Params,
+    is_identity,
+    read_gaussian_site,
+    read_local_site,
+)
 from numpyro_natgrad.guide.handlers import DensityMode, Loss, with_copies
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
 from numpyro_natgrad.guide.mean_field_sites import MeanFieldSites, join_mean_fields
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace, ModelSite, trace_loss
 from numpyro_natgrad.options import Options, RuleConstants
-
-_NO_ELBO = "NaturalGradient: the loss is not affine in the guide's log-densities, so it is no ELBO (a Rényi bound). {}"
-
-_SCALED = (
-    "NaturalGradient: the loss is {} times an ELBO, so that its second derivatives are not the precision of "
-    "the best guide. {} Leave the factor out: steps do not depend on the unit of the loss. To weight the prior or "
-    "the likelihood, use `numpyro.handlers.scale`."
-)
-
-_SCORE_FUNCTIONS = (
-    "NaturalGradient: the loss is not affine in the guide's log-densities, because the gradients of the sites {} are "
-    "score functions. {} If their values are few, sum over them with `TraceEnum_ELBO`; else use more particles."
-)
-
-_PLAIN_METRIC = (
-    "Steps use the plain Fisher metric: gradients without the path estimator and without second derivatives. A step of "
-    "size 1 is then not exact on conjugate models, and expect noisier steps."
-)
-
-_FIRST_ORDER = (
-    "NaturalGradient: `estimator='second_order'` was requested, but the parameters {} take first-order steps: second "
-    "derivatives help single Gaussian sites and losses that are an ELBO."
-)
-
-
-_SCANNED = (
-    "NaturalGradient: the guide draws the sites {} inside of `scan`, where effect handlers run after a draw has been "
-    "used. The fallback optimizer moves their parameters. Draw all steps as one site outside of the scan for "
-    "natural-gradient steps."
-)
-
-_UNOWNED = (
-    "NaturalGradient: no distribution that it can read owns the parameters {}, so they have no Fisher matrix and "
-    "follow `optax.adam(1e-2)`.{} Choose an optimizer for them by `fallback_optimizer=`, which also ends this warning."
-)
-
-_ENUMERATED = " (A loss that sums over discrete sites hides the distributions of the model.)"
 
 
 class Partition(NamedTuple):
@@ -91,6 +62,7 @@ class Partition(NamedTuple):
     :ivar paired: whether draws follow the parameters, so that losses at two parameters and the same draws have most of
         their noise in common. Draws of a discrete site jump.
     :ivar copies: how many independent draws of the guide each particle of the loss stands for.
+    :ivar local: of the rows of a minibatch, which step first.
     """
 
     blocks: tuple[Block, ...]
@@ -104,15 +76,22 @@ class Partition(NamedTuple):
     tolerance: NoiseTolerance
     paired: bool
     copies: int
+    local: "Partition | None" = None
 
     @property
     def step_sizes(self) -> int:
         """How many step sizes its blocks have."""
         return sum(block.count for block in self.blocks)
 
+    @property
+    def local_rows(self) -> tuple[LocalGaussian, ...]:
+        """The blocks of local rows."""
+        return tuple(block for block in self.blocks if isinstance(block, LocalGaussian))
+
     def rows(self) -> list[ReportRow]:
         """The report: parameter, site, distribution, Fisher matrix, size."""
         rows = [row for block in self.blocks for row in block.report_rows()]
+        rows += self.local.rows() if self.local else []
         return rows + [(p, "–", "–", "none: fallback optimizer", str(size)) for p, size in self.unowned.items()]
 
 
@@ -126,23 +105,74 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     copies = _draw_copies(fn, params, trace, options)
     if copies > 1:
         trace = resolve_fisher_method(trace_loss(with_copies(fn, copies), params), options.fisher)
-    _warn_of_trace(trace)
+    warn_of_trace(trace)
     sizes = {name: sum(jnp.size(x) for x in jax.tree.leaves(tree)) for name, tree in params.items()}
+    local = _local_partition(trace, copies, options, forward)
+    first = local.local_rows if local else ()
+    apart = {p for block in first for p in block.params}
     sites, natural = _sites_with_coordinates(trace, options)
-    covered = {g.name for g in sites} | {name for block in natural for name in block.sites.names}
+    apart_sites = {name for block in first for name in block.site_names}
+    covered = {name for block in natural for name in block.site_names} | {g.name for g in sites} | apart_sites
     kl_blocks = _kl_hessian_blocks(trace, covered, sizes, options)
-    taken = {p for s in sites for p in s.params}.union(*(b.params for b in natural), *(b.params for b in kl_blocks))
+    taken = {p for owner in (*sites, *natural, *kl_blocks) for p in owner.params} | apart
     free = {p: x for p, x in params.items() if p not in taken}
     beside = _model_parameters(trace, free, options, drawn=bool(sites))
-    gaussian = _gaussian_blocks(sites, beside, trace, options, set(sizes))
+    followed = first if len(first) == 1 else ()
+    gaussian = _gaussian_blocks(sites, followed, beside, trace, options, set(sizes))
     rest = {p: sizes[p] for p in free if not any(p in block.params for block in gaussian)}
     blocks = (*gaussian, *natural, *kl_blocks, *_likelihood_blocks(trace, rest, options))
-    _warn_of_first_order(blocks, options)
-    owned = {p for block in blocks for p in block.params}
+    warn_of_first_order((*blocks, *first), options)
+    owned = {p for block in blocks for p in block.params} | apart
     unowned = {p: size for p, size in sizes.items() if p not in owned}
-    _warn_of_unowned(unowned, trace, options)
+    warn_of_unowned(unowned, trace, options)
     scored = frozenset(site.name for block in kl_blocks for site in block.metric.sites)
-    latents = _numbers(trace.sites or trace.model_sites)
+    request = _gradient_request(blocks, sites, natural, scored, trace, options, forward, first)
+    others = {name: site for name, site in trace.sites.items() if name not in apart_sites}
+    latents = _numbers(others if trace.sites else trace.model_sites)
+    return _partition(blocks, unowned, request, latents, trace, options, copies)._replace(local=local)
+
+
+def _local_partition(trace: LossTrace, copies: int, options: Options, forward: bool) -> Partition | None:
+    """The rows of local Gaussian sites, if there are any and a step has antithetic draws enough for them.
+
+    Copies of a particle share its minibatch, and particles need not: each may draw its own. A pair of draws is
+    therefore of two copies.
+    """
+    enough = copies % 2 == 0 and trace.particles >= options.constants.independent_draws
+    found = _local_sites(trace, options) if enough else []
+    if not found:
+        return None
+    particles, constants = round(trace.particles / copies), options.constants
+    drawn = lambda s: min(s.shape[0], particles * trace.sites[s.name].size * s.shape[0] // s.size)
+    blocks = tuple(LocalGaussian(tuple(s), drawn(s[0]), options.margin, constants) for s in found)
+    rows = sum(trace.sites[name].size for block in blocks for name in block.site_names)
+    request = _gradient_request(blocks, [], [], frozenset(), trace, options, forward)
+    return _partition(blocks, {}, request, rows, trace, options, copies)
+
+
+def _local_sites(trace: LossTrace, options: Options) -> list[list[GaussianSite]]:
+    """The Gaussian sites of which a step draws the rows of a minibatch, those of the same rows together."""
+    second = trace.is_elbo and options.estimator != "first_order"
+    if not (second and options.is_adaptive and options.fisher in (None, "closed_form")):
+        return []
+    read, shared = [read_local_site(name, trace) for name in trace.sites], _shared(trace)
+    groups: dict[Any, list[GaussianSite]] = {}
+    for s in read:
+        if s is not None and not shared & set(s.params):
+            groups.setdefault((trace.sites[s.name].plates, s.shape[0]), []).append(s)
+    small = lambda sites: sum(s.size for s in sites) <= options.constants.row_limit * sites[0].shape[0]
+    return [sites for sites in groups.values() if small(sites)]
+
+
+def _partition(
+    blocks: tuple[Block, ...],
+    unowned: dict[str, int],
+    request: GradientRequest,
+    latents: int,
+    trace: LossTrace,
+    options: Options,
+    copies: int,
+) -> Partition:
     exact = trace.is_elbo and all(block.exact_on_conjugate for block in blocks)
     paired = not any(site.is_score_function for site in trace.sites.values())
     count = sum(block.count for block in blocks)
@@ -152,7 +182,7 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     return Partition(
         blocks=blocks,
         unowned=unowned,
-        request=_gradient_request(blocks, sites, natural, scored, trace, options, forward),
+        request=request,
         particles=trace.particles,
         latents=latents,
         batch_weight=trace.batch_weight,
@@ -175,42 +205,18 @@ def _draw_copies(fn: Loss, params: Params, trace: LossTrace, options: Options) -
 
     A joint block replaces its precision by the Hessians of a step's draws. NumPyro's default of one particle is too few
     for that, and the draws that are added cost less than the steps that they save. A loss with a mutable state is
-    evaluated as it is, and so is one whose step size the user chose.
+    evaluated as it is, and so is one whose step size the user chose. Of local rows two copies are a pair of antithetic
+    draws: copies of a particle share its minibatch, and particles need not.
     """
     enough = options.constants.independent_draws
-    if options.step_size is not None or trace.particles >= enough:
+    if options.step_size is not None or jax.tree.leaves(jax.eval_shape(fn, params)[1]) or not trace.batched:
         return 1
+    even = 2 * math.ceil(enough / (2 * trace.particles))
+    if _local_sites(trace, options):
+        return even
     latents = JointLatents(tuple(join_mean_fields(_sites_with_coordinates(trace, options)[0])))
-    drawn = trace.batched and not any(s.analytic for s in latents.sites)
-    if not (_is_joint(latents, trace, options) and drawn) or jax.tree.leaves(jax.eval_shape(fn, params)[1]):
-        return 1
-    return 2 * math.ceil(enough / (2 * trace.particles))
-
-
-def _warn_of_trace(trace: LossTrace) -> None:
-    if not trace.is_elbo:
-        scores = [name for name, site in trace.sites.items() if site.is_score_function]
-        if trace.factor != 1:
-            text = _SCALED.format(f"{trace.factor:.3g}", _PLAIN_METRIC)
-        else:
-            text = _SCORE_FUNCTIONS.format(scores, _PLAIN_METRIC) if scores else _NO_ELBO.format(_PLAIN_METRIC)
-        warnings.warn(text, stacklevel=6)
-    if trace.scanned:
-        warnings.warn(_SCANNED.format(sorted(trace.scanned)), stacklevel=6)
-
-
-def _warn_of_unowned(unowned: Mapping[str, int], trace: LossTrace, options: Options) -> None:
-    """Name the parameters that the fallback optimizer moves, unless it is the user's choice or their gradient is 0."""
-    moved = [p for p in unowned if p in trace.loss_params]
-    if moved and not options.has_fallback:
-        warnings.warn(_UNOWNED.format(moved, "" if trace.model_sites else _ENUMERATED), stacklevel=6)
-
-
-def _warn_of_first_order(blocks: tuple[Block, ...], options: Options) -> None:
-    second = [block.hessian_params or DensityMode.ANTITHETIC in block.density_modes.values() for block in blocks]
-    first_order = [p for block, has in zip(blocks, second, strict=True) if not has for p in block.params]
-    if options.estimator == "second_order" and first_order:
-        warnings.warn(_FIRST_ORDER.format(first_order), stacklevel=6)
+    drawn = not any(s.analytic for s in latents.sites)
+    return even if _is_joint(latents, trace, options) and drawn and trace.particles < enough else 1
 
 
 def _sites_with_coordinates(
@@ -235,6 +241,7 @@ def _shared(trace: LossTrace) -> set[str]:
 
 def _gaussian_blocks(
     sites: list[GaussianSite | LowRankSite],
+    rows: tuple[LocalGaussian, ...],
     beside: list[ModelParameters],
     trace: LossTrace,
     options: Options,
@@ -246,8 +253,8 @@ def _gaussian_blocks(
     joint block has share one block otherwise, as if they were one site: a model may draw a thousand numbers in a loop
     or in a plate.
     """
-    latents = JointLatents(tuple(join_mean_fields(sites)))
-    larger = JointLatents((*latents.sites, *beside))
+    latents = JointLatents(tuple(join_mean_fields(sites)), rows)
+    larger = JointLatents((*latents.sites, *beside), rows)
     if larger.sites and larger.size <= joint_limit(larger, options.constants):
         latents = larger
     if not _is_joint(latents, trace, options):
@@ -296,6 +303,8 @@ def _curvature_estimator(
     (``alone``). Regression also needs full data: all particles share the error of a minibatch.
     """
     drawn = trace.particles < math.inf and not any(s.analytic for s in latents.sites)
+    if latents.rows:
+        return ProfileProducts()
     if not (alone and trace.batched and drawn) or latents.has_model_parameters:
         return HessianProducts()
     default = options.estimator is None and options.step_size is None and options.adaptive
@@ -434,8 +443,9 @@ def _gradient_request(
     trace: LossTrace,
     options: Options,
     forward: bool,
+    rows: tuple[Block, ...] = (),
 ) -> GradientRequest:
-    modes = {name: mode for block in blocks for name, mode in block.density_modes.items()}
+    modes = {name: mode for block in (*blocks, *rows) for name, mode in block.density_modes.items()}
     detached = [name for name, mode in modes.items() if mode == DensityMode.DETACHED]
     own = [name for name, mode in modes.items() if mode.per_particle]
     centered = (DensityMode.DETACHED, DensityMode.ANTITHETIC)

@@ -288,6 +288,34 @@ def read_gaussian_site(name: str, trace: LossTrace) -> GaussianSite | None:
     return None
 
 
+def read_local_site(name: str, trace: LossTrace) -> GaussianSite | None:
+    """A site of independent Normals, of which a step draws the rows of a minibatch, as a site of all rows.
+
+    Mean and standard deviation have to be the same entries of two parameters, whose first axis is that of the rows of
+    a subsampled plate.
+    """
+    site = trace.sites[name]
+    weight = site.weight or 0.0
+    unknown = site.masked or site.leaks or not site.own_parameters
+    if site.base not in _REGISTRY or unknown or weight <= 1:
+        return None
+    loc_argument, forms = _REGISTRY[site.base]
+    loc = site.arguments.get(loc_argument, Origin()).rows_of
+    for argument, form in forms.items():
+        scale = site.arguments.get(argument, Origin()).rows_of
+        if not (loc and scale and form.diagonal):
+            continue
+        mean, cov = trace.params[loc], trace.params[scale]
+        if not mean.shape or mean.shape != cov.shape:
+            continue
+        drawn = site.size / math.prod(mean.shape[1:])
+        rows = drawn in site.shape and math.isclose(mean.shape[0], weight * drawn, rel_tol=0.01)
+        if rows and is_identity(mean.transform) and covers(cov.transform, form):
+            shape, family = mean.shape, site.base.__name__
+            return GaussianSite(name, family, loc, scale, argument, form, cov.transform, shape, shape, site.analytic)
+    return None
+
+
 def argument_parameter(argument: str, site: GuideSite) -> str | None:
     """The parameter that an argument equals, up to its shape."""
     return site.arguments.get(argument, Origin()).param

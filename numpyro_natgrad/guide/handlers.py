@@ -160,7 +160,8 @@ class PathGradient(Messenger):
 
     :param modes: the density mode of every site that has one.
     :param perturbations: of every detached, tilted, per-particle or antithetic site.
-    :param means: of detached and antithetic sites m, of as many elements as the draw.
+    :param means: of detached and antithetic sites m, of as many elements as the draw; where there is none, an
+        antithetic site has the mean of its distribution.
     :param stretches: of detached sites a scalar s: draws x of the Gaussian become x + s(x − m), where s(x − m) depends
         on no parameter.
     """
@@ -184,7 +185,8 @@ class PathGradient(Messenger):
             particles, key = self.perturbations[name].shape[1], msg["kwargs"]["rng_key"]
             sign = per_particle(antithetic_signs(particles), key)
             msg["kwargs"]["rng_key"] = antithetic_key(particles, key)
-            msg["fn"] = map_base(msg["fn"], lambda base: with_antithetic_draws(base, self.means[name], sign))
+            mean = lambda base: self.means.get(name, base.mean)
+            msg["fn"] = map_base(msg["fn"], lambda base: with_antithetic_draws(base, mean(base), sign))
         if mode and mode.per_particle:
             shift = per_particle(self.perturbations[name][1], msg["kwargs"]["rng_key"])
             msg["fn"] = map_base(msg["fn"], lambda base: with_shifted_draws(base, shift))

@@ -96,6 +96,7 @@ class Origin(NamedTuple):
     :ivar degree: 0 if no log-density enters it, 1 if they enter affinely, 2 otherwise.
     :ivar constant: the number that all of its entries are, or ``None`` if that is not known while tracing.
     :ivar factors: of each log-density that enters it, the factor before every entry, or ``None`` if that is not known.
+    :ivar gathered: it has some entries of that product, at indices that depend on no tag, and not all of them.
     """
 
     sources: frozenset[Label] = frozenset()
@@ -103,10 +104,21 @@ class Origin(NamedTuple):
     degree: int = 0
     constant: float | None = None
     factors: Mapping[Label, float | None] = {}
+    gathered: bool = False
 
     @property
     def copy_of(self) -> Label | None:
         """The tag that it equals up to shape and dtype, or ``None``."""
+        return None if self.gathered else self._single
+
+    @property
+    def rows_of(self) -> str | None:
+        """The parameter of which it has some entries, or ``None``."""
+        label = self._single if self.gathered else None
+        return label.name if label and label.kind == LabelKind.PARAM else None
+
+    @property
+    def _single(self) -> Label | None:
         return next(iter(self.powers)) if self.powers and list(self.powers.values()) == [1] else None
 
     @property
@@ -126,7 +138,7 @@ class Origin(NamedTuple):
     @property
     def param_powers(self) -> dict[str, int] | None:
         """The parameters, with their exponents, whose product it equals up to shape and dtype, or ``None``."""
-        if self.powers is None or any(label.kind != LabelKind.PARAM for label in self.powers):
+        if self.powers is None or self.gathered or any(label.kind != LabelKind.PARAM for label in self.powers):
             return None
         return {label.name: n for label, n in self.powers.items()}
 
@@ -196,8 +208,14 @@ def _equation(eqn: core.JaxprEqn, inputs: list[Origin], tags: Tags, repeats: int
                 body = getattr(inner, "jaxpr", inner)
                 if len(body.invars) == len(inputs) and len(body.outvars) == len(eqn.outvars):
                     return _walk(body, inputs, tags, repeats)
+    powers = _powers(eqn, inputs)
     merged = Origin(
-        _union(inputs), _powers(eqn, inputs), _degree(kind, inputs), _constant(kind, inputs), _factors(eqn, inputs)
+        _union(inputs),
+        powers,
+        _degree(kind, inputs),
+        _constant(kind, inputs),
+        _factors(eqn, inputs),
+        powers is not None and (kind == "gather" or any(i.gathered for i in inputs)),
     )
     return [merged] * len(eqn.outvars)
 
@@ -242,7 +260,9 @@ def _join(a: Origin, b: Origin) -> Origin:
     same = lambda x, y: x if x == y else None
     degree = max(a.degree, b.degree)
     factors = {label: same(a.factors.get(label), b.factors.get(label)) for label in {**a.factors, **b.factors}}
-    return Origin(a.sources | b.sources, same(a.powers, b.powers), degree, same(a.constant, b.constant), factors)
+    gathered = a.gathered or b.gathered
+    powers, constant = same(a.powers, b.powers), same(a.constant, b.constant)
+    return Origin(a.sources | b.sources, powers, degree, constant, factors, gathered)
 
 
 def _of_constant(x: Any) -> Origin:
@@ -307,7 +327,7 @@ def _powers(eqn: core.JaxprEqn, inputs: list[Origin]) -> Mapping[Label, int] | N
     kind, first = eqn.primitive.name, inputs[0].powers if inputs else None
     if first is None:
         return None
-    if kind in _SHAPE_ONLY:
+    if kind in _SHAPE_ONLY or kind == "gather":
         return None if _union(inputs[1:]) else first
     if kind == "mul":
         return _product(first, inputs[1].powers)

@@ -87,7 +87,9 @@ class GuideSite(NamedTuple):
     :ivar draw_size: numbers in its value, of one particle.
     :ivar weight: the ``scale`` of a subsampled plate: how many draws of the whole data one draw stands for; ``None`` if
         unknown.
-    :ivar plain: no ``scale`` and no parameter in a transform: up to a mask, the base's Fisher matrix is the site's.
+    :ivar plates: the names of the plates around it.
+    :ivar own_parameters: no parameter in a transform: all of the site's are the base distribution's.
+    :ivar plain: the same, and no ``scale``: up to a mask, the base's Fisher matrix is the site's.
     :ivar masked: a mask may exclude some of its densities.
     :ivar arguments: the origin of each argument of the base distribution.
     :ivar density: origin of the density at frozen draws; ``None`` if it has none at given draws.
@@ -103,6 +105,8 @@ class GuideSite(NamedTuple):
     draw_size: int
     reparameterized: bool
     weight: float | None
+    plates: frozenset[str]
+    own_parameters: bool
     plain: bool
     masked: bool
     fisher_estimate: FisherEstimate
@@ -352,7 +356,9 @@ def _guide_site(msg: Message) -> GuideSite:
         draw_size=jnp.size(msg["value"]),
         reparameterized=is_reparameterized(fn),
         weight=_weight(msg["scale"]),
-        plain=_is_plain(fn, msg["scale"]),
+        plates=frozenset(frame.name for frame in msg["cond_indep_stack"]),
+        own_parameters=_has_own_parameters(fn),
+        plain=_has_own_parameters(fn) and (msg["scale"] is None or bool(is_identically_one(msg["scale"]))),
         masked=is_masked(fn),
         fisher_estimate=FisherEstimate.MONTE_CARLO if closed_form_kl(fn) is None else FisherEstimate.CLOSED_FORM,
         arguments=dict.fromkeys(distribution_arguments(base), Origin()),
@@ -364,12 +370,12 @@ def _is_model_site(msg: Message) -> bool:
     return known and not isinstance(base_distribution(msg["fn"]), dist.Delta | dist.Unit)
 
 
-def _is_plain(fn: dist.Distribution, scale: Any) -> bool:
+def _has_own_parameters(fn: dist.Distribution) -> bool:
     while is_wrapper(fn):
         if isinstance(fn, dist.TransformedDistribution) and owns_parameters(fn.transforms):
             return False
         fn = fn.base_dist
-    return scale is None or bool(is_identically_one(scale))
+    return True
 
 
 def _weight(scale: Any) -> float | None:

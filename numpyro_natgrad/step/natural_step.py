@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step of the optimizer, from the loss to the new state.
 
-    loss, gradient ──▶ natural gradients ──▶ noise ──▶ step sizes ──▶ trust region ──▶ new state
+    local rows ──▶ loss, gradient ──▶ natural gradients ──▶ noise ──▶ step sizes ──▶ trust region ──▶ new state
 
 It never raises and leaves no NaN in the state. A step that would leave the trust region is *shortened*, again and again
 while it does not reduce the loss on its own draws. One that never does, or is not finite, is *skipped* and counted.
@@ -147,6 +147,7 @@ def natural_step(
     """
     partition = context.partition
     state = unpack(carried, partition, context.options.constants)
+    state = step_local_rows(fn, context, step, state)
     drawn = with_copies(fn, partition.copies)
     loss_info = evaluate_loss(drawn, state.params, partition.request, partition.particles)
     state = state._replace(seed=run_seed(fn, loss_info.loss, step, state.seed))
@@ -161,6 +162,41 @@ def natural_step(
     search = search_trust_region(curve, loss_info, gradients, state.radius)
     end = End(*curve.end(search.proposal.rho), fallback)
     return loss_info, pack(finish(gradients, statistics, search, end, context, state), carried)
+
+
+def step_local_rows(fn: Loss, context: Context, step: jax.Array, state: NaturalGradientState) -> NaturalGradientState:
+    """Move the local rows of the minibatch, given everything else, before the rest sees them.
+
+    Stochastic variational inference optimizes the local parameters of a minibatch first (Hoffman et al. 2013, figure
+    4). A step of everything at once would follow the starts of rows that no step has visited yet. Rows on their first
+    visit therefore take several steps on the same draws, until they have arrived.
+    """
+    local = context.partition.local
+    if local is None:
+        return state
+    inner, loss = context._replace(partition=local), with_copies(fn, local.copies)
+
+    def body(carried: tuple[Params, Memory, jax.Array, jax.Array]) -> tuple[Params, Memory, jax.Array, jax.Array]:
+        params, counted, taken, _ = carried
+        memory = state.memory
+        for block in local.local_rows:
+            memory = block.without_old_rows(memory, taken > 0)
+        at = state._replace(params=params, memory=memory)
+        loss_info = evaluate_loss(loss, params, local.request, local.particles)
+        gradients = natural_gradients(loss_info, local, step, at)
+        curve = Curve(inner, params, memory, gradients.tangents, gradients.own_step_sizes)
+        search = search_trust_region(curve, loss_info, gradients, jnp.zeros_like(state.radius))
+        end = curve.end(search.proposal.rho)
+        accepted = gradients.ok & search.result.accepted & finite(end[0])
+        params, after = _choose(accepted, end, (params, memory))
+        return params, _choose(taken > 0, counted, after), taken + 1, accepted & search.proposal.large
+
+    def is_open(carried: tuple[Params, Memory, jax.Array, jax.Array]) -> jax.Array:
+        return carried[3] & (carried[2] < context.options.constants.first_visit_steps)
+
+    start = state.params, state.memory, jnp.array(0), jnp.array(True)
+    params, memory, _, _ = lax.while_loop(is_open, body, start)
+    return state._replace(params=params, memory=memory)
 
 
 def run_seed(fn: Loss, loss: jax.Array, step: jax.Array, seed: jax.Array) -> jax.Array:
@@ -332,13 +368,13 @@ def finish(
     state: NaturalGradientState,
 ) -> NaturalGradientState:
     """Take the step or skip it, and update what later steps depend on."""
-    ok, constants, proposal = gradients.ok, context.options.constants, search.proposal
+    ok, constants, proposal, partition = gradients.ok, context.options.constants, search.proposal, context.partition
     taken = ok & search.result.accepted & finite(end.params)
-    start = fresh(state, context.partition, constants)
+    start = fresh(state, partition, constants)
     noise = _choose(ok, _after_step(statistics, proposal, taken, context, state), state.statistics)
     noise = _finite_or(noise, start.statistics)
     radius = proposal.radius
-    if context.options.adaptive and context.partition.paired:
+    if context.options.adaptive and partition.paired:
         resized = _resized(proposal, search.result._replace(accepted=taken), context)
         radius = _finite_or(_choose(ok, resized, state.radius), start.radius)
     params = _choose(taken, end.params, state.params)
@@ -348,13 +384,15 @@ def finish(
     decrement = _finite_or(_choose(ok, decrement, state.decrement), start.decrement)
     current = step_size.current_noise(noise, constants)
     remaining = newton_decrement.newton_decrement(decrement, current, noise.window)
+    if partition.local and not partition.blocks:  # rows are not compared, and only an independent check judges them
+        remaining = jnp.zeros_like(radius), jnp.zeros_like(radius)
     # The natural gradient of a skipped step stays in the running means if it was finite. If it is not, twice in a row
     # with a finite gradient, it may be the running means that make it so.
     kept = _choose(gradients.stuck, start.memory, state.memory)
     memory = _choose(taken, end.memory, _choose(ok, statistics.memory, kept))
     return NaturalGradientState(
         params,
-        _averaged(state.average, params, context.partition, average),
+        _averaged(state.average, params, partition, average),
         _finite_or(memory, start.memory),
         noise,
         decrement,

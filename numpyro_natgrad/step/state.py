@@ -125,8 +125,9 @@ def allocated(
 ) -> tuple[JointMemory, NoiseStatistics, DecrementState]:
     """Memory and statistics before the first step."""
     zeros, ones = (lambda *shape: jnp.zeros(shape, dtype)), (lambda: jnp.ones(blocks, dtype))
+    square = partial(zeros, latents, latents)
     sums = stein_regression.empty_sums(latents, dtype)
-    joint = JointMemory(zeros(latents, latents), zeros(latents), zeros(latents, latents), sums)
+    joint = JointMemory(square(), zeros(latents), square(), square(), sums)
     statistics = NoiseStatistics(zeros(blocks), zeros(constants.recent_steps, blocks), ones(), ones())
     return joint, statistics, DecrementState(zeros(3, 3, blocks), zeros(2, blocks), ones())
 

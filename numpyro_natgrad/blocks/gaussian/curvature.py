@@ -3,6 +3,7 @@
 """Estimators of the slope g = Kᵀ E[∇f] and the curvature M = Kᵀ E[∇²f] K − I of a joint Gaussian block, f = −log p.
 
 HessianProducts      D products with the Hessian of the loss
+ProfileProducts      the same, for latents that local rows follow
 AntitheticProducts   D/G products with the Hessian of every draw, G groups of antithetic pairs
 SteinRegression      no products: gradients are regressed on draws, which are remembered from step to step
 """
@@ -18,6 +19,7 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 
 from numpyro_natgrad.blocks.gaussian.joint_latents import JointLatents
+from numpyro_natgrad.blocks.gaussian.local_rows import RowResponse
 from numpyro_natgrad.distributions.gaussian import inverse_lower
 from numpyro_natgrad.estimators import stein_regression
 from numpyro_natgrad.estimators.derivatives import LossInfo
@@ -25,16 +27,23 @@ from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, w
 from numpyro_natgrad.estimators.stein_regression import RegressionSums
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import DensityMode
+from numpyro_natgrad.guide.mean_field_sites import scattered
 from numpyro_natgrad.options import RuleConstants
 
 
 class CurvatureEstimate(NamedTuple):
-    """Slope g, ``(D,)``, and curvature M, symmetric, ``(D, D)``; of a regression also its sums and step size ρ."""
+    """Slope g, ``(D,)``, and curvature M, symmetric, ``(D, D)``; of a regression also its sums and step size ρ.
+
+    :ivar coupling: C, what the curvature of the loss has beyond that of its minimum over the local rows, not whitened.
+    :ivar responses: of the rows of each local block.
+    """
 
     slope: jax.Array
     curvature: jax.Array
     sums: RegressionSums | None = None
     step_size: jax.Array | None = None
+    coupling: jax.Array | None = None
+    responses: tuple[RowResponse, ...] = ()
 
 
 class CurvatureEstimator(Protocol):
@@ -69,6 +78,37 @@ class HessianProducts:
         product = partial(latents.hessian_product, loss_info)
         hessian, correction = whitened_hessian_products(product, factor, factor, offset, loss_info.particles)
         return _from_products(latents, loss_info, factor, hessian, correction)
+
+
+@dataclass(frozen=True)
+class ProfileProducts:
+    """Products with the Hessian of min L over local rows (m, σ), which follow the D latents z (Schur complement).
+
+        P = H − C,      C = Σ aᵀH_row a + 2bᵀb,      a = dm/dz = −H_row⁻¹ ∂²L/∂m∂z,      b = dlog σ/dz = −½ dlog h/dz
+
+    with h = 1/σ² the diagonal of H_row. H is the curvature with the rows held fixed, that of a step of the EM
+    algorithm, which is slow where rows have little data: in the neck of a centred hierarchy C is all of H but a
+    hundredth. The sum is over the rows of the minibatch, each as often as the loss counts it.
+    """
+
+    density_mode = DensityMode.DETACHED
+
+    def description(self, size: int) -> str:
+        return f"{2 * size} Hessian-vector products, local rows follow"
+
+    def estimate(
+        self, latents: JointLatents, loss_info: LossInfo, params: Params, factor: jax.Array, sums: RegressionSums
+    ) -> CurvatureEstimate:
+        plain = HessianProducts().estimate(latents, loss_info, params, factor, sums)
+        place = lambda means: scattered(means, params, latents.locs)
+        at = latents.means(params)
+        found = [block.response(loss_info, params, place, at) for block in latents.rows]
+        coupling = sum((c for _, c in found), jnp.zeros_like(factor))
+        return plain._replace(
+            curvature=plain.curvature - factor.T @ coupling @ factor,
+            coupling=coupling,
+            responses=tuple(response for response, _ in found),
+        )
 
 
 @dataclass(frozen=True)

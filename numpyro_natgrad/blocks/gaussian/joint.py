@@ -151,7 +151,12 @@ class JointGaussian(Block[JointTangent]):
         loc, factor = v.loc + v.factor @ shift, v.factor @ ratio
         joint = self._transported(memory.joint, v.tangent, rho, shift, ratio)
         joint = joint._replace(factor=factor) if self.latents.has_proxy else joint
-        return self.latents.write(params, loc, factor, v.guide_factors), memory._replace(joint=joint)
+        coupling = joint.coupling
+        if v.estimate.coupling is not None:
+            coupling = coupling + rho * (v.estimate.coupling - coupling)
+            params = self.latents.follow(params, v.estimate.responses, v.factor @ shift)
+        params = self.latents.write(params, loc, factor, v.guide_factors, coupling)
+        return params, memory._replace(joint=joint._replace(coupling=coupling))
 
     def _damped(self, estimate: CurvatureEstimate, factor: jax.Array, joint: JointMemory) -> CurvatureEstimate:
         """Add ½c‖Δθ‖² to the local model, for parameters of the model θ that a bijection constrains.

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import block_diag
 
-from numpyro_natgrad.distributions.gaussian import inverse_lower
+from numpyro_natgrad.blocks.gaussian.local_rows import LocalGaussian, RowResponse
+from numpyro_natgrad.distributions.gaussian import diagonal, inverse_lower
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import GaussianParameterization, Params, project, projected_square
 from numpyro_natgrad.guide.low_rank_sites import LowRankFactor
@@ -101,9 +102,13 @@ def _shape_text(shape: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class JointLatents:
-    """Conversions between arrays of the sites and arrays over all D latents; parameters of the model come last."""
+    """Conversions between arrays of the sites and arrays over all D latents; parameters of the model come last.
+
+    :ivar rows: local rows that follow the D latents (:class:`.ProfileProducts`).
+    """
 
     sites: tuple[GaussianParameterization[Any], ...]
+    rows: tuple[LocalGaussian, ...] = ()
 
     @property
     def size(self) -> int:
@@ -127,7 +132,7 @@ class JointLatents:
     @property
     def has_proxy(self) -> bool:
         """Whether a full Gaussian over all latents is kept beside the guide, whose family is smaller."""
-        return len(self.sites) > 1 or not self.sites[0].full_covariance
+        return bool(self.rows) or len(self.sites) > 1 or not self.sites[0].full_covariance
 
     @property
     def has_model_parameters(self) -> bool:
@@ -170,11 +175,29 @@ class JointLatents:
         images = loss_info.hessian_product_per_draw(jax.vmap(lambda x: scattered(x, like, self.names))(shifts))
         return jax.vmap(lambda x: gathered(x, self.names))(images)
 
-    def write(self, params: Params, loc: jax.Array, factor: jax.Array, starts: GuideFactors) -> Params:
-        """The parameters of the guide closest to N(m, KKᵀ); an iterative projection begins at ``starts``."""
-        factors = project(inverse_lower(factor), self.sites, starts) if self.has_proxy else [factor]
+    def write(
+        self, params: Params, loc: jax.Array, factor: jax.Array, starts: GuideFactors, coupling: jax.Array
+    ) -> Params:
+        """The parameters of the guide closest to N(m, (S + C)⁻¹), S⁻¹ = KKᵀ.
+
+        :param starts: where an iterative projection begins.
+        :param coupling: C, if there are local rows. A step of the D latents lets these follow, but in the guide they
+            are independent of each other.
+        """
+        root = inverse_lower(factor) if self.has_proxy else factor
+        if self.rows:
+            precision = root.T @ root + coupling
+            scale = jnp.sqrt(diagonal(precision))
+            root = jnp.linalg.cholesky(precision / (scale[:, None] * scale)).T * scale
+        factors = project(root, self.sites, starts) if self.has_proxy else [factor]
         for site, mean, own in zip(self.sites, self.split(loc), factors, strict=True):
             params = site.write(params, mean, own)
+        return params
+
+    def follow(self, params: Params, responses: tuple[RowResponse, ...], shift: jax.Array) -> Params:
+        """The parameters after the local rows have followed a shift of the D latents."""
+        for block, response in zip(self.rows, responses, strict=True):
+            params = block.follow(params, response, shift)
         return params
 
     def projected_kl(self, factor: jax.Array, new: jax.Array, shift: jax.Array, starts: GuideFactors) -> jax.Array:

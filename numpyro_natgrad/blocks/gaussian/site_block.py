@@ -45,6 +45,10 @@ class SiteBlock(Block[Tangent], Generic[Site, Tangent]):
         return self.site.params
 
     @property
+    def site_names(self) -> tuple[str, ...]:
+        return self.site.names
+
+    @property
     def density_modes(self) -> dict[str, DensityMode]:
         return dict.fromkeys(self.site.names, self.density_mode) if self.density_mode else {}
 
