@@ -58,7 +58,7 @@ def run(svi, state, steps):
     return jax.jit(lambda s: lax.fori_loop(0, steps, lambda _, s: svi.update(s)[0], s))(state)
 
 
-@pytest.mark.parametrize("particles", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8))])
+@pytest.mark.parametrize("particles", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_visit_takes_a_row_to_its_optimum(particles):
     """The rows that a step draws have their exact posterior afterwards, and the others what they had before."""
     svi, state = started({"mean_auto_scale": 1e-4, "sd_auto_scale": 1e-4, "mean_auto_loc": 0.5}, particles)
@@ -74,7 +74,7 @@ def test_a_visit_takes_a_row_to_its_optimum(particles):
     assert np.max(np.abs(after["theta_auto_loc"][moved] - exact[moved])) < 0.3 * precision**-0.5
 
 
-@pytest.mark.parametrize("sd", [0.1, *(pytest.param(sd, marks=pytest.mark.slow) for sd in (0.7, 2.0))])
+@pytest.mark.parametrize("sd", [0.1, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_curvature_of_the_global_latents_is_that_of_the_marginal_likelihood(x64, sd):
     """With all groups but one in the batch, the profile over optimal rows is the evidence of a Normal hierarchy."""
     at = np.array([0.3, np.log(sd)])
@@ -103,7 +103,7 @@ def test_curvature_of_the_global_latents_is_that_of_the_marginal_likelihood(x64,
 
 
 @pytest.mark.slow
-def test_the_neck_of_a_centred_hierarchy_is_left(dtype):
+def test_the_neck_of_a_centred_hierarchy_is_left():
     """From a spread of 0.1, where a row says next to nothing of the spread; EM multiplies it by 1.02 a step."""
     svi, state = started({"mean_auto_loc": -1.5, "sd_auto_loc": np.log(0.1)})
     params = svi.get_params(run(svi, state, 60))
@@ -115,9 +115,8 @@ def test_the_neck_of_a_centred_hierarchy_is_left(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
-def test_fit_of_local_rows_converges(elbo):
-    svi, _ = started(elbo=elbo, particles=8)
+def test_fit_of_local_rows_converges_with_an_exact_kl():
+    svi, _ = started(elbo=TraceMeanField_ELBO, particles=8)
     result = fit(svi, random.key(1), tolerance=1.0, max_steps=300, progress_bar=False)
     assert result.converged
     assert len(result.losses) <= 100
