@@ -127,6 +127,10 @@ class LocalGaussian(Block[LocalTangent]):
         rho = jnp.where(seen, (eta + 1) / (eta + 1 + visits[:, None]), 0.0)
         values = jnp.where(seen, rho * (jnp.maximum(jnp.einsum("nee->ne", curvature), 0.0) - 1.0), 0.0)
         precision = positive_ratio(values, self.margin)
+        # The noise of g and of H is that of the same draws, so that E[H⁻¹g] ≠ 0 where E[g] = 0. After the first visit
+        # the precision of earlier draws divides g, where the new one differs by no more than noise would explain.
+        steady = (visits[:, None] > 0) & (jnp.abs(precision - 1) < 0.25)
+        precision = jnp.where(steady, 1.0, precision)
         coupling = jnp.where(seen[:, :, None], rho[:, :, None] * curvature, 0.0)
         shift = -solve_rows(precision, coupling, jnp.where(seen, rho * slope, 0.0), self.margin)
         # All rows share the trust region: one whose mean would go too far must not shorten the steps of the others.
