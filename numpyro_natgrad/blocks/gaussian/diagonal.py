@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Mean-field Gaussian sites with too many latents for a joint step: everything is elementwise.
+"""Mean-field Gaussian sites with too many latents for a joint step: elementwise steps, but for a few stiff directions.
 
 With the whitened slope g = σ ∂L/∂m and curvature λ = σ ∂L/∂σ a step multiplies the precision by 1 + ρλ and moves the
 mean by −ρσg/(1 + ρλ) (Khan & Rue 2023). In second order λ comes from k Rademacher probes v of the Hessian of the loss
@@ -8,14 +8,18 @@ mean by −ρσg/(1 + ρλ) (Khan & Rue 2023). In second order λ comes from k R
 
     λ = max(E[v ⊙ σHσv], 0) − 1,    averaged over steps, each with the signal fraction of its k estimates as weight.
 
+Directions in which all latents move together are treated apart (:func:`decoupled`).
+
 In first order λ comes from the gradient with respect to σ. Its noise is that of σ ∇f ⊙ ε, which grows with the distance
 from the optimum; since 1 + ρλ must stay positive, such noise widens more than it narrows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from numpyro_natgrad.blocks.base import Memory, Randomness, SquaredNorms, conjugate_kl
 from numpyro_natgrad.blocks.gaussian.site_block import SiteBlock
@@ -25,6 +29,11 @@ from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, random_signs
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
 from numpyro_natgrad.guide.mean_field_sites import MeanFieldSites, gathered, scattered
+
+#: Directions of conjugate gradients, a product each. Three reach no more than two (docs/benchmarks/wide.md).
+DIRECTIONS = 2
+#: The most of the squared elements of H beside its diagonal that these directions may leave: half of their size.
+UNEXPLAINED_MAX = 0.25
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,11 @@ class DiagonalGaussian(SiteBlock[GaussianSite | MeanFieldSites, GaussianTangent]
             return GaussianTangent(plain, self._first_order_curvature(loss_info, scale), None)
         mean = self._running_mean(memory).values
         slope = plain + self._control_variate(loss_info, loc, scale, mean)
-        innovations = self._probed_curvature(loss_info, scale, randomness) - mean
+        product = lambda u: scale * self._hessian_product(loss_info, scale * u)
+        probes = random_signs(randomness.key, (self.products, *self.site.shape), scale.dtype)
+        precision = gaussian.positive_ratio(mean, self.margin)
+        slope, diagonals = decoupled(product, slope, precision, probes, jax.vmap(product)(probes))
+        innovations = diagonals - 1 - mean
         update = signal_fraction(innovations, self.constants.diagonal_weight_min) * jnp.mean(innovations, axis=0)
         # The mean of H is 1/σ² at an optimum. Negative, it is noise, or of a distant guide, and one bad draw of a
         # network would widen σ beyond the prior's: draws of wide weights then have such Hessians again.
@@ -105,11 +118,77 @@ class DiagonalGaussian(SiteBlock[GaussianSite | MeanFieldSites, GaussianTangent]
         offset = self._mean_offset(loss_info, loc)
         return jnp.zeros_like(loc) if offset is None else -(1 + curvature) * offset / scale
 
-    def _probed_curvature(self, loss_info: LossInfo, scale: jax.Array, randomness: Randomness) -> jax.Array:
-        """λ by each of k Rademacher probes, ``(k, *shape)``."""
-        product = lambda v: v * scale * self._hessian_product(loss_info, scale * v)
-        probes = random_signs(randomness.key, (self.products, *self.site.shape), scale.dtype)
-        return jax.vmap(product)(probes) - 1
+
+def decoupled(
+    product: Callable[[jax.Array], jax.Array],
+    slope: jax.Array,
+    precision: jax.Array,
+    probes: jax.Array,
+    images: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """A slope whose elementwise step is a step of conjugate gradients, and the diagonal of H by each probe.
+
+    Elementwise steps are too long where D⁻¹H has eigenvalues above 2, as a factor common to d covariates gives one of
+    order d; and the probes v ⊙ Hv have the noise of all elements of H beside the diagonal. Two steps of conjugate
+    gradients for H s = g, preconditioned with D, find such a direction. Their directions p are H-conjugate, so that
+
+        H = Σ Hp pᵀH / pᵀHp + R,        diag H = Σ (Hp)² / pᵀHp + E[v ⊙ Rv],
+
+    and Rv needs no product but Hv. No step exceeds the elementwise one: along directions of less curvature than D, the
+    draws' own Hessian is noise. Both estimates of diag H are unbiased, and the difference between probes is the noise
+    of either. Only where R has little of it does H have so few stiff directions at other draws too.
+
+    :param product: with H, whitened.
+    :param slope: g, whitened.
+    :param precision: D, positive: the whitened diagonal of H by earlier steps.
+    :param probes: v, random signs, ``(k, *slope.shape)``.
+    :param images: Hv.
+    :return: D s, or g where the coupling is weak or has more directions, and estimates of diag H like ``probes``.
+    """
+    plain = probes * images
+
+    def separated(carried: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        _, slope, plain = carried
+        solution, pairs = _conjugate_directions(product, slope, precision)
+        known, rest = jnp.zeros_like(slope), plain
+        for image, inverse in pairs:
+            known = known + inverse * image**2
+            along = jax.vmap(lambda v, image=image: jnp.sum(v * image))(probes)
+            rest = rest - probes * image * (inverse * along.reshape(-1, *[1] * slope.ndim))
+        explained = _squared_spread(rest) < UNEXPLAINED_MAX * _squared_spread(plain)
+        diagonals = jnp.where(explained, known + rest, plain)
+        return jnp.array(False), jnp.where(explained, precision * solution, slope), diagonals
+
+    # Elementwise steps contract by ½ or more if D^(−½)(H − D)D^(−½) has no larger Frobenius norm, which the difference
+    # between probes estimates. A loop of one trip or none: a batch of fits evaluates products only if one needs them.
+    coupled = _squared_spread(plain / precision) > 0.25
+    return lax.while_loop(lambda carried: carried[0], separated, (coupled, slope, plain))[1:]
+
+
+def _conjugate_directions(
+    product: Callable[[jax.Array], jax.Array], slope: jax.Array, precision: jax.Array
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+    """H⁻¹g by preconditioned conjugate gradients, with Hp and 1/pᵀHp of each direction p, zero unless it is stiff."""
+    tiny = jnp.finfo(slope.dtype).tiny
+    solution, residual, direction, pairs, goes_on = jnp.zeros_like(slope), slope, slope / precision, [], jnp.array(True)
+    square = jnp.sum(slope * direction)
+    for _ in range(DIRECTIONS):
+        image = product(direction)
+        curvature = jnp.sum(direction * image)
+        stiff = curvature > jnp.sum(precision * direction**2)
+        inverse = jnp.where(stiff, 1 / jnp.maximum(curvature, tiny), 0.0)
+        pairs.append((image, inverse))
+        length = jnp.where(goes_on, jnp.where(stiff, jnp.minimum(square * inverse, 1.0), 1.0), 0.0)
+        solution, residual = solution + length * direction, residual - length * image
+        previous, square = square, jnp.sum(residual**2 / precision)
+        direction = residual / precision + square / jnp.maximum(previous, tiny) * direction
+        goes_on = goes_on & stiff
+    return solution, pairs
+
+
+def _squared_spread(estimates: jax.Array) -> jax.Array:
+    """The variance of k estimates, ``(k, ...)``, summed over their elements."""
+    return jnp.sum((estimates - jnp.mean(estimates, axis=0)) ** 2) / (estimates.shape[0] - 1)
 
 
 def signal_fraction(samples: jax.Array, least: float) -> jax.Array:
