@@ -72,22 +72,24 @@ def assert_equal(found: Any, expected: Any, tolerance: float = EQUAL) -> None:
         np.testing.assert_allclose(y, x, rtol=0, atol=tolerance * np.abs(x).max(), err_msg=jax.tree_util.keystr(path))
 
 
-def assert_steps_agree(found: dict[str, Any], largest: int) -> None:
+def assert_steps_agree(found: dict[str, Any], largest: int, most: int = FEW) -> None:
     """The same numbers, and in the program few collectives, all of them sums, of at most so many numbers."""
     one, many = found["one"], found["many"]
     for name in ("loss", "params"):
         assert_equal(many[name], one[name])
     assert not one["collectives"]
     assert {kind for kind, _ in many["collectives"]} == {"all-reduce"}
-    assert len(many["collectives"]) <= FEW
+    assert len(many["collectives"]) <= most
     assert max(size for _, size in many["collectives"]) <= largest
 
 
 def test_parameters_in_parts(tmp_path):
-    """2048 latents whose features are in parts: only sums over them, of 64 rows and 2 probes, are exchanged."""
+    """2048 latents whose features are in parts: only sums over them, of 64 rows and few products, are exchanged."""
     found, _ = found_by("features", tmp_path)
     particles, rows, probes = 2, 64, 2
-    assert_steps_agree(found, largest=particles * rows * probes + 8)
+    # Those of two directions of conjugate gradients are in a loop of one trip, or none where latents are not coupled;
+    # the product with the first of them is summed together with those with the probes.
+    assert_steps_agree(found, largest=particles * rows * (probes + 1) + 8, most=FEW + 6)
 
 
 @pytest.fixture(scope="module")
