@@ -118,6 +118,7 @@ class GuideCase(NamedTuple):
     :ivar low_rank: site → (mean, factor, scale) of low-rank sites, which need Hessian-vector products.
     :ivar natural: parameters of an exponential family, stepped in natural parameters.
     :ivar kl_hessian: parameters stepped with the Hessian of KL.
+    :ivar local: those of them that belong to local rows of a minibatch, which step first where products are allowed.
     :ivar point: parameters without a Fisher matrix.
     :ivar likely: parameters stepped with the Fisher matrix of the likelihood.
     """
@@ -128,6 +129,7 @@ class GuideCase(NamedTuple):
     low_rank: dict[str, tuple[str, str, str]] = {}
     natural: set[str] = set()
     kl_hessian: set[str] = set()
+    local: set[str] = set()
     point: set[str] = set()
     likely: set[str] = set()
 
@@ -289,7 +291,7 @@ GUIDES = {
     "MultivariateNormal in a plate": GuideCase(plated, lambda m: by_hand, {"z": ("loc", "tril")}),
     "Normal in a plate": GuideCase(plated, lambda m: mean_field_by_hand, {"z": ("loc", "scale")}),
     "amortised": GuideCase(plated, lambda m: amortised, kl_hessian={"weight", "scale"}),
-    "subsampled": GuideCase(batch_of_two, lambda m: subsampled, kl_hessian={"loc", "scale"}),
+    "subsampled": GuideCase(batch_of_two, lambda m: subsampled, kl_hessian={"loc", "scale"}, local={"loc", "scale"}),
     "structured": GuideCase(pair, lambda m: structured, {"z1": ("m1", "s1")}, kl_hessian={"slope", "shift", "s2"}),
     "shared": GuideCase(pair, lambda m: shared, kl_hessian={"both", "m1", "m2"}),
     "pinned": GuideCase(pair, lambda m: pinned, kl_hessian={"m1", "s1"}),

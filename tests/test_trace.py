@@ -69,10 +69,9 @@ def test_every_parameter_is_in_exactly_one_block(guide, estimator):
     assert set(method) == set(params)
     case, found = GUIDES[guide], {word: {p for p in method if word in method[p]} for word in METHODS}
     closed = {parameter for site in case.gaussian.values() for parameter in site} | case.natural
-    products = {parameter for site in case.low_rank.values() for parameter in site}  # of the Hessian, or else none
-    closed, kl_hessian = (
-        (closed | products, case.kl_hessian) if estimator is None else (closed, case.kl_hessian | products)
-    )
+    products = {parameter for site in case.low_rank.values() for parameter in site} | case.local
+    kl_hessian = case.kl_hessian - products
+    closed, kl_hessian = (closed | products, kl_hessian) if estimator is None else (closed, kl_hessian | products)
     # With second derivatives, parameters of the model move with the latents of the guide.
     likely, beside = (set(), case.likely) if estimator is None and case.gaussian else (case.likely, set())
     assert found == dict(zip(METHODS, (closed, kl_hessian, case.point, likely, beside), strict=True))
