@@ -88,6 +88,11 @@ class Partition(NamedTuple):
         """The blocks of local rows."""
         return tuple(block for block in self.blocks if isinstance(block, LocalGaussian))
 
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The parameters that its blocks move."""
+        return tuple(p for block in self.blocks for p in block.params)
+
     def rows(self) -> list[ReportRow]:
         """The report: parameter, site, distribution, Fisher matrix, size."""
         rows = [row for block in self.blocks for row in block.report_rows()]

@@ -161,6 +161,9 @@ def natural_step(
     curve = Curve(context, params, statistics.memory, tangents, largest)
     search = search_trust_region(curve, loss_info, gradients, state.radius)
     end = End(*curve.end(search.proposal.rho), fallback)
+    for block in partition.local.local_rows if partition.local else ():
+        settled = block.followed_in_part(state.params, end.params, state.memory)
+        end = end._replace(params={**end.params, **{p: settled[p] for p in block.params}})
     return loss_info, pack(finish(gradients, statistics, search, end, context, state), carried)
 
 
@@ -196,7 +199,10 @@ def step_local_rows(fn: Loss, context: Context, step: jax.Array, state: NaturalG
 
     start = state.params, state.memory, jnp.array(0), jnp.array(True)
     params, memory, _, _ = lax.while_loop(is_open, body, start)
-    return state._replace(params=params, memory=memory)
+    average = state.average
+    for block in local.local_rows:
+        average = block.averaged(average, params, state.memory, memory)
+    return state._replace(params=params, average=average, memory=memory)
 
 
 def run_seed(fn: Loss, loss: jax.Array, step: jax.Array, seed: jax.Array) -> jax.Array:
@@ -427,7 +433,8 @@ def _averaged(average: Params, params: Params, partition: Partition, newest: jax
 
     owned = {p: x for p, x in params.items() if p in weights}
     each = {p: jax.tree.map(lambda _, w=weights[p]: w, x) for p, x in owned.items()}
-    return {**params, **map_stacked(mean, {p: average[p] for p in owned}, owned, each)}
+    rows = {p: average[p] for p in partition.local.params} if partition.local else {}
+    return {**params, **rows, **map_stacked(mean, {p: average[p] for p in owned}, owned, each)}
 
 
 def _info(

@@ -178,6 +178,35 @@ class LocalGaussian(Block[LocalTangent]):
         visits = self._visits(memory)
         return self._counted(memory, jnp.where(condition & (visits > 0), jnp.inf, visits))
 
+    def averaged(self, average: Params, params: Params, before: Memory, after: Memory) -> Params:
+        """The averages of the rows over their visits, after a step.
+
+        The other latents are averaged too, and a row belongs to the place where these were at its visit.
+        """
+        moved = self._visits(after) > self._visits(before)
+        return self._blended(average, params, jnp.where(moved, self._newest(after), 0.0))
+
+    def followed_in_part(self, settled: Params, followed: Params, memory: Memory) -> Params:
+        """The rows after they have followed a step, with the weight of their visit.
+
+        The step follows the noise of the minibatch. Rows that followed all of the way would carry that noise, which is
+        that of their own data, and later visits with their small weights would not remove it.
+        """
+        return self._blended(settled, followed, self._newest(memory))
+
+    def _newest(self, memory: Memory) -> jax.Array:
+        """The weight of the newest of the visits of each row, ``(N,)``."""
+        eta = self.constants.average_decay
+        return (eta + 1) / (jnp.maximum(self._visits(memory), 1) + eta)
+
+    def _blended(self, old: Params, new: Params, weight: jax.Array) -> Params:
+        """``old`` with the rows moved towards ``new``, by a fraction of the way for each, ``(N,)``."""
+
+        def between(a: jax.Array, b: jax.Array) -> jax.Array:
+            return a + (weight.reshape(-1, *[1] * (a.ndim - 1)) * (b - a)).astype(a.dtype)
+
+        return {**old, **{p: between(old[p], new[p]) for p in self.params}}
+
     def response(
         self, loss_info: LossInfo, params: Params, place: Callable[[jax.Array], Params], at: jax.Array
     ) -> tuple[RowResponse, jax.Array]:
