@@ -87,7 +87,7 @@ CASES = {
     "full, regression": Case(AutoMultivariateNormal, regression(8), 279),
     "full, products": Case(AutoMultivariateNormal, regression(3), 273),
     "mean field, joint": Case(AutoNormal, regression(8), 295),
-    "mean field, wide": Case(AutoNormal, regression(200), 214),
+    "mean field, wide": Case(AutoNormal, regression(200), 257),
     "low rank, wide": Case(rank_one, regression(200), 440),
     "gamma": Case(lambda model: rate_guide, rate, 289),
     "beta": Case(lambda model: chance_guide, chance, 426),
