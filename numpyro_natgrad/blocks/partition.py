@@ -114,7 +114,7 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     sizes = {name: sum(jnp.size(x) for x in jax.tree.leaves(tree)) for name, tree in params.items()}
     local = _local_partition(trace, copies, options, forward)
     first = local.local_rows if local else ()
-    apart = {p for block in first for p in block.params}
+    apart = set(local.params) if local else set()
     sites, natural = _sites_with_coordinates(trace, options)
     apart_sites = {name for block in first for name in block.site_names}
     covered = {name for block in natural for name in block.site_names} | {g.name for g in sites} | apart_sites
@@ -214,14 +214,16 @@ def _draw_copies(fn: Loss, params: Params, trace: LossTrace, options: Options) -
     draws: copies of a particle share its minibatch, and particles need not.
     """
     enough = options.constants.independent_draws
-    if options.step_size is not None or jax.tree.leaves(jax.eval_shape(fn, params)[1]) or not trace.batched:
+    if options.step_size is not None or not trace.batched:
         return 1
-    even = 2 * math.ceil(enough / (2 * trace.particles))
-    if _local_sites(trace, options):
-        return even
-    latents = JointLatents(tuple(join_mean_fields(_sites_with_coordinates(trace, options)[0])))
-    drawn = not any(s.analytic for s in latents.sites)
-    return even if _is_joint(latents, trace, options) and drawn and trace.particles < enough else 1
+    if not _local_sites(trace, options):
+        latents = JointLatents(tuple(join_mean_fields(_sites_with_coordinates(trace, options)[0])))
+        drawn = not any(s.analytic for s in latents.sites)
+        if trace.particles >= enough or not (_is_joint(latents, trace, options) and drawn):
+            return 1
+    if jax.tree.leaves(jax.eval_shape(fn, params)[1]):
+        return 1
+    return 2 * math.ceil(enough / (2 * trace.particles))
 
 
 def _sites_with_coordinates(

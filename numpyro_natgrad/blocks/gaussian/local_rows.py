@@ -118,13 +118,14 @@ class LocalGaussian(Block[LocalTangent]):
         rows = self._rows(loss_info, params)
         scale, known = self._scales(params, rows), _known(rows)
         slope = scale * self._means(loss_info.gradient, rows) / known
-        product = lambda e: self._means(loss_info.hessian_product(self._placed(scale * e, params, rows), {}), rows)
+        nothing = {s.loc: jnp.zeros_like(params[s.loc]) for s in self.sites}
+        product = lambda e: self._means(loss_info.hessian_product(self._added(nothing, rows, scale * e), {}), rows)
         images = jax.vmap(product, out_axes=2)(jnp.eye(self.size, dtype=scale.dtype))
         curvature = scale[:, :, None] * images / known[:, :, None]
         finite = jnp.all(jnp.isfinite(slope), axis=1) & jnp.all(jnp.isfinite(curvature), axis=(1, 2))
         seen = ((rows.weight > 0) & finite)[:, None]
-        eta, visits = self.constants.average_decay, self._visits(memory)[rows.numbers]
-        rho = jnp.where(seen, (eta + 1) / (eta + 1 + visits[:, None]), 0.0)
+        visits = self._visits(memory)[rows.numbers]
+        rho = jnp.where(seen, self._weight(visits + 1)[:, None], 0.0)
         values = jnp.where(seen, rho * (jnp.maximum(jnp.einsum("nee->ne", curvature), 0.0) - 1.0), 0.0)
         precision = positive_ratio(values, self.margin)
         # The noise of g and of H is that of the same draws, so that E[H⁻¹g] ≠ 0 where E[g] = 0. After the first visit
@@ -184,7 +185,7 @@ class LocalGaussian(Block[LocalTangent]):
         The other latents are averaged too, and a row belongs to the place where these were at its visit.
         """
         moved = self._visits(after) > self._visits(before)
-        return self._blended(average, params, jnp.where(moved, self._newest(after), 0.0))
+        return self._blended(average, params, jnp.where(moved, self._weight(self._visits(after)), 0.0))
 
     def followed_in_part(self, settled: Params, followed: Params, memory: Memory) -> Params:
         """The rows after they have followed a step, with the weight of their visit.
@@ -192,12 +193,12 @@ class LocalGaussian(Block[LocalTangent]):
         The step follows the noise of the minibatch. Rows that followed all of the way would carry that noise, which is
         that of their own data, and later visits with their small weights would not remove it.
         """
-        return self._blended(settled, followed, self._newest(memory))
+        return self._blended(settled, followed, self._weight(self._visits(memory)))
 
-    def _newest(self, memory: Memory) -> jax.Array:
-        """The weight of the newest of the visits of each row, ``(N,)``."""
+    def _weight(self, visit: jax.Array) -> jax.Array:
+        """The weight of a row's visit among all up to it, which are numbered from 1."""
         eta = self.constants.average_decay
-        return (eta + 1) / (jnp.maximum(self._visits(memory), 1) + eta)
+        return (eta + 1) / (jnp.maximum(visit, 1) + eta)
 
     def _blended(self, old: Params, new: Params, weight: jax.Array) -> Params:
         """``old`` with the rows moved towards ``new``, by a fraction of the way for each, ``(N,)``."""
@@ -220,7 +221,7 @@ class LocalGaussian(Block[LocalTangent]):
 
         def slopes_and_hessians(means: jax.Array) -> tuple[jax.Array, jax.Array]:
             there = {**params, **place(means)}
-            moved = lambda x: {**there, **self._placed(x - loc, params, rows, params)}
+            moved = lambda x: {**there, **self._added(params, rows, x - loc)}
             gradient = jax.grad(lambda x: self._paired(loss_info, moved(x)))
             slope, product = jax.linearize(gradient, loc)
             return slope, jax.vmap(lambda e: product(jnp.broadcast_to(e, loc.shape)), out_axes=2)(units)
@@ -277,18 +278,18 @@ class LocalGaussian(Block[LocalTangent]):
         forward = [s.form.forward(elementwise(s.transform)(x)) for s, x in zip(self.sites, each, strict=True)]
         return jnp.concatenate(forward, axis=1)
 
-    def _placed(self, x: jax.Array, like: Params, rows: Rows, onto: Params | None = None) -> Params:
-        """An array ``(R, E)`` in the shapes of the mean parameters, with zeros elsewhere, or added to ``onto``."""
-        placed = {}
+    def _added(self, params: Params, rows: Rows, x: jax.Array) -> Params:
+        """The mean parameters with an array ``(R, E)`` added to the rows."""
+        added = {}
         for site, part in zip(self.sites, self._parts(x), strict=True):
-            base = onto[site.loc] if onto else jnp.zeros_like(like[site.loc])
-            flat = base.reshape(self.count_of_rows, -1).at[rows.numbers].add(part.astype(base.dtype), mode="drop")
-            placed[site.loc] = flat.reshape(base.shape)
-        return placed
+            old = params[site.loc]
+            flat = old.reshape(self.count_of_rows, -1).at[rows.numbers].add(part.astype(old.dtype), mode="drop")
+            added[site.loc] = flat.reshape(old.shape)
+        return added
 
     def _moved(self, params: Params, rows: Rows, shift: jax.Array, ratio: jax.Array) -> Params:
         """The parameters with means shifted and standard deviations multiplied, ``(R, E)``."""
-        params = {**params, **self._placed(shift, params, rows, params)}
+        params = {**params, **self._added(params, rows, shift)}
         for site, scale in zip(self.sites, self._parts(ratio * self._scales(params, rows)), strict=True):
             old = params[site.scale]
             new = elementwise(site.transform).inv(site.form.inverse(scale)).astype(old.dtype)
