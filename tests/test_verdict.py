@@ -238,6 +238,18 @@ def test_mixture_weights_are_the_densities_of_its_components(x64):
     assert abs(parts[1].mean() - D) < 4 * math.sqrt(2 * D / 200)
 
 
+@pytest.mark.parametrize(("count", "most"), [(1, 4), (4, 4), (5, 4), (7, 3), (12, 5), (12, None)])
+def test_map_in_batches_is_a_map_that_traces_its_function_once(count, most):
+    traced = []
+    found = importance.map_in_batches(
+        lambda x: traced.append(x) or (x**2, jnp.sum(x)), jnp.arange(2.0 * count).reshape(-1, 2), most
+    )
+    x = np.arange(2.0 * count).reshape(-1, 2)
+    np.testing.assert_array_equal(found[0], x**2)
+    np.testing.assert_array_equal(found[1], x.sum(1))
+    assert len(traced) == 1
+
+
 def test_tails_that_the_guide_lacks_are_in_the_weighted_moments():
     """Student's t with 5 degrees of freedom at the optimum of its Gaussian guide: a variance of 5/3."""
 

@@ -6,17 +6,15 @@ Such an array has to be an input of a program, because JAX refuses it as a const
 it. It stays in parts: only what a person or the host needs is fetched, and then whole, into every process.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from numpyro_natgrad.compilation.data import Data, place
-from numpyro_natgrad.compilation.programs import quick_jit
+from numpyro_natgrad.compilation.data import place
 
 
 def is_spread(x: Any) -> bool:
@@ -42,12 +40,6 @@ def placed_like(values: Any, like: Any) -> Any:
         return jax.make_array_from_callback(x.shape, y.sharding, lambda part: x[part]) if fits else x
 
     return jax.tree.map(put, values, like)
-
-
-def jit_for(tree: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled ``function(tree, *inputs)`` of the inputs, with all of ``tree`` that is not spread as constants."""
-    data = Data.split((tree,), {}, is_spread)
-    return partial(quick_jit(lambda data, *inputs: function(*data.arguments()[0], *inputs)), data)
 
 
 @contextmanager

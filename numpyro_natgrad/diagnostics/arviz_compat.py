@@ -18,7 +18,8 @@ from jax import lax, random
 from numpyro.handlers import seed, substitute, trace, uncondition
 from numpyro.infer import Predictive, log_likelihood
 
-from numpyro_natgrad.compilation.devices import fetch, jit_for
+from numpyro_natgrad.compilation.devices import fetch
+from numpyro_natgrad.compilation.kept import jit_for
 from numpyro_natgrad.diagnostics.importance import FittedGuide
 from numpyro_natgrad.diagnostics.verdict import Source, Verdict
 from numpyro_natgrad.guide.gaussian_sites import Params
@@ -156,31 +157,28 @@ class _Groups:
                 "minibatch: expected all of the data. Call `verdict` with it (`subsample_size=None`)."
             )
         data = {} if self.subsampled or groups == () else self._data()
-        known: dict[str, Callable[..., Params]] = {"log_likelihood": partial(_log_likelihoods, tuple(data))}
+        known: dict[str, Callable[..., Params]] = {"log_likelihood": _log_likelihoods}
         if self.predict:
-            known["posterior_predictive"] = partial(_predictions, tuple(data))
+            known["posterior_predictive"] = _predictions
         chosen = [name for name in known if data and (groups is None or name in groups)]
-        found = {name: self._each(name, known[name], named=groups is not None) for name in chosen}
+        found = {name: self._each(name, known[name], tuple(data), named=groups is not None) for name in chosen}
         if groups is None or "observed_data" in groups:
             found["observed_data"] = data
         return {name: values for name, values in found.items() if values}
 
     def _data(self) -> dict[str, np.ndarray]:
         """The observed values of the model, without those of ``numpyro.factor``, which have no entries."""
-
-        def run(fitted: FittedGuide, latent: Params) -> Params:
-            model = substitute(seed(fitted.svi.model, random.key(0)), data={**fitted.params, **latent})
-            sites = trace(model).get_trace(*fitted.args, **fitted.kwargs)
-            return {n: x["value"] for n, x in sites.items() if x["type"] == "sample" and x["is_observed"]}
-
-        found = fetch(jit_for(self.fitted, run)({name: z[0] for name, z in self.latent.items()}))
+        first = {name: z[0] for name, z in self.latent.items()}
+        found = fetch(jit_for(self.fitted.svi, _observed, self.fitted, first)())
         return {name: x for name, x in found.items() if x.size}
 
-    def _each(self, group: str, one: Callable[..., Params], named: bool) -> dict[str, np.ndarray]:
+    def _each(
+        self, group: str, one: Callable[..., Params], names: tuple[str, ...], named: bool
+    ) -> dict[str, np.ndarray]:
         """``one`` of each draw, in chunks of one size, so that one program is compiled."""
         count, first = self.chosen.size, {name: z[0] for name, z in self.latent.items()}
         try:
-            shapes = jax.eval_shape(partial(one, self.fitted), first, self.keys[0])
+            shapes = jax.eval_shape(partial(one, names, self.fitted), first, self.keys[0])
         except NotImplementedError:  # a distribution that cannot be sampled
             if named:
                 raise
@@ -194,14 +192,27 @@ class _Groups:
             )
             return {}
         size = min(self.draws_per_chunk or max(ENTRIES_PER_CHUNK // entries, 1), count)
-        many = jax.vmap if self.fitted.vectorized else lambda f: lambda *inputs: lax.map(lambda x: f(*x), inputs)
-        program = jit_for(self.fitted, lambda fitted, latent, keys: many(partial(one, fitted))(latent, keys))
         chunks = []
         for begin in range(0, count, size):
             at = np.minimum(np.arange(begin, begin + size), count - 1)
             latent = {name: z[self.chosen[at]] for name, z in self.latent.items()}
-            chunks.append(fetch(program(latent, self.keys[at])))
+            chunk = jit_for(self.fitted.svi, _chunk, self.fitted, one, names, latent, self.keys[at])
+            chunks.append(fetch(chunk()))
         return {name: np.concatenate([x[name] for x in chunks])[:count] for name in shapes}
+
+
+def _observed(fitted: FittedGuide, latent: Params) -> Params:
+    """The values of all observed sites."""
+    model = substitute(seed(fitted.svi.model, random.key(0)), data={**fitted.params, **latent})
+    sites = trace(model).get_trace(*fitted.args, **fitted.kwargs)
+    return {n: x["value"] for n, x in sites.items() if x["type"] == "sample" and x["is_observed"]}
+
+
+def _chunk(
+    fitted: FittedGuide, one: Callable[..., Params], names: tuple[str, ...], latent: Params, keys: jax.Array
+) -> Params:
+    each = lambda inputs: one(names, fitted, *inputs)
+    return (jax.vmap(each) if fitted.vectorized else partial(lax.map, each))((latent, keys))
 
 
 def _log_likelihoods(names: tuple[str, ...], fitted: FittedGuide, latent: Params, key: jax.Array) -> Params:

@@ -9,8 +9,7 @@ NumPy and in float64, whatever the precision of the fit.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -24,8 +23,10 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 from numpyro.infer.util import log_density
 from tqdm.auto import tqdm
 
-from numpyro_natgrad.compilation.devices import fetch, jit_for
+from numpyro_natgrad.compilation.data import Data, split
+from numpyro_natgrad.compilation.devices import fetch
 from numpyro_natgrad.compilation.initial import without_validation
+from numpyro_natgrad.compilation.kept import Static, jit_for
 from numpyro_natgrad.distributions.wrappers import base_distribution
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.infer.fisher import Estimate, _initialised
@@ -34,7 +35,7 @@ from numpyro_natgrad.options import StructureError
 
 #: Draws of one call of the compiled program, between two updates of the progress bar: a matter of display.
 DRAWS_PER_CALL = 500
-#: Draws that are evaluated together (``lax.map``'s ``batch_size``), which bounds the memory at little cost in time.
+#: Draws that are evaluated together, which bounds the memory at little cost in time.
 DRAWS_PER_BATCH = 50
 #: Seconds after which a progress bar appears; most verdicts are shorter.
 PROGRESS_BAR_DELAY = 2.0
@@ -54,17 +55,31 @@ Sites = Mapping[str, dict[str, Any]]
 class FittedGuide(NamedTuple):
     """Model and guide in ``svi`` at the fitted constrained ``params``, which include mutable state.
 
-    ``kwargs`` include those of the ``SVI``; ``given`` are those of the call. ``unconstrained`` are the parameters in
-    the state of the optimizer, if the fit returned one.
+    ``data`` are their arguments, with those of the ``SVI``, and ``names`` those keyword arguments that the call has.
+    ``unconstrained`` are the parameters in the state of the optimizer, if the fit returned one.
     """
 
     svi: SVI
     params: Params
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    given: Mapping[str, Any] = {}
+    data: Data
+    names: tuple[str, ...] = ()
     mutable_state: Mapping[str, Any] = {}
     unconstrained: Params | None = None
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments."""
+        return self.data.arguments()[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments, with those of the ``SVI``."""
+        return self.data.arguments()[1]
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Keyword arguments of the call."""
+        return {name: x for name, x in self.kwargs.items() if name in self.names}
 
     @property
     def vectorized(self) -> bool:
@@ -146,9 +161,8 @@ def fitted_guide(svi: SVI, result: Fitted, args: tuple[Any, ...], kwargs: Mappin
     return FittedGuide(
         svi=svi,
         params={**params, **mutable},
-        args=args,
-        kwargs={**static, **kwargs},
-        given=kwargs,
+        data=split(svi, args, {**static, **kwargs}),
+        names=tuple(kwargs),
         mutable_state=mutable,
         unconstrained=None if state is None else svi.optim.get_params(state.optim_state),
     )
@@ -169,37 +183,69 @@ def draw(
     :param unconstrain: whether to return unconstrained values of the latent sites as well.
     :raises StructureError: if the model has latent sites that the guide does not draw, or no site of a given name.
     """
-    found = _inspect(guide, key, sites)
-    names = tuple(dict.fromkeys(found.latent + found.tabulated))
-
-    def one(guide: FittedGuide, key: jax.Array) -> tuple[jax.Array, jax.Array, Params, Params, Params]:
-        log_p, log_q, _, trace = _traces(guide, key)
-        log_scales = {name: _log_scale(trace[name]) for name in found.latent}
-        free = {name: unconstrained_value(trace[name]) for name in found.latent} if unconstrain else {}
-        return log_p - log_q, log_p, {name: trace[name]["value"] for name in names}, log_scales, free
-
-    size = DRAWS_PER_BATCH if guide.vectorized else None
-    each = jit_for(guide, lambda guide, keys: lax.map(partial(one, guide), keys, batch_size=size))
-    keys, starts = random.split(key, num_draws), range(0, num_draws, DRAWS_PER_CALL)
+    chosen = sites if sites is None or isinstance(sites, str) else tuple(sites)
     bar = tqdm(
-        starts,
+        range(0, num_draws, DRAWS_PER_CALL),
         desc="draws",
         unit=f"×{DRAWS_PER_CALL}",
         delay=PROGRESS_BAR_DELAY,
         leave=False,
         disable=not progress_bar or jax.process_index() > 0,
     )
-    chunks = [fetch(each(keys[start : start + DRAWS_PER_CALL])) for start in bar]
-    log_weights, log_p, values, log_scales, free = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+    each = lambda start: jit_for(guide.svi, _draws, guide, key, np.int32(start), int(num_draws), chosen, unconstrain)
+    parts = [fetch(each(start)()) for start in bar]
+    log_weights, log_p, values, log_scales, free, found = jax.tree.map(
+        lambda *chunks: np.concatenate(chunks)[:num_draws], *parts
+    )
     return Draws(
         log_weights=np.asarray(log_weights, np.float64),
         values=values,
-        sites=found,
+        sites=found.value,
         dtype=log_weights.dtype,
         log_scales=log_scales,
         unconstrained=free,
         log_p=np.asarray(log_p, np.float64),
     )
+
+
+def _draws(
+    guide: FittedGuide,
+    key: jax.Array,
+    start: jax.Array,
+    num_draws: int,
+    sites: tuple[str, ...] | str | None,
+    unconstrain: bool,
+) -> tuple[jax.Array, jax.Array, Params, Params, Params, Static]:
+    """Draws from number ``start`` on, the last ones repeated so that all calls have one size; and the sites."""
+    found: list[Inspection] = []
+
+    def one(key: jax.Array) -> tuple[jax.Array, jax.Array, Params, Params, Params]:
+        log_p, log_q, guide_sites, trace = _traces(guide, key)
+        found.append(_inspection(guide_sites, trace, sites))
+        latent = found[-1].latent
+        log_scales = {name: _log_scale(trace[name]) for name in latent}
+        free = {name: unconstrained_value(trace[name]) for name in latent} if unconstrain else {}
+        values = {name: trace[name]["value"] for name in latent + found[-1].tabulated}
+        return log_p - log_q, log_p, values, log_scales, free
+
+    numbers = np.arange(min(DRAWS_PER_CALL, num_draws))
+    keys = random.split(key, num_draws)[jnp.minimum(start + numbers, num_draws - 1)]
+    return *map_in_batches(one, keys, DRAWS_PER_BATCH if guide.vectorized else None), Static(found[-1])
+
+
+def map_in_batches(function: Callable[..., Any], inputs: Any, most: int | None) -> Any:
+    """``lax.map``, with at most so many inputs evaluated together; ``None`` for one after the other.
+
+    Batches are of one size, and the last input is repeated to fill them: ``lax.map`` would compile ``function`` again
+    for what remains.
+    """
+    count = len(jax.tree.leaves(inputs)[0])
+    if most is None or count <= most:
+        return lax.map(function, inputs, batch_size=most)
+    size = math.ceil(count / math.ceil(count / most))
+    numbers = np.minimum(np.arange(math.ceil(count / size) * size), count - 1)
+    full = inputs if numbers.size == count else jax.tree.map(lambda x: x[numbers], inputs)
+    return jax.tree.map(lambda y: y[:count], lax.map(function, full, batch_size=size))
 
 
 def _log_scale(site: dict[str, Any]) -> jax.Array:
@@ -222,20 +268,11 @@ def _traces(guide: FittedGuide, key: jax.Array) -> tuple[jax.Array, jax.Array, S
     return log_p, log_q, guide_sites, model_sites
 
 
-def _inspect(guide: FittedGuide, key: jax.Array, sites: Sequence[str] | str | None) -> Inspection:
-    """Trace model and guide abstractly, without running them."""
-    found: list[Inspection] = []
-
-    def look(key: jax.Array) -> None:
-        _, _, guide_sites, model_sites = _traces(guide, key)
-        plates = {name: site["args"] for name, site in model_sites.items() if site["type"] == "plate"}
-        subsampled = tuple(name for name, (size, rows) in plates.items() if rows is not None and rows < size)
-        latent = _latent_sites(guide_sites, model_sites)
-        tabulated = _tabulated_sites(latent, model_sites, sites)
-        found.append(Inspection(subsampled=subsampled, latent=latent, tabulated=tabulated))
-
-    jax.eval_shape(look, key)
-    return found[0]
+def _inspection(guide_sites: Sites, model_sites: Sites, sites: tuple[str, ...] | str | None) -> Inspection:
+    plates = {name: site["args"] for name, site in model_sites.items() if site["type"] == "plate"}
+    subsampled = tuple(name for name, (size, rows) in plates.items() if rows is not None and rows < size)
+    latent = _latent_sites(guide_sites, model_sites)
+    return Inspection(subsampled=subsampled, latent=latent, tabulated=_tabulated_sites(latent, model_sites, sites))
 
 
 def _latent_sites(guide_sites: Sites, model_sites: Sites) -> tuple[str, ...]:

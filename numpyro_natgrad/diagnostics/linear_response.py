@@ -14,6 +14,7 @@ Bayes*, JMLR 19:51, equation 11). b is the relative change of the standard devia
 # draws too, because they come in pairs ±ε. L is written in units of the guide's standard deviations, m = m₀ + σ ∘ a, in
 # which its Hessian is of order 1 whatever the units of the latents.
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,9 +30,11 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.util import log_density
 from numpyro.primitives import Messenger
 
-from numpyro_natgrad.compilation.devices import fetch, jit_for
+from numpyro_natgrad.compilation.devices import fetch
+from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.initial import without_validation
-from numpyro_natgrad.diagnostics.importance import Fitted, FittedGuide, Sites, fitted_guide
+from numpyro_natgrad.compilation.kept import Static, jit_for
+from numpyro_natgrad.diagnostics.importance import Fitted, FittedGuide, Sites, fitted_guide, map_in_batches
 from numpyro_natgrad.distributions.wrappers import map_base
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaussian_site
 from numpyro_natgrad.guide.handlers import mark_guide_site
@@ -77,24 +80,30 @@ class NoMinimumError(StructureError):
 class GaussianLatents(NamedTuple):
     """The Gaussian sites of a guide as one flat vector of d unconstrained latents; ``spread`` is ε ↦ Kε.
 
-    ``names``, ``loc`` and ``scale`` are those of :class:`LinearResponse`, and ``shapes`` those of the sites.
+    ``names``, ``loc`` and ``scale`` are those of :class:`LinearResponse`, and ``shapes`` the sites with their shapes.
     """
 
     guide: FittedGuide
     names: tuple[str, ...]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
     loc: jax.Array
     scale: jax.Array
     spread: Callable[[jax.Array], jax.Array]
 
     def split(self, z: jax.Array) -> Params:
         """Values of the sites, from z of shape ``(d,)``."""
-        ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes.values()])[:-1]
-        return {n: x.reshape(s) for (n, s), x in zip(self.shapes.items(), jnp.split(z, ends), strict=True)}
+        ends = np.cumsum([math.prod(shape) for _, shape in self.shapes])[:-1]
+        return {n: x.reshape(s) for (n, s), x in zip(self.shapes, jnp.split(z, ends), strict=True)}
 
 
 def linear_response(
-    svi: SVI, result: Fitted, rng_key: jax.Array, *args: Any, num_particles: int = 256, **kwargs: Any
+    svi: SVI,
+    result: Fitted,
+    rng_key: jax.Array,
+    *args: Any,
+    num_particles: int = 256,
+    cache: Any = None,
+    **kwargs: Any,
 ) -> LinearResponse:
     """Correct the covariance of a Gaussian guide at the optimum of its ELBO (Giordano et al. 2018, equation 11).
 
@@ -122,6 +131,7 @@ def linear_response(
     :param jax.Array rng_key: key of the draws.
     :param args: positional arguments of model and guide.
     :param int num_particles: draws that the Hessian of the loss is a mean over, in pairs.
+    :param cache: where compiled programs are kept for the next process, as for :func:`.fit`.
     :param kwargs: keyword arguments of model and guide.
     :return: the corrected covariance.
     :raises StructureError: if a site of the guide is not Gaussian, or the loss has no minimum at these parameters.
@@ -129,7 +139,8 @@ def linear_response(
     :raises ValueError: if ``svi.init`` has not been called.
     """
     guide = fitted_guide(svi, result, args, kwargs)
-    return respond(gaussian_latents(guide, rng_key), rng_key, num_particles)
+    with disk_cache(cache):
+        return respond(gaussian_latents(guide, rng_key), rng_key, num_particles)
 
 
 def respond(latents: GaussianLatents, key: jax.Array, num_particles: int) -> LinearResponse:
@@ -137,18 +148,7 @@ def respond(latents: GaussianLatents, key: jax.Array, num_particles: int) -> Lin
 
     :raises NoMinimumError: if ∇²L is not positive definite.
     """
-    d, dtype = latents.loc.size, latents.loc.dtype
-    noise = random.normal(key, (max(num_particles // 2, 1), d), dtype)
-    solve = _dense_solver if 2 * d <= DENSE_HESSIAN_LIMIT else _iterative_solver
-
-    def run(latents: GaussianLatents) -> tuple[jax.Array, jax.Array]:
-        gradient = jax.grad(partial(_loss, latents, offsets=jax.vmap(latents.spread)(noise)))
-        _, product = jax.linearize(gradient, jnp.zeros(2 * d, dtype))
-        columns, least = solve(product, jnp.eye(d, 2 * d, dtype=dtype))
-        block = columns[:, :d] * latents.scale[:, None] * latents.scale
-        return (block + block.T) / 2, least
-
-    covariance, least = jit_for(latents, run)()
+    covariance, least = jit_for(latents.guide.svi, _corrected, latents, key, int(num_particles))()
     known, least = fetch((covariance, least))
     if not (least > 0 and np.isfinite(known).all() and (np.diagonal(known) > 0).all()):
         raise NoMinimumError(
@@ -161,6 +161,18 @@ def respond(latents: GaussianLatents, key: jax.Array, num_particles: int) -> Lin
         scale=latents.scale,
         covariance=covariance,
     )
+
+
+def _corrected(latents: GaussianLatents, key: jax.Array, num_particles: int) -> tuple[jax.Array, jax.Array]:
+    """Cov_LR, and the least curvature of the loss that was found."""
+    d, dtype = latents.loc.size, latents.loc.dtype
+    noise = random.normal(key, (max(num_particles // 2, 1), d), dtype)
+    gradient = jax.grad(partial(_loss, latents, offsets=jax.vmap(latents.spread)(noise)))
+    _, product = jax.linearize(gradient, jnp.zeros(2 * d, dtype))
+    solve = _dense_solver if 2 * d <= DENSE_HESSIAN_LIMIT else _iterative_solver
+    columns, least = solve(product, jnp.eye(d, 2 * d, dtype=dtype))
+    block = columns[:, :d] * latents.scale[:, None] * latents.scale
+    return (block + block.T) / 2, least
 
 
 def _loss(latents: GaussianLatents, at: jax.Array, offsets: jax.Array) -> jax.Array:
@@ -181,7 +193,7 @@ Product = Callable[[jax.Array], jax.Array]
 
 def _dense_solver(product: Product, right: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Apply H⁻¹ to the rows of ``right``; also the smallest eigenvalue of H."""
-    hessian = lax.map(product, jnp.eye(right.shape[1], dtype=right.dtype), batch_size=COLUMNS_PER_BATCH)
+    hessian = map_in_batches(product, jnp.eye(right.shape[1], dtype=right.dtype), COLUMNS_PER_BATCH)
     hessian = (hessian + hessian.T) / 2
     ok = jnp.all(jnp.isfinite(hessian))  # an eigensolver may not return from a NaN
     values, vectors = jnp.linalg.eigh(jnp.where(ok, hessian, jnp.eye(right.shape[1], dtype=right.dtype)))
@@ -191,7 +203,7 @@ def _dense_solver(product: Product, right: jax.Array) -> tuple[jax.Array, jax.Ar
 def _iterative_solver(product: Product, right: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Apply H⁻¹ to the rows of ``right`` by conjugate gradients; also the least curvature xᵀHx/xᵀx of the solutions."""
     solve = lambda b: cg(product, b, tol=HESSIAN_CG_TOLERANCE, maxiter=HESSIAN_CG_STEPS)[0]
-    columns = lax.map(solve, right, batch_size=COLUMNS_PER_BATCH)
+    columns = map_in_batches(solve, right, COLUMNS_PER_BATCH)
     curvatures = jnp.sum(columns * right, axis=1) / jnp.sum(columns**2, axis=1)
     return columns, jnp.min(curvatures)
 
@@ -252,8 +264,24 @@ def gaussian_latents(guide: FittedGuide, key: jax.Array) -> GaussianLatents:
 
     :raises StructureError: if a site is not a Gaussian with parameters of its own as arguments.
     """
-    svi = _initialised(guide.svi)
-    params = jax.jit(partial(svi.constrain_fn, invert=True))(guide.params)
+    _initialised(guide.svi)
+    loc, scale, factors, index, shapes = jit_for(guide.svi, _read, guide, key)()
+    return GaussianLatents(
+        guide=guide,
+        names=_names(fetch(index)),
+        shapes=shapes.value,
+        loc=loc,
+        scale=scale,
+        spread=jax.tree_util.Partial(_spread, factors),
+    )
+
+
+def _read(
+    guide: FittedGuide, key: jax.Array
+) -> tuple[jax.Array, jax.Array, list[jax.Array], dict[str, jax.Array], Static]:
+    """Means, standard deviations and factors of all sites, the places of their latents, and the shapes of the sites."""
+    svi = guide.svi
+    params = svi.constrain_fn(guide.params, invert=True)
 
     def loss(values: Params) -> tuple[jax.Array, None]:
         constrained = svi.constrain_fn(values)
@@ -262,26 +290,11 @@ def gaussian_latents(guide: FittedGuide, key: jax.Array) -> GaussianLatents:
 
     trace = trace_loss(loss, params)
     sites = _sites(trace)
-    shapes = {s.name: trace.sites[s.name].shape for s in sites}
-
-    def read(params: Params) -> tuple[jax.Array, list[jax.Array], jax.Array]:
-        loc = jnp.concatenate([params[s.loc].ravel() for s in sites])
-        factors = [_factor(s, params) for s in sites]
-        return (
-            loc,
-            factors,
-            jnp.concatenate([jnp.sqrt(jnp.sum(k**2, -1)).ravel() if k.ndim > 1 else k for k in factors]),
-        )
-
-    loc, factors, scale = jax.jit(read)(params)
-    return GaussianLatents(
-        guide=guide,
-        names=_labels(svi.guide, shapes),
-        shapes=shapes,
-        loc=loc,
-        scale=scale,
-        spread=jax.tree_util.Partial(_spread, factors),
-    )
+    shapes = tuple((s.name, trace.sites[s.name].shape) for s in sites)
+    factors = [_factor(s, params) for s in sites]
+    loc = jnp.concatenate([params[s.loc].ravel() for s in sites])
+    scale = jnp.concatenate([jnp.sqrt(jnp.sum(k**2, -1)).ravel() if k.ndim > 1 else k for k in factors])
+    return loc, scale, factors, _index(svi.guide, dict(shapes)), Static(shapes)
 
 
 def _sites(trace: LossTrace) -> list[GaussianSite | LowRankSite]:
@@ -321,15 +334,19 @@ def _multiply(factor: jax.Array, noise: jax.Array) -> jax.Array:
     return jnp.einsum("bij,bj->bi", factor, noise.reshape(factor.shape[:2])).ravel()
 
 
-def _labels(guide: Callable[..., Any], shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """Names of the latents; those of an ``AutoContinuous`` guide are the entries of its flat latent."""
-    unpack = getattr(guide, "_unpack_latent", None)
+def _index(guide: Callable[..., Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+    """The places of the entries of each site; the sites of an ``AutoContinuous`` guide are parts of its flat latent."""
+    unpack, count = getattr(guide, "_unpack_latent", None), sum(math.prod(shape) for shape in shapes.values())
     if unpack is not None and len(shapes) == 1:
-        (size,) = next(iter(shapes.values()))
-        index = {name: np.asarray(x) for name, x in unpack(jnp.arange(size)).items()}
-        flat = {int(x): label(name, at) for name, i in index.items() for at, x in np.ndenumerate(i)}
-        return tuple(flat[i] for i in range(size))
-    return tuple(label(name, at) for name, shape in shapes.items() for at in np.ndindex(*shape))
+        return unpack(jnp.arange(count))
+    parts = np.split(np.arange(count), np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1])
+    return {name: jnp.asarray(x.reshape(shape)) for (name, shape), x in zip(shapes.items(), parts, strict=True)}
+
+
+def _names(index: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """The name of each latent, by its place."""
+    flat = {int(x): label(name, at) for name, places in index.items() for at, x in np.ndenumerate(places)}
+    return tuple(flat[i] for i in range(len(flat)))
 
 
 def label(name: str, at: tuple[int, ...]) -> str:

@@ -12,19 +12,25 @@ worse than the best of them (Hesterberg 1995, *Technometrics* 37:185; Owen & Zho
 deviations by linear response are those of the half from N(m, Cov_LR).
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax, random
+from jax import random
 from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import gammaln, logsumexp
 
-from numpyro_natgrad.compilation.devices import fetch, jit_for
+from numpyro_natgrad.compilation.devices import fetch
+from numpyro_natgrad.compilation.kept import jit_for
 from numpyro_natgrad.diagnostics import importance
-from numpyro_natgrad.diagnostics.importance import DRAWS_PER_BATCH, Draws, ImportanceWeights, Inspection
+from numpyro_natgrad.diagnostics.importance import (
+    DRAWS_PER_BATCH,
+    Draws,
+    ImportanceWeights,
+    Inspection,
+    map_in_batches,
+)
 from numpyro_natgrad.diagnostics.linear_response import GaussianLatents, substitute_latents
 
 #: Degrees of freedom of Student's t: few, and with finite fourth moments. Not tuned.
@@ -45,20 +51,9 @@ def draw(latents: GaussianLatents, covariance: jax.Array, key: jax.Array, num_dr
     :param covariance: Cov_LR, ``(d, d)``.
     """
     names = tuple(dict.fromkeys(sites.latent + sites.tabulated))
-    first, second = num_draws // 4, num_draws - num_draws // 4
-    size = DRAWS_PER_BATCH if latents.guide.vectorized else None
-
-    def one(latents: GaussianLatents, offset: jax.Array) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        log_p, log_jacobian, trace = substitute_latents(latents, latents.loc + offset)
-        return log_p, log_p - log_jacobian, {name: trace[name]["value"] for name in names}
-
-    def run(at: tuple[GaussianLatents, jax.Array]) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        latents, covariance = at
-        offsets, log_q = _offsets(latents, covariance, key, (first, second, num_draws))
-        log_p, target, values = lax.map(partial(one, latents), offsets, batch_size=size)
-        return log_p, target - log_q, values
-
-    log_p, log_weights, values = fetch(jit_for((latents, covariance), run)())
+    quarter = int(num_draws) // 4
+    first, second, _ = ends = quarter, int(num_draws) - quarter, int(num_draws)
+    log_p, log_weights, values = fetch(jit_for(latents.guide.svi, _draws, latents, covariance, key, ends, names)())
     drawn = Draws(
         log_weights=np.asarray(log_weights, np.float64),
         values=values,
@@ -67,6 +62,18 @@ def draw(latents: GaussianLatents, covariance: jax.Array, key: jax.Array, num_dr
         log_p=np.asarray(log_p, np.float64),
     )
     return Mixture(drawn, importance.smooth(drawn.log_weights, drawn.dtype), slice(first, second))
+
+
+def _draws(
+    latents: GaussianLatents, covariance: jax.Array, key: jax.Array, ends: tuple[int, int, int], names: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    def one(offset: jax.Array) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        log_p, log_jacobian, trace = substitute_latents(latents, latents.loc + offset)
+        return log_p, log_p - log_jacobian, {name: trace[name]["value"] for name in names}
+
+    offsets, log_q = _offsets(latents, covariance, key, ends)
+    log_p, target, values = map_in_batches(one, offsets, DRAWS_PER_BATCH if latents.guide.vectorized else None)
+    return log_p, target - log_q, values
 
 
 def _offsets(

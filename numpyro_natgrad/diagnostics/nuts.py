@@ -19,7 +19,8 @@ from jax import random
 from numpyro.handlers import seed, substitute, trace
 from numpyro.infer import NUTS, SVI, init_to_uniform, init_to_value
 
-from numpyro_natgrad.compilation.devices import jit_for
+from numpyro_natgrad.compilation.disk_cache import disk_cache
+from numpyro_natgrad.compilation.kept import jit_for
 from numpyro_natgrad.diagnostics import importance
 from numpyro_natgrad.diagnostics.importance import Draws, Fitted, FittedGuide, unconstrained_value
 from numpyro_natgrad.diagnostics.linear_response import (
@@ -85,7 +86,15 @@ class NUTSStart(NamedTuple):
     k_hat: float
 
 
-def to_nuts(svi: SVI, result: Fitted, rng_key: jax.Array, *args: Any, num_chains: int = 4, **kwargs: Any) -> NUTSStart:
+def to_nuts(
+    svi: SVI,
+    result: Fitted,
+    rng_key: jax.Array,
+    *args: Any,
+    num_chains: int = 4,
+    cache: Any = None,
+    **kwargs: Any,
+) -> NUTSStart:
     """Start NUTS from a fit: initial points, an inverse mass matrix and a short warm-up.
 
     The initial points are draws of the guide, resampled without replacement by their smoothed importance weights. The
@@ -116,6 +125,7 @@ def to_nuts(svi: SVI, result: Fitted, rng_key: jax.Array, *args: Any, num_chains
     :param jax.Array rng_key: key of the draws.
     :param args: positional arguments of model and guide, with all of the data.
     :param int num_chains: number of initial points, for ``MCMC(..., num_chains=num_chains)``.
+    :param cache: where compiled programs are kept for the next process, as for :func:`.fit`; not those of NUTS.
     :param kwargs: keyword arguments of model and guide.
     :return: a kernel, initial points, and the number of warm-up steps.
     :raises StructureError: if the model has discrete latents or minibatches, or the guide does not draw all latent
@@ -129,12 +139,13 @@ def to_nuts(svi: SVI, result: Fitted, rng_key: jax.Array, *args: Any, num_chains
     sites = _model_sites(fitted)
     _check_continuous(sites)
     count = max(START.draws, START.draws_per_chain * num_chains)
-    drawn = importance.draw(fitted, keys[0], count, unconstrain=True)
-    _check_minibatch(drawn)
-    weights = importance.smooth(drawn.log_weights, drawn.dtype)
-    chosen = _resampled(keys[1], _usable(drawn, weights.normalised), num_chains)
-    points = {name: jnp.asarray(z[chosen]) for name, z in drawn.unconstrained.items()}
-    matrix = _inverse_mass_matrix(fitted, drawn, keys[2])
+    with disk_cache(cache):
+        drawn = importance.draw(fitted, keys[0], count, unconstrain=True)
+        _check_minibatch(drawn)
+        weights = importance.smooth(drawn.log_weights, drawn.dtype)
+        chosen = _resampled(keys[1], _usable(drawn, weights.normalised), num_chains)
+        points = {name: jnp.asarray(z[chosen]) for name, z in drawn.unconstrained.items()}
+        matrix = _inverse_mass_matrix(fitted, drawn, keys[2])
     model = _model(fitted, sites)
     kernel = NUTS(
         model,
@@ -254,23 +265,34 @@ def _gaussian_covariance(latents: GaussianLatents, names: list[str], key: jax.Ar
     J is the derivative of NUTS's unconstrained latents with respect to the guide's, at its mean; for autoguides it is a
     permutation. Nothing is returned for too many latents without correlations.
     """
-    size = latents.loc.size
-    factor = jax.vmap(latents.spread)(jnp.eye(size, dtype=latents.loc.dtype))
-    sigma = factor.T @ factor
-    if jnp.count_nonzero(sigma) == size:
+    svi, size = latents.guide.svi, latents.loc.size
+    sigma, entries = jit_for(svi, _covariance, latents)()
+    if entries == size:
         if size > START.response_latents:
             return None
         try:
             sigma = respond(latents, key, START.response_draws).covariance
         except NoMinimumError:
             return None
+    return np.asarray(jit_for(svi, _unconstrained_covariance, latents, sigma, tuple(names))())
 
-    def flat(latents: GaussianLatents, z: jax.Array) -> jax.Array:
+
+def _covariance(latents: GaussianLatents) -> tuple[jax.Array, jax.Array]:
+    """Σ, and its number of entries that are not zero."""
+    factor = jax.vmap(latents.spread)(jnp.eye(latents.loc.size, dtype=latents.loc.dtype))
+    sigma = factor.T @ factor
+    return sigma, jnp.count_nonzero(sigma)
+
+
+def _unconstrained_covariance(latents: GaussianLatents, sigma: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """J Σ Jᵀ."""
+
+    def flat(z: jax.Array) -> jax.Array:
         sites = substitute_latents(latents, z)[2]
         return jnp.concatenate([unconstrained_value(sites[name]).ravel() for name in names])
 
-    jacobian = jit_for(latents, lambda latents: jax.jacfwd(partial(flat, latents))(latents.loc))()
-    return np.asarray(jacobian @ sigma @ jacobian.T)
+    jacobian = jax.jacfwd(flat)(latents.loc)
+    return jacobian @ sigma @ jacobian.T
 
 
 def _positive(covariance: np.ndarray) -> np.ndarray:

@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import random
 from numpyro.infer import SVI
 
 from numpyro_natgrad.compilation.data import traceable
+from numpyro_natgrad.compilation.devices import fetch
+from numpyro_natgrad.compilation.disk_cache import disk_cache
+from numpyro_natgrad.compilation.kept import jit_for
 from numpyro_natgrad.diagnostics import importance, linear_response, mixture, recommendation
 from numpyro_natgrad.diagnostics.importance import Draws, Fitted, FittedGuide, ImportanceWeights, Inspection, Moments
 from numpyro_natgrad.diagnostics.mixture import Mixture
@@ -122,6 +124,7 @@ def verdict(
     num_draws: int = 2000,
     sites: Sequence[str] | str | None = None,
     progress_bar: bool = True,
+    cache: Any = None,
     **kwargs: Any,
 ) -> Verdict:
     """Judge a fitted guide by importance sampling (Yao et al. 2018; Vehtari et al. 2024: :mod:`.recommendation`).
@@ -156,6 +159,7 @@ def verdict(
     :param sites: names of latent or deterministic sites of the model to tabulate; all latent sites by default. (Pass a
         model's own argument named ``sites`` or ``num_draws`` by position.)
     :param bool progress_bar: show progress if the draws take longer than two seconds; nothing remains on the screen.
+    :param cache: where compiled programs are kept for the next process, as for :func:`.fit`.
     :param kwargs: keyword arguments of model and guide.
     :return: estimates, moments and a recommendation.
     :raises StructureError: if the guide does not draw all latent sites of the model, or a name in ``sites`` is unknown.
@@ -167,12 +171,17 @@ def verdict(
     if num_draws < MIN_DRAWS:
         raise ValueError(f"`num_draws={num_draws}`: expected {MIN_DRAWS} or more, such as 2000.")
     fitted = importance.fitted_guide(svi, result, args, kwargs)
-    keys = random.split(rng_key, 3)
-    drawn = importance.draw(fitted, keys[0], num_draws, sites, progress_bar=progress_bar)
-    if drawn.sites.subsampled:
-        warnings.warn(_MINIBATCH.format(list(drawn.sites.subsampled)), stacklevel=2)
-    judgement = _judgement(fitted, keys[2], num_draws)
-    return _verdict(fitted, drawn, judgement, _response(fitted, keys[1], num_draws, drawn.sites))
+    with disk_cache(cache):
+        keys = jit_for(svi, _keys, rng_key)()
+        drawn = importance.draw(fitted, keys[0], num_draws, sites, progress_bar=progress_bar)
+        if drawn.sites.subsampled:
+            warnings.warn(_MINIBATCH.format(list(drawn.sites.subsampled)), stacklevel=2)
+        judgement = _judgement(fitted, keys[2], num_draws)
+        return _verdict(fitted, drawn, judgement, _response(fitted, keys[1], num_draws, drawn.sites))
+
+
+def _keys(key: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(random.split(key, 3))
 
 
 def _judgement(fitted: FittedGuide, key: jax.Array, num_draws: int) -> Judgement:
@@ -293,7 +302,8 @@ def _response(fitted: FittedGuide, key: jax.Array, num_draws: int, sites: Inspec
         return _Response(sd={}, widening=math.nan, note=str(error), no_maximum=no_maximum)
     found = mixture.draw(latents, corrected.covariance, key, num_draws, sites)
     sd = {name: importance.moments(found.drawn.values[name][found.response]).sd for name in sites.tabulated}
-    widening = float(jnp.max(corrected.sd / corrected.scale))
+    covariance, scale = fetch((corrected.covariance, corrected.scale))  # each operation in JAX would be a program
+    widening = float(np.max(np.sqrt(np.diagonal(covariance)) / scale))
     return _Response(sd=sd, widening=widening, note="", no_maximum=False, mixture=found)
 
 

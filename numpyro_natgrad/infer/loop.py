@@ -22,6 +22,7 @@ from numpyro.infer.svi import SVI, SVIState
 from numpyro_natgrad.blocks.partition import Partition
 from numpyro_natgrad.compilation.data import Arguments, Constants, Data, place, types
 from numpyro_natgrad.compilation.initial import without_validation
+from numpyro_natgrad.compilation.kept import KeptPrograms
 from numpyro_natgrad.compilation.programs import in_background
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Loss
@@ -53,13 +54,16 @@ StackedChunk = Callable[[SVIState, int, Any, Data], tuple[SVIState, StepRecords]
 
 
 class Program:
-    """Chunks of steps of one ``SVI``, compiled for the shapes of states, minibatches and data."""
+    """Chunks of steps of one ``SVI``, compiled for the shapes of states, minibatches and data.
+
+    :ivar kept: its other programs.
+    """
 
     def __init__(self, svi: "weakref.ref[SVI]", forward: bool) -> None:
         self._svi, self._forward = svi, forward
         self._compiled: dict[Any, tuple[Partition, Future[Chunk]]] = {}
         self._together: dict[Any, tuple[Partition, Future[StackedChunk]]] = {}
-        self._kept: dict[Any, Future[Any]] = {}
+        self.kept = KeptPrograms()
 
     def compiled(self, state: SVIState, batches: Arguments, data: Data) -> "tuple[Partition, Future[Chunk]]":
         """Trace the steps and start to compile them, unless that was done before.
@@ -99,16 +103,6 @@ class Program:
             traced = jax.jit(chunk).trace(states, STEPS_PER_CHUNK, active, data)
             self._together[key] = found[0], in_background(traced)
         return self._together[key]
-
-    def kept(self, name: Any, function: Callable[..., Any], *arguments: Any) -> "Future[Callable[..., Any]]":
-        """Another function of this ``SVI``, compiled in the background once for arguments of these types.
-
-        :param name: tells it from the other functions.
-        """
-        key = name, types(arguments)
-        if key not in self._kept:
-            self._kept[key] = in_background(jax.jit(function).trace(*arguments))
-        return self._kept[key]
 
     def constrained(self, state: SVIState) -> "Future[Callable[[SVIState], Params]]":
         """``svi.get_params``."""
