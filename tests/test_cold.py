@@ -10,6 +10,7 @@ from benchmarks.cold.jobs import GUIDES, NO_GUIDE, Cell, Job, cells, chosen, new
 from benchmarks.cold.results import Store
 from benchmarks.cold.rivals_table import rivals
 from benchmarks.cold.table import rows
+from benchmarks.cold.verdicts_table import verdicts
 
 SCHOOLS = Cell("eight_schools-eight_schools_noncentered", "AutoNormal")
 
@@ -93,6 +94,22 @@ def test_the_table_has_ratios_of_medians(tmp_path):
     assert "same process: compilations | 2 | 2 (eight_schools, mean field) | 1 | 0 |" in text
     assert "| 0.50 | 0.60 | +0.5 |" in text
     assert document.environment(Store(tmp_path, "3.13"), "seconds") == ""
+
+
+def test_the_table_of_verdicts_has_ratios_to_the_fit_before_them(tmp_path):
+    store, before = Store(tmp_path, "3.13"), Store(tmp_path, "3.13-before")
+    versions = {"python": "3.13.0", "jax": "0.12.0", "numpyro": "0.22.0", "cores": 1}
+    again = {"fit": {"cpu": 0.25}, "verdict": {"cpu": 0.125, "compilations": 0}}
+    for turn, (fit, verdict) in enumerate([(3.0, 2.0), (90.0, 60.0), (4.0, 3.0)]):
+        found = versions | {"cpu": fit, "verdict": {"cpu": verdict}, "again": again}
+        store.write(SCHOOLS.job("judged", turn), found)
+        before.write(SCHOOLS.job("judged", turn), found | {"verdict": {"cpu": 2 * verdict}})
+    store.write(SCHOOLS.job("judged_again", 0), {"cpu": 1.0, "verdict": {"cpu": 0.5}})
+    assert verdicts([(Store(tmp_path, "3.11"), None)]) == ""
+    text = verdicts([(store, before)])
+    assert "The median of verdict over `fit` is 0.75 (before: 1.50)." in text
+    assert "| 4.0 | 3.0 | 0.75 | 6.0 | 1.50 | 1.0 | 0.5 | – | 0.25 | 0.12 | 0 | 0.1 |" in text
+    assert document.environment(store, "seconds") == ""
 
 
 def test_a_section_is_replaced_or_added_and_others_stay():

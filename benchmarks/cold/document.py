@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Writes docs/benchmarks/cold.md: a section for each environment, and one for the other packages.
+"""Writes docs/benchmarks/cold.md: a section for each environment, one for verdicts, and one for the other packages.
 
 A section is replaced if its results are stored here, and kept as it is if they are not.
 """
@@ -12,6 +12,8 @@ from .results import Store, environments
 from .rivals_table import HEADING as RIVALS_HEADING
 from .rivals_table import SHARED, rivals
 from .table import each, rows, summary
+from .verdicts_table import HEADING as VERDICTS_HEADING
+from .verdicts_table import verdicts
 
 OUTPUT = pathlib.Path("docs/benchmarks/cold.md")
 #: The end of the name of an environment in which an earlier version of this package was measured.
@@ -21,10 +23,14 @@ BEFORE = "-before"
 def write(results: pathlib.Path, clock: str) -> str:
     """Write all sections that have results."""
     text = OUTPUT.read_text()
-    for name in environments(results):
-        if found := environment(Store(results, name), clock):
+    stores = {name: Store(results, name) for name in environments(results)}
+    for name, store in stores.items():
+        if found := environment(store, clock):
             text = _with_section(text, f"## Python {name}", found)
-    if found := rivals([Store(results, name) for name in environments(results)]):
+    pairs = [(store, stores.get(name + BEFORE)) for name, store in stores.items() if not name.endswith(BEFORE)]
+    if found := verdicts(pairs):
+        text = _with_section(text, VERDICTS_HEADING, found)
+    if found := rivals(list(stores.values())):
         text = _with_section(text, RIVALS_HEADING, found)
     OUTPUT.write_text(text)
     return f"wrote {OUTPUT}"

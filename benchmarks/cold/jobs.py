@@ -10,7 +10,8 @@ import numpy as np
 from benchmarks.posteriordb.models import MODELS, Data, named
 
 #: Lines of the table, in the order in which a round measures them. ``same`` uses the cache that ``nothing`` filled.
-LINES = ("nothing", "adam", "others", "same", "run", "refit")
+#: ``judged`` is ``nothing`` with a verdict, and then both on new data; ``judged_again`` uses the cache that it filled.
+LINES = ("nothing", "adam", "others", "same", "run", "refit", "judged", "judged_again")
 GUIDES = ("AutoMultivariateNormal", "AutoNormal")
 #: Packages beside ours, which have no guide: the lines of a round, and parts of the names of their posteriors.
 RIVALS = {

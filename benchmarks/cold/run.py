@@ -26,11 +26,12 @@ LIMIT = 900
 #: Where the package keeps its cache, or ``off``; and the settings of JAX's cache, which would be used instead.
 CACHE = "NUMPYRO_NATGRAD_CACHE"
 JAX_CACHE = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")
-#: The cache folders of a round. Two lines find what another one has left there, which is run first if it is missing.
+#: The cache folders of a round. Three lines find what another one has left there, which is run first if it is missing.
 FOLDERS = {
-    "nothing": "own", "same": "own", "others": "others", "refit": "refit", "pymc": "pymc", "pymc_again": "pymc",
+    "nothing": "own", "same": "own", "others": "others", "refit": "refit", "judged": "judged", "judged_again": "judged",
+    "pymc": "pymc", "pymc_again": "pymc",
 }  # fmt: skip
-SECOND = {"same": ("fill", "own"), "pymc_again": ("pymc", "pymc")}
+SECOND = {"same": ("fill", "own"), "judged_again": ("judged", "judged"), "pymc_again": ("pymc", "pymc")}
 
 
 class Plan(NamedTuple):

@@ -29,6 +29,7 @@ from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 import numpyro_natgrad
 from benchmarks.posteriordb.checkout import arguments
 from benchmarks.posteriordb.models import MODELS, Data
+from numpyro_natgrad.diagnostics.importance import psis
 
 from .clock import Clock
 from .jobs import ADAM_RATE, ADAM_STEPS, NO_GUIDE, PARTICLES, RUN_STEPS, TOLERANCE, X64, Job, new_data
@@ -66,6 +67,10 @@ class Problem(NamedTuple):
         jax.block_until_ready(result.params)
         return result
 
+    def judge(self, svi: SVI, result: numpyro_natgrad.FitResult, data: Data) -> None:
+        """The verdict on a fit."""
+        numpyro_natgrad.verdict(svi, result, jax.random.key(self.seed + 1), progress_bar=False, **data)
+
     def run(self, optimizer: Any, steps: int) -> Any:
         """NumPyro's own loop, until the parameters are ready."""
         result = self.svi(optimizer).run(jax.random.key(self.seed), steps, progress_bar=False, **self.data)
@@ -89,7 +94,7 @@ def measure(job: Job, checkout: pathlib.Path) -> Result:
     """Seconds of one job, with what the fit says about itself."""
     jax.config.update("jax_enable_x64", job.posterior in X64)
     data = arguments(checkout, job.posterior)
-    if job.line == "same":
+    if job.line in ("same", "judged_again"):
         data = new_data(data, job.round)
     problem = Problem(job.posterior, job.guide, data, job.round)
     if job.guide == NO_GUIDE:
@@ -133,7 +138,7 @@ def _fit(problem: Problem) -> Fitted:
 _METHODS: dict[str, Callable[[Problem], Any]] = {
     "adam": lambda problem: problem.run(numpyro.optim.Adam(ADAM_RATE), ADAM_STEPS),
     "run": lambda problem: problem.run(numpyro_natgrad.NaturalGradient(), RUN_STEPS),
-} | dict.fromkeys(("nothing", "others", "same", "refit", "fill"), _fit)
+} | dict.fromkeys(("nothing", "others", "same", "refit", "fill", "judged", "judged_again"), _fit)
 
 
 def _about(line: str, answer: Any, compilations: Compilations, problem: Problem) -> Result:
@@ -144,7 +149,25 @@ def _about(line: str, answer: Any, compilations: Compilations, problem: Problem)
         again = [_again(answer.svi, compilations, problem, seed + 1) for seed in range(REFITS)]
         fresh = _again(problem.svi(numpyro_natgrad.NaturalGradient()), compilations, problem, REFITS + 1)
         return {"again": again, "fresh": fresh}
+    if line in ("judged", "judged_again"):
+        return _judged(answer, compilations, problem)
     return _fitted(answer.result) | (_further_steps(answer, problem) if line == "nothing" else {})
+
+
+def _judged(answer: Fitted, compilations: Compilations, problem: Problem) -> Result:
+    """The seconds of a verdict, and those of another fit and its verdict on new data."""
+    psis(np.linspace(0.0, 1.0, 100))  # imports ArviZ
+    first = _timed(lambda: problem.judge(answer.svi, answer.result, problem.data), compilations)
+    data, results = new_data(problem.data, problem.seed + 1), []
+    fit = _timed(lambda: results.append(problem.fit(answer.svi, data)), compilations)
+    again = _timed(lambda: problem.judge(answer.svi, results[0], data), compilations)
+    return _fitted(answer.result) | {"verdict": first, "again": {"fit": fit, "verdict": again}}
+
+
+def _timed(call: Callable[[], None], compilations: Compilations) -> Result:
+    before, clock = len(compilations.seconds), Clock()
+    call()
+    return clock.read() | {"compilations": len(compilations.seconds) - before}
 
 
 def _further_steps(answer: Fitted, problem: Problem) -> Result:

@@ -93,7 +93,7 @@ class ProgramFolder:
             warnings.warn(text, stacklevel=2)
 
 
-#: The folder of the fit that runs.
+#: The folder of the fit, or the verdict, that runs.
 _FOLDER: ContextVar[ProgramFolder | None] = ContextVar("numpyro_natgrad_programs", default=None)
 
 
