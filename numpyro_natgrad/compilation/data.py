@@ -111,7 +111,10 @@ def types(tree: Any) -> tuple[Any, ...]:
 
 
 class _Input:
-    """Stands for an input among the constants."""
+    """Stands for an input among the constants; there is one, also after pickling."""
+
+    def __reduce__(self) -> str:
+        return "_INPUT"
 
 
 _INPUT = _Input()

@@ -28,7 +28,8 @@ from platformdirs import user_cache_path
 #: The environment variable that turns the cache off, or names its folder, and the values that turn it off.
 VARIABLE = "NUMPYRO_NATGRAD_CACHE"
 OFF = ("off", "0", "false", "no")
-#: Bytes that the folder holds, at most: the programs of some two hundred models. Those not used for longest go first.
+#: Bytes that the folder holds, at most: the programs of some forty models, with their verdicts. Those not used for
+#: longest go first.
 MAX_BYTES = 256 * 2**20
 _CHECKSUM = hashlib.sha256().digest_size
 _SUFFIX = ".program"
