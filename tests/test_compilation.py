@@ -4,6 +4,7 @@
 
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -479,3 +480,5 @@ def test_data_is_one_argument_of_a_program():
     data = Data.split((X, "name"), {"n": 3}, lambda x: isinstance(x, np.ndarray))
     doubled = jax.jit(lambda data: data.arguments()[0][0] * data.arguments()[1]["n"])(data)
     np.testing.assert_allclose(doubled, 3 * X, rtol=1e-6)
+    assert pickle.loads(pickle.dumps(data)).arguments()[1]["n"] == 3
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(data)).arguments()[0][0], X)
