@@ -30,7 +30,7 @@ from numpyro.infer.svi import SVIState
 from numpyro.optim import Adam, _NumPyroOptim
 from tqdm import tqdm
 
-from numpyro_natgrad import NaturalGradient, Verdict, to_arviz
+from numpyro_natgrad import NaturalGradient, Verdict, to_arviz, to_nuts
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 
@@ -247,16 +247,31 @@ def nuts(model: Callable[..., Any], *args: Any, **settings: Any) -> dict[str, np
     :param args: its arguments.
     :param settings: of `NUTS`, such as `target_accept_prob`.
     """
-    kernel = NUTS(model, **settings)
+    return _sample(NUTS(model, **settings), WARMUP, None, args)
+
+
+def nuts_from_fit(problem: Problem, curve: Curve) -> dict[str, np.ndarray]:
+    """Draws by NUTS that starts from a fit: its points, its mass matrix and its step size.
+
+    :param problem: the fitted problem.
+    :param curve: the fit.
+    """
+    svi = problem.svi(NaturalGradient())
+    svi.init(random.key(FIT), *problem.args)
+    start = to_nuts(svi, curve.params, random.key(EVALUATION), *problem.args, num_chains=CHAINS)
+    return _sample(start.kernel, start.num_warmup, start.init_params, problem.args)
+
+
+def _sample(kernel: NUTS, warmup: int, init_params: Any, args: tuple[Any, ...]) -> dict[str, np.ndarray]:
     sampler = MCMC(
         kernel,
-        num_warmup=WARMUP,
+        num_warmup=warmup,
         num_samples=SAMPLES,
         num_chains=CHAINS,
         chain_method="vectorized",
         progress_bar=False,
     )
-    sampler.run(random.key(EVALUATION), *args)
+    sampler.run(random.key(EVALUATION), *args, init_params=init_params)
     return {name: np.asarray(value) for name, value in sampler.get_samples().items()}
 
 
@@ -277,17 +292,29 @@ def beside_nuts(judged: Verdict, reference: dict[str, np.ndarray], sites: Sequen
     :param reference: draws by NUTS.
     :param sites: names of the sites.
     """
-    lines = [f"{'':<16}{'weighted guide':>20}{'NUTS':>20}{'difference/sd':>15}{'sd ratio':>10}"]
-    for name in sites:
-        mean, sd = (
-            np.ravel(np.asarray(x))
-            for x in (judged.importance_weighted[name].mean, judged.importance_weighted[name].sd)
-        )
+    moments = {name: (judged.importance_weighted[name].mean, judged.importance_weighted[name].sd) for name in sites}
+    return _beside(moments, reference, "weighted guide")
+
+
+def guide_beside_nuts(draws: dict[str, Array], reference: dict[str, np.ndarray], sites: Sequence[str]) -> str:
+    """The same for draws of a guide, without weights.
+
+    :param draws: of the guide, along the first axis.
+    :param reference: draws by NUTS.
+    :param sites: names of the sites.
+    """
+    return _beside({name: (draws[name].mean(0), draws[name].std(0)) for name in sites}, reference, "guide")
+
+
+def _beside(moments: dict[str, tuple[Any, Any]], reference: dict[str, np.ndarray], title: str) -> str:
+    lines = [f"{'':<16}{title:>20}{'NUTS':>20}{'difference/sd':>15}{'sd ratio':>10}"]
+    for name, both in moments.items():
+        mean, sd = (np.ravel(np.asarray(x)) for x in both)
         draws = reference[name].reshape(len(reference[name]), -1)
         for i, (mine, width, other, spread) in enumerate(zip(mean, sd, draws.mean(0), draws.std(0), strict=True)):
             label = name if len(mean) == 1 else f"{name}[{i}]"
-            both = f"{f'{mine:.3f} ± {width:.3f}':>20}{f'{other:.3f} ± {spread:.3f}':>20}"
-            lines.append(f"{label:<16}{both}{(mine - other) / spread:>15.2f}{width / spread:>10.2f}")
+            cells = f"{f'{mine:.3f} ± {width:.3f}':>20}{f'{other:.3f} ± {spread:.3f}':>20}"
+            lines.append(f"{label:<16}{cells}{(mine - other) / spread:>15.2f}{width / spread:>10.2f}")
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@
 Eight schools beside Adam
 =========================
 
-The same SVI, fitted by natural gradients and by Adam.
+The same SVI, fitted by natural gradients and by Adam, and NUTS beside the fit.
 
 Run it with ``python examples/eight_schools.py``; ``--help`` lists what can be changed.
 """
@@ -20,6 +20,8 @@ from _common import (
     Problem,
     follow,
     follow_adam,
+    guide_beside_nuts,
+    nuts,
     options,
     picture,
     posterior,
@@ -33,6 +35,13 @@ from numpyro.infer.autoguide import AutoMultivariateNormal
 
 from numpyro_natgrad import NaturalGradient
 
+# %%
+# Data
+# ----
+#
+# Rubin (1981), *Journal of Educational Statistics* 6, 377-401: effects of coaching on a test in eight schools, and
+# their standard errors, in points.
+
 EFFECT = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ERROR = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
@@ -43,10 +52,10 @@ ERROR = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
 
 def model(error: Array, effect: Array) -> None:
-    """Effects of coaching in eight schools, non-centred (Rubin 1981).
+    """Effects that differ from school to school, non-centred.
 
-    :param error: standard errors of the estimated effects.
-    :param effect: estimated effects, in points of the test.
+    :param error: standard errors of the estimated effects, shape `(8,)`.
+    :param effect: estimated effects, in points of the test, shape `(8,)`.
     """
     mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = numpyro.sample("tau", dist.HalfCauchy(5.0))
@@ -71,7 +80,9 @@ def main() -> None:
     curve = follow("NaturalGradient()", problem, natural, chosen.steps)
     print(f"\n{report(problem, natural)}\n")
     dims = {"theta": ["school"], "theta_trans": ["school"]}
-    print(summary(posterior(problem, curve), dims=dims, coords={"school": list("ABCDEFGH")}))
+    draws = posterior(problem, curve)
+    print(summary(draws, dims=dims, coords={"school": list("ABCDEFGH")}))
+    print(f"\n{guide_beside_nuts(draws, nuts(model, ERROR, EFFECT), ['mu', 'tau', 'theta'])}")
     curves = [curve, *follow_adam(problem, chosen.adam_steps)]
     print(f"\n{scoreboard(curves)}")
     title = "Eight schools, full-rank Gaussian guide, 8 draws a step"

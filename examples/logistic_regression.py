@@ -4,7 +4,8 @@
 Logistic regression with correlated coefficients
 ================================================
 
-The breast-cancer data: 31 coefficients, strongly correlated.
+The breast-cancer data: 31 coefficients, strongly correlated. NUTS starts from the fit and is
+compared with it.
 
 Run it with ``python examples/logistic_regression.py``; ``--help`` lists what can be changed.
 """
@@ -20,6 +21,8 @@ from _common import (
     Problem,
     follow,
     follow_adam,
+    guide_beside_nuts,
+    nuts_from_fit,
     options,
     picture,
     posterior,
@@ -37,6 +40,9 @@ from numpyro_natgrad import NaturalGradient
 # %%
 # Model and data
 # --------------
+#
+# Street, Wolberg and Mangasarian (1993), *Nuclear feature extraction for breast tumor diagnosis*, SPIE 1905; the table
+# comes with scikit-learn.
 
 
 def model(design: Array, benign: Array) -> None:
@@ -72,7 +78,9 @@ def main() -> None:
     natural = NaturalGradient()
     curve = follow("NaturalGradient()", problem, natural, chosen.steps)
     print(f"\n{report(problem, natural)}\n")
-    print(summary(posterior(problem, curve), dims={"beta": ["column"]}, coords={"column": names}))
+    draws = posterior(problem, curve)
+    print(summary(draws, dims={"beta": ["column"]}, coords={"column": names}))
+    print(f"\n{guide_beside_nuts(draws, nuts_from_fit(problem, curve), ['beta'])}")
     curves = [curve, *follow_adam(problem, chosen.adam_steps)]
     print(f"\n{scoreboard(curves)}")
     title = "Breast cancer, 31 coefficients, full-rank Gaussian guide, 8 draws a step"

@@ -9,13 +9,14 @@ refused by the names and shapes that differ.
 import json
 import os
 import pathlib
+import sys
 import warnings
 import zipfile
-from importlib.metadata import version
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import numpyro
 from jax import random
@@ -166,8 +167,10 @@ def _types(named: dict[str, Any]) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    names = ("numpyro-natgrad", "jax", "jaxlib", "numpyro")
-    return {name: numpyro.__version__ if name == "numpyro" else version(name) for name in names}
+    """Those of the modules and not of the installed distributions: a checkout on the path need not be installed."""
+    package = sys.modules["numpyro_natgrad"]  # it imports this module, which hence cannot import it
+    modules = {"numpyro-natgrad": package, "jax": jax, "jaxlib": jaxlib, "numpyro": numpyro}
+    return {name: module.__version__ for name, module in modules.items()}
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
