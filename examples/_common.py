@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,7 +136,7 @@ def khat(log_weight: Array | np.ndarray) -> float:
     return float(array_stats.psislw(-log_weight)[1])
 
 
-def summary(draws: dict[str, Array], **labels: Any) -> str:
+def summary(draws: Mapping[str, Array | np.ndarray], **labels: Any) -> str:
     """Table of means, standard deviations and intervals, by ArviZ 0.x and 1.x alike.
 
     :param draws: independent draws of each variable, along its first axis.
@@ -296,7 +296,7 @@ def beside_nuts(judged: Verdict, reference: dict[str, np.ndarray], sites: Sequen
     return _beside(moments, reference, "weighted guide")
 
 
-def guide_beside_nuts(draws: dict[str, Array], reference: dict[str, np.ndarray], sites: Sequence[str]) -> str:
+def guide_beside_nuts(draws: Mapping[str, Array], reference: dict[str, np.ndarray], sites: Sequence[str]) -> str:
     """The same for draws of a guide, without weights.
 
     :param draws: of the guide, along the first axis.

@@ -5,7 +5,8 @@ Maximum likelihood by natural gradients
 =======================================
 
 Without latent variables the loss is the negative log-likelihood, and a natural gradient step is Fisher scoring. Here
-the results of 303 Californian school districts in a test of mathematics are regressed on 20 correlated covariates.
+the results of 303 Californian school districts in a test of mathematics are regressed on 20 correlated covariates. The
+standard errors are compared with those of statsmodels, and with the posterior under a flat prior by NUTS.
 
 Run it with ``python examples/maximum_likelihood.py``.
 """
@@ -14,7 +15,7 @@ Run it with ``python examples/maximum_likelihood.py``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -22,10 +23,11 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import statsmodels.api as sm
-from _common import NATURAL, OTHERS, figure_path, plain, save
+from _common import NATURAL, OTHERS, figure_path, nuts, plain, save, summary
 from jax import Array, random
 from matplotlib.figure import Figure
 from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.initialization import init_to_value
 from numpyro.optim import Adam, _NumPyroOptim
 from statsmodels.datasets import star98
 
@@ -92,11 +94,21 @@ def guide(design: Array, above: Array, pupils: Array) -> None:
 
 
 class Estimate(NamedTuple):
-    """Maximum and standard errors, both of shape `(k,)`, and the loss after every step, in nats."""
+    """A maximum of the likelihood.
+
+    :param beta: the maximum, shape `(k,)`.
+    :param covariance: the inverse of the Fisher matrix there, shape `(k, k)`.
+    :param losses: the loss after every step, nats.
+    """
 
     beta: np.ndarray
-    error: np.ndarray
+    covariance: np.ndarray
     losses: np.ndarray
+
+    @property
+    def error(self) -> np.ndarray:
+        """Standard errors, shape `(k,)`."""
+        return np.asarray(np.sqrt(np.diag(self.covariance)))
 
 
 def run(data: Data) -> Estimate:
@@ -109,7 +121,35 @@ def run(data: Data) -> Estimate:
     result = fit(svi, random.key(0), *args, progress_bar=False)
     print(f"{result.reason}\n\n{result.report}\n")
     inverse = np.linalg.inv(np.asarray(fisher(svi, result.state, *args).dense(), float))
-    return Estimate(np.asarray(result.params["beta"]), np.sqrt(np.diag(inverse)), np.asarray(result.losses))
+    return Estimate(np.asarray(result.params["beta"]), inverse, np.asarray(result.losses))
+
+
+def flat(design: Array, above: Array, pupils: Array) -> None:
+    """The same regression, whose coefficients are latent and have a flat prior.
+
+    :param design: shape `(n, k)`.
+    :param above: shape `(n,)`.
+    :param pupils: shape `(n,)`.
+    """
+    prior = dist.ImproperUniform(dist.constraints.real_vector, (), (design.shape[1],))
+    beta = numpyro.sample("beta", prior)
+    with numpyro.plate("district", len(above)):
+        numpyro.sample("above", dist.Binomial(pupils, logits=design @ beta), obs=above)
+
+
+def by_nuts(data: Data, found: Estimate) -> np.ndarray:
+    """Draws of the coefficients, shape `(draws, k)`. The inverse of the Fisher matrix is NUTS's inverse mass matrix.
+
+    :param data: the data.
+    :param found: where the chains start.
+    """
+    settings: dict[str, Any] = {
+        "dense_mass": True,
+        "inverse_mass_matrix": jnp.asarray(found.covariance, float),
+        "adapt_mass_matrix": False,
+        "init_strategy": init_to_value(values={"beta": jnp.asarray(found.beta)}),
+    }
+    return nuts(flat, data.design, data.above, data.pupils, **settings)["beta"]
 
 
 def losses(optimizer: _NumPyroOptim, data: Data) -> np.ndarray:
@@ -144,18 +184,19 @@ def picture(curves: dict[str, np.ndarray], least: float) -> Figure:
 
 
 def main() -> None:
-    """Fit, compare with statsmodels and with Adam, draw."""
+    """Fit, compare with statsmodels, NUTS and Adam, draw."""
     path = figure_path("Maximum likelihood.", "maximum_likelihood.png")
     data = read()
     mine = run(data)
     counts = np.column_stack([data.above, data.pupils - data.above])
     reference = sm.GLM(counts, np.asarray(data.design, np.float64), family=sm.families.Binomial()).fit()
-    print(f"{'':<16}{'natural gradient ± s.e.':>26}{'statsmodels ± s.e.':>24}{'difference/s.e.':>18}")
-    for name, *row in zip(data.names, mine.beta, mine.error, reference.params, reference.bse, strict=True):
-        print(
-            f"{name:<16}{f'{row[0]:.4f} ± {row[1]:.4f}':>26}{f'{row[2]:.4f} ± {row[3]:.4f}':>24}"
-            f"{(row[0] - row[2]) / row[3]:>18.3f}"
-        )
+    draws = by_nuts(data, mine)
+    columns = mine.beta, mine.error, reference.params, reference.bse, draws.mean(0), draws.std(0)
+    print(f"{'':<16}{'natural gradient ± s.e.':>26}{'statsmodels ± s.e.':>24}{'NUTS ± sd':>22}")
+    for name, *row in zip(data.names, *columns, strict=True):
+        cells = [f"{value:.4f} ± {error:.4f}" for value, error in zip(row[::2], row[1::2], strict=True)]
+        print(f"{name:<16}{cells[0]:>26}{cells[1]:>24}{cells[2]:>22}")
+    print(f"\nDraws by NUTS:\n{summary({'beta': draws}, dims={'beta': ['column']}, coords={'column': data.names})}")
     curves = {f"Adam({rate})": losses(Adam(rate), data) for rate in (0.1, 0.01)}
     least = -reference.llf
     print(f"\n{'':<20}{'steps':>8}{'nats below the maximum':>25}")
