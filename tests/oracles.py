@@ -70,12 +70,13 @@ def logistic_bound(
 def best_logistic_gaussian(
     weights: np.ndarray, rest: np.ndarray | float, y: np.ndarray
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """The best Gaussian for v by the fixed point S⁻¹ = I + Wᵀ diag(h) W, S⁻¹m = Wᵀ(h W m + g)."""
-    mean, cov = np.zeros(weights.shape[1]), np.eye(weights.shape[1])
-    for _ in range(50):
-        _, g, h = logistic_bound(weights, rest, y, mean, cov)
-        cov = np.linalg.inv(np.eye(len(mean)) + (weights.T * h) @ weights)
-        mean = cov @ (weights.T @ (h * (weights @ mean) + g))
+    """The best Gaussian for v by the fixed point S⁻¹ = I + Wᵀ diag(h) W, m = Wᵀg, in steps of a fifth."""
+    mean, precision = np.zeros(weights.shape[1]), 100.0 * np.eye(weights.shape[1])
+    for _ in range(250):
+        _, g, h = logistic_bound(weights, rest, y, mean, np.linalg.inv(precision))
+        precision = 0.8 * precision + 0.2 * (np.eye(len(mean)) + (weights.T * h) @ weights)
+        mean = mean + 0.2 * np.linalg.solve(precision, weights.T @ g - mean)
+    cov = np.linalg.inv(precision)
     return logistic_bound(weights, rest, y, mean, cov)[0], mean, cov
 
 

@@ -83,7 +83,8 @@ def test_eight_schools_have_the_moments_of_the_reference(example):
     svi = SVI(schools.model, AutoMultivariateNormal(schools.model), NaturalGradient(), Trace_ELBO(num_particles=8))
     data = schools.ERROR, schools.EFFECT
     result = fit(svi, random.key(0), *data, tolerance=0.05, progress_bar=False)
-    moments = verdict(svi, result, random.key(1), *data, progress_bar=False, num_draws=4000).importance_weighted
+    sites = ["mu", "tau", "theta"]
+    moments = verdict(svi, result, random.key(1), *data, sites=sites, progress_bar=False).importance_weighted
     theta = [6.151, 4.940, 3.906, 4.796, 3.614, 4.051, 6.317, 4.884]
     for site, expected in {"mu": 4.411, "tau": 3.602, "theta": theta}.items():
         np.testing.assert_array_less(np.abs(moments[site].mean - expected) / moments[site].sd, 0.15, site)
@@ -102,7 +103,7 @@ def test_logistic_regression_is_the_best_gaussian(example):
     )  # coefficients in units of the prior's sd
     best, mean, cov = best_logistic_gaussian(x, 0.0, y)
     loc, tril = (np.asarray(params[name], np.float64) / 10 for name in ("auto_loc", "auto_scale_tril"))
-    assert -1e-3 < best - logistic_bound(x, 0.0, y, loc, tril @ tril.T)[0] < 0.1
+    assert -1e-3 < best - logistic_bound(x, 0.0, y, loc, tril @ tril.T)[0] < 0.2
     np.testing.assert_allclose(np.sqrt(np.sum(tril**2, axis=1)), np.sqrt(np.diag(cov)), rtol=0.1)
     np.testing.assert_array_less(np.abs(loc - mean) / np.sqrt(np.diag(cov)), 0.1)
 
