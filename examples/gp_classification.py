@@ -6,8 +6,8 @@ Sparse Gaussian-process classification
 
 Is a handwritten digit odd?
 
-The inputs are the first two principal components of scikit-learn's digits (Alpaydin and Kaynak 1998, UCI), so that the
-result can be drawn. The bound is that of Hensman, Matthews & Ghahramani (2015), with M inducing values u = f(Z)::
+The inputs are the first two principal components of scikit-learn's digits, so that the result can be drawn. The bound
+is that of Hensman, Matthews & Ghahramani (2015), with M inducing values u = f(Z)::
 
     u ~ N(0, K_zz),   f(x) | u ~ N(K_xz K_zz⁻¹ u, k_xx - K_xz K_zz⁻¹ K_zx),   y ~ Bernoulli(σ(f)),
     ELBO = E_q(u) E_p(f|u) log p(y | f) - KL(q(u) ‖ p(u))      (nats)
@@ -36,7 +36,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from _common import DRAWS, Curve, Problem, draw_curves, follow, guide_beside_nuts, nuts, options, report, save, summary
+from _common import DRAWS, Curve, Problem, draw_curves, follow, options, report, save, summary
 from jax import Array, nn, random
 from jax.scipy.linalg import solve_triangular
 from matplotlib.axes import Axes
@@ -159,50 +159,19 @@ def probability(params: dict[str, Array], x: Array, inducing: Array) -> Array:
     return nn.sigmoid(mean[:, None] + sd[:, None] * nodes) @ (quadrature / quadrature.sum())
 
 
-def centres() -> Array:
-    """The mean image of each digit, shape `(10, 2)`."""
-    x, digit = components()
-    return jnp.asarray(np.stack([x[digit == number].mean(0) for number in range(10)]), float)
-
-
-def log_odds(params: dict[str, Array], inducing: Array) -> Array:
-    """Draws of f at the mean image of each digit, shape `(DRAWS, 10)`.
+def log_odds(params: dict[str, Array], inducing: Array) -> str:
+    """ArviZ's summary of f at the mean image of each digit.
 
     :param params: of a fit.
     :param inducing: Z.
     """
-    weights, rest = conditional(centres(), inducing, params["variance"], params["lengthscale"])
+    x, digit = components()
+    centres = jnp.asarray(np.stack([x[digit == number].mean(0) for number in range(10)]), float)
+    weights, rest = conditional(centres, inducing, params["variance"], params["lengthscale"])
     keys = random.split(random.key(2))
     v = params["auto_loc"] + random.normal(keys[0], (DRAWS, len(inducing))) @ params["auto_scale_tril"].T
-    return v @ weights.T + jnp.sqrt(rest) * random.normal(keys[1], (DRAWS, 10))
-
-
-# %%
-# Comparison with NUTS
-# --------------------
-#
-# For the kernel of the fit, NUTS samples the process itself, without inducing points. The covariance of f at all data
-# and at the mean images has rapidly falling eigenvalues λ, and f = U √λ e with e ~ N(0, I).
-
-
-def by_nuts(params: dict[str, Array], train: Split) -> np.ndarray:
-    """Draws of f at the mean image of each digit, shape `(draws, 10)`.
-
-    :param params: of a fit, whose kernel is taken.
-    :param train: the data.
-    """
-    x = np.asarray(jnp.concatenate([train.x, centres()]), np.float64) / np.asarray(params["lengthscale"])
-    covariance = float(params["variance"]) * np.exp(-0.5 * ((x[:, None] - x) ** 2).sum(-1))
-    values, vectors = np.linalg.eigh(covariance)
-    kept = values > JITTER * values[-1]
-    root = jnp.asarray(vectors[:, kept] * np.sqrt(values[kept]), float)
-
-    def process(y: Array) -> None:
-        e = numpyro.sample("e", dist.Normal(0.0, 1.0).expand([root.shape[1]]).to_event(1))
-        f = numpyro.deterministic("f", root @ e)
-        numpyro.sample("y", dist.Bernoulli(logits=f[: len(y)]).to_event(1), obs=y)
-
-    return nuts(process, train.y)["f"][:, -10:]
+    f = v @ weights.T + jnp.sqrt(rest) * random.normal(keys[1], (DRAWS, 10))
+    return summary({"log odds": f}, dims={"log odds": ["digit"]})
 
 
 # %%
@@ -308,7 +277,7 @@ def draw_surface(axis: Axes, params: dict[str, Array], train: Split, inducing: A
 
 
 def main() -> None:
-    """Fit by natural gradients, with and without Adam, and by Adam; compare with NUTS and scikit-learn; draw."""
+    """Fit by natural gradients, with and without Adam, and by Adam; compare with scikit-learn; draw the figure."""
     chosen = options(
         "Sparse Gaussian-process classification.",
         "gp_classification.png",
@@ -326,9 +295,7 @@ def main() -> None:
     curves += [follow(f"... in batches of {chosen.batch}", parts, natural, chosen.steps, whole)]
     curves += [follow("... adam(0.1) for the kernel", whole, both, 3 * chosen.steps)]
     curves += [follow("Adam(0.03) alone", whole, Adam(0.03), chosen.adam_steps)]
-    f = {"log odds": log_odds(curves[0].params, inducing)}
-    print(f"\n{report(whole, natural)}\n\n{summary(f, dims={'log odds': ['digit']})}\n")
-    print(f"{guide_beside_nuts(f, {'log odds': by_nuts(curves[0].params, train)}, ['log odds'])}\n")
+    print(f"\n{report(whole, natural)}\n\n{log_odds(curves[0].params, inducing)}\n")
     print(line("", " steps  seconds", "ELBO (nats)", "variance; scales", "test error, log density"))
     for curve in curves:
         print(fitted(curve, inducing, test))
