@@ -36,17 +36,17 @@ CASE = recommendation.Case(("AutoNormal",), 5, 4000, 0, 0.9, 1000.0, 1.0, 0.0, 0
     ],
 )
 def test_the_first_advice_of_a_verdict_is_recognised(changed, expected):
-    assert advice.advice(recommendation.recommend(CASE._replace(**changed))) == expected
+    assert advice.advice(recommendation.recommend(CASE._replace(**changed)).text) == expected
 
 
 def test_advice_that_was_followed_is_not_given_again():
-    said = recommendation.recommend(CASE._replace(guide=("AutoMultivariateNormal",), no_maximum=True))
+    said = recommendation.recommend(CASE._replace(guide=("AutoMultivariateNormal",), no_maximum=True)).text
     assert advice.advice(said) == "another start"
     assert advice.advice(said, ("another start",)) == "flow"
 
 
 def test_the_site_of_a_funnel_is_read_from_the_advice():
-    assert advice._sites(recommendation.recommend(CASE._replace(funnel="theta"))) == ["theta"]
+    assert advice._sites(recommendation.recommend(CASE._replace(funnel="theta")).text) == ["theta"]
 
 
 def test_the_largest_errors_are_found_and_entries_without_a_reference_are_left_out():
@@ -59,14 +59,14 @@ def test_the_largest_errors_are_found_and_entries_without_a_reference_are_left_o
     assert not measure.is_good((np.nan, np.nan))
 
 
-def _row(guide, weighted, said, *, use_weighted=False):
+def _row(guide, weighted, said, answer=""):
     return {
         "k_hat": 0.6,
         "weighted_k_hat": 0.5,
         "guide": guide,
         "importance_weighted": weighted,
         "advice": said,
-        "weighted": use_weighted,
+        "answer": answer,
         "recommendation": said,
     }
 
@@ -75,8 +75,8 @@ def test_the_table_judges_the_answer_that_the_verdict_names(tmp_path):
     """The weighted moments if they are recommended, else the guide; advice counts if it ends in a good answer."""
     good, bad = (0.1, 1.0), (0.9, 0.4)
     rows = {
-        "full 0": [_row(bad, good, "use it", use_weighted=True)],  # rightly called good
-        "full 1": [_row(good, bad, "use it", use_weighted=True)],  # wrongly called good
+        "full 0": [_row(bad, good, "use it", "importance_weighted")],  # rightly called good
+        "full 1": [_row(good, bad, "use it", "importance_weighted")],  # wrongly called good
         "full 2": [_row(good, good, "flow")],  # wrongly called bad
         "full 3": [_row(bad, bad, "another start"), _row(bad, bad, "flow"), _row(good, good, "use it")],
         "full 4": [{"error": "StructureError: no"}],

@@ -75,7 +75,7 @@ def test_fits_are_those_of_fit_with_the_same_key(many):
 @pytest.mark.slow
 def test_a_result_of_one_fit_is_judged_and_resumed_like_any_other(many):
     svi, result = many
-    assert np.isfinite(verdict(svi, result[3], random.key(1), X, SETS[3], num_draws=200).elbo.value)
+    assert np.isfinite(verdict(svi, result[3], random.key(1), X, SETS[3], num_draws=200, num_chains=0).elbo.value)
     longer = fit(svi, KEYS[3], X, SETS[3], resume=result[3], max_steps=5, tolerance=0, progress_bar=False)
     assert longer.history.steps == result[3].history.steps + 5
 

@@ -286,7 +286,7 @@ def test_a_judge_is_compiled_once_for_several_fits_and_the_verdict(monkeypatch):
     monkeypatch.setattr(Judge, "__init__", lambda self, *a, made_=Judge.__init__: made.append(1) or made_(self, *a))
     svi = started(gaussian, AutoNormal(gaussian), Trace_ELBO(8))
     results = [fit(svi, random.key(seed), tolerance=0.05, progress_bar=False) for seed in range(2)]
-    found = verdict(svi, results[1], random.key(2), num_draws=200, progress_bar=False)
+    found = verdict(svi, results[1], random.key(2), num_draws=200, num_chains=0, progress_bar=False)
     assert len(made) == 1
     assert (found.newton_decrement, found.newton_decrement_error) == results[1].judgement[:2]
 
@@ -300,7 +300,9 @@ def test_another_data_set_is_judged_anew():
     y = np.float32([1.0, 2.0, 3.0])
     svi = started(model, AutoNormal(model), Trace_ELBO(8))
     result = fit(svi, random.key(0), y, tolerance=0.05, progress_bar=False)
-    gain = lambda: verdict(svi, result, random.key(2), y, num_draws=200, progress_bar=False).newton_decrement
+    gain = lambda: (
+        verdict(svi, result, random.key(2), y, num_draws=200, num_chains=0, progress_bar=False).newton_decrement
+    )
     assert gain() == result.judgement.gain
     y += 2.0
     shift = 2.0 * 3 / (3 + 0.01)

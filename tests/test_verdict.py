@@ -45,7 +45,7 @@ from numpyro_natgrad import (
 from numpyro_natgrad.diagnostics import importance, mixture
 from numpyro_natgrad.diagnostics.importance import Moments, draw, fitted_guide, moments, smooth
 from numpyro_natgrad.diagnostics.linear_response import NoMinimumError, gaussian_latents
-from numpyro_natgrad.diagnostics.recommendation import Case, recommend, threshold
+from numpyro_natgrad.diagnostics.recommendation import Case, Move, recommend, threshold
 
 D = 4
 CENTRE, COVARIANCE = np.arange(1.0, D + 1), spd(3, D, low=0.5, high=8.0)
@@ -126,7 +126,7 @@ def test_weighted_moments_of_a_mean_field_guide_equal_the_posteriors():
         numpyro.factor("evidence", LOG_EVIDENCE)
 
     svi, params = started(model, AutoNormal(model), z_auto_loc=CENTRE, z_auto_scale=np.ones(D))
-    found = verdict(svi, params, random.key(1), num_draws=4000, sites=list(along))
+    found = verdict(svi, params, random.key(1), num_draws=4000, num_chains=0, sites=list(along))
     assert found.k_hat < 0.5
     for name, a in along.items():
         v, s = (np.sum(a @ m * a, axis=1) for m in (covariance, heavy))
@@ -167,7 +167,7 @@ def test_newton_decrement_equals_the_gain_of_a_newton_step(x64):
     away = np.array([2.0, -1.0, 0.5, 1.0])
     svi, params = full()
     params["loc"] = params["loc"] + away
-    found = verdict(svi, params, random.key(1), num_draws=500, progress_bar=False)
+    found = verdict(svi, params, random.key(1), num_draws=500, num_chains=0, progress_bar=False)
     exact = 0.5 * away @ PRECISION @ away
     assert abs(found.newton_decrement - exact) < 4 * found.newton_decrement_error + 0.01 * exact
 
@@ -257,7 +257,7 @@ def test_tails_that_the_guide_lacks_are_in_the_weighted_moments():
         numpyro.sample("z", dist.StudentT(5.0).expand([2]).to_event(1))
 
     svi, params = started(model, AutoNormal(model), z_auto_loc=np.zeros(2), z_auto_scale=np.full(2, 1.08))
-    found = verdict(svi, params, random.key(1), num_draws=4000, progress_bar=False)
+    found = verdict(svi, params, random.key(1), num_draws=4000, num_chains=0, progress_bar=False)
     sd = math.sqrt(5 / 3)
     assert np.all(found.guide["z"].sd < 0.9 * sd)
     assert_close(found.importance_weighted["z"].sd, np.full(2, sd), 0.06 * sd)
@@ -308,7 +308,7 @@ def test_draws_with_nonfinite_weights_are_counted():
         numpyro.factor("edge", jnp.where(z > 1.0, -jnp.inf, 0.0))
 
     svi, params = started(model, AutoNormal(model), z_auto_loc=0.0, z_auto_scale=1.0)
-    found = verdict(svi, params, random.key(1), num_draws=1000)
+    found = verdict(svi, params, random.key(1), num_draws=1000, num_chains=0)
     lost = int(np.sum(found.draws["z"] > 1.0))
     assert found.recommendation.startswith(f"{lost} of 1000 draws have a non-finite log weight")
     assert found.elbo.value == -np.inf
@@ -324,7 +324,7 @@ def test_site_whose_support_the_draws_leave_is_named():
         numpyro.sample("share", dist.Normal(numpyro.param("m", 0.5), positive("s", jnp.array(0.3))))
 
     svi, params = started(model, guide)
-    found = verdict(svi, params, random.key(1), num_draws=500, progress_bar=False)
+    found = verdict(svi, params, random.key(1), num_draws=500, num_chains=0, progress_bar=False)
     assert "of the guide's draws of `share` lie outside of its support" in found.recommendation
 
 
@@ -346,7 +346,7 @@ def test_an_elbo_without_a_variance_is_reported(capfd):
         numpyro.factor("spike", -(jnp.abs(z) ** -0.9))
 
     svi, params = started(model, AutoNormal(model), z_auto_loc=0.0, z_auto_scale=1.0)
-    found = verdict(svi, params, random.key(1), num_draws=4000)
+    found = verdict(svi, params, random.key(1), num_draws=4000, num_chains=0, progress_bar=False)
     assert "The ELBO has no finite variance" in found.recommendation
     assert capfd.readouterr() == ("", "")
 
@@ -357,7 +357,7 @@ def test_no_negative_gain_is_printed():
 
 
 def test_lost_draws_forbid_the_use_of_the_guide():
-    said = recommend(_case(nonfinite=2000, k_hat=0.1))
+    said = recommend(_case(nonfinite=2000, k_hat=0.1)).text
     assert said.endswith(
         "Use the importance-weighted moments, in which draws with a non-finite log weight have weight zero."
     )
@@ -383,7 +383,7 @@ def test_tabulated_sites_do_not_change_the_verdict():
 
     svi, params = started(model, AutoNormal(model), z_auto_loc=0.0, z_auto_scale=0.5)
     ways = (None, "c", ["c", "z"])
-    found = [verdict(svi, params, random.key(1), num_draws=500, sites=sites) for sites in ways]
+    found = [verdict(svi, params, random.key(1), num_draws=500, num_chains=0, sites=sites) for sites in ways]
     assert [list(v.guide) for v in found] == [["z"], ["c"], ["c", "z"]] == [list(v.draws) for v in found]
     assert len({v.recommendation for v in found}) == 1
     assert "point" not in found[0].recommendation
@@ -414,6 +414,10 @@ def test_arguments_of_verdict_are_checked():
         verdict(svi, params, random.key(1), num_draws=1e3)
     with pytest.raises(TypeError, match=r"`result` is of type `int`: expected what `svi\.run`"):
         verdict(svi, 3, random.key(1))
+    with pytest.raises(ValueError, match="`num_chains=10`: expected 25 or more, such as 200"):
+        verdict(svi, params, random.key(1), num_chains=10)
+    with pytest.raises(TypeError, match="`num_chains=True`: expected an integer"):
+        verdict(svi, params, random.key(1), num_chains=True)
     for typed in (["y"], "y"):
         with pytest.raises(StructureError, match=rf"`sites={re.escape(repr(typed))}`: .* no \['y'\]; expected some of"):
             verdict(svi, params, random.key(1), sites=typed)
@@ -441,6 +445,7 @@ def _case(**changed: Any) -> Case:
     return usual._replace(**changed)
 
 
+MOVE, WIDER = Move("mean", "tau", -0.3, 0.04), Move("standard deviation", "tau", math.log(1.5), 0.04)
 CASES = [
     ({"k_hat": 0.2}, "The guide is good: k-hat 0.20. Use it as it is."),
     ({"k_hat": 0.2, "worst": ("z[1]", 0.7)}, "Its standard deviation of `z[1]` is too small, 0.70 of the"),
@@ -451,6 +456,21 @@ CASES = [
     ({"k_hat": 0.2, "weighted_k_hat": 0.9}, "The family is too small"),
     ({"k_hat": 0.6, "funnel": "theta"}, "use `LocScaleReparam(0)` for it"),
     ({"weighted_k_hat": 0.3, "funnel": "theta"}, "use `LocScaleReparam(0)` for it"),
+    ({"k_hat": 0.6, "funnel": "theta", "chain_states": 2000}, "Use the importance-weighted moments (1000 effective"),
+    (
+        {"k_hat": 0.2, "guide_moves": MOVE},
+        "Short chains that start from its draws move the mean of `tau` by 0.30 ± 0.04",
+    ),
+    (
+        {"k_hat": 0.2, "guide_moves": MOVE, "weighted_moves": MOVE},
+        "The family is too small: k-hat 0.20, but short chains",
+    ),
+    ({"k_hat": 0.6, "weighted_moves": MOVE, "chains_mixed": True, "chain_states": 2000}, "or their 2000 states"),
+    ({"chains_mixed": True, "chain_states": 2000}, "Use the moments of the short chains"),
+    ({"chains_mixed": True, "newton_decrement": 1.5}, "The fit has not converged"),
+    ({"gap": 0.03, "gap_error": 0.005, "guide_moves": MOVE}, "The family is too small"),
+    ({"weighted_moves": WIDER}, "The family is too small: k-hat 1.20, trustworthy below 0.70."),
+    ({"k_hat": 0.6, "weighted_moves": WIDER}, "move the standard deviation of `tau` by a factor of 1.50 ± 0.06"),
     ({"k_hat": 0.6, "draws": 100}, "The family is too small: k-hat 0.60, trustworthy below 0.50."),
     ({"k_hat": 0.70004}, "The family is too small: k-hat 0.70004, trustworthy below 0.70000."),
     (
@@ -496,7 +516,7 @@ CASES = [
 
 @pytest.mark.parametrize(("changed", "said"), CASES)
 def test_recommendation_follows_from_the_figures(changed, said):
-    assert said in recommend(_case(**changed))
+    assert said in recommend(_case(**changed)).text
 
 
 def test_k_hat_threshold_falls_with_few_draws():
@@ -584,7 +604,7 @@ def test_draws_that_all_lie_outside_of_the_support_are_named_by_fit_and_verdict(
     outside = "of the guide's draws of `share` lie outside of its support"
     assert result.reason.startswith("diverged")
     assert outside in result.reason
-    found = verdict(svi, result, random.key(1), num_draws=200, progress_bar=False)
+    found = verdict(svi, result, random.key(1), num_draws=200, num_chains=0, progress_bar=False)
     assert found.recommendation.startswith("200 of 200 draws have a non-finite log weight")
     assert outside in found.recommendation
     assert found.recommendation.endswith("nothing is known of the posterior yet.")

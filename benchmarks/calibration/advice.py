@@ -36,6 +36,7 @@ WORDS = {
     "non-finite": "mend the model",
     "is good": "use it",
     "Use the importance-weighted moments": "use it",
+    "Use the moments of the short chains": "use it",
 }
 #: Particles of a fit, and the most steps of one.
 PARTICLES, MAX_STEPS = 8, 2000

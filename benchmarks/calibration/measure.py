@@ -119,7 +119,7 @@ def _nuts_row(attempt: advice.Attempt, svi: Any, result: Any, args: Any, exact: 
         "attempt": after._asdict(),
         "recommendation": "",
         "advice": "use it",
-        "weighted": False,
+        "answer": "guide",
         "guide": answer,
         "importance_weighted": answer,
     }
@@ -141,9 +141,10 @@ def _row(attempt: advice.Attempt, svi: Any, result: Any, args: Any, exact: dict[
         "newton_decrement": float(said.newton_decrement),
         "recommendation": text,
         "advice": advice.advice(text, attempt.followed),
-        "weighted": "importance-weighted" in text,
+        "answer": said.answer,
         "guide": off(said.guide, exact),
         "importance_weighted": off(said.importance_weighted, exact),
+        "short_chains": off(said.short_chains, exact) if said.short_chains else None,
     }
 
 
@@ -165,10 +166,10 @@ def is_good(found: tuple[float, float]) -> bool:
 
 
 def called_good(row: Row) -> bool:
-    """Whether ``verdict`` tells the user to use the guide or its weighted moments."""
-    return bool(row["advice"] == "use it")
+    """Whether ``verdict`` tells the user to use the guide, its weighted moments, or those of short chains."""
+    return bool(row["answer"])
 
 
 def answer_is_good(row: Row) -> bool:
-    """Whether the answer that ``verdict`` names is good: the weighted moments if it recommends them, else the guide."""
-    return is_good(row["importance_weighted" if called_good(row) and row["weighted"] else "guide"])
+    """Whether the answer that ``verdict`` names is good; the guide, if it names none."""
+    return is_good(row[row["answer"] or "guide"])

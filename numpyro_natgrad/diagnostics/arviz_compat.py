@@ -65,8 +65,9 @@ def to_arviz(
 
     :param Verdict judged: what :func:`verdict` returned.
     :param jax.Array rng_key: key for resampling by weights the draws of the importance-weighted moments, which makes
-        them posterior draws without weights, and for predictions. By default the draws are those of the guide, and
-        there are no predictions.
+        them posterior draws without weights, and for predictions. If the verdict recommends its short chains, their
+        states are the draws, and there are no ``sample_stats``. By default the draws are those of the guide, and there
+        are no predictions.
     :param groups: names of the groups to compute from the model: ``"log_likelihood"``, ``"observed_data"``,
         ``"posterior_predictive"``. By default all that can be computed, if none has more than 2²⁸ entries.
     :param int draws_per_chunk: draws that are evaluated together, which bounds the memory of the device; by default as
@@ -85,26 +86,36 @@ def to_arviz(
         )
     _check(groups, rng_key, draws_per_chunk)
     draws, log_weights, weights, source = judged.draws, judged.log_weights, judged.weights, judged.source
-    if rng_key is not None and source is not None and source.mixture is not None:
-        drawn, weights = source.mixture.drawn, source.mixture.weights.normalised
-        draws, log_weights = {name: drawn.values[name] for name in draws}, drawn.log_weights
-        source = source._replace(drawn=drawn)
-    count = weights.size
-    statistics = {"lp_minus_lq": log_weights}
-    if source is not None:
-        statistics |= {"log_p": source.drawn.log_p, "log_q": source.drawn.log_p - log_weights}
-    if rng_key is None:
-        chosen = np.arange(count)
-        with np.errstate(divide="ignore"):
-            statistics["log_weight"] = np.log(weights)
+    chains = source.chains if source is not None and judged.answer == "short_chains" else None
+    if rng_key is not None and source is not None and chains is not None:
+        states = {name: z.reshape(-1, *z.shape[2:]) for name, z in chains.draws.items()}
+        draws, source = {n: states[n] for n in draws}, source._replace(drawn=source.drawn._replace(values=states))
+        chosen, statistics = np.arange(chains.states), {}
     else:
-        chosen = np.asarray(random.choice(rng_key, count, (count,), p=jnp.asarray(weights)))
+        if rng_key is not None and source is not None and source.mixture is not None:
+            drawn, weights = source.mixture.drawn, source.mixture.weights.normalised
+            draws, log_weights = {name: drawn.values[name] for name in draws}, drawn.log_weights
+            source = source._replace(drawn=drawn)
+        chosen, statistics = _chosen(rng_key, weights), {"lp_minus_lq": log_weights}
+        if source is not None:
+            statistics |= {"log_p": source.drawn.log_p, "log_q": source.drawn.log_p - log_weights}
+        if rng_key is None:
+            with np.errstate(divide="ignore"):
+                statistics["log_weight"] = np.log(weights)
     computed = _Groups(source, chosen, rng_key, draws_per_chunk).of(groups) if source else {}
     posterior = {name: z[chosen] for name, z in draws.items()}
     data = computed.pop("observed_data", None)
-    chains = {"posterior": posterior, "sample_stats": {name: x[chosen] for name, x in statistics.items()}, **computed}
-    found: dict[str, Any] = {group: _one_chain(values) for group, values in chains.items()}
+    of_draws = {"posterior": posterior, "sample_stats": {name: x[chosen] for name, x in statistics.items()}, **computed}
+    found: dict[str, Any] = {group: _one_chain(values) for group, values in of_draws.items() if values}
     return _from_dict(found | ({"observed_data": data} if data else {}), labels)
+
+
+def _chosen(rng_key: jax.Array | None, weights: np.ndarray) -> np.ndarray:
+    """Numbers of all draws, or of as many by their weights."""
+    count = weights.size
+    if rng_key is None:
+        return np.arange(count)
+    return np.asarray(random.choice(rng_key, count, (count,), p=jnp.asarray(weights)))
 
 
 def _from_dict(groups: dict[str, Any], labels: dict[str, Any]) -> Any:

@@ -30,8 +30,10 @@ from numpyro_natgrad.diagnostics.importance import (
     ImportanceWeights,
     Inspection,
     map_in_batches,
+    unconstrained_value,
 )
 from numpyro_natgrad.diagnostics.linear_response import GaussianLatents, substitute_latents
+from numpyro_natgrad.guide.gaussian_sites import Params
 
 #: Degrees of freedom of Student's t: few, and with finite fourth moments. Not tuned.
 DEGREES = 5.0
@@ -53,27 +55,36 @@ def draw(latents: GaussianLatents, covariance: jax.Array, key: jax.Array, num_dr
     names = tuple(dict.fromkeys(sites.latent + sites.tabulated))
     quarter = int(num_draws) // 4
     first, second, _ = ends = quarter, int(num_draws) - quarter, int(num_draws)
-    log_p, log_weights, values = fetch(jit_for(latents.guide.svi, _draws, latents, covariance, key, ends, names)())
+    log_p, log_weights, values, free = fetch(
+        jit_for(latents.guide.svi, _draws, latents, covariance, key, ends, names, sites.latent)()
+    )
     drawn = Draws(
         log_weights=np.asarray(log_weights, np.float64),
         values=values,
         sites=sites,
         dtype=log_weights.dtype,
+        unconstrained=free,
         log_p=np.asarray(log_p, np.float64),
     )
     return Mixture(drawn, importance.smooth(drawn.log_weights, drawn.dtype), slice(first, second))
 
 
 def _draws(
-    latents: GaussianLatents, covariance: jax.Array, key: jax.Array, ends: tuple[int, int, int], names: tuple[str, ...]
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    def one(offset: jax.Array) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    latents: GaussianLatents,
+    covariance: jax.Array,
+    key: jax.Array,
+    ends: tuple[int, int, int],
+    names: tuple[str, ...],
+    latent: tuple[str, ...],
+) -> tuple[jax.Array, jax.Array, Params, Params]:
+    def one(offset: jax.Array) -> tuple[jax.Array, jax.Array, Params, Params]:
         log_p, log_jacobian, trace = substitute_latents(latents, latents.loc + offset)
-        return log_p, log_p - log_jacobian, {name: trace[name]["value"] for name in names}
+        free = {name: unconstrained_value(trace[name]) for name in latent}
+        return log_p, log_p - log_jacobian, {name: trace[name]["value"] for name in names}, free
 
     offsets, log_q = _offsets(latents, covariance, key, ends)
-    log_p, target, values = map_in_batches(one, offsets, DRAWS_PER_BATCH if latents.guide.vectorized else None)
-    return log_p, target - log_q, values
+    log_p, target, values, free = map_in_batches(one, offsets, DRAWS_PER_BATCH if latents.guide.vectorized else None)
+    return log_p, target - log_q, values, free
 
 
 def _offsets(

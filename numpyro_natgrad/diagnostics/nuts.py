@@ -9,15 +9,13 @@ dynamics*, section 4.1), so that the warm-up has only a step size to adapt.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
-from numpyro.handlers import seed, substitute, trace
-from numpyro.infer import NUTS, SVI, init_to_uniform, init_to_value
+from numpyro.infer import NUTS, SVI, init_to_value
 
 from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.kept import jit_for
@@ -31,6 +29,7 @@ from numpyro_natgrad.diagnostics.linear_response import (
     substitute_latents,
 )
 from numpyro_natgrad.diagnostics.recommendation import GOOD_K_HAT
+from numpyro_natgrad.diagnostics.target import DENSE_LIMIT, discrete_latents, fixed_model, model_sites, usable
 from numpyro_natgrad.options import StructureError
 
 
@@ -48,8 +47,6 @@ class StartConstants(NamedTuple):
     warmup: int = 50
     #: The initial step size, in units of the posterior's standard deviations; the warm-up begins at ten times this.
     step_size: float = 1.0
-    #: The largest number of latents with a dense mass matrix: each step of NUTS multiplies by it.
-    dense: int = 512
     #: Draws of each latent, at least, for a dense covariance that is estimated from draws.
     draws_per_latent: int = 10
     #: Draws that the Hessian of the linear response is a mean over, and the most latents that it is computed for.
@@ -136,17 +133,17 @@ def to_nuts(
     _check_num_chains(num_chains)
     fitted = importance.fitted_guide(svi, result, args, kwargs)
     keys = random.split(rng_key, 3)
-    sites = _model_sites(fitted)
+    sites = model_sites(fitted)
     _check_continuous(sites)
     count = max(START.draws, START.draws_per_chain * num_chains)
     with disk_cache(cache):
         drawn = importance.draw(fitted, keys[0], count, unconstrain=True)
         _check_minibatch(drawn)
         weights = importance.smooth(drawn.log_weights, drawn.dtype)
-        chosen = _resampled(keys[1], _usable(drawn, weights.normalised), num_chains)
+        chosen = _resampled(keys[1], usable(drawn, weights.normalised), num_chains)
         points = {name: jnp.asarray(z[chosen]) for name, z in drawn.unconstrained.items()}
         matrix = _inverse_mass_matrix(fitted, drawn, keys[2])
-    model = _model(fitted, sites)
+    model = fixed_model(fitted, sites)
     kernel = NUTS(
         model,
         step_size=START.step_size,
@@ -175,22 +172,8 @@ def _check_num_chains(num_chains: Any) -> None:
         raise ValueError(f"`num_chains={num_chains}`: expected a positive integer, such as 4.")
 
 
-def _model_sites(fitted: FittedGuide) -> dict[str, dict[str, Any]]:
-    """The trace of the model, whose values are abstract; improper priors have no draws, and so take initial values."""
-    found: dict[str, dict[str, Any]] = {}
-
-    def look(key: jax.Array) -> None:
-        model = substitute(seed(fitted.svi.model, key), data=dict(fitted.params))
-        valued = substitute(model, substitute_fn=init_to_uniform)
-        found.update(trace(valued).get_trace(*fitted.args, **fitted.kwargs))
-
-    jax.eval_shape(look, random.key(0))
-    return found
-
-
 def _check_continuous(sites: dict[str, dict[str, Any]]) -> None:
-    latent = {name: x["fn"] for name, x in sites.items() if x["type"] == "sample" and not x["is_observed"]}
-    if discrete := [name for name, fn in latent.items() if fn.support.is_discrete]:
+    if discrete := discrete_latents(sites):
         raise StructureError(
             f"the latent sites {discrete} are discrete: expected continuous latents, which NUTS can move. Sum over the "
             "discrete ones in the model (`dist.MixtureSameFamily`, `numpyro.factor`), for the fit and for NUTS."
@@ -203,20 +186,6 @@ def _check_minibatch(drawn: Draws) -> None:
             f"the plates {list(drawn.sites.subsampled)} see a minibatch: expected all of the data, since NUTS would "
             "sample the posterior of one minibatch. Pass all of the data (`subsample_size=None`)."
         )
-
-
-def _model(fitted: FittedGuide, sites: dict[str, dict[str, Any]]) -> Callable[..., Any]:
-    """The model with its parameters at the fitted values, and the arguments that the ``SVI`` keeps."""
-    static = {name: x for name, x in fitted.kwargs.items() if name not in fitted.given}
-    values = {name: fitted.params[name] for name, x in sites.items() if x["type"] in ("param", "mutable")}
-    model = partial(fitted.svi.model, **static) if static else fitted.svi.model
-    return substitute(model, data=values) if values else model
-
-
-def _usable(drawn: Draws, weights: np.ndarray) -> np.ndarray:
-    """The weights, zero where a latent was rounded to the end of its support."""
-    finite = [np.isfinite(z.reshape(len(z), -1)).all(1) for z in drawn.unconstrained.values()]
-    return np.where(np.all(finite, axis=0), weights, 0.0)
 
 
 def _resampled(key: jax.Array, weights: np.ndarray, count: int) -> np.ndarray:
@@ -238,7 +207,7 @@ def _inverse_mass_matrix(fitted: FittedGuide, drawn: Draws, key: jax.Array) -> j
     draws = draws[np.isfinite(draws).all(1)].astype(np.float64)
     _check_spread(drawn)
     covariance = None
-    if draws.shape[1] <= START.dense:
+    if draws.shape[1] <= DENSE_LIMIT:
         try:
             covariance = _gaussian_covariance(gaussian_latents(fitted, key), names, key)
         except (StructureError, ValueError):

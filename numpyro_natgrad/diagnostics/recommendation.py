@@ -6,6 +6,7 @@
 
 These thresholds are those of Vehtari, Simpson, Gelman, Yao & Gabry 2024, *Pareto smoothed importance sampling*, JMLR
 25:72, section 3, and for variational inference of Yao, Vehtari, Simpson & Gelman 2018, *Yes, but did it work?*, ICML.
+Moments are recommended only if short Markov chains that start from them leave them as they are (:mod:`.short_chains`).
 If the ELBO can still rise within the family, more steps are recommended instead.
 """
 
@@ -71,6 +72,32 @@ _NEXT = {
 _FULL_COVARIANCE = ("AutoMultivariateNormal", "AutoLaplaceApproximation", "AutoBatchedMultivariateNormal")
 
 
+class Move(NamedTuple):
+    """The entry whose mean or standard deviation short chains move most, by how much, and its standard error.
+
+    ``by`` is in standard deviations of the chains if ``moment`` is ``"mean"``; it is the logarithm of the ratio of the
+    chains' standard deviation to that of the answer if it is ``"standard deviation"``.
+    """
+
+    moment: str
+    entry: str
+    by: float
+    error: float
+
+    def __str__(self) -> str:
+        if self.moment == "mean":
+            return f"the mean of `{self.entry}` by {abs(self.by):.2f} ± {self.error:.2f} standard deviations"
+        ratio = math.exp(self.by)
+        return f"the standard deviation of `{self.entry}` by a factor of {ratio:.2f} ± {ratio * self.error:.2f}"
+
+
+class Recommendation(NamedTuple):
+    """What to do, in a sentence or two, and the field of :class:`.Verdict` whose moments can be used, or ``""``."""
+
+    text: str
+    answer: str = ""
+
+
 class Case(NamedTuple):
     """What a recommendation is based on, beside fields of :class:`.Verdict`.
 
@@ -90,6 +117,10 @@ class Case(NamedTuple):
     :ivar weighted_k_hat: k-hat of the weights of the weighted moments, NaN if they are those of the guide's draws.
     :ivar farthest: the entry whose mean is most off, and by how many importance-weighted standard deviations.
     :ivar correlated: whether linear response expects wider marginals than the guide's, or is unknown.
+    :ivar chain_states: number of states of short chains, 0 if none ran; ``chains_mixed``: whether they have forgotten
+        where they started.
+    :ivar guide_moves: what the chains move of the guide's moments, if that is more than noise; ``weighted_moves``: of
+        the weighted ones.
     """
 
     guide: tuple[str, ...]
@@ -116,12 +147,26 @@ class Case(NamedTuple):
     correlated: bool = True
     weighted_k_hat: float = math.nan
     farthest: tuple[str, float] = ("", 0.0)
+    chain_states: int = 0
+    chains_mixed: bool = False
+    guide_moves: Move | None = None
+    weighted_moves: Move | None = None
 
     @property
     def weights_are_good(self) -> bool:
-        """Whether the weighted moments can be used: those of the mixture, if there is one."""
+        """Whether the weighted moments can be used: those of the mixture, if there is one.
+
+        Weights do not know the neck of a funnel, where the guide has no draws. Chains find it; without chains a site
+        whose scale varies is taken to have one.
+        """
         k_hat = self.k_hat if math.isnan(self.weighted_k_hat) else self.weighted_k_hat
-        return can_be_weighted(k_hat, self.ess, self.draws)
+        confirmed = self.weighted_moves is None and (self.chain_states > 0 or not self.funnel)
+        return can_be_weighted(k_hat, self.ess, self.draws) and confirmed
+
+    @property
+    def guide_is_close(self) -> bool:
+        """Whether all means and standard deviations of the guide are those of the weighted draws."""
+        return abs(math.log(self.worst[1])) <= SD_TOLERANCE and self.farthest[1] <= MEAN_TOLERANCE
 
 
 def threshold(draws: int) -> float:
@@ -154,9 +199,10 @@ def distinguishable(k_hat: float, limit: float) -> tuple[str, str]:
     return next((pair for pair in written if pair[0] != pair[1]), written[0])
 
 
-def recommend(case: Case) -> str:
+def recommend(case: Case) -> Recommendation:
     """The sentences that end a verdict: reservations first, then what to do."""
-    return " ".join([*_reservations(case), _main(case)])
+    found = _main(case)
+    return found._replace(text=" ".join([*_reservations(case), found.text]))
 
 
 def _reservations(case: Case) -> list[str]:
@@ -181,58 +227,87 @@ def _reservations(case: Case) -> list[str]:
     return said
 
 
-def _main(case: Case) -> str:
+def _main(case: Case) -> Recommendation:
     if case.nonfinite == case.draws:
-        return "No draw has a weight, and so nothing is known of the posterior yet."
+        return Recommendation("No draw has a weight, and so nothing is known of the posterior yet.")
     if case.only_points:
-        return f"The guide is a point and has no uncertainty: try {next_guide(case)}."
+        return Recommendation(f"The guide is a point and has no uncertainty: try {next_guide(case)}.")
     shown, limit = distinguishable(case.k_hat, threshold(case.draws))
     mark, k = grade(case.k_hat, case.draws), f"k-hat {shown}"
-    if mark == "good" and case.weights_are_good:
-        return f"The guide is good: {k}. {_correction(case)}"
-    # Weights do not know the neck of a funnel, where the guide has no draws.
-    weighable = case.weights_are_good and not case.funnel
-    if mark != "too large" and weighable:
-        return f"The guide is usable: {k}. Use the importance-weighted moments ({case.ess:.0f} effective draws)."
-    if is_small(case.gap, case.gap_error):
-        return (
-            "The guide is good for means and standard deviations: KL(guide ‖ posterior) is "
-            f"{case.gap:.3f} ± {case.gap_error:.3f} nats. Do not weight its draws: {k}, since its tails are too light."
-        )
+    if found := _good_enough(case, mark, k):
+        return found
     rise = f"its ELBO can rise by about {case.newton_decrement:.1f} nats within this family"
     gain = f"The fit has not converged: {rise} ({k})."
     unfinished = case.newton_decrement - case.newton_decrement_error > max(
         MIN_DECREMENT, MIN_DECREMENT_SHARE * case.gap
     )
     if unfinished and case.no_maximum:
-        return f"{gain} It stopped where the ELBO has no maximum: try {_OTHER_STARTS}, then more steps."
+        return Recommendation(f"{gain} It stopped where the ELBO has no maximum: try {_OTHER_STARTS}, then more steps.")
     if unfinished and 0 < case.particles < FEW_PARTICLES:
         ratio = FEW_PARTICLES / case.particles
-        cost = f"a step then costs up to {ratio:.0f} times as much"
-        return f"{gain} Use more particles (`num_particles={FEW_PARTICLES}`; {cost}), or take more steps."
+        more = (
+            f"Use more particles (`num_particles={FEW_PARTICLES}`; a step then costs up to {ratio:.0f} times as much)"
+        )
+        return Recommendation(f"{gain} {more}, or take more steps.")
     if unfinished:
-        return f"{gain} Take more steps, about as many again; if that does not help, try {_OTHER_STARTS}."
-    if weighable:
+        more = f"Take more steps, about as many again; if that does not help, try {_OTHER_STARTS}."
+        return Recommendation(f"{gain} {more}")
+    if case.weights_are_good:
         return _proposal_only(case, k)
+    if case.chains_mixed:
+        return _by_chains(case, k)
     if case.abstains:
-        return f"The guide is too far off ({k}): sum over discrete sites by `TraceEnum_ELBO`, since {case.cause}."
-    return _too_small(case, k, limit)
+        cause = f"sum over discrete sites by `TraceEnum_ELBO`, since {case.cause}"
+        return Recommendation(f"The guide is too far off ({k}): {cause}.")
+    return Recommendation(_too_small(case, k, limit))
 
 
-def _proposal_only(case: Case, k: str) -> str:
+def _good_enough(case: Case, mark: str, k: str) -> Recommendation | None:
+    """Use the guide, or its weighted draws, if k-hat or the KL says so and no chain contradicts."""
+    if mark == "good" and case.weights_are_good:
+        if not case.nonfinite and case.guide_is_close and case.guide_moves is None:
+            return Recommendation(f"The guide is good: {k}. Use it as it is.", "guide")
+        return Recommendation(f"The guide is good: {k}. {_correction(case)}", "importance_weighted")
+    if mark == "usable" and case.weights_are_good:
+        use = f"Use the importance-weighted moments ({case.ess:.0f} effective draws)."
+        return Recommendation(f"The guide is usable: {k}. {use}", "importance_weighted")
+    if is_small(case.gap, case.gap_error) and case.guide_moves is None:
+        kl = f"KL(guide ‖ posterior) is {case.gap:.3f} ± {case.gap_error:.3f} nats"
+        tails = f"Do not weight its draws: {k}, since its tails are too light."
+        return Recommendation(f"The guide is good for means and standard deviations: {kl}. {tails}", "guide")
+    return None
+
+
+def _proposal_only(case: Case, k: str) -> Recommendation:
     """The guide is too far off, and its mixture has good weights."""
     shown, _ = distinguishable(case.weighted_k_hat, threshold(case.draws))
-    return (
+    return Recommendation(
         f"The guide is too far off to be used as it is ({k}), and usable for importance sampling. Use the "
         f"importance-weighted moments ({case.ess:.0f} effective draws, k-hat {shown} of their weights) or resampled "
-        f"draws (`to_arviz(judged, rng_key)`). For a better guide, try {next_guide(case)}."
+        f"draws (`to_arviz(judged, rng_key)`). For a better guide, try {next_guide(case)}.",
+        "importance_weighted",
+    )
+
+
+def _by_chains(case: Case, k: str) -> Recommendation:
+    """Neither the guide nor its weights can be used, and the chains from its draws have forgotten them."""
+    moves = case.weighted_moves or case.guide_moves
+    changed = f" They move {moves}." if moves else ""
+    return Recommendation(
+        f"The guide is too far off to be used as it is ({k}). Use the moments of the short chains of Hamiltonian Monte "
+        f"Carlo that start from its draws, or their {case.chain_states} states (`to_arviz(judged, rng_key)`).{changed} "
+        f"For a better guide, try {next_guide(case)}.",
+        "short_chains",
     )
 
 
 def _too_small(case: Case, k: str, limit: str) -> str:
     """What to do if the optimum of the family is too far from the posterior: first what costs least."""
     small = case.k_hat < threshold(case.draws)
-    said = f"The family is too small: {k}{'' if small else f', trustworthy below {limit}'}."
+    moves = case.weighted_moves or case.guide_moves
+    seen = f"short chains that start from its draws move {moves}" if moves else ""
+    why = ", but ".join([k, seen] if small and seen else [k if small else f"{k}, trustworthy below {limit}"])
+    said = f"The family is too small: {why}."
     wider = next_guide(case)
     if case.funnel:
         first = f"The scale of `{case.funnel}` varies with other latents: use `LocScaleReparam(0)` for it"
@@ -246,16 +321,18 @@ def _too_small(case: Case, k: str, limit: str) -> str:
 
 
 def _correction(case: Case) -> str:
+    """What the weighted moments mend of a good guide."""
     if case.nonfinite:
         return "Use the importance-weighted moments, in which draws with a non-finite log weight have weight zero."
     name, ratio = case.worst
-    if abs(math.log(ratio)) <= SD_TOLERANCE:
+    if abs(math.log(ratio)) > SD_TOLERANCE:
+        size = "small" if ratio < 1 else "large"
+        fault = f"Its standard deviation of `{name}` is too {size}, {ratio:.2f} of the importance-weighted one"
+    elif case.farthest[1] > MEAN_TOLERANCE:
         name, shift = case.farthest
-        if shift <= MEAN_TOLERANCE:
-            return "Use it as it is."
-        return f"Its mean of `{name}` is off by {shift:.2f} standard deviations: use the importance-weighted moments."
-    size = "small" if ratio < 1 else "large"
-    fault = f"Its standard deviation of `{name}` is too {size}, {ratio:.2f} of the importance-weighted one"
+        fault = f"Its mean of `{name}` is off by {shift:.2f} standard deviations"
+    else:
+        fault = f"Short chains that start from its draws move {case.guide_moves}"
     return f"{fault}: use the importance-weighted moments."
 
 
