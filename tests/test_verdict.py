@@ -328,6 +328,22 @@ def test_site_whose_support_the_draws_leave_is_named():
     assert "of the guide's draws of `share` lie outside of its support" in found.recommendation
 
 
+def test_a_guide_that_was_set_up_with_a_minibatch_is_told_from_one_of_all_rows():
+    """An autoguide draws as many local latents as it was set up with, and the model sees their rows alone."""
+
+    def model(y: Any, rows: int | None = None) -> None:
+        with numpyro.plate("rows", len(y), subsample_size=rows) as some:
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+            numpyro.sample("y", dist.Normal(z, 1.0), obs=y[some])
+
+    y = jnp.arange(6.0)
+    for rows, expected in ((None, ()), (2, ("rows",))):
+        svi = SVI(model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO())
+        params = svi.get_params(svi.init(random.key(0), y, rows=rows))
+        found = draw(fitted_guide(svi, params, (y,), {}), random.key(1), 100)
+        assert found.sites.subsampled == expected
+
+
 def test_centred_hierarchy_is_told_from_a_plain_one():
     def funnel() -> None:
         v = numpyro.sample("v", dist.Normal(0.0, 3.0))

@@ -269,8 +269,11 @@ def _traces(guide: FittedGuide, key: jax.Array) -> tuple[jax.Array, jax.Array, S
 
 
 def _inspection(guide_sites: Sites, model_sites: Sites, sites: tuple[str, ...] | str | None) -> Inspection:
-    plates = {name: site["args"] for name, site in model_sites.items() if site["type"] == "plate"}
-    subsampled = tuple(name for name, (size, rows) in plates.items() if rows is not None and rows < size)
+    # A guide that was set up with a minibatch goes on to draw one, which the model then sees, whatever its arguments.
+    plates = {
+        name: (site["args"][0], np.size(site["value"])) for name, site in model_sites.items() if site["type"] == "plate"
+    }
+    subsampled = tuple(name for name, (size, rows) in plates.items() if rows < size)
     latent = _latent_sites(guide_sites, model_sites)
     return Inspection(subsampled=subsampled, latent=latent, tabulated=_tabulated_sites(latent, model_sites, sites))
 
@@ -290,7 +293,8 @@ def _tabulated_sites(latent: tuple[str, ...], model_sites: Sites, sites: Sequenc
     known = {name for name, site in model_sites.items() if site["type"] == "deterministic"} | set(latent)
     chosen = latent if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
     if unknown := [name for name in chosen if name not in known]:
-        raise StructureError(f"`sites={sites!r}`: the model has no {unknown}; expected some of {sorted(known)}.")
+        typed = list(sites) if isinstance(sites, tuple) else sites
+        raise StructureError(f"`sites={typed!r}`: the model has no {unknown}; expected some of {sorted(known)}.")
     return chosen
 
 

@@ -46,7 +46,8 @@ MIN_DRAWS = 100
 
 _MINIBATCH = (
     "the plates {} see a minibatch: each draw has the importance weight of another minibatch. Pass all of the data "
-    "(`subsample_size=None`) for a verdict on the whole posterior."
+    "(`subsample_size=None`) for a verdict on the whole posterior, to a guide that makes its plates anew in each call "
+    "(`AutoNormal(model, create_plates=…)`): an autoguide else goes on to draw as many rows as it was set up with."
 )
 
 
