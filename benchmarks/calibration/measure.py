@@ -40,10 +40,12 @@ def dropped(problem: Problem) -> str:
     if problem.kind in MULTIMODAL:
         return "multimodal: NUTS is no reference"
     model, args = problem.make()
-    sites = trace(seed(model, jax.random.key(0))).get_trace(*args).values()
-    if any(site["type"] == "param" for site in sites):
+    if any(site["type"] == "param" for site in _sites(model, args).values()):
         return "parameters of the model: NUTS is no reference"
-    return ""
+    rows = {name: x for name, x in _sites(model, args, **problem.training).items() if x["type"] == "plate"}
+    batches = [name for name, x in rows.items() if np.size(x["value"]) < x["args"][0]]
+    local = [x["name"] for x in latent_sites(model, args) if {f.name for f in x["cond_indep_stack"]} & set(batches)]
+    return f"the guide goes on to draw a minibatch of `{local[0]}`: `verdict` warns, as documented" if local else ""
 
 
 def reference(problem: Problem) -> dict[str, Any]:
@@ -70,8 +72,11 @@ def reference(problem: Problem) -> dict[str, Any]:
 
 def latent_sites(model: Any, args: Any) -> list[dict[str, Any]]:
     """The latent sites of a model."""
-    sites = trace(seed(model, jax.random.key(0))).get_trace(*args).values()
-    return [site for site in sites if site["type"] == "sample" and not site["is_observed"]]
+    return [site for site in _sites(model, args).values() if site["type"] == "sample" and not site["is_observed"]]
+
+
+def _sites(model: Any, args: Any, **training: Any) -> dict[str, dict[str, Any]]:
+    return trace(seed(model, jax.random.key(0))).get_trace(*args, **training)
 
 
 def _moments(x: np.ndarray, varying: np.ndarray) -> dict[str, list[Any]]:
