@@ -202,3 +202,15 @@ def test_the_answer_of_a_verdict_is_mended_by_chains_and_its_draws_are_theirs():
         posterior = to_arviz(found, random.key(2))["posterior"]["scale"].values
         np.testing.assert_array_equal(posterior.ravel(), found.source.chains.draws["scale"].ravel())
     assert found.answer != "guide"
+
+
+def test_chains_that_have_not_mixed_go_on():
+    """The guide is a tenth as wide as the posterior in one direction, and the step size adapts to the other."""
+    scales = np.array([1.0, 30.0])
+
+    def stretched() -> None:
+        numpyro.sample("z", dist.Normal(0.0, jnp.array(scales, float)).to_event(1))
+
+    found = chains(stretched, AutoNormal(stretched), z_auto_loc=np.zeros(2), z_auto_scale=np.array([1.0, 1.0]))
+    assert found.draws["z"].shape == (200, CHAINS.recorded, 2)
+    assert not found.have_mixed() or np.abs(errors(found, "z", np.zeros(2), scales)).max() < 4

@@ -37,9 +37,11 @@ from numpyro_natgrad.guide.gaussian_sites import Params
 class ChainConstants(NamedTuple):
     """Every number of the short chains; ``benchmarks.calibration`` measures how well they tell good from bad."""
 
-    #: States of a chain that are recorded, and those before them, after which it is taken to have forgotten its start.
+    #: States of a chain that are recorded, and those before them, while the step size adapts.
     recorded: int = 10
     discarded: int = 5
+    #: Recordings, at most: chains that have not mixed in one are recorded anew, and the states before are discarded.
+    recordings: int = 3
     #: Transitions from one state to the next, and leapfrog steps of a transition.
     transitions: int = 4
     leapfrogs: int = 5
@@ -164,8 +166,6 @@ def run(
     at: Any = (_shrunk(factor, points), np.log(np.asarray(CHAINS.first_step, points.dtype)))
     first = {name: z[0] for name, z in drawn.unconstrained.items()}
     names = tuple(dict.fromkeys(drawn.sites.latent + drawn.sites.tabulated))
-    found: list[dict[str, np.ndarray]] = []
-    acceptances: list[float] = []
     bar = tqdm(
         keys,
         desc="short chains",
@@ -174,19 +174,26 @@ def run(
         leave=False,
         disable=not progress_bar or jax.process_index() > 0,
     )
+    states: list[tuple[Params, jax.Array]] = []
     for number, key in enumerate(bar):
         adapts = np.asarray(number < CHAINS.discarded, points.dtype)
-        at, acceptance, values = fetch(jit_for(fitted.svi, _advance, fitted, factor, first, at, key, adapts, names)())
-        if not adapts:
-            found.append(values)
-            acceptances.append(float(acceptance))
-    draws = {name: np.stack([values[name] for values in found], axis=1) for name in names}
-    return ShortChains(draws, acceptance=float(np.mean(acceptances)))
+        at, *state = fetch(jit_for(fitted.svi, _advance, fitted, factor, first, at, key, adapts, names)())
+        states = [] if adapts else [*states, tuple(state)][-CHAINS.recorded :]
+        recorded, begun = divmod(number + 1 - CHAINS.discarded, CHAINS.recorded)
+        if recorded > 0 and begun == 0 and (found := _found(states)).have_mixed():
+            break
+    bar.close()
+    return found
+
+
+def _found(states: list[tuple[Params, jax.Array]]) -> ShortChains:
+    draws = {name: np.stack([values[name] for values, _ in states], axis=1) for name in states[0][0]}
+    return ShortChains(draws, acceptance=float(np.mean([acceptance for _, acceptance in states])))
 
 
 def _randomness(key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """A uniform number, and a key for each state."""
-    first, *keys = random.split(key, CHAINS.discarded + CHAINS.recorded + 1)
+    first, *keys = random.split(key, CHAINS.discarded + CHAINS.recordings * CHAINS.recorded + 1)
     return random.uniform(first), tuple(keys)
 
 
@@ -198,7 +205,7 @@ def _advance(
     key: jax.Array,
     adapts: jax.Array,
     names: tuple[str, ...],
-) -> tuple[Any, jax.Array, Params]:
+) -> tuple[Any, Params, jax.Array]:
     """The next state of all chains, ``(N, d)`` in coordinates y with z = C y, and the values of the named sites there.
 
     :param first: an unconstrained value of each latent site.
@@ -212,7 +219,7 @@ def _advance(
     keys = random.split(key, CHAINS.transitions)
     at, acceptance = lax.scan(lambda state, key: transition(state, key, adapts), at, keys)
     values = jax.vmap(lambda y: constrain_fn(*density, position(y), return_deterministic=True))(at[0])
-    return at, jnp.mean(acceptance), {name: values[name] for name in names}
+    return at, {name: values[name] for name in names}, jnp.mean(acceptance)
 
 
 def _refusal(fitted: FittedGuide, drawn: Draws, weights: np.ndarray, sites: dict[str, dict[str, Any]]) -> str:

@@ -39,7 +39,7 @@ HESSIAN_DRAWS = 256
 #: Short chains that start from the draws: a mean over them has a standard error of at most 0.07 standard deviations.
 NUM_CHAINS = 200
 #: Entries of data and latents above which no chain runs by default: 200 chains take 72,000 gradients of the log
-#: density, which is a minute for 10⁵ entries at a few nanoseconds each.
+#: density or more, which is a minute for 10⁵ entries at a few nanoseconds each.
 CHAIN_ENTRIES = 100_000
 #: Draws below which :func:`verdict` refuses: the fitted tail would have fewer than 20 weights.
 MIN_DRAWS = 100
@@ -174,7 +174,7 @@ def verdict(
     :param args: positional arguments of model and guide, with all of the data.
     :param int num_draws: number S of draws, at least 100.
     :param int num_chains: number of short chains; 0 for none, else at least 25. By default 200, or none if data and
-        latents have more than 100,000 entries: the chains take 360 gradients of the log density each.
+        latents have more than 100,000 entries: the chains take 360 to 840 gradients of the log density each.
     :param sites: names of latent or deterministic sites of the model to tabulate; all latent sites by default. (Pass a
         model's own argument named ``sites``, ``num_draws`` or ``num_chains`` by position.)
     :param bool progress_bar: show progress if draws or chains take longer than two seconds; nothing remains on the
