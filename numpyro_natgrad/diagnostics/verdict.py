@@ -207,7 +207,7 @@ def verdict(
 
 
 def _keys(key: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(random.split(key, 4))
+    return *random.split(key, 3), random.fold_in(key, 3)
 
 
 def _check_number(name: str, given: Any, least: int, usual: int) -> None:
