@@ -330,6 +330,12 @@ def test_keys_of_different_functions_differ():
     assert key_of(OTHERS["a loop"], a, b) != key_of(OTHERS["a loop"], jnp.ones(4), jnp.zeros(4))
 
 
+def test_keys_tell_programs_apart_that_do_not_use_all_of_their_inputs():
+    """An input without effect is an argument of the compiled program all the same."""
+    x = jnp.ones(3)
+    assert len({_key(lambda x: 2 * x, x), _key(lambda x, y: 2 * x, x, x), _key(lambda x, y: 2 * x, x, 1.0)}) == 3
+
+
 def test_program_that_calls_python_has_no_key():
     with pytest.raises(UnkeyedError, match="callback"):
         key_of(lambda x: jax.pure_callback(np.sin, jax.ShapeDtypeStruct((), x.dtype), x), jnp.zeros(()))

@@ -46,7 +46,8 @@ def program_key(traced: Any, options: Any) -> str:
     """
     inputs = [_hash("input", i, v.aval.str_short()) for i, v in enumerate(traced.jaxpr.jaxpr.invars)]
     outputs = _outputs(traced.jaxpr, inputs)
-    return f"{_hash(outputs, sorted((options or {}).items()), _environment(), _settings()):064x}"
+    # Inputs that nothing depends on are arguments of the program all the same.
+    return f"{_hash(inputs, outputs, sorted((options or {}).items()), _environment(), _settings()):064x}"
 
 
 def _outputs(closed: Any, inputs: Sequence[int]) -> list[int]:
