@@ -333,7 +333,7 @@ def test_keys_of_different_functions_differ():
 def test_keys_tell_programs_apart_that_do_not_use_all_of_their_inputs():
     """An input without effect is an argument of the compiled program all the same."""
     x = jnp.ones(3)
-    assert len({_key(lambda x: 2 * x, x), _key(lambda x, y: 2 * x, x, x), _key(lambda x, y: 2 * x, x, 1.0)}) == 3
+    assert len({key_of(lambda x: 2 * x, x), key_of(lambda x, y: 2 * x, x, x), key_of(lambda x, y: 2 * x, x, 1.0)}) == 3
 
 
 def test_program_that_calls_python_has_no_key():
