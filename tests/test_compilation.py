@@ -470,16 +470,20 @@ def test_folder_is_bounded_and_the_oldest_programs_go(tmp_path, monkeypatch, wit
 
 
 def test_foreign_file_is_removed_with_a_warning(tmp_path):
-    folder, file = ProgramFolder(tmp_path), tmp_path / "a.program"
-    for content in (b"", b"short", os.urandom(1000)):
-        file.write_bytes(content)
-        folder = ProgramFolder(tmp_path)
+    """One line for each folder: a fit and its verdict, which read the same one, do not repeat each other."""
+    for number, content in enumerate((b"", b"short", os.urandom(1000))):
+        path = tmp_path / str(number)
+        path.mkdir()
+        (path / "a.program").write_bytes(content)
         with pytest.warns(UserWarning, match="compiled anew"):
-            assert folder.load("a", None, None) is None
-        assert not file.exists()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert folder.load("a", None, None) is None
+            assert ProgramFolder(path).load("a", None, None) is None
+        assert not (path / "a.program").exists()
+        (path / "b.program").write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert ProgramFolder(path).load("a", None, None) is None
+            assert ProgramFolder(path).load("b", None, None) is None
+        assert not (path / "b.program").exists()
 
 
 def test_data_is_one_argument_of_a_program():

@@ -51,9 +51,9 @@ PUBLISHED = {
 def test_fit_of_an_example_agrees_with_what_was_published(example, name):
     published, tolerance = PUBLISHED[name]
     judged = example(name).run()
-    assert judged.k_hat < 0.7
+    answer = getattr(judged, judged.answer)
     for site, expected in published.items():
-        moments = judged.importance_weighted[site]
+        moments = answer[site]
         np.testing.assert_array_less(np.abs((moments.mean - np.array(expected)) / moments.sd), tolerance, site)
 
 

@@ -35,12 +35,15 @@ _CHECKSUM = hashlib.sha256().digest_size
 _SUFFIX = ".program"
 
 
+#: Folders about which a line was said: a fit and its verdict say the same of one.
+_WARNED: set[pathlib.Path] = set()
+
+
 class ProgramFolder:
     """The programs in one folder."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
-        self._warned = False
 
     def has(self, key: str) -> bool:
         """Whether there is a file for this key."""
@@ -89,8 +92,8 @@ class ProgramFolder:
                 _removed(file)
 
     def _warn(self, text: str) -> None:
-        if not self._warned:
-            self._warned = True
+        if self.path not in _WARNED:
+            _WARNED.add(self.path)
             warnings.warn(text, stacklevel=2)
 
 
