@@ -155,6 +155,14 @@ def test_chains_that_remember_their_start_have_not_mixed():
     assert not ShortChains({"z": np.full((200, 10, 1), np.nan)}, 0.8).have_mixed()
 
 
+def test_one_draw_with_all_of_the_weight_is_no_start():
+    fitted = fitted_guide(*started(gaussian, AutoNormal(gaussian)), (), {})
+    drawn = draw(fitted, random.key(1), 100, unconstrain=True)
+    weights = np.full(100, 1e-300)
+    weights[3] = 1.0
+    assert "no spread" in short_chains.run(fitted, drawn, weights, random.key(2), 200)
+
+
 def test_where_no_chain_runs_the_verdict_says_why():
     def model(y: Any) -> None:
         z = numpyro.sample("z", dist.Normal(0.0, 1.0))

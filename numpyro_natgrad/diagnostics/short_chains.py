@@ -162,8 +162,11 @@ def run(
     if reason := _refusal(fitted, drawn, weights, sites):
         return reason
     offset, keys = jit_for(fitted.svi, _randomness, key)()
-    points, factor = _start(drawn, weights, float(fetch(offset)), num_chains)
-    at: Any = (_shrunk(factor, points), np.log(np.asarray(CHAINS.first_step, points.dtype)))
+    try:
+        points, factor = _start(drawn, weights, float(fetch(offset)), num_chains)
+        at: Any = (_shrunk(factor, points), np.log(np.asarray(CHAINS.first_step, points.dtype)))
+    except np.linalg.LinAlgError:  # one draw has all of the weight
+        return "the weighted draws have no spread, which the chains take their step sizes from"
     first = {name: z[0] for name, z in drawn.unconstrained.items()}
     names = tuple(dict.fromkeys(drawn.sites.latent + drawn.sites.tabulated))
     bar = tqdm(
