@@ -113,6 +113,12 @@ class Draws(NamedTuple):
     unconstrained: dict[str, np.ndarray] = {}  # noqa: RUF012
     log_p: np.ndarray = np.empty(0)
 
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Latent sites to which the guide gives a single value."""
+        latent = {name: self.values[name] for name in self.sites.latent}
+        return tuple(n for n, z in latent.items() if np.issubdtype(z.dtype, np.floating) and np.all(z == z[0]))
+
 
 class ImportanceWeights(NamedTuple):
     """Pareto-smoothed importance weights of ``S`` draws, log p(x) in nats, and the Pareto shape of the largest weights.

@@ -231,8 +231,8 @@ def _refusal(fitted: FittedGuide, drawn: Draws, weights: np.ndarray, sites: dict
         return f"the latent sites {discrete} are discrete"
     if drawn.sites.subsampled:
         return f"the plates {list(drawn.sites.subsampled)} see a minibatch"
-    if points := [name for name in drawn.sites.latent if np.all(drawn.values[name] == drawn.values[name][0])]:
-        return f"the guide gives {points} a single value"
+    if drawn.points:
+        return f"the guide gives {list(drawn.points)} a single value"
     if not fitted.vectorized:
         return "the loss has `vectorize_particles=False`, so that the model may not be vectorized"
     known = int(np.count_nonzero(weights))

@@ -270,7 +270,7 @@ def _verdict(
         particles=_particles(fitted.svi, sum(guide[name].mean.size for name in latent)),
         funnel=_funnel(drawn),
         correlated=not response.widening <= 1 + recommendation.SD_TOLERANCE,
-        points=_points(drawn),
+        points=drawn.points,
         only_points=_only_points(drawn),
         subsampled=drawn.sites.subsampled,
         worst=_worst(guide, weighted),
@@ -313,17 +313,8 @@ def _usable(mixture: Mixture | None, gap: Estimate) -> Mixture | None:
     return mixture if recommendation.can_be_weighted(weights.k_hat, weights.ess, weights.normalised.size) else None
 
 
-def _points(drawn: Draws) -> tuple[str, ...]:
-    """Latent sites to which the guide gives a single value."""
-    return tuple(name for name in drawn.sites.latent if _is_point(drawn.values[name]))
-
-
 def _only_points(drawn: Draws) -> bool:
-    return bool(drawn.sites.latent) and len(_points(drawn)) == len(drawn.sites.latent)
-
-
-def _is_point(values: np.ndarray) -> bool:
-    return bool(np.issubdtype(values.dtype, np.floating) and np.all(values == values[0]))
+    return bool(drawn.sites.latent) and len(drawn.points) == len(drawn.sites.latent)
 
 
 def _particles(svi: SVI, latents: int) -> int:
