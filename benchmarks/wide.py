@@ -122,8 +122,23 @@ def noncentred(d: int) -> Callable[[], None]:
     return model
 
 
-KINDS = {"regression": regression, "network": network, "hierarchy": hierarchy, "non-centred": noncentred}
-GUIDE_KINDS = {"full": ("regression", "hierarchy", "non-centred"), "mean": ("regression", "network", "hierarchy")}
+def walk(d: int) -> Callable[[], None]:
+    """Series with a level that walks at random, in steps of a standard deviation that is learned: ``d`` latents."""
+    rng = np.random.default_rng(d)
+    steps = d - 3
+    y = jnp.asarray(0.1 * np.cumsum(rng.normal(size=steps)) + 0.3 * rng.normal(size=steps), jnp.float32)
+
+    def model() -> None:
+        start, noise = numpyro.sample("start", dist.Normal(0, 5)), numpyro.sample("noise", dist.LogNormal(-1, 1))
+        drift = numpyro.sample("drift", dist.LogNormal(-3, 1))
+        step = numpyro.sample("step", dist.Normal(0, 1).expand([steps]).to_event(1))
+        numpyro.sample("y", dist.Normal(start + drift * jnp.cumsum(step), noise).to_event(1), obs=y)
+
+    return model
+
+
+KINDS = {"walk": walk, "regression": regression, "network": network, "hierarchy": hierarchy, "non-centred": noncentred}
+GUIDE_KINDS = {"full": ("regression", "hierarchy", "non-centred"), "mean": ("regression", "network", "hierarchy", "walk")}
 
 
 class Fits(NamedTuple):

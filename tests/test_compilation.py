@@ -219,7 +219,7 @@ def test_refit_with_new_data_compiles_nothing():
     assert again.reason == expected.reason
 
 
-@pytest.mark.parametrize("guide", [AutoMultivariateNormal, AutoNormal])
+@pytest.mark.parametrize("guide", [AutoMultivariateNormal, pytest.param(AutoNormal, marks=pytest.mark.slow)])
 def test_diagnostics_of_new_data_compile_nothing(guide):
     """Another verdict, linear response and start of NUTS, of another fit; the oracle is a new ``SVI``."""
     svi = started(guide(line))
@@ -383,6 +383,7 @@ def in_a_new_process(folder, slope=1.0, seed=1):
     return int(count), np.array(means, float), said
 
 
+@pytest.mark.slow
 def test_next_process_compiles_nothing_for_the_same_shapes(tmp_path):
     """The order of NumPyro's sums depends on the seed of Python's hashes. Damaged files cost a compilation and a line."""
     folder = tmp_path / "programs"

@@ -74,6 +74,7 @@ def one_by_one() -> None:
         numpyro.sample(f"z{i}", dist.Bernoulli(logits=logit))
 
 
+@pytest.mark.slow
 def test_enumerated_ising_chain_reaches_the_mean_field_fixed_point():
     """Nothing is drawn, so that the fit is limited by rounding alone."""
     svi = SVI(ising_one_by_one, one_by_one, NaturalGradient(), TraceEnum_ELBO())

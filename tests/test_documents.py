@@ -29,16 +29,7 @@ def _blocks(document: str, language: str) -> list[str]:
 
 
 #: Pages whose code is part of the first tier; that of all others belongs to the second.
-FIRST_TIER = {
-    "README.md",
-    "docs/compilation.md",
-    "docs/diagnostics.md",
-    "docs/fisher.md",
-    "docs/guides.md",
-    "docs/minibatches.md",
-    "docs/natural_gradients/distance.md",
-    "docs/your_own_distribution.md",
-}
+FIRST_TIER = {"README.md", "docs/fisher.md", "docs/guides.md", "docs/natural_gradients/distance.md"}
 #: A landing page shows three lines of a program; wrong calls have a test of their own.
 EXCERPTS = {"docs/index.md", "docs/wrong_calls.md"}
 PROGRAMS = [name for name in DOCUMENTS if _blocks(name, "python") and name not in EXCERPTS]

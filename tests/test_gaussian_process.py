@@ -126,6 +126,7 @@ def gap(params: Any) -> float:
     return best_logistic_gaussian(weights, rest, y)[0] - reached
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "nats"), tiers([("fixed", 0.05), ("adapted", 0.5), ("minibatches", 1.0)], ("fixed", 0.05))
 )

@@ -74,7 +74,8 @@ def test_a_visit_takes_a_row_to_its_optimum(particles):
     assert np.max(np.abs(after["theta_auto_loc"][moved] - exact[moved])) < 0.3 * precision**-0.5
 
 
-@pytest.mark.parametrize("sd", [0.1, pytest.param(2.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sd", [0.1, 2.0])
 def test_curvature_of_the_global_latents_is_that_of_the_marginal_likelihood(x64, sd):
     """With all groups but one in the batch, the profile over optimal rows is the evidence of a Normal hierarchy."""
     at = np.array([0.3, np.log(sd)])

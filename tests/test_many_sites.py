@@ -63,6 +63,7 @@ def assert_equal_steps(first, second, rtol):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "sites"), [("AutoNormal", 16), ("mixed families", 32)])
 def test_programs_grow_no_faster_than_those_of_adam(kind, sites):
     """Equations of one step, also of inner programs: those that twice as many sites add, and all of them."""

@@ -271,6 +271,7 @@ def test_the_gain_is_stated_against_the_best_estimator_of_adam():
     assert not any("best estimator" in c.measure for c in comparison.comparisons(entries[:2]))
 
 
+@pytest.mark.slow
 def test_second_benchmark_run_keeps_existing_results(small, tmp_path, monkeypatch):
     """The first run stores its results, the second keeps them, and a run with more seeds measures again."""
     plan = run.Plan(small, tmp_path / "results", seeds=1, draws=20, steps=(4, 4))

@@ -76,6 +76,7 @@ def assert_equal(a, b):
     assert a.converged == b.converged
 
 
+@pytest.mark.slow
 def test_resumed_fits_are_judged_when_the_whole_fit_is(svi, monkeypatch):
     """The judge refuses every stop here, and waits longer after each refusal; a part that is resumed waits as long."""
     monkeypatch.setattr(Judgement, "grants", lambda self, tolerance: False)

@@ -184,6 +184,7 @@ def test_where_no_chain_runs_the_verdict_says_why():
     assert "minibatch" in found.short_chains_note
 
 
+@pytest.mark.slow
 def test_the_answer_of_a_verdict_is_mended_by_chains_and_its_draws_are_theirs():
     """Weights have a small k-hat, and the guide has no draw in the neck of a hierarchy."""
 

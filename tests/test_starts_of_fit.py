@@ -31,7 +31,7 @@ def _svi(**options):
     return SVI(model, AutoNormal(model, **options), NaturalGradient(), Trace_ELBO(num_particles=8))
 
 
-@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("x64", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_best_mode_is_found_where_single_starts_end_in_the_other(x64):
     with jax.enable_x64(x64):
         result = fit(_svi(), random.key(1), num_starts=8, tolerance=0.05, max_steps=200, progress_bar=False)
@@ -62,6 +62,7 @@ def test_starts_keep_the_order_of_the_latents():
     assert np.all(np.abs(found["b"] + 50) < 10)
 
 
+@pytest.mark.slow
 def test_steps_of_all_starts_together_are_those_of_each_alone():
     svi = _svi()
     first = svi.init(random.key(0))

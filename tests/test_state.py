@@ -73,6 +73,7 @@ def test_without_a_key_the_seed_is_the_bits_of_the_first_loss():
     assert run_seed(lambda params: params, jnp.array(-7.0), jnp.array(1), first) == first
 
 
+@pytest.mark.slow
 def test_rounding_of_the_loss_does_not_change_the_probes():
     """Sums over spread rows round otherwise: here the same data in another order."""
     svi = SVI(model, AutoNormal(model), NaturalGradient(), Trace_ELBO(num_particles=2))

@@ -129,7 +129,7 @@ def test_every_particle_has_its_draw_and_its_gradient(x64):
     perturbations = {name: jnp.zeros((2, n, *shape)) for name, shape in shapes.items()}
 
     def loss(perturbations):
-        with PathGradient(dict.fromkeys(shapes, DensityMode.PER_PARTICLE), perturbations):
+        with PathGradient(dict.fromkeys(shapes, DensityMode.PER_PARTICLE), 0, perturbations):
             return Trace_ELBO(n).loss(random.key(5), svi.constrain_fn(params), _model, guide, y)
 
     split = {name: n * x for name, x in jax.jit(jax.grad(loss))(perturbations).items()}

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guides with more than 128 latents reach their optimum from every start, with few particles."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,14 @@ import pytest
 from jax import lax, random
 from numpyro import distributions as dist
 from numpyro.infer import SVI, Trace_ELBO
-from numpyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal
+from numpyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoMultivariateNormal
 
 from numpyro_natgrad import NaturalGradient
 from numpyro_natgrad.blocks.gaussian.diagonal import decoupled
+from numpyro_natgrad.blocks.partition import partition_parameters
+from numpyro_natgrad.estimators.derivatives import evaluate_loss
+from numpyro_natgrad.guide.handlers import with_copies
+from numpyro_natgrad.options import checked
 
 D, STARTS = 140, 4
 RNG = np.random.default_rng(0)
@@ -57,6 +63,46 @@ def elbos(model, make_guide, particles, marks, **options):
     return np.asarray(jax.jit(jax.vmap(run))(starts, random.split(random.key(3), STARTS))).T
 
 
+def evaluated(make_guide, particles, rows=None, step_size=None):
+    """Partition, and the gradient by the mean of one evaluation, beside that of the expected loss: −log p is quadratic.
+
+    :param rows: of a minibatch, if there is one.
+    """
+
+    def model():
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([D]).to_event(1))
+        with numpyro.plate("rows", D, subsample_size=rows) as n:
+            numpyro.sample("y", dist.Normal(jnp.asarray(COMMON.sum(1), jnp.float32)[n] * z.sum(), 1), obs=jnp.ones(D)[n])
+
+    guide, elbo = make_guide(model), Trace_ELBO(particles)
+    svi = SVI(model, guide, NaturalGradient(step_size=step_size), elbo)
+    params = svi.optim.get_params(svi.init(random.key(0)).optim_state)
+    params = {**params, "auto_loc": jnp.linspace(-1, 1, D)}
+    loss = lambda key: lambda x: (elbo.loss(key, svi.constrain_fn(x), model, guide), None)
+    partition = partition_parameters(loss(random.key(1)), params, checked(step_size, "adaptive", None, True), False)
+    drawn = with_copies(loss(random.key(2)), partition.copies)
+    gradient = jax.jit(lambda x: evaluate_loss(drawn, x, partition.request, partition.particles).gradient)(params)
+    slopes = COMMON.sum(1)
+    exact = params["auto_loc"] + np.sum(slopes * (slopes * params["auto_loc"].sum() - 1))
+    return partition, gradient["auto_loc"], exact
+
+
+@pytest.mark.parametrize("particles", [1, 2, 3, 8])
+@pytest.mark.parametrize("make_guide", [AutoDiagonalNormal, partial(AutoLowRankMultivariateNormal, rank=2)])
+def test_draws_of_wide_guides_are_antithetic_pairs(make_guide, particles):
+    """So the slope has no noise where −log p is quadratic. An odd number of particles is doubled."""
+    partition, slope, exact = evaluated(make_guide, particles)
+    assert partition.copies == 1 + particles % 2
+    np.testing.assert_allclose(slope, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("choice", [{"rows": D // 4}, {"step_size": 0.1}])
+def test_a_single_particle_stays_single_in_minibatches_and_with_a_chosen_step_size(choice):
+    partition, slope, exact = evaluated(AutoDiagonalNormal, 1, **choice)
+    assert partition.copies == 1
+    assert np.abs(slope - exact).max() > 0.01 * np.abs(exact).max()
+
+
 @pytest.mark.parametrize("particles", [1, 2])
 def test_wide_mean_field_reaches_the_optimum_with_few_particles(particles):
     """Where the scales are 1/√Hᵢᵢ. A draw's own scale gradients would widen the guide without bound."""
@@ -65,6 +111,7 @@ def test_wide_mean_field_reaches_the_optimum_with_few_particles(particles):
     assert (np.abs(found - best) < 0.5).all(), found - best
 
 
+@pytest.mark.slow
 def test_wide_full_gaussian_agrees_from_all_starts_of_a_centred_hierarchy():
     early, late = elbos(hierarchy, AutoMultivariateNormal, 8, [30, 50])
     assert np.ptp(late) < 0.1

@@ -212,18 +212,23 @@ def _draw_copies(fn: Loss, params: Params, trace: LossTrace, options: Options) -
     for that, and the draws that are added cost less than the steps that they save. A loss with a mutable state is
     evaluated as it is, and so is one whose step size the user chose. Of local rows two copies are a pair of antithetic
     draws: copies of a particle share its minibatch, and particles need not.
+
+    With more latents than a joint block has, two draws are enough if they are a pair. A minibatch has more noise than
+    a pair would remove.
     """
     enough = options.constants.independent_draws
-    if options.step_size is not None or not trace.batched:
+    if options.step_size is not None or not trace.batched or jax.tree.leaves(jax.eval_shape(fn, params)[1]):
         return 1
-    if not _local_sites(trace, options):
-        latents = JointLatents(tuple(join_mean_fields(_sites_with_coordinates(trace, options)[0])))
-        drawn = not any(s.analytic for s in latents.sites)
-        if trace.particles >= enough or not (_is_joint(latents, trace, options) and drawn):
-            return 1
-    if jax.tree.leaves(jax.eval_shape(fn, params)[1]):
+    in_pairs = 2 * math.ceil(enough / (2 * trace.particles))
+    if _local_sites(trace, options):
+        return in_pairs
+    latents = JointLatents(tuple(join_mean_fields(_sites_with_coordinates(trace, options)[0])))
+    if not latents.sites or any(s.analytic for s in latents.sites):
         return 1
-    return 2 * math.ceil(enough / (2 * trace.particles))
+    if _is_joint(latents, trace, options):
+        return in_pairs if trace.particles < enough else 1
+    second = trace.is_elbo and options.estimator != "first_order"
+    return 2 if second and trace.full_data and trace.particles % 2 else 1
 
 
 def _sites_with_coordinates(
@@ -324,14 +329,16 @@ def _curvature_estimator(
 def _single_site_block(site: GaussianSite | MeanFieldSites | LowRankSite, trace: LossTrace, options: Options) -> Block:
     """The block of one Gaussian site with more latents than a joint block has."""
     c, margin = options.constants, options.margin
-    if isinstance(site, LowRankSite):
-        return LowRankGaussian(site, DensityMode.DETACHED, True, margin, c)
     mode = DensityMode.PATH if options.path_gradient and trace.is_elbo else None
+    pairs = trace.batched and trace.particles < math.inf and trace.particles % 2 == 0
+    detached = DensityMode.DETACHED_PAIRS if pairs else DensityMode.DETACHED
+    if isinstance(site, LowRankSite):
+        return LowRankGaussian(site, detached, True, margin, c)
     second = options.estimator != "first_order" and trace.is_elbo
     if isinstance(site, MeanFieldSites) or site.form.diagonal:
-        return DiagonalGaussian(site, DensityMode.DETACHED if second else mode, second, margin, c)
+        return DiagonalGaussian(site, detached if second else mode, second, margin, c)
     second = second and len(site.shape) == 1
-    return FullGaussian(site, DensityMode.DETACHED if second else mode, second, margin, c)
+    return FullGaussian(site, detached if second else mode, second, margin, c)
 
 
 def _exponential_family_blocks(
@@ -453,19 +460,19 @@ def _gradient_request(
     rows: tuple[Block, ...] = (),
 ) -> GradientRequest:
     modes = {name: mode for block in (*blocks, *rows) for name, mode in block.density_modes.items()}
-    detached = [name for name, mode in modes.items() if mode == DensityMode.DETACHED]
+    detached = [n for n, mode in modes.items() if mode in (DensityMode.DETACHED, DensityMode.DETACHED_PAIRS)]
     own = [name for name, mode in modes.items() if mode.per_particle]
-    centered = (DensityMode.DETACHED, DensityMode.ANTITHETIC)
     noisy = {n for n in scored if trace.sites[n].reparameterized and not trace.sites[n].analytic}
     return GradientRequest(
         density_modes=modes,
+        particles=int(trace.particles) if trace.particles < math.inf else 0,
         perturbations={
             **{name: trace.sites[name].shape for name in detached},
             **{name: (2, int(trace.particles), *trace.sites[name].shape) for name in own},
             **{s.name: s.eta_shape for block in natural if block.tilted for s in block.sites.members},
         },
         hessian_params=tuple(p for block in blocks for p in block.hessian_params),
-        mean_params={g.name: g.loc for g in gaussians if modes.get(g.name) in centered},
+        mean_params={g.name: g.loc for g in gaussians if g.name in modes and modes[g.name].centered},
         score_sites=frozenset(noisy if options.path_gradient and trace.is_elbo else ()),
         baselines={} if trace.is_elbo else {n: s.elements for n, s in trace.sites.items() if s.is_score_function},
         baseline_copies=_copies(trace, options.constants),

@@ -71,6 +71,7 @@ class GradientRequest(NamedTuple):
     """How the loss is differentiated; static.
 
     :ivar density_modes: how log q of guide sites enters the gradient.
+    :ivar particles: how many draws there are; zero where nothing is drawn.
     :ivar perturbations: shapes of the perturbations of sites (:class:`.PathGradient`).
     :ivar hessian_params: the mean parameters along which there are Hessian-vector products.
     :ivar mean_params: the mean parameter of every detached or antithetic site.
@@ -81,6 +82,7 @@ class GradientRequest(NamedTuple):
     """
 
     density_modes: Mapping[str, DensityMode]
+    particles: int
     perturbations: Mapping[str, tuple[int, ...]]
     hessian_params: tuple[str, ...]
     mean_params: Mapping[str, str]
@@ -90,8 +92,8 @@ class GradientRequest(NamedTuple):
     forward: bool
     cache_draws: bool
 
-    def sites_in(self, mode: DensityMode) -> list[str]:
-        return [site for site, other in self.density_modes.items() if other == mode]
+    def sites_in(self, *modes: DensityMode) -> list[str]:
+        return [site for site, mode in self.density_modes.items() if mode in modes]
 
 
 class _Inputs(NamedTuple):
@@ -149,7 +151,7 @@ def evaluate_loss(fn: Loss, params: Params, request: GradientRequest, particles:
 def _inputs(params: Params, request: GradientRequest) -> _Inputs:
     dtype = jnp.result_type(*jax.tree.leaves(params))
     perturbations = {name: jnp.zeros(shape, dtype) for name, shape in request.perturbations.items()}
-    stretches = {site: jnp.zeros((), dtype) for site in request.sites_in(DensityMode.DETACHED)}
+    stretches = {site: jnp.zeros((), dtype) for site in request.sites_in(DensityMode.DETACHED, DensityMode.DETACHED_PAIRS)}
     return _Inputs(params, perturbations, stretches)
 
 
@@ -159,7 +161,7 @@ def _probed_loss(fn: Loss, request: GradientRequest) -> ProbedLoss:
     def probed(inputs: _Inputs) -> tuple[jax.Array, LossAndAux]:
         params, perturbations, stretches = inputs
         means = {site: params[p] for site, p in request.mean_params.items()}
-        with PathGradient(request.density_modes, perturbations, means, stretches):
+        with PathGradient(request.density_modes, request.particles, perturbations, means, stretches):
             loss, aux = fn(params)
         return loss, (loss, aux)
 
@@ -210,7 +212,7 @@ def _products(linear: Callable, at: _Directions) -> Products:
 
 def _loss_at(fn: Loss, probed: ProbedLoss, inputs: _Inputs, request: GradientRequest) -> Callable:
     # ``fn`` alone holds fewer arrays, and has the same value unless draws are antithetic.
-    if request.cache_draws or request.sites_in(DensityMode.ANTITHETIC):
+    if request.cache_draws or any(mode.in_pairs for mode in request.density_modes.values()):
         return lambda params: probed(inputs._replace(params=params))[0]
     return lambda params: fn(params)[0]
 

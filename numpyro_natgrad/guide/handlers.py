@@ -59,6 +59,7 @@ class DensityMode(StrEnum):
 
     PATH = "path"  #: through the draw alone (path gradient)
     DETACHED = "detached"  #: not at all: log q keeps its value, and the gradient is that of −log p
+    DETACHED_PAIRS = "detached_pairs"  #: detached, with draws in pairs m ± Kε
     PER_PARTICLE = "per_particle"  #: detached, with a gradient for each particle
     ANTITHETIC = "antithetic"  #: per particle, with draws in pairs m ± Kε
     TILTED = "tilted"  #: through the draw and an exponential tilting of the family
@@ -67,6 +68,16 @@ class DensityMode(StrEnum):
     def per_particle(self) -> bool:
         """Whether every particle has a perturbation of its own."""
         return self in (DensityMode.PER_PARTICLE, DensityMode.ANTITHETIC)
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether draws come in antithetic pairs."""
+        return self in (DensityMode.DETACHED_PAIRS, DensityMode.ANTITHETIC)
+
+    @property
+    def centered(self) -> bool:
+        """Whether the mean of the site is needed."""
+        return self.in_pairs or self == DensityMode.DETACHED
 
 
 def mark_guide_site(msg: Message) -> bool:
@@ -159,6 +170,7 @@ class PathGradient(Messenger):
       them, over the number of particles: the first half acts as at a detached site, the second is added to the draws.
 
     :param modes: the density mode of every site that has one.
+    :param particles: how many draws there are, if some come in pairs.
     :param perturbations: of every detached, tilted, per-particle or antithetic site.
     :param means: of detached and antithetic sites m, of as many elements as the draw; where there is none, an
         antithetic site has the mean of its distribution.
@@ -169,22 +181,24 @@ class PathGradient(Messenger):
     def __init__(
         self,
         modes: Mapping[str, DensityMode],
+        particles: int,
         perturbations: Mapping[str, jax.Array],
         means: Mapping[str, jax.Array] | None = None,
         stretches: Mapping[str, jax.Array] | None = None,
     ) -> None:
         super().__init__()
-        self.modes, self.perturbations, self.means, self.stretches = modes, perturbations, means or {}, stretches or {}
+        self.modes, self.particles, self.perturbations = modes, particles, perturbations
+        self.means, self.stretches = means or {}, stretches or {}
 
     def process_message(self, msg: Message) -> None:
         if not mark_guide_site(msg):
             return
         name = msg["name"]
         mode = self.modes.get(name)
-        if mode == DensityMode.ANTITHETIC:
-            particles, key = self.perturbations[name].shape[1], msg["kwargs"]["rng_key"]
-            sign = per_particle(antithetic_signs(particles), key)
-            msg["kwargs"]["rng_key"] = antithetic_key(particles, key)
+        if mode and mode.in_pairs:
+            key = msg["kwargs"]["rng_key"]
+            sign = per_particle(antithetic_signs(self.particles), key)
+            msg["kwargs"]["rng_key"] = antithetic_key(self.particles, key)
             mean = lambda base: self.means.get(name, base.mean)
             msg["fn"] = map_base(msg["fn"], lambda base: with_antithetic_draws(base, mean(base), sign))
         if mode and mode.per_particle:

@@ -263,7 +263,7 @@ class LocalGaussian(Block[LocalTangent]):
     def _paired(self, loss_info: LossInfo, params: Params) -> jax.Array:
         """The loss at antithetic draws of the rows."""
         pairs = {name: jnp.zeros_like(loss_info.perturbation_gradients[name]) for name in self.site_names}
-        with PathGradient(self.density_modes, pairs):
+        with PathGradient(self.density_modes, int(loss_info.particles), pairs):
             return loss_info.fn(params)[0]
 
     def _means(self, values: Params, rows: Rows) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import jax
 import jax.numpy as jnp
 
-from numpyro_natgrad.blocks.base import Block, NoiseTolerance, ReportRow, Scope, Tangent
+from numpyro_natgrad.blocks.base import Block, NoiseTolerance, ReportRow, Scope, Tangent, default_noise_tolerance
 from numpyro_natgrad.estimators.derivatives import LossInfo
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite
 from numpyro_natgrad.guide.handlers import DensityMode
@@ -59,15 +59,20 @@ class SiteBlock(Block[Tangent], Generic[Site, Tangent]):
     def noise_tolerance(self, scope: Scope) -> NoiseTolerance:
         c = scope.constants
         floor = c.floor_noise if scope.full_data else c.floor_noise_minibatch
-        return super().noise_tolerance(scope)._replace(floor_noise=floor * self.site.size)
+        tolerance = default_noise_tolerance(scope, antithetic=self._in_pairs)
+        return tolerance._replace(floor_noise=floor * self.site.size)
 
     def report_rows(self) -> list[ReportRow]:
         how = f"{self.products} Hessian-vector products" if self.second_order else "draws ⊗ gradients"
         return self.site.report_rows(f"closed form, {how}")
 
+    @property
+    def _in_pairs(self) -> bool:
+        return self.density_mode is not None and self.density_mode.in_pairs
+
     def _mean_offset(self, loss_info: LossInfo, loc: jax.Array) -> jax.Array | None:
-        """The mean of a detached site's draws, minus m; ``None`` where nothing is drawn."""
-        if self.site.analytic:
+        """The mean of a detached site's draws, minus m; ``None`` where nothing is drawn, or in pairs around m."""
+        if self.site.analytic or self._in_pairs:
             return None
         return gathered(loss_info.perturbation_gradients, self.site.names).reshape(loc.shape) - loc
 
