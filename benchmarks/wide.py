@@ -138,7 +138,10 @@ def walk(d: int) -> Callable[[], None]:
 
 
 KINDS = {"walk": walk, "regression": regression, "network": network, "hierarchy": hierarchy, "non-centred": noncentred}
-GUIDE_KINDS = {"full": ("regression", "hierarchy", "non-centred"), "mean": ("regression", "network", "hierarchy", "walk")}
+GUIDE_KINDS = {
+    "full": ("regression", "hierarchy", "non-centred"),
+    "mean": ("regression", "network", "hierarchy", "walk"),
+}
 
 
 class Fits(NamedTuple):

@@ -126,7 +126,8 @@ class RuleConstants(NamedTuple):
     #: Steps, at most, of those local rows of a minibatch that no step has visited before: Newton's method takes three
     #: to five from the starts of the autoguides.
     first_visit_steps: int = 8
-    #: Up to this many random numbers a step, values that depend on no parameter are computed once and kept.
+    #: Up to this many random numbers a step, values that depend on no parameter are computed once and kept, and draws
+    #: are added to those of few particles.
     kept_draws: int = 1_000_000
 
     # ---- Stein regression (:mod:`.stein_regression`) -----------------------------------------------------------------
@@ -173,6 +174,9 @@ class RuleConstants(NamedTuple):
     #: functions. The inverse of a mean of n squares has a variance for n > 4, and a baseline of n draws adds 1/n to the
     #: noise. With one draw a step 12 of 55 rows of the random starts are behind Adam (docs/step_size_rule.md).
     independent_draws: int = 8
+    #: Draws, at least, of a wide Gaussian block's step on full data, in pairs. One pair is as good on walks,
+    #: regressions and hierarchies, and behind Adam on a network of 130 weights (docs/step_size_rule.md).
+    paired_draws: int = 4
 
     # ---- Exponential families in natural parameters (:mod:`numpyro_natgrad.blocks.exponential_family`) ---------------
     #: The first step uses the Fisher matrix F̂ of the draws up to this many natural parameters, with at least this many

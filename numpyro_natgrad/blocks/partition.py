@@ -123,7 +123,9 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     free = {p: x for p, x in params.items() if p not in taken}
     beside = _model_parameters(trace, free, options, drawn=bool(sites))
     followed = first if len(first) == 1 else ()
-    gaussian = _gaussian_blocks(sites, followed, beside, trace, options, set(sizes))
+    gaussian = _gaussian_blocks(
+        sites, followed, beside, trace, options, set(sizes), in_pairs=copies > 1 and trace.full_data
+    )
     rest = {p: sizes[p] for p in free if not any(p in block.params for block in gaussian)}
     blocks = (*gaussian, *natural, *kl_blocks, *_likelihood_blocks(trace, rest, options))
     warn_of_first_order((*blocks, *first), options)
@@ -213,8 +215,7 @@ def _draw_copies(fn: Loss, params: Params, trace: LossTrace, options: Options) -
     evaluated as it is, and so is one whose step size the user chose. Of local rows two copies are a pair of antithetic
     draws: copies of a particle share its minibatch, and particles need not.
 
-    With more latents than a joint block has, two draws are enough if they are a pair. A minibatch has more noise than
-    a pair would remove.
+    With more latents than a joint block has, two pairs are enough. A minibatch has more noise than pairs would remove.
     """
     enough = options.constants.independent_draws
     if options.step_size is not None or not trace.batched or jax.tree.leaves(jax.eval_shape(fn, params)[1]):
@@ -227,8 +228,10 @@ def _draw_copies(fn: Loss, params: Params, trace: LossTrace, options: Options) -
         return 1
     if _is_joint(latents, trace, options):
         return in_pairs if trace.particles < enough else 1
-    second = trace.is_elbo and options.estimator != "first_order"
-    return 2 if second and trace.full_data and trace.particles % 2 else 1
+    wanted = options.constants.paired_draws
+    added = trace.is_elbo and options.estimator != "first_order" and trace.full_data and trace.particles < wanted
+    small = wanted * latents.size <= options.constants.kept_draws
+    return 2 * math.ceil(wanted / (2 * trace.particles)) if added and small else 1
 
 
 def _sites_with_coordinates(
@@ -258,6 +261,8 @@ def _gaussian_blocks(
     trace: LossTrace,
     options: Options,
     names: set[str],
+    *,
+    in_pairs: bool,
 ) -> list[Block]:
     """One joint block if its Hessian is small enough to be formed, else blocks of single sites.
 
@@ -271,7 +276,7 @@ def _gaussian_blocks(
         latents = larger
     if not _is_joint(latents, trace, options):
         joined = join_mean_fields(sites, options.constants.joint_limit)
-        return [_single_site_block(s, trace, options) for s in joined]
+        return [_single_site_block(s, trace, options, in_pairs=in_pairs) for s in joined]
     estimator = _curvature_estimator(latents, trace, options, alone=names == set(latents.params))
     limit = options.constants.widening_decrement if options.is_adaptive else math.inf
     return [JointGaussian(latents, estimator, options.margin, limit, options.fixed_max_kl)]
@@ -326,12 +331,13 @@ def _curvature_estimator(
     return AntitheticProducts(int(trace.particles), options.constants) if trace.particles >= 2 else HessianProducts()
 
 
-def _single_site_block(site: GaussianSite | MeanFieldSites | LowRankSite, trace: LossTrace, options: Options) -> Block:
+def _single_site_block(
+    site: GaussianSite | MeanFieldSites | LowRankSite, trace: LossTrace, options: Options, *, in_pairs: bool
+) -> Block:
     """The block of one Gaussian site with more latents than a joint block has."""
     c, margin = options.constants, options.margin
     mode = DensityMode.PATH if options.path_gradient and trace.is_elbo else None
-    pairs = trace.batched and trace.particles < math.inf and trace.particles % 2 == 0
-    detached = DensityMode.DETACHED_PAIRS if pairs else DensityMode.DETACHED
+    detached = DensityMode.DETACHED_PAIRS if in_pairs else DensityMode.DETACHED
     if isinstance(site, LowRankSite):
         return LowRankGaussian(site, detached, True, margin, c)
     second = options.estimator != "first_order" and trace.is_elbo

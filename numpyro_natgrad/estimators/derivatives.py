@@ -151,7 +151,9 @@ def evaluate_loss(fn: Loss, params: Params, request: GradientRequest, particles:
 def _inputs(params: Params, request: GradientRequest) -> _Inputs:
     dtype = jnp.result_type(*jax.tree.leaves(params))
     perturbations = {name: jnp.zeros(shape, dtype) for name, shape in request.perturbations.items()}
-    stretches = {site: jnp.zeros((), dtype) for site in request.sites_in(DensityMode.DETACHED, DensityMode.DETACHED_PAIRS)}
+    stretches = {
+        site: jnp.zeros((), dtype) for site in request.sites_in(DensityMode.DETACHED, DensityMode.DETACHED_PAIRS)
+    }
     return _Inputs(params, perturbations, stretches)
 
 
