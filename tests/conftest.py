@@ -48,9 +48,9 @@ def release_programs():
     gc.collect()
 
 
-@pytest.fixture(params=["float32", "float64"])
+@pytest.fixture(params=["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def dtype(request):
-    """Both precisions, for tests about precision or dtypes."""
+    """Both precisions, for tests about precision or dtypes; the one that is not the default in the second tier."""
     with jax.enable_x64(request.param == "float64"):
         yield request.param
 

@@ -74,6 +74,7 @@ def test_messages_in_troubleshooting_are_those_of_the_package():
         assert any(message in one for one in messages), message
 
 
+@pytest.mark.slow
 def test_wrong_calls_raise_the_errors_that_are_shown(capsys):
     """Every row of the page is run after its program, and raises exactly that error."""
     page = "docs/wrong_calls.md"

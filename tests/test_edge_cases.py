@@ -40,6 +40,7 @@ def run(model: Any, guide: Any, steps: int, loss: Any = None, **options: Any) ->
     return result.params, optimizer.report(svi, result.state)
 
 
+@pytest.mark.slow
 def test_two_full_gaussians_above_the_joint_limit_are_exact_after_one_step(x64, monkeypatch):
     monkeypatch.setattr("numpyro_natgrad.options.CONSTANTS", RuleConstants(joint_limit=1, full_joint_limit=1))
     guide = AutoGuideList(target)

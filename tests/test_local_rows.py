@@ -58,6 +58,7 @@ def run(svi, state, steps):
     return jax.jit(lambda s: lax.fori_loop(0, steps, lambda _, s: svi.update(s)[0], s))(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("particles", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_visit_takes_a_row_to_its_optimum(particles):
     """The rows that a step draws have their exact posterior afterwards, and the others what they had before."""

@@ -136,6 +136,7 @@ def test_only_gathered_rows_change():
             assert 1 <= np.sum(before[name] != after[name]) <= PARTICLES * BATCH  # every particle has rows of its own
 
 
+@pytest.mark.slow
 def test_no_local_scale_collapses_from_a_wide_start():
     """A scale that is far too wide narrows by one nat at most, so that its mean can still move; others change alike."""
     plates = lambda y: numpyro.plate("rows", ROWS, subsample_size=BATCH)

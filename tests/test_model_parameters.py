@@ -65,6 +65,7 @@ def marginal(x):
     return -stats.multivariate_normal(np.full(3, x[0]), covariance).logpdf(Y).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("particles", [1, 8])
 @pytest.mark.parametrize("guide", GUIDES)
 def test_empirical_bayes_reaches_the_maximum_of_the_marginal_likelihood(guide, particles):

@@ -163,6 +163,7 @@ def test_one_draw_with_all_of_the_weight_is_no_start():
     assert "no spread" in short_chains.run(fitted, drawn, weights, random.key(2), 200)
 
 
+@pytest.mark.slow
 def test_where_no_chain_runs_the_verdict_says_why():
     def model(y: Any) -> None:
         z = numpyro.sample("z", dist.Normal(0.0, 1.0))

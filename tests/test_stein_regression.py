@@ -165,6 +165,7 @@ def test_regression_is_used_only_for_separable_particles(taken, loss, changes):
     assert ("regression of gradients" in _fitted(loss, **changes)) is taken
 
 
+@pytest.mark.slow
 def test_batched_regression_equals_a_loop(x64):
     """Particles are separated inside of ``vmap`` too."""
     y = jnp.array([0.5, -1.0, 2.0])

@@ -110,6 +110,7 @@ def test_exact_posterior_has_the_verdict_good():
     assert_close(found.linear_response["z"], np.sqrt(np.diag(COVARIANCE)), 5 / math.sqrt(2 * 1000))
 
 
+@pytest.mark.slow
 def test_weighted_moments_of_a_mean_field_guide_equal_the_posteriors():
     """Standard errors in closed form: E_q[(p/q)² h²] = c·E[h²] under N(0, V), V = (2Λ − diag Λ)⁻¹, where V exists.
 
@@ -390,6 +391,7 @@ def test_values_of_zero_weight_may_be_nan():
     assert (found.mean, found.sd) == (2.0, 1.0)
 
 
+@pytest.mark.slow
 def test_tabulated_sites_do_not_change_the_verdict():
     """A tabulated constant is no point of the guide, and a latent outside of the table still counts."""
 
@@ -540,6 +542,7 @@ def test_k_hat_threshold_falls_with_few_draws():
     assert threshold(4000) == 0.7
 
 
+@pytest.mark.slow
 def test_flow_has_weights_and_a_decrement_and_no_linear_response():
     svi, params = started(gaussian, AutoIAFNormal(gaussian, num_flows=1, hidden_dims=[D]))
     found = verdict(svi, params, random.key(1), num_draws=100)
