@@ -40,6 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The one test that takes as long as fifty others comes first: at the end the other worker would wait for it."""
+    items.sort(key=lambda item: not item.name.startswith("test_a_tenth_of_the_starts"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def release_programs():
     """The programs of a file are released at its end: all together would take several gigabytes a worker."""
