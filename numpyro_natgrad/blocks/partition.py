@@ -159,7 +159,7 @@ def _local_partition(trace: LossTrace, copies: int, options: Options, forward: b
 
 def _local_sites(trace: LossTrace, options: Options) -> list[list[GaussianSite]]:
     """The Gaussian sites of which a step draws the rows of a minibatch, those of the same rows together."""
-    second = trace.is_elbo and options.estimator != "first_order"
+    second = _is_second_order(trace, options)
     if not (second and options.is_adaptive and options.fisher in (None, "closed_form")):
         return []
     read, shared = [read_local_site(name, trace) for name in trace.sites], _shared(trace)
@@ -217,21 +217,31 @@ def _draw_copies(fn: Loss, params: Params, trace: LossTrace, options: Options) -
 
     With more latents than a joint block has, two pairs are enough. A minibatch has more noise than pairs would remove.
     """
-    enough = options.constants.independent_draws
-    if options.step_size is not None or not trace.batched or jax.tree.leaves(jax.eval_shape(fn, params)[1]):
+    if options.step_size is not None or not trace.batched:
         return 1
-    in_pairs = 2 * math.ceil(enough / (2 * trace.particles))
     if _local_sites(trace, options):
-        return in_pairs
-    latents = JointLatents(tuple(join_mean_fields(_sites_with_coordinates(trace, options)[0])))
-    if not latents.sites or any(s.analytic for s in latents.sites):
+        draws = options.constants.independent_draws
+    elif trace.particles >= (draws := _least_draws(trace, options)):
         return 1
+    if jax.tree.leaves(jax.eval_shape(fn, params)[1]):
+        return 1
+    return 2 * math.ceil(draws / (2 * trace.particles))
+
+
+def _least_draws(trace: LossTrace, options: Options) -> int:
+    """Draws, at least, of the Gaussian sites in a step; zero where any number is enough."""
+    constants, sites = options.constants, _sites_with_coordinates(trace, options)[0]
+    latents = JointLatents(tuple(join_mean_fields(sites)))
+    if not latents.sites or any(s.analytic for s in latents.sites):
+        return 0
     if _is_joint(latents, trace, options):
-        return in_pairs if trace.particles < enough else 1
-    wanted = options.constants.paired_draws
-    added = trace.is_elbo and options.estimator != "first_order" and trace.full_data and trace.particles < wanted
-    small = wanted * latents.size <= options.constants.kept_draws
-    return 2 * math.ceil(wanted / (2 * trace.particles)) if added and small else 1
+        return constants.independent_draws
+    small = constants.paired_draws * latents.size <= constants.kept_draws
+    return constants.paired_draws if small and trace.full_data and _is_second_order(trace, options) else 0
+
+
+def _is_second_order(trace: LossTrace, options: Options) -> bool:
+    return trace.is_elbo and options.estimator != "first_order"
 
 
 def _sites_with_coordinates(
@@ -242,7 +252,7 @@ def _sites_with_coordinates(
         return [], []
     shared = _shared(trace)
     # Low-rank Gaussians need Hessian-vector products; without these, the Hessian of KL moves them.
-    second = trace.is_elbo and options.estimator != "first_order"
+    second = _is_second_order(trace, options)
     read = [read_gaussian_site(n, trace) or (read_low_rank_site(n, trace) if second else None) for n in trace.sites]
     gaussians = [g for g in read if g is not None and not shared & set(g.params)]
     return gaussians, _exponential_family_blocks(trace, {g.name for g in gaussians}, shared, options)
@@ -302,7 +312,7 @@ def _model_parameters(trace: LossTrace, free: Params, options: Options, *, drawn
 
 def _is_joint(latents: JointLatents, trace: LossTrace, options: Options) -> bool:
     """Whether these latents share one dense second-order step."""
-    second = trace.is_elbo and options.estimator != "first_order"
+    second = _is_second_order(trace, options)
     return bool(second and latents.sites) and latents.size <= joint_limit(latents, options.constants)
 
 
@@ -340,7 +350,7 @@ def _single_site_block(
     detached = DensityMode.DETACHED_PAIRS if in_pairs else DensityMode.DETACHED
     if isinstance(site, LowRankSite):
         return LowRankGaussian(site, detached, True, margin, c)
-    second = options.estimator != "first_order" and trace.is_elbo
+    second = _is_second_order(trace, options)
     if isinstance(site, MeanFieldSites) or site.form.diagonal:
         return DiagonalGaussian(site, detached if second else mode, second, margin, c)
     second = second and len(site.shape) == 1
@@ -466,7 +476,7 @@ def _gradient_request(
     rows: tuple[Block, ...] = (),
 ) -> GradientRequest:
     modes = {name: mode for block in (*blocks, *rows) for name, mode in block.density_modes.items()}
-    detached = [n for n, mode in modes.items() if mode in (DensityMode.DETACHED, DensityMode.DETACHED_PAIRS)]
+    detached = [name for name, mode in modes.items() if mode.detached]
     own = [name for name, mode in modes.items() if mode.per_particle]
     noisy = {n for n in scored if trace.sites[n].reparameterized and not trace.sites[n].analytic}
     return GradientRequest(

@@ -92,8 +92,8 @@ class GradientRequest(NamedTuple):
     forward: bool
     cache_draws: bool
 
-    def sites_in(self, *modes: DensityMode) -> list[str]:
-        return [site for site, mode in self.density_modes.items() if mode in modes]
+    def sites_in(self, mode: DensityMode) -> list[str]:
+        return [site for site, other in self.density_modes.items() if other == mode]
 
 
 class _Inputs(NamedTuple):
@@ -151,9 +151,7 @@ def evaluate_loss(fn: Loss, params: Params, request: GradientRequest, particles:
 def _inputs(params: Params, request: GradientRequest) -> _Inputs:
     dtype = jnp.result_type(*jax.tree.leaves(params))
     perturbations = {name: jnp.zeros(shape, dtype) for name, shape in request.perturbations.items()}
-    stretches = {
-        site: jnp.zeros((), dtype) for site in request.sites_in(DensityMode.DETACHED, DensityMode.DETACHED_PAIRS)
-    }
+    stretches = {site: jnp.zeros((), dtype) for site, mode in request.density_modes.items() if mode.detached}
     return _Inputs(params, perturbations, stretches)
 
 

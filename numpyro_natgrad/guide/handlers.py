@@ -75,9 +75,14 @@ class DensityMode(StrEnum):
         return self in (DensityMode.DETACHED_PAIRS, DensityMode.ANTITHETIC)
 
     @property
+    def detached(self) -> bool:
+        """Whether all particles share one perturbation, beside a log q that keeps its value."""
+        return self in (DensityMode.DETACHED, DensityMode.DETACHED_PAIRS)
+
+    @property
     def centered(self) -> bool:
         """Whether the mean of the site is needed."""
-        return self.in_pairs or self == DensityMode.DETACHED
+        return self.detached or self == DensityMode.ANTITHETIC
 
 
 def mark_guide_site(msg: Message) -> bool:
