@@ -86,10 +86,10 @@ def assert_steps_agree(found: dict[str, Any], largest: int, most: int = FEW) -> 
 def test_parameters_in_parts(tmp_path):
     """2048 latents whose features are in parts: only sums over them, of 64 rows and few products, are exchanged."""
     found, _ = found_by("features", tmp_path)
-    particles, rows, probes = 2, 64, 2
+    draws, rows, probes = 4, 64, 2  # two particles of a wide guide on full data stand for two pairs of draws
     # Those of two directions of conjugate gradients are in a loop of one trip, or none where latents are not coupled;
     # the product with the first of them is summed together with those with the probes.
-    assert_steps_agree(found, largest=particles * rows * (probes + 1) + 8, most=FEW + 6)
+    assert_steps_agree(found, largest=draws * rows * (probes + 1) + 8, most=FEW + 6)
 
 
 @pytest.fixture(scope="module")
