@@ -36,7 +36,19 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from _common import DRAWS, Curve, Problem, draw_curves, follow, options, report, save, summary
+from _common import (
+    DRAWS,
+    Curve,
+    Problem,
+    draw_curves,
+    follow,
+    guide_beside_nuts,
+    nuts,
+    options,
+    report,
+    save,
+    summary,
+)
 from jax import Array, nn, random
 from jax.scipy.linalg import solve_triangular
 from matplotlib.axes import Axes
@@ -159,19 +171,62 @@ def probability(params: dict[str, Array], x: Array, inducing: Array) -> Array:
     return nn.sigmoid(mean[:, None] + sd[:, None] * nodes) @ (quadrature / quadrature.sum())
 
 
-def log_odds(params: dict[str, Array], inducing: Array) -> str:
-    """ArviZ's summary of f at the mean image of each digit.
+def draws(params: dict[str, Array]) -> Array:
+    """Draws of v by q, shape `(DRAWS, m)`.
 
+    :param params: of a fit.
+    """
+    z = random.normal(random.key(2), (DRAWS, len(params["auto_loc"])))
+    return params["auto_loc"] + z @ params["auto_scale_tril"].T
+
+
+def log_odds(v: Array | np.ndarray, params: dict[str, Array], inducing: Array) -> Array:
+    """Draws of f at the mean image of each digit, shape `(n, 10)`.
+
+    :param v: its draws, shape `(n, m)`.
     :param params: of a fit.
     :param inducing: Z.
     """
     x, digit = components()
     centres = jnp.asarray(np.stack([x[digit == number].mean(0) for number in range(10)]), float)
     weights, rest = conditional(centres, inducing, params["variance"], params["lengthscale"])
-    keys = random.split(random.key(2))
-    v = params["auto_loc"] + random.normal(keys[0], (DRAWS, len(inducing))) @ params["auto_scale_tril"].T
-    f = v @ weights.T + jnp.sqrt(rest) * random.normal(keys[1], (DRAWS, 10))
-    return summary({"log odds": f}, dims={"log odds": ["digit"]})
+    return jnp.asarray(v) @ weights.T + jnp.sqrt(rest) * random.normal(random.key(3), (len(v), 10))
+
+
+# %%
+# Comparison with NUTS
+# --------------------
+#
+# The best q(v) of any shape maximises the bound. It is proportional to p(v) exp(E_p(f|v) log p(y | f)), from which NUTS
+# draws, with the hyper-parameters of the fit.
+
+
+def best_posterior(params: dict[str, Array], train: Split, inducing: Array) -> None:
+    """The model whose posterior is the best q(v); the expectation over f is that of 32 nodes of Gauss and Hermite.
+
+    :param params: of a fit.
+    :param train: the data.
+    :param inducing: Z.
+    """
+    v = numpyro.sample("v", dist.Normal(0.0, 1.0).expand([len(inducing)]).to_event(1))
+    weights, rest = conditional(train.x, inducing, params["variance"], params["lengthscale"])
+    nodes, quadrature = np.polynomial.hermite_e.hermegauss(32)
+    f = (weights @ v)[:, None] + jnp.sqrt(rest)[:, None] * nodes
+    log_density = nn.log_sigmoid(jnp.where(train.y[:, None] == 1, f, -f)) @ (quadrature / quadrature.sum())
+    numpyro.factor("y", log_density.sum())
+
+
+def log_odds_beside_nuts(params: dict[str, Array], train: Split, inducing: Array) -> str:
+    """Means and standard deviations of f at the mean image of each digit, by q and by NUTS.
+
+    :param params: of a fit.
+    :param train: the data.
+    :param inducing: Z.
+    """
+    v = nuts(best_posterior, params, train, inducing)["v"]
+    name = "log odds"
+    mine, reference = (log_odds(x, params, inducing) for x in (draws(params), v))
+    return guide_beside_nuts({name: mine}, {name: np.asarray(reference)}, [name])
 
 
 # %%
@@ -295,14 +350,17 @@ def main() -> None:
     curves += [follow(f"... in batches of {chosen.batch}", parts, natural, chosen.steps, whole)]
     curves += [follow("... adam(0.1) for the kernel", whole, both, 3 * chosen.steps)]
     curves += [follow("Adam(0.03) alone", whole, Adam(0.03), chosen.adam_steps)]
-    print(f"\n{report(whole, natural)}\n\n{log_odds(curves[0].params, inducing)}\n")
+    params = curves[0].params
+    print(f"\n{report(whole, natural)}\n")
+    print(summary({"log odds": log_odds(draws(params), params, inducing)}, dims={"log odds": ["digit"]}))
+    print(f"\n{log_odds_beside_nuts(params, train, inducing)}\n")
     print(line("", " steps  seconds", "ELBO (nats)", "variance; scales", "test error, log density"))
     for curve in curves:
         print(fitted(curve, inducing, test))
     print(exact_kernel(laplace(train), test))
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
     axes[2].sharey(axes[1])
-    draw_surface(axes[0], curves[0].params, train, inducing)
+    draw_surface(axes[0], params, train, inducing)
     draw_curves(axes[1:], curves, depth=60.0)
     handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=4, frameon=False)

@@ -17,6 +17,8 @@ os.environ.setdefault(
     + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
 )
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Two workers on two cores: threads of LAPACK that wait for each other make a factorization a hundred times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest

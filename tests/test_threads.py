@@ -1,13 +1,22 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""Law: independent batches of triangular solves end, whatever the release of jaxlib and the number of cores."""
+"""Laws: independent batches of triangular solves end, whatever the release of jaxlib and the number of cores; a fit does
+its linear algebra by one thread.
+"""
 
 import os
 import subprocess
 import sys
 
+import numpyro
 import pytest
+import threadpoolctl
+from jax import random
+from numpyro import distributions as dist
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
 
+from numpyro_natgrad import NaturalGradient, fit
 from numpyro_natgrad.compilation import threads
 
 #: Forty independent batches of solves and factorizations. jaxlib 0.10 with two threads waits for ever within 10 runs.
@@ -61,3 +70,29 @@ def test_one_thread_on_few_cores_with_an_affected_release(monkeypatch, release, 
         monkeypatch.setenv(name, value)
     threads.avoid_waiting_threads()
     assert os.environ.get(threads.THREADS) == expected
+
+
+def normal():
+    numpyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def blas_threads():
+    return {pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"}
+
+
+@pytest.mark.parametrize("given", [None, "3"])
+def test_a_fit_takes_one_thread_of_blas_and_returns_the_others(monkeypatch, given):
+    """Unless the environment says how many, also after an error."""
+    for name in threads.BLAS_THREADS:
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", given)
+    svi = SVI(normal, AutoNormal(normal), NaturalGradient(), Trace_ELBO(num_particles=2))
+    seen = []
+    with threadpoolctl.threadpool_limits(3, user_api="blas"):
+        look = lambda *_: seen.append(blas_threads())
+        fit(svi, random.key(0), max_steps=20, callback=look, progress_bar=False)
+        with pytest.raises(TypeError, match="max_steps"):
+            fit(svi, random.key(0), max_steps="many", progress_bar=False)
+        assert blas_threads() == {3}
+    assert {*map(tuple, seen)} == {(3 if given else 1,)}

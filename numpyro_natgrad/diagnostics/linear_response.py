@@ -34,6 +34,7 @@ from numpyro_natgrad.compilation.devices import fetch
 from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.initial import without_validation
 from numpyro_natgrad.compilation.kept import Static, jit_for
+from numpyro_natgrad.compilation.threads import one_blas_thread
 from numpyro_natgrad.diagnostics.importance import Fitted, FittedGuide, Sites, fitted_guide, map_in_batches
 from numpyro_natgrad.distributions.wrappers import map_base
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaussian_site
@@ -96,6 +97,7 @@ class GaussianLatents(NamedTuple):
         return {n: x.reshape(s) for (n, s), x in zip(self.shapes, jnp.split(z, ends), strict=True)}
 
 
+@one_blas_thread()
 def linear_response(
     svi: SVI,
     result: Fitted,

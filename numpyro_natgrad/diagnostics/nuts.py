@@ -19,6 +19,7 @@ from numpyro.infer import NUTS, SVI, init_to_value
 
 from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.kept import jit_for
+from numpyro_natgrad.compilation.threads import one_blas_thread
 from numpyro_natgrad.diagnostics import importance
 from numpyro_natgrad.diagnostics.importance import Draws, Fitted, FittedGuide, unconstrained_value
 from numpyro_natgrad.diagnostics.linear_response import (
@@ -83,6 +84,7 @@ class NUTSStart(NamedTuple):
     k_hat: float
 
 
+@one_blas_thread()
 def to_nuts(
     svi: SVI,
     result: Fitted,

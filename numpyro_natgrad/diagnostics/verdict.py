@@ -23,6 +23,7 @@ from numpyro_natgrad.compilation.data import traceable
 from numpyro_natgrad.compilation.devices import fetch
 from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.kept import jit_for
+from numpyro_natgrad.compilation.threads import one_blas_thread
 from numpyro_natgrad.diagnostics import importance, linear_response, mixture, recommendation, short_chains
 from numpyro_natgrad.diagnostics.importance import Draws, Fitted, FittedGuide, ImportanceWeights, Inspection, Moments
 from numpyro_natgrad.diagnostics.mixture import Mixture
@@ -131,6 +132,7 @@ class _Response(NamedTuple):
     mixture: Mixture | None = None
 
 
+@one_blas_thread()
 def verdict(
     svi: SVI,
     result: Fitted,

@@ -19,6 +19,7 @@ from numpyro_natgrad.compilation.data import Arguments, Data, split, traceable
 from numpyro_natgrad.compilation.devices import check_processes, explained_loss, fetch
 from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.initial import check_start, initial_state, is_set_up
+from numpyro_natgrad.compilation.threads import one_blas_thread
 from numpyro_natgrad.infer.convergence import STOPPING, converged, diverged
 from numpyro_natgrad.infer.fitting.checks import (
     check_batches,
@@ -51,6 +52,7 @@ from numpyro_natgrad.infer.nonfinite import nonfinite_site
 REFRESH = 0.5
 
 
+@one_blas_thread()
 def fit(
     svi: SVI,
     rng_key: jax.Array,

@@ -24,6 +24,7 @@ from numpyro_natgrad.compilation.data import Arguments, Data, traceable
 from numpyro_natgrad.compilation.devices import fetch
 from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.initial import initial_state
+from numpyro_natgrad.compilation.threads import one_blas_thread
 from numpyro_natgrad.infer.convergence import STOPPING, converged, diverged, format_interval
 from numpyro_natgrad.infer.fitting.checks import check_limits, check_optimizer, check_parameters
 from numpyro_natgrad.infer.fitting.fit import REFRESH
@@ -109,6 +110,7 @@ def _running(one: FitResult) -> tuple[float, float]:
     return float(one.history.newton_decrement[-1]), float(one.history.newton_decrement_error[-1])
 
 
+@one_blas_thread()
 def fit_many(
     svi: SVI,
     rng_keys: jax.Array,
