@@ -175,6 +175,16 @@ def test_forecast_of_carbon_dioxide_is_near_what_was_measured(example):
     np.testing.assert_array_less(np.abs(moments.mean - season) / moments.sd, 1.0)
 
 
+def test_quickstart_of_numpyro_forecast_ends_ahead_of_adam(example):
+    """By at least 20 nats after as many steps of one particle; noise of both ELBOs is a few nats."""
+    pytest.importorskip("numpyro_forecast", reason="it needs Python 3.12, and a jax before 0.11.3")
+    adam, natural, full, nuts = example("forecast_quickstart").run()
+    assert natural.elbo > adam.elbo + 20
+    assert full.elbo > natural.elbo + 200
+    assert natural.crps < adam.crps
+    assert max(full.crps, nuts.crps) < natural.crps
+
+
 def test_tables_of_the_bayesian_network_have_the_exact_posterior(example):
     network = example("bayesian_network")
     known, hidden = network.read()

@@ -10,6 +10,7 @@ import sys
 from functools import cache
 from typing import Any
 
+import _common
 import gp_classification as gp
 import jax
 import jax.numpy as jnp
@@ -151,9 +152,27 @@ def test_gp_classification_predicts_as_well_as_laplace():
 
 
 @pytest.mark.slow
+def test_gp_classification_is_near_nuts(monkeypatch):
+    """Means of f at ten images within a fifth of its standard deviation, and these within a fifth.
+
+    The optimum of this family is not the posterior; errors of 1000 draws by NUTS are a few hundredths.
+    """
+    monkeypatch.setattr(_common, "WARMUP", 300)
+    monkeypatch.setattr(_common, "SAMPLES", 500)
+    _, train, _, inducing = small()
+    params = fitted("fixed")
+    v = gp.nuts(gp.best_posterior, params, train, inducing)["v"]
+    ours, theirs = (np.asarray(gp.log_odds(x, params, inducing)) for x in (gp.draws(params), v))
+    np.testing.assert_array_less(np.abs(ours.mean(0) - theirs.mean(0)) / theirs.std(0), 0.2)
+    np.testing.assert_array_less(np.abs(np.log(ours.std(0) / theirs.std(0))), np.log(1.2))
+
+
+@pytest.mark.slow
 def test_gp_classification_example_runs(tmp_path, monkeypatch, capsys):
     picture = tmp_path / "gp.png"
     chosen = {"steps": 3, "adam-steps": 3, "size": 60, "inducing": 5, "batch": 20, "output": picture}
+    monkeypatch.setattr(_common, "WARMUP", 20)
+    monkeypatch.setattr(_common, "SAMPLES", 20)
     monkeypatch.setattr(sys, "argv", ["gp_classification.py", *(f"--{k}={v}" for k, v in chosen.items())])
     runpy.run_path(gp.__file__, run_name="__main__")
     assert "Hessian of the loss" in capsys.readouterr().out
