@@ -117,6 +117,7 @@ class Judgement(NamedTuple):
     :ivar int draws: draws of the loss that were examined, and ``nonfinite``, how many of them were not finite.
     :ivar str cause: the site at which losses are not finite, or why the gain could not be computed; else ``""``.
     :ivar bool abstains: the loss has no Hessian, so that only finiteness was checked.
+    :ivar int required: draws that would make the error smaller than the tolerance, where the fit has not paid for them.
     """
 
     gain: float
@@ -126,6 +127,7 @@ class Judgement(NamedTuple):
     nonfinite: int
     cause: str
     abstains: bool = False
+    required: int = 0
 
     def grants(self, tolerance: float) -> bool:
         """Whether a proposed stop is granted."""

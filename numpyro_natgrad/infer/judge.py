@@ -46,11 +46,13 @@ class JudgeConstants(NamedTuple):
     group: int = 8
     #: Groups in a call of the compiled program: the Hessian is a mean over 32 pairs.
     chunk: int = 4
-    #: Chunks of pairs for the gradients: 256 draws at least, 4096 at most. While noise hides whether the gain is below
-    #: the tolerance, the number is multiplied by ``more``.
+    #: Chunks of pairs for the gradients, at least: 256 draws. While noise hides whether the gain is below the
+    #: tolerance, the number is multiplied by ``more``.
     min_chunks: int = 4
-    max_chunks: int = 64
     more: int = 4
+    #: Chunks whose groups are kept apart, 4096 draws. With more, groups are averaged, so that memory does not grow, and
+    #: no more of them are taken than the noise requires, whose standard error is inversely proportional to them.
+    kept_chunks: int = 64
     #: Pairs of draws that see each row of a subsampled plate with latents of its own, in the mean.
     row_pairs: int = 8
     #: Products with the Hessian, at most, and the relative residual at which conjugate gradients stop.
@@ -66,8 +68,10 @@ class JudgeConstants(NamedTuple):
     difference: float = 0.2
     #: Draws for the gradients, at most, as a multiple of the fit's, whose steps also take Hessian-vector products.
     draws: float = 8.0
-    #: After a refusal, the factor by which the number of steps has to grow before the next judgement.
+    #: After a refusal, the factor by which the number of steps has to grow before the next judgement; and, at most, if
+    #: noise was the reason and the fit has not paid for the draws that would help.
     growth: float = 1.25
+    noisy_growth: float = 2.0
     #: Steps of the fit for each minibatch that a judgement holds, and the most minibatches.
     steps_per_batch: int = 5
     max_held: int = 64
@@ -78,6 +82,8 @@ class JudgeConstants(NamedTuple):
 JUDGE = JudgeConstants()
 #: Minibatches that a judgement needs: two independent halves with a standard error each.
 MIN_HELD = 4
+#: Draws of a judgement for which no fit has paid.
+USUAL_DRAWS = 2 * JUDGE.group * JUDGE.chunk * JUDGE.kept_chunks
 #: The first number that is folded into the key of the run; the draws are then independent of those of the steps.
 JUDGE_KEY = 0x6A756467
 #: What pairs are drawn for.
@@ -215,11 +221,10 @@ class Judge:
     # ---- the judgement -----------------------------------------------------------------------------------------------
 
     def __call__(
-        self, params: Params, key: jax.Array, tolerance: float, batches: Arguments = (), draws: float = math.inf
+        self, params: Params, key: jax.Array, tolerance: float, batches: Arguments = (), draws: float = USUAL_DRAWS
     ) -> Judgement:
         """Judge unconstrained parameters by fresh draws, as many as it takes to compare the gain with ``tolerance``.
 
-        :param batches: stacked arguments of held minibatches, or ``()``.
         :param draws: the most draws for the gradients, above the least number of :class:`JudgeConstants`.
         """
         found = self._examine(params, key, tolerance, batches, draws)
@@ -233,8 +238,7 @@ class Judge:
     def _examine(self, params: Params, key: jax.Array, tolerance: float, batches: Arguments, draws: float) -> Judgement:
         self.compile(params, key, batches)
         rule, held = JUDGE, _held(batches)
-        groups = rule.group * rule.chunk
-        rows = min(math.ceil(rule.row_pairs * self.row_weight / groups), rule.max_chunks // 2)
+        rows = min(math.ceil(rule.row_pairs * self.row_weight / (rule.group * rule.chunk)), rule.kept_chunks // 2)
         chunks = max(rule.min_chunks, 2 * math.ceil(held / rule.chunk / 2), 2 * rows)
         pairs = partial(self._pairs, key, batches)
         losses, slopes = self._evaluate(params, np.zeros(self.size), 0.0, pairs(_SLOPES, chunks))
@@ -248,15 +252,21 @@ class Judge:
                 hessian = self._hessian(params, common)
             if not math.isfinite(hessian.least):
                 return _unknown(losses.size, 0, "derivatives of the loss are not finite")
-            others = pairs(_REDUCTIONS, len(losses) // rule.chunk // 2)
-            found = self._judged(params, losses, slopes, hessian, others)
+            count = len(losses) // rule.chunk
+            others = pairs(_REDUCTIONS, min(count, rule.kept_chunks) // 2)
+            found, noise = self._judged(params, losses, slopes, hessian, others)
+            apart = rule.more * count <= rule.kept_chunks
+            more = rule.more if apart else 1 if held else _required(noise, tolerance)
             known = found.grants(tolerance) or found.gain - rule.errors * found.error > tolerance
-            if known or rule.more * losses.size > min(draws, 2 * groups * rule.max_chunks):
+            if known or more == 1:
                 return found
-            known_chunks = len(losses) // rule.chunk
-            extra = pairs(_SLOPES, rule.more * known_chunks, known_chunks)
-            parts = self._evaluate(params, np.zeros(self.size), 0.0, extra)
-            losses, slopes = np.concatenate([losses, parts[0]]), np.concatenate([slopes, parts[1]])
+            if more * losses.size > draws:
+                return found if apart else found._replace(required=more * losses.size)
+            extra = pairs(_SLOPES, more * count, count)
+            each = 1 if apart else (more - 1) * len(losses) // len(slopes)
+            parts = self._evaluate(params, np.zeros(self.size), 0.0, extra, each)
+            losses = np.concatenate([losses, parts[0]])
+            slopes = np.concatenate([slopes, parts[1]]) if apart else (slopes + (more - 1) * parts[1]) / more
 
     def _problem(
         self, params: Params, losses: np.ndarray, slopes: np.ndarray, key: jax.Array, batches: Arguments
@@ -273,8 +283,8 @@ class Judge:
 
     def _judged(
         self, params: Params, losses: np.ndarray, slopes: np.ndarray, hessian: "_Hessian", others: list[_Pairs]
-    ) -> Judgement:
-        """The cross-validated Newton decrement, corrected by reductions of the loss at ``others``.
+    ) -> tuple[Judgement, float]:
+        """The cross-validated Newton decrement, corrected by reductions of the loss at ``others``; and its own error.
 
         Noise in a gradient is largest, in nats, where the curvature is least, and a gradient that happens to have no
         component there looks exact. So the loss is measured along the flattest direction too.
@@ -289,7 +299,8 @@ class Judge:
         at = lambda move: self._evaluate(params, -move, 0.0, others)[0].mean((1, 2))
         reductions = at(0 * x)[:, None] - np.stack([at(move) for move, _ in moves], axis=1)
         known = math.nan if flat else gain  # where the curvature is not positive there is no Newton step
-        return _combined(known, math.sqrt(2) * error, reductions, np.array([x for _, x in moves]), losses.size)
+        noise = math.sqrt(2) * error
+        return _combined(known, noise, reductions, np.array([x for _, x in moves]), losses.size), noise
 
     def _hessian(self, params: Params, pairs: list[_Pairs]) -> "_Hessian":
         """Products with H, and a direction of little or negative curvature.
@@ -312,14 +323,20 @@ class Judge:
         return [_Pairs(key, purpose, begin + k, x) for k, x in enumerate(held_by)]
 
     def _evaluate(
-        self, params: Params, x: np.ndarray, score: float, pairs: list[_Pairs]
+        self, params: Params, x: np.ndarray, score: float, pairs: list[_Pairs], each: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
+        """Losses and gradients of the groups; the gradients are means over so many chunks that follow each other."""
         program, move = self._programs[types(params)].result(), self._move(params, x)
-        parts = [program(params, move, np.asarray(score, self.dtype), chunk, self.data) for chunk in pairs]
-        losses, slopes = zip(*fetch(parts), strict=True)
+        run = lambda chunk: program(params, move, np.asarray(score, self.dtype), chunk, self.data)
         flat = lambda tree: np.concatenate([g.reshape(len(g), -1) for g in jax.tree.leaves(tree)], axis=1)
-        joined = np.concatenate([flat(tree) for tree in slopes]).astype(np.float64)
-        return np.concatenate(losses).astype(np.float64), joined
+        losses: list[Any] = []
+        means, at_once = [], len(pairs) if each == 1 else each
+        for begin in range(0, len(pairs), at_once):
+            some, slopes = zip(*fetch([run(chunk) for chunk in pairs[begin : begin + at_once]]), strict=True)
+            joined = np.stack([flat(tree) for tree in slopes]).astype(np.float64)
+            losses += some
+            means.append(joined.reshape(-1, each, *joined.shape[1:]).mean(1))
+        return np.concatenate(losses).astype(np.float64), np.concatenate(np.concatenate(means))
 
     def _move(self, params: Params, x: np.ndarray) -> Params:
         """The vector x as a tree, spread over devices as the parameters are."""
@@ -408,9 +425,15 @@ class StopCheck:
         draws = JUDGE.draws * steps * (particles if math.isfinite(particles) else 1)
         judge = self.compile(state, data, batches)
         self.last = judge(params, state.rng_key, tolerance, batches, draws)
-        self.at, self.next = steps, math.ceil(JUDGE.growth * steps)
+        paid = float(np.clip(self.last.required / draws, JUDGE.growth, JUDGE.noisy_growth))
+        self.at, self.next = steps, math.ceil(paid * steps)
         self.seconds += time.perf_counter() - begin
         return self.last.grants(tolerance)
+
+
+def _required(noise: float, tolerance: float) -> int:
+    """By how much draws are multiplied so that noise, nats, falls below the tolerance; 1 if it is below, or NaN."""
+    return 2 ** math.ceil(math.log2(noise / tolerance)) if 0 < tolerance < noise < math.inf else 1
 
 
 def _combined(gain: float, error: float, reductions: np.ndarray, falls: np.ndarray, count: int) -> Judgement:
