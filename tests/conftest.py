@@ -55,9 +55,9 @@ def release_programs():
     gc.collect()
 
 
-@pytest.fixture(params=["float32", pytest.param("float64", marks=pytest.mark.slow)])
+@pytest.fixture(params=["float32", pytest.param("float64", marks=pytest.mark.release)])
 def dtype(request):
-    """Both precisions, for tests about precision or dtypes; the one that is not the default in the second tier."""
+    """Both precisions, for tests about precision or dtypes; the one that is not the default before a release."""
     with jax.enable_x64(request.param == "float64"):
         yield request.param
 

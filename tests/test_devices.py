@@ -122,7 +122,7 @@ def whole(tmp_path_factory):
     return {"one": one, "many": many, "two processes": two, "printed": printed}
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("where", ["many", "two processes"])
 @pytest.mark.parametrize("name", ["rows", "parameters"])
 def test_fit_and_verdict(whole, where, name):
@@ -136,7 +136,7 @@ def test_fit_and_verdict(whole, where, name):
     assert found["decrement"] == pytest.approx(expected["decrement"], rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_only_the_first_process_shows_progress(whole):
     first, second = whole["printed"]
     assert "nats to gain" in first

@@ -64,7 +64,9 @@ def assert_equal_steps(first, second, rtol):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "sites"), [("AutoNormal", 16), ("mixed families", 32)])
+@pytest.mark.parametrize(
+    ("kind", "sites"), [("AutoNormal", 16), pytest.param("mixed families", 32, marks=pytest.mark.release)]
+)
 def test_programs_grow_no_faster_than_those_of_adam(kind, sites):
     """Equations of one step, also of inner programs: those that twice as many sites add, and all of them."""
 
@@ -76,10 +78,10 @@ def test_programs_grow_no_faster_than_those_of_adam(kind, sites):
     assert (growth(NaturalGradient) <= 1.5 * growth(partial(Adam, 0.01))).all()
 
 
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("Gamma", True), ("Beta", False))]
+LONG = [pytest.param(*case, marks=pytest.mark.release) for case in (("Gamma", True), ("Beta", False))]
 
 
-@pytest.mark.parametrize(("name", "x64"), [("Exponential", False), *SLOW])
+@pytest.mark.parametrize(("name", "x64"), [("Exponential", False), *LONG])
 def test_stacked_sites_step_as_single_ones(name, x64, monkeypatch):
     with jax.enable_x64(x64):
         stacked = stepped(sites_of(name, range(3)))
