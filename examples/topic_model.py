@@ -20,6 +20,9 @@ The corpus consists of docstrings: each docstring of 50 words or more of a publi
 packages is a document. Words are runs of three or more lower-case letters, without scikit-learn's English stop words,
 that occur in at least 20 documents and in at most 15 % of them; the 1000 most frequent ones are kept.
 
+NUTS does not stand beside it: expectations in place of draws are no posterior that chains could draw from, and topics
+can be permuted, so that chains would have to be matched.
+
 Run it with ``python examples/topic_model.py``; ``--help`` lists what can be changed.
 """
 
