@@ -88,7 +88,7 @@ USUAL_DRAWS = 2 * JUDGE.group * JUDGE.chunk * JUDGE.kept_chunks
 JUDGE_KEY = 0x6A756467
 #: What pairs are drawn for.
 _SLOPES, _HESSIAN, _REDUCTIONS = 0, 1, 2
-#: More chunks than a judgement has for one purpose.
+#: The most chunks of a judgement for one purpose: beyond, their keys would be those of another.
 _CHUNKS = 2**16
 #: Lengths, in units of the Newton step and of √nats along the flattest direction, at which the real reduction of the
 #: loss is measured; both signs.
@@ -260,7 +260,7 @@ class Judge:
             known = found.grants(tolerance) or found.gain - rule.errors * found.error > tolerance
             if known or more == 1:
                 return found
-            if more * losses.size > draws:
+            if more * losses.size > draws or more * count > _CHUNKS:
                 return found if apart else found._replace(required=more * losses.size)
             extra = pairs(_SLOPES, more * count, count)
             each = 1 if apart else (more - 1) * len(losses) // len(slopes)
