@@ -151,6 +151,9 @@ class RuleConstants(NamedTuple):
     #: which take a third to two thirds of the time (docs/benchmarks/wide.md). The signal fraction needs two.
     diagonal_probes: int = 2
     low_rank_probes: int = 8
+    #: The weight of a step's estimate of the diagonal in the running mean of a mean field. With a tenth walks take more
+    #: steps; with each estimate by itself a network of 130 weights ends 1.5 nats lower (docs/benchmarks/wide.md).
+    diagonal_weight: float = 1 / 6
     #: The least weight of a new estimate of the diagonal in its running mean, low rank.
     diagonal_weight_min: float = 1 / 8
 

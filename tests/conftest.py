@@ -8,6 +8,7 @@ Nearly all of the time goes into compiling programs that run for milliseconds. S
 
 import gc
 import os
+import pathlib
 from importlib.metadata import version
 
 # The second flag makes compilation three times as fast. Only this release has it, and an unknown flag ends the process.
@@ -42,9 +43,24 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The one test that takes as long as fifty others comes first: at the end the other worker would wait for it."""
-    items.sort(key=lambda item: not item.name.startswith("test_a_tenth_of_the_starts"))
+    """A test that takes long belongs to a later tier: ``tiers.txt`` names it under the marker of that tier."""
+    marks = tiers((pathlib.Path(__file__).parent / "tiers.txt").read_text())
+    for item in items:
+        if item.nodeid in marks:
+            item.add_marker(marks[item.nodeid])
+
+
+def tiers(text: str) -> dict[str, str]:
+    """The marker of each test that a file like ``tiers.txt`` names: lines of names below a line ``[marker]``."""
+    marks, marker = {}, ""
+    for line in text.splitlines():
+        if line.startswith("["):
+            marker = line.strip("[]")
+        elif line and not line.startswith("#"):
+            marks[line] = marker
+    return marks
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -45,10 +45,17 @@ class JointMemory(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What all blocks remember: ``running_mean`` of natural gradients, shaped like the parameters, and ``joint``."""
+    """What all blocks remember.
+
+    :ivar running_mean: of natural gradients, shaped like the parameters.
+    :ivar joint: what the joint block remembers.
+    :ivar coupling: running means of how far elementwise blocks are from contracting (:class:`.DiagonalTangent`), in the
+        row of the first parameter of each, by name; ``(P, 2)`` for P parameters.
+    """
 
     running_mean: Params
     joint: JointMemory
+    coupling: jax.Array
 
     def with_running_means(self, new: Params) -> "Memory":
         old = self.running_mean

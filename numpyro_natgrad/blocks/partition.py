@@ -123,9 +123,7 @@ def partition_parameters(fn: Loss, params: Params, options: Options, forward: bo
     free = {p: x for p, x in params.items() if p not in taken}
     beside = _model_parameters(trace, free, options, drawn=bool(sites))
     followed = first if len(first) == 1 else ()
-    gaussian = _gaussian_blocks(
-        sites, followed, beside, trace, options, set(sizes), in_pairs=copies > 1 and trace.full_data
-    )
+    gaussian = _gaussian_blocks(sites, followed, beside, trace, options, set(sizes))
     rest = {p: sizes[p] for p in free if not any(p in block.params for block in gaussian)}
     blocks = (*gaussian, *natural, *kl_blocks, *_likelihood_blocks(trace, rest, options))
     warn_of_first_order((*blocks, *first), options)
@@ -271,8 +269,6 @@ def _gaussian_blocks(
     trace: LossTrace,
     options: Options,
     names: set[str],
-    *,
-    in_pairs: bool,
 ) -> list[Block]:
     """One joint block if its Hessian is small enough to be formed, else blocks of single sites.
 
@@ -286,7 +282,7 @@ def _gaussian_blocks(
         latents = larger
     if not _is_joint(latents, trace, options):
         joined = join_mean_fields(sites, options.constants.joint_limit)
-        return [_single_site_block(s, trace, options, in_pairs=in_pairs) for s in joined]
+        return [_single_site_block(s, trace, options) for s in joined]
     estimator = _curvature_estimator(latents, trace, options, alone=names == set(latents.params))
     limit = options.constants.widening_decrement if options.is_adaptive else math.inf
     return [JointGaussian(latents, estimator, options.margin, limit, options.fixed_max_kl)]
@@ -341,12 +337,12 @@ def _curvature_estimator(
     return AntitheticProducts(int(trace.particles), options.constants) if trace.particles >= 2 else HessianProducts()
 
 
-def _single_site_block(
-    site: GaussianSite | MeanFieldSites | LowRankSite, trace: LossTrace, options: Options, *, in_pairs: bool
-) -> Block:
+def _single_site_block(site: GaussianSite | MeanFieldSites | LowRankSite, trace: LossTrace, options: Options) -> Block:
     """The block of one Gaussian site with more latents than a joint block has."""
     c, margin = options.constants, options.margin
     mode = DensityMode.PATH if options.path_gradient and trace.is_elbo else None
+    # A minibatch has more noise than pairs would remove.
+    in_pairs = trace.full_data and trace.batched and trace.particles % 2 == 0
     detached = DensityMode.DETACHED_PAIRS if in_pairs else DensityMode.DETACHED
     if isinstance(site, LowRankSite):
         return LowRankGaussian(site, detached, True, margin, c)

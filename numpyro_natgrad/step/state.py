@@ -115,7 +115,8 @@ def initial(params: Params, fallback: Any, constants: RuleConstants) -> NaturalG
     zeros = [jnp.zeros((), dtype) for _ in range(8)]
     flags = jnp.array(False), jnp.array(False), jnp.array(0, jnp.int32)
     info = StepInfo._make([*zeros[:7], *flags])
-    memory, seed = Memory(jax.tree.map(jnp.zeros_like, params), joint), jnp.array(0, jnp.uint32)
+    coupling, seed = jnp.zeros((len(params), 2), dtype), jnp.array(0, jnp.uint32)
+    memory = Memory(jax.tree.map(jnp.zeros_like, params), joint, coupling)
     average = jax.tree.map(jnp.copy, params)
     return NaturalGradientState(params, average, memory, statistics, decrement, zeros[7], fallback, seed, info)
 
@@ -136,7 +137,8 @@ def fresh(state: NaturalGradientState, partition: Partition, constants: RuleCons
     """The state with the radius, memory and statistics of a new one, for the partition of the loss."""
     sizes = partition.joint_latents, partition.step_sizes
     joint, statistics, decrement = allocated(*sizes, constants, state.radius.dtype)
-    memory = Memory(jax.tree.map(jnp.zeros_like, state.memory.running_mean), joint)
+    running_mean, coupling = jax.tree.map(jnp.zeros_like, (state.memory.running_mean, state.memory.coupling))
+    memory = Memory(running_mean, joint, coupling)
     radius = jnp.zeros_like(state.radius)
     return state._replace(memory=memory, statistics=statistics, decrement=decrement, radius=radius)
 

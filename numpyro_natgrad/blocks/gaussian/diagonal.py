@@ -6,7 +6,7 @@ With the whitened slope g = σ ∂L/∂m and curvature λ = σ ∂L/∂σ a step
 mean by −ρσg/(1 + ρλ) (Khan & Rue 2023). In second order λ comes from k Rademacher probes v of the Hessian of the loss
 (Bekas, Kokiopoulou & Saad 2007),
 
-    λ = max(E[v ⊙ σHσv], 0) − 1,    averaged over steps, each with the signal fraction of its k estimates as weight.
+    λ = max(E[v ⊙ σHσv], 0) − 1,    averaged over some steps, since one step's draws have Hessians of their own.
 
 Directions in which all latents move together are treated apart (:func:`decoupled`).
 
@@ -16,6 +16,7 @@ from the optimum; since 1 + ρλ must stay positive, such noise widens more than
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,20 @@ DIRECTIONS = 2
 UNEXPLAINED_MAX = 0.25
 
 
+class DiagonalTangent(NamedTuple):
+    """The natural gradient of independent Normals, and how far their latents move together.
+
+    :ivar step: g and λ, whitened.
+    :ivar coupling: squared Frobenius norms of D^(−½)(H − D)D^(−½), with D the diagonal of H, as the difference between
+        probes estimates them: of all of H, and of what conjugate directions leave; ``(2,)``.
+    """
+
+    step: GaussianTangent
+    coupling: jax.Array
+
+
 @dataclass(frozen=True)
-class DiagonalGaussian(SiteBlock[GaussianSite | MeanFieldSites, GaussianTangent]):
+class DiagonalGaussian(SiteBlock[GaussianSite | MeanFieldSites, DiagonalTangent]):
     """One site of independent Normals, or several."""
 
     @property
@@ -46,50 +59,58 @@ class DiagonalGaussian(SiteBlock[GaussianSite | MeanFieldSites, GaussianTangent]
 
     def natural_gradient(
         self, loss_info: LossInfo, params: Params, memory: Memory, randomness: Randomness
-    ) -> GaussianTangent:
+    ) -> DiagonalTangent:
         loc, scale = self.site.read(params)
         plain = scale * gathered(loss_info.gradient, self.site.locs).reshape(self.site.shape)
         if not self.second_order:
-            return GaussianTangent(plain, self._first_order_curvature(loss_info, scale), None)
+            step = GaussianTangent(plain, self._first_order_curvature(loss_info, scale), None)
+            return DiagonalTangent(step, jnp.zeros(2, scale.dtype))
         mean = self._running_mean(memory).values
         slope = plain + self._control_variate(loss_info, loc, scale, mean)
         product = lambda u: scale * self._hessian_product(loss_info, scale * u)
         probes = random_signs(randomness.key, (self.products, *self.site.shape), scale.dtype)
         precision = gaussian.positive_ratio(mean, self.margin)
-        slope, diagonals = decoupled(product, slope, precision, probes, jax.vmap(product)(probes))
-        innovations = diagonals - 1 - mean
-        update = signal_fraction(innovations, self.constants.diagonal_weight_min) * jnp.mean(innovations, axis=0)
+        known = memory.coupling[self._row(memory)]
+        slope, diagonals, coupling = decoupled(product, slope, precision, probes, jax.vmap(product)(probes), known)
+        weight = jnp.maximum(self.constants.diagonal_weight, 1 / (1 + randomness.step)).astype(scale.dtype)
+        update = weight * (jnp.mean(diagonals, axis=0) - 1 - mean)
         # The mean of H is 1/σ² at an optimum. Negative, it is noise, or of a distant guide, and one bad draw of a
         # network would widen σ beyond the prior's: draws of wide weights then have such Hessians again.
         values = jnp.maximum(mean + update, -1.0)
         usable = fall_back_to_gradient(loss_info.previous_step_skipped, plain, slope, values)
-        return GaussianTangent(*usable, None)
+        return DiagonalTangent(GaussianTangent(*usable, None), coupling)
 
-    def squared_norm(self, v: GaussianTangent) -> jax.Array:
-        return gaussian.squared_norm(v)
+    def squared_norm(self, v: DiagonalTangent) -> jax.Array:
+        return gaussian.squared_norm(v.step)
 
-    def kl(self, v: GaussianTangent, rho: jax.Array) -> StepKL:
-        kl = gaussian.kl(v, rho, self.margin)
+    def kl(self, v: DiagonalTangent, rho: jax.Array) -> StepKL:
+        kl = gaussian.kl(v.step, rho, self.margin)
         return conjugate_kl(kl.forward, kl.reverse, rho)
 
-    def compare(self, memory: Memory, v: GaussianTangent) -> SquaredNorms:
+    def compare(self, memory: Memory, v: DiagonalTangent) -> SquaredNorms:
         mean = self._running_mean(memory)
-        return SquaredNorms(*map(gaussian.squared_norm, (mean, jax.tree.map(jnp.subtract, v, mean), v)))
+        return SquaredNorms(*map(gaussian.squared_norm, (mean, jax.tree.map(jnp.subtract, v.step, mean), v.step)))
 
-    def update_memory(self, memory: Memory, v: GaussianTangent, weight: jax.Array) -> Memory:
-        mean = jax.tree.map(lambda m, x: m + weight * (x - m), self._running_mean(memory), v)
-        return self._remembered(memory, mean._replace(values=v.values) if self.second_order else mean)
+    def update_memory(self, memory: Memory, v: DiagonalTangent, weight: jax.Array) -> Memory:
+        mean = jax.tree.map(lambda m, x: m + weight * (x - m), self._running_mean(memory), v.step)
+        row = self._row(memory)
+        memory = memory._replace(coupling=memory.coupling.at[row].add(weight * (v.coupling - memory.coupling[row])))
+        return self._remembered(memory, mean._replace(values=v.step.values) if self.second_order else mean)
 
-    def retract(self, params: Params, memory: Memory, v: GaussianTangent, rho: jax.Array) -> tuple[Params, Memory]:
+    def retract(self, params: Params, memory: Memory, v: DiagonalTangent, rho: jax.Array) -> tuple[Params, Memory]:
         loc, scale = self.site.read(params)
-        shift = gaussian.mean_shift(v, rho, self.margin)
-        ratio = gaussian.relative_factor(v, rho, self.margin)
+        shift = gaussian.mean_shift(v.step, rho, self.margin)
+        ratio = gaussian.relative_factor(v.step, rho, self.margin)
         # As in the joint block: the step is subtracted from the running mean, which is then whitened by the new σ.
         mean = self._running_mean(memory)
         values = mean.values - (ratio**-2 - 1)
-        slope = ratio * (mean.slope - rho * v.slope + values * shift)
+        slope = ratio * (mean.slope - rho * v.step.slope + values * shift)
         memory = self._remembered(memory, GaussianTangent(slope, ratio**2 * values, None))
         return self.site.write(params, loc + scale * shift, scale * ratio), memory
+
+    def _row(self, memory: Memory) -> int:
+        """The row of ``Memory.coupling`` that is this block's."""
+        return sorted(memory.running_mean).index(self.site.locs[0])
 
     def _running_mean(self, memory: Memory) -> GaussianTangent:
         both = (gathered(memory.running_mean, names) for names in (self.site.locs, self.site.scales))
@@ -125,7 +146,8 @@ def decoupled(
     precision: jax.Array,
     probes: jax.Array,
     images: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+    coupling: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A slope whose elementwise step is a step of conjugate gradients, and the diagonal of H by each probe.
 
     Elementwise steps are too long where D⁻¹H has eigenvalues above 2, as a factor common to d covariates gives one of
@@ -136,33 +158,39 @@ def decoupled(
 
     and Rv needs no product but Hv. No step exceeds the elementwise one: along directions of less curvature than D, the
     draws' own Hessian is noise. Both estimates of diag H are unbiased, and the difference between probes is the noise
-    of either. Only where R has little of it does H have so few stiff directions at other draws too.
+    of either. Only where R has little of it does H have so few stiff directions at other draws too. Two probes that are
+    nearly orthogonal to a stiff direction do not see it, at one step of thirty: the step by them alone is then as much
+    too long as the direction is stiff. The estimates of earlier steps therefore count as much as the present one.
 
     :param product: with H, whitened.
     :param slope: g, whitened.
     :param precision: D, positive: the whitened diagonal of H by earlier steps.
     :param probes: v, random signs, ``(k, *slope.shape)``.
     :param images: Hv.
-    :return: D s, or g where the coupling is weak or has more directions, and estimates of diag H like ``probes``.
+    :param coupling: that of earlier steps (:class:`DiagonalTangent`).
+    :return: D s, or g where the coupling is weak or has more directions; estimates of diag H like ``probes``; and the
+        coupling of this step.
     """
     plain = probes * images
+    spread = _squared_spread(plain / precision)
 
-    def separated(carried: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        _, slope, plain = carried
+    def separated(carried: Any) -> Any:
         solution, pairs = _conjugate_directions(product, slope, precision)
-        known, rest = jnp.zeros_like(slope), plain
+        explained, rest = jnp.zeros_like(slope), plain
         for image, inverse in pairs:
-            known = known + inverse * image**2
+            explained = explained + inverse * image**2
             along = jax.vmap(lambda v, image=image: jnp.sum(v * image))(probes)
             rest = rest - probes * image * (inverse * along.reshape(-1, *[1] * slope.ndim))
-        explained = _squared_spread(rest) < UNEXPLAINED_MAX * _squared_spread(plain)
-        diagonals = jnp.where(explained, known + rest, plain)
-        return jnp.array(False), jnp.where(explained, precision * solution, slope), diagonals
+        left = _squared_spread(rest / precision)
+        few = coupling[1] + left < UNEXPLAINED_MAX * (coupling[0] + spread)
+        diagonals = jnp.where(few, explained + rest, plain)
+        return jnp.array(False), jnp.where(few, precision * solution, slope), diagonals, left
 
     # Elementwise steps contract by ½ or more if D^(−½)(H − D)D^(−½) has no larger Frobenius norm, which the difference
     # between probes estimates. A loop of one trip or none: a batch of fits evaluates products only if one needs them.
-    coupled = _squared_spread(plain / precision) > 0.25
-    return lax.while_loop(lambda carried: carried[0], separated, (coupled, slope, plain))[1:]
+    coupled = jnp.maximum(coupling[0], spread) > 0.25
+    _, step, diagonals, left = lax.while_loop(lambda c: c[0], separated, (coupled, slope, plain, spread))
+    return step, diagonals, jnp.stack([spread, left])
 
 
 def _conjugate_directions(
@@ -189,10 +217,3 @@ def _conjugate_directions(
 def _squared_spread(estimates: jax.Array) -> jax.Array:
     """The variance of k estimates, ``(k, ...)``, summed over their elements."""
     return jnp.sum((estimates - jnp.mean(estimates, axis=0)) ** 2) / (estimates.shape[0] - 1)
-
-
-def signal_fraction(samples: jax.Array, least: float) -> jax.Array:
-    """1 − (variance of the mean) / ‖mean‖² of k estimates, ``(k, ...)``, in the Euclidean norm, at least ``least``."""
-    mean = jnp.mean(samples, axis=0)
-    variance = jnp.sum((samples - mean) ** 2) / (samples.shape[0] * (samples.shape[0] - 1))
-    return jnp.maximum(1 - variance / jnp.maximum(jnp.sum(mean**2), jnp.finfo(mean.dtype).tiny), least)
