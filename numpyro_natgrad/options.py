@@ -148,7 +148,7 @@ class RuleConstants(NamedTuple):
     full_probes: int = 16
     #: Rademacher probes of a Hessian's diagonal: mean field, whose running mean joins many steps, and low rank.
     #: A network, a regression and a hierarchy of 1000 latents reach as much in as many steps with 8 probes as with 2,
-    #: which take a third to two thirds of the time (docs/benchmarks/wide.md). The signal fraction needs two.
+    #: which take a third to two thirds of the time (docs/benchmarks/wide.md). Their difference needs two.
     diagonal_probes: int = 2
     low_rank_probes: int = 8
     #: The weight of a step's estimate of the diagonal in the running mean of a mean field. With a tenth walks take more

@@ -16,7 +16,7 @@ from the optimum; since 1 + ρλ must stay positive, such noise widens more than
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ from numpyro_natgrad.estimators.hessian_products import fall_back_to_gradient, r
 from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params
 from numpyro_natgrad.guide.mean_field_sites import MeanFieldSites, gathered, scattered
 
+#: Whether products are wanted, slope, estimates of diag H, and the coupling that is left (:func:`decoupled`).
+Carried = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 #: Directions of conjugate gradients, a product each. Three reach no more than two (docs/benchmarks/wide.md).
 DIRECTIONS = 2
 #: The most of the squared elements of H beside its diagonal that these directions may leave: half of their size.
@@ -174,7 +176,8 @@ def decoupled(
     plain = probes * images
     spread = _squared_spread(plain / precision)
 
-    def separated(carried: Any) -> Any:
+    def separated(carried: Carried) -> Carried:
+        _, slope, plain, spread = carried
         solution, pairs = _conjugate_directions(product, slope, precision)
         explained, rest = jnp.zeros_like(slope), plain
         for image, inverse in pairs:
@@ -189,7 +192,8 @@ def decoupled(
     # Elementwise steps contract by ½ or more if D^(−½)(H − D)D^(−½) has no larger Frobenius norm, which the difference
     # between probes estimates. A loop of one trip or none: a batch of fits evaluates products only if one needs them.
     coupled = jnp.maximum(coupling[0], spread) > 0.25
-    _, step, diagonals, left = lax.while_loop(lambda c: c[0], separated, (coupled, slope, plain, spread))
+    start = coupled, slope, plain, spread
+    _, step, diagonals, left = lax.while_loop(lambda carried: carried[0], separated, start)
     return step, diagonals, jnp.stack([spread, left])
 
 
