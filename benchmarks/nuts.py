@@ -6,7 +6,7 @@
 
 Both run four chains in double precision. A run is charged with all gradients up to the first number of draws at which
 every unconstrained latent has a bulk ESS of 400 and an R-hat below 1.01: warm-up, draws, and the fit. Each posterior is
-a file of its own, written after each run, so that the benchmark can be interrupted and resumed.
+a file of its own, written after each run, so that the benchmark can be interrupted and resumed; ``--seeds`` adds runs.
 """
 
 import argparse
@@ -50,6 +50,8 @@ GUIDES = {"full": AutoMultivariateNormal, "mean-field": AutoNormal}
 METHODS = ("default", *GUIDES)
 
 Run = dict[str, Any]
+#: The runs of a posterior, by method and by seed.
+Stored = dict[str, dict[str, Run]]
 Model = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("--checkout", type=pathlib.Path, help="checkout of posteriordb")
     parser.add_argument("--only", nargs="*", default=list(POSTERIORS), choices=POSTERIORS, metavar="NAME")
     parser.add_argument("--methods", nargs="*", default=["default", "full"], choices=METHODS)
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each method; the first seed is 0")
     parser.add_argument("--cache", type=pathlib.Path, default=FOLDER, help="folder of the results")
     parser.add_argument("--table", action="store_true", help="print the table of the stored results, and run nothing")
     parser.add_argument("--document", action="store_true", help=f"write the table to {OUTPUT}")
@@ -73,21 +76,21 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     """The missing runs, with a progress bar."""
-    jobs = [(name, method) for name in options.only for method in options.methods]
-    for name, method in (bar := tqdm(jobs, unit="run")):
-        bar.set_postfix_str(f"{name}, {method}")
-        if method in read(options.cache, name):
+    jobs = [(s, name, method) for s in range(options.seeds) for name in options.only for method in options.methods]
+    for seed, name, method in (bar := tqdm(jobs, unit="run")):
+        bar.set_postfix_str(f"{name}, {method}, seed {seed}")
+        if str(seed) in read(options.cache, name).get(method, {}):
             continue
         begin = time.perf_counter()
         try:
             with jax.enable_x64(True):
-                found = measure(method, *problem(name, options.checkout))
+                found = measure(method, seed, *problem(name, options.checkout))
         except Exception:
-            bar.write(f"{name}, {method}:\n{traceback.format_exc()}")
+            bar.write(f"{name}, {method}, seed {seed}:\n{traceback.format_exc()}")
             continue
         finally:
             jax.clear_caches()
-        write(options.cache, name, method, found | {"seconds": time.perf_counter() - begin})
+        write(options.cache, name, method, seed, found | {"seconds": time.perf_counter() - begin})
 
 
 def problem(name: str, checkout: pathlib.Path | None) -> Model:
@@ -106,18 +109,19 @@ def problem(name: str, checkout: pathlib.Path | None) -> Model:
     return MODELS[full].function, (), arguments(checkout, full)
 
 
-def measure(method: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+def measure(method: str, seed: int, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
     """Gradients of one method, and how its chains went."""
+    keys = [jax.random.key(3 * seed + i) for i in range(3)]
     if method == "default":
-        return sample(NUTS(model), WARMUP, None, args, kwargs) | {"fit": 0}
+        return sample(NUTS(model), keys[2], WARMUP, None, args, kwargs) | {"fit": 0}
     svi = SVI(model, GUIDES[method](model), NaturalGradient(), Trace_ELBO(PARTICLES))
-    result = svi.run(jax.random.key(0), STEPS, *args, progress_bar=False, **kwargs)
-    start = to_nuts(svi, result, jax.random.key(1), *args, num_chains=CHAINS, **kwargs)
+    result = svi.run(keys[0], STEPS, *args, progress_bar=False, **kwargs)
+    start = to_nuts(svi, result, keys[1], *args, num_chains=CHAINS, **kwargs)
     size = sum(x[0].size for x in start.init_params.values())
     response = START.response_draws * 2 * 2 * size if method == "mean-field" else 0
     report = svi.optim.report(svi, result.state, *args, **kwargs)
     fit = STEPS * step_gradients(report) + START.draws / 3 + 2 * response
-    return sample(start.kernel, start.num_warmup, start.init_params, args, kwargs) | {
+    return sample(start.kernel, keys[2], start.num_warmup, start.init_params, args, kwargs) | {
         "fit": round(fit),
         "k_hat": float(start.k_hat),
         "latents": size,
@@ -130,7 +134,9 @@ def step_gradients(report: str) -> float:
     return PARTICLES * (1 + 2 * (int(products[1]) if products else 0) + RuleConstants().radius_trials / 3)
 
 
-def sample(kernel: NUTS, warmup: int, init_params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+def sample(
+    kernel: NUTS, key: jax.Array, warmup: int, init_params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Run:
     """Run chains until all latents have enough effective draws."""
     mcmc = MCMC(
         kernel,
@@ -140,9 +146,7 @@ def sample(kernel: NUTS, warmup: int, init_params: Any, args: tuple[Any, ...], k
         chain_method="vectorized",
         progress_bar=False,
     )
-    mcmc.warmup(
-        jax.random.key(2), *args, extra_fields=("num_steps",), collect_warmup=True, init_params=init_params, **kwargs
-    )
+    mcmc.warmup(key, *args, extra_fields=("num_steps",), collect_warmup=True, init_params=init_params, **kwargs)
     names = sorted(mcmc.last_state.z)
     fields = ("num_steps", *(f"z.{name}" for name in names))  # unconstrained values
     spent = int(np.sum(mcmc.get_extra_fields()["num_steps"]))
@@ -206,54 +210,65 @@ def total(run: Run) -> float:
     return run["fit"] + run["warmup"] + draws
 
 
-def table(stored: dict[str, dict[str, Run]]) -> str:
-    """Gradients of each method, and their ratio to those of the default."""
+def table(stored: dict[str, Stored]) -> str:
+    """Gradients of each method, in the mean of the seeds that both have, and their ratio to those of the default."""
     lines, summary = [], []
     for method in GUIDES:
-        rows = [(n, x["default"], x[method]) for n, x in stored.items() if "default" in x and method in x]
+        both = {n: _common(x.get("default", {}), x.get(method, {})) for n, x in stored.items()}
+        rows = {name: runs for name, runs in both.items() if runs}
         if not rows:
             continue
-        ratios = [total(b) / total(a) for _, a, b in rows]
+        means = [np.divide(*np.mean([(total(b), total(a)) for a, b in runs], axis=0)) for runs in rows.values()]
+        single = [total(b) / total(a) for runs in rows.values() for a, b in runs]
         summary.append(
-            f"* `{GUIDES[method].__name__}`: {len(rows)} posteriors, median ratio {np.median(ratios):.2f}, "
-            f"largest {max(ratios):.2f}, {sum(x <= 1 / 3 for x in ratios)} at most 1/3."
+            f"* `{GUIDES[method].__name__}`: {len(rows)} posteriors, {len(single)} pairs of runs; median ratio "
+            f"{np.median(means):.2f}, largest {max(means):.2f} ({max(single):.2f} for a single pair), "
+            f"{sum(x <= 1 / 3 for x in means)} at most 1/3."
         )
         lines += ["", f"With `{GUIDES[method].__name__}`:", "", f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
-        lines += [_line(*row) for row in rows]
+        lines += [_line(*row) for row in rows.items()]
     return "\n".join([*summary, *lines]) + "\n"
 
 
+def _common(default: dict[str, Run], warm: dict[str, Run]) -> list[tuple[Run, Run]]:
+    return [(default[seed], warm[seed]) for seed in sorted(default.keys() & warm.keys(), key=int)]
+
+
 HEAD = (
-    *("posterior", "latents", "k-hat", "default: warm-up", "draws", "fit", "warm-up", "draws", "ratio"),
+    *("posterior", "latents", "k-hat", "default: warm-up", "draws", "fit", "warm-up", "draws", "ratio", "by seed"),
     *("draws a chain, default", "fit", "divergences, default", "fit"),
 )
 
 
-def _line(name: str, default: Run, warm: Run) -> str:
-    short = lambda x: f"{x:,}"
-    ratio = total(warm) / total(default)
-    length = lambda x: f"{x['length']}" if x["reached"] else f"> {x['length']}"
+def _line(name: str, runs: list[tuple[Run, Run]]) -> str:
+    default, warm = zip(*runs, strict=True)
+    mean = lambda runs, what: float(np.mean([x[what] for x in runs]))
+    count = lambda runs, what: f"{mean(runs, what):,.0f}"
+    ratio = sum(map(total, warm)) / sum(map(total, default))
+    length = lambda runs: f"{'' if all(x['reached'] for x in runs) else '> '}{mean(runs, 'length'):.0f}"
     cells = [
-        *(f"`{name}`", str(warm["latents"]), f"{warm['k_hat']:.2f}"),
-        *(short(default["warmup"]), short(default["draws"])),
-        *(short(warm["fit"]), short(warm["warmup"]), short(warm["draws"])),
+        *(f"`{name}`", str(warm[0]["latents"]), f"{mean(warm, 'k_hat'):.2f}"),
+        *(count(default, "warmup"), count(default, "draws")),
+        *(count(warm, "fit"), count(warm, "warmup"), count(warm, "draws")),
         f"**{ratio:.2f}**" if ratio > 1 / 3 else f"{ratio:.2f}",
-        *(length(default), length(warm), str(default["divergences"]), str(warm["divergences"])),
+        " ".join(f"{total(b) / total(a):.2f}" for a, b in runs),
+        *(length(default), length(warm), count(default, "divergences"), count(warm, "divergences")),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def read(cache: pathlib.Path, name: str) -> dict[str, Run]:
-    """What is stored of a posterior, by method."""
+def read(cache: pathlib.Path, name: str) -> Stored:
+    """What is stored of a posterior."""
     path = cache / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write(cache: pathlib.Path, name: str, method: str, found: Run) -> None:
+def write(cache: pathlib.Path, name: str, method: str, seed: int, found: Run) -> None:
     """Store a run beside the others of its posterior."""
     cache.mkdir(parents=True, exist_ok=True)
-    part = cache / f"{name}.part"
-    part.write_text(json.dumps(read(cache, name) | {method: found}, indent=1))
+    part, stored = cache / f"{name}.part", read(cache, name)
+    stored.setdefault(method, {})[str(seed)] = found
+    part.write_text(json.dumps(stored, indent=1))
     part.replace(cache / f"{name}.json")
 
 

@@ -41,8 +41,7 @@ OTHERS = ("#0072b2", "#009e73", "#cc79a7")
 FIT, EVALUATION = 0, 1  # seeds
 PARTICLES = 8
 DRAWS = 4000
-WARMUP, SAMPLES, CHAINS = 1000, 2000, 2  # of NUTS
-TIMED = 300  # most steps to time, because all steps of a fit cost the same
+WARMUP, SAMPLES, CHAINS = 500, 1000, 2  # of NUTS
 
 
 class Problem(NamedTuple):
@@ -62,8 +61,7 @@ class Curve(NamedTuple):
 
     :param label: the optimizer, as the legend names it.
     :param steps: steps taken at each checkpoint, shape `(n,)`.
-    :param seconds: wall-clock seconds of those steps, in a fit without checkpoints and without
-        compilation, shape `(n,)`.
+    :param seconds: wall-clock seconds of those steps, without checkpoints and compilation, shape `(n,)`.
     :param elbo: ELBO in nats at each checkpoint, on draws common to all fits, shape `(n,)`.
     :param params: the guide's parameters at the last checkpoint.
     :param weights: log importance weights there, in nats.
@@ -148,7 +146,7 @@ def summary(draws: Mapping[str, Array | np.ndarray], **labels: Any) -> str:
 
 
 def follow(label: str, problem: Problem, optimizer: _NumPyroOptim, steps: int, judged: Problem | None = None) -> Curve:
-    """Take `steps` steps from the common start, once for the time and once for the ELBO.
+    """Take `steps` steps from the common start; stop the clock at each checkpoint, and estimate the ELBO there.
 
     :param label: name of the fit.
     :param problem: the problem to fit.
@@ -168,16 +166,16 @@ def follow(label: str, problem: Problem, optimizer: _NumPyroOptim, steps: int, j
         params, common = svi.get_params(state), random.key(EVALUATION)
         return log_weights(whole.model, whole.guide, params, common, *whole.args)
 
-    start = state = svi.init(random.key(FIT), *args)
-    jax.block_until_ready(advance(start, 0))  # compiles; no step is taken
-    timed = min(steps, TIMED)
-    seconds_a_step = fastest(lambda: advance(start, timed)) / timed
-    marks, elbo = np.unique(np.geomspace(1, steps, 25).round().astype(int)), []
+    state = svi.init(random.key(FIT), *args)
+    jax.block_until_ready(advance(state, 1))  # compiles; this step is not kept
+    marks, seconds, elbo = np.unique(np.geomspace(1, steps, 25).round().astype(int)), [], []
     for number in tqdm(np.diff(marks, prepend=0), desc=label, unit="checkpoint"):
-        state = advance(state, int(number))
-        elbo.append(float(weights(state).mean()))
-    params = svi.get_params(state)
-    return Curve(label, marks, seconds_a_step * marks, np.array(elbo), params, weights(state))
+        before = time.perf_counter()
+        state = jax.block_until_ready(advance(state, int(number)))
+        seconds.append(time.perf_counter() - before)
+        drawn = weights(state)
+        elbo.append(float(drawn.mean()))
+    return Curve(label, marks, np.cumsum(seconds), np.array(elbo), svi.get_params(state), drawn)
 
 
 def report(problem: Problem, optimizer: NaturalGradient) -> str:
@@ -188,21 +186,6 @@ def report(problem: Problem, optimizer: NaturalGradient) -> str:
     """
     svi = problem.svi(optimizer)
     return optimizer.report(svi, svi.init(random.key(FIT), *problem.args), *problem.args)
-
-
-def fastest(call: Callable[[], Any], times: int = 3) -> float:
-    """Seconds of the fastest of several calls, because other programs can only slow a call down.
-
-    :param call: the function to time, already compiled.
-    :param times: number of calls.
-    """
-
-    def clock() -> float:
-        before = time.perf_counter()
-        jax.block_until_ready(call())
-        return time.perf_counter() - before
-
-    return min(clock() for _ in range(times))
 
 
 def follow_adam(problem: Problem, steps: int) -> list[Curve]:

@@ -148,7 +148,7 @@ def by_nuts(svi: SVI, params: dict[str, Any]) -> Forecast:
     sampler = MCMC(
         start.kernel,
         num_warmup=start.num_warmup,
-        num_samples=500,
+        num_samples=250,
         num_chains=2,
         chain_method="vectorized",
         progress_bar=False,
@@ -161,7 +161,7 @@ def run() -> list[Forecast]:
     """The quickstart by Adam and by natural gradients, with all correlations, and by NUTS."""
     adam, *_ = fitted("AutoNormal, Adam(0.01)", AutoNormal(model), Adam(0.01), 1, 1500)
     natural, *_ = fitted("AutoNormal, NaturalGradient()", AutoNormal(model), NaturalGradient(), 1, 1500)
-    full, svi, params = fitted("AutoMultivariateNormal", AutoMultivariateNormal(model), NaturalGradient(), 8, 300)
+    full, svi, params = fitted("AutoMultivariateNormal", AutoMultivariateNormal(model), NaturalGradient(), 8, 200)
     return [adam, natural, full, by_nuts(svi, params)]
 
 
