@@ -23,6 +23,7 @@ from numpyro_natgrad.compilation.kept import jit_for
 from numpyro_natgrad.diagnostics.importance import FittedGuide
 from numpyro_natgrad.diagnostics.verdict import Source, Verdict
 from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.infer.arguments import check_key
 from numpyro_natgrad.options import StructureError
 
 #: Groups that are computed from the model.
@@ -140,6 +141,8 @@ def _check(groups: Any, rng_key: jax.Array | None, draws_per_chunk: Any) -> None
             "`groups` has 'posterior_predictive', and there is no `rng_key`: expected a key, by which draws of the "
             "guide become draws of the posterior. Call `to_arviz(judged, rng_key, ...)`."
         )
+    if rng_key is not None:
+        check_key(rng_key)
     if draws_per_chunk is None:
         return
     if isinstance(draws_per_chunk, bool) or not isinstance(draws_per_chunk, int | np.integer):

@@ -29,7 +29,13 @@ from numpyro_natgrad.compilation.initial import without_validation
 from numpyro_natgrad.compilation.kept import Static, jit_for
 from numpyro_natgrad.distributions.wrappers import base_distribution
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.infer.fisher import Estimate, _initialised
+from numpyro_natgrad.infer.arguments import (
+    check_parameters_of,
+    expected_parameters,
+    initialised,
+    parameter_values,
+)
+from numpyro_natgrad.infer.fisher import Estimate
 from numpyro_natgrad.infer.fitting.outcome import FitResult
 from numpyro_natgrad.options import StructureError
 
@@ -154,9 +160,9 @@ def fitted_guide(svi: SVI, result: Fitted, args: tuple[Any, ...], kwargs: Mappin
     if isinstance(result, SVIRunResult | FitResult):
         params, state = result.params, result.state
     elif isinstance(result, SVIState):
-        params, state = _initialised(svi).get_params(result), result
+        params, state = initialised(svi).get_params(result), result
     elif isinstance(result, Mapping):
-        params, state = result, None
+        params, state = _given(svi, result, args, kwargs), None
     else:
         raise TypeError(
             f"`result` is of type `{type(result).__name__}`: expected what `svi.run` or `fit` returns, a state of "
@@ -172,6 +178,14 @@ def fitted_guide(svi: SVI, result: Fitted, args: tuple[Any, ...], kwargs: Mappin
         mutable_state=mutable,
         unconstrained=None if state is None else svi.optim.get_params(state.optim_state),
     )
+
+
+def _given(svi: SVI, result: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Values of the parameters, which have to be those of the guide for these data, if it is set up."""
+    values = parameter_values(result, "result")
+    if svi.constrain_fn is not None:
+        check_parameters_of(values, expected_parameters(svi, args, kwargs), "result")
+    return values
 
 
 def draw(

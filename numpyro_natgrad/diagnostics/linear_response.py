@@ -41,7 +41,7 @@ from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaus
 from numpyro_natgrad.guide.handlers import mark_guide_site
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
 from numpyro_natgrad.guide.trace import LossTrace, trace_loss
-from numpyro_natgrad.infer.fisher import _initialised
+from numpyro_natgrad.infer.arguments import check_key, initialised
 from numpyro_natgrad.options import StructureError
 
 #: Entries of (m, b) up to which ∇²L is formed and decomposed: 512 × 512 entries take tenths of a second. Not tuned.
@@ -140,6 +140,7 @@ def linear_response(
     :raises TypeError: if ``result`` is not the result of a fit.
     :raises ValueError: if ``svi.init`` has not been called.
     """
+    check_key(rng_key)
     guide = fitted_guide(svi, result, args, kwargs)
     with disk_cache(cache):
         return respond(gaussian_latents(guide, rng_key), rng_key, num_particles)
@@ -266,7 +267,7 @@ def gaussian_latents(guide: FittedGuide, key: jax.Array) -> GaussianLatents:
 
     :raises StructureError: if a site is not a Gaussian with parameters of its own as arguments.
     """
-    _initialised(guide.svi)
+    initialised(guide.svi)
     loc, scale, factors, index, shapes = jit_for(guide.svi, _read, guide, key)()
     return GaussianLatents(
         guide=guide,

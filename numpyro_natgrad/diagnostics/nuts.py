@@ -31,6 +31,7 @@ from numpyro_natgrad.diagnostics.linear_response import (
 )
 from numpyro_natgrad.diagnostics.recommendation import GOOD_K_HAT
 from numpyro_natgrad.diagnostics.target import DENSE_LIMIT, discrete_latents, fixed_model, model_sites, usable
+from numpyro_natgrad.infer.arguments import check_key
 from numpyro_natgrad.options import StructureError
 
 
@@ -133,6 +134,7 @@ def to_nuts(
     :raises ValueError: if ``num_chains`` is not positive, or too few draws have a positive importance weight.
     """
     _check_num_chains(num_chains)
+    check_key(rng_key)
     fitted = importance.fitted_guide(svi, result, args, kwargs)
     keys = random.split(rng_key, 3)
     sites = model_sites(fitted)

@@ -28,6 +28,7 @@ from numpyro_natgrad.diagnostics import importance, linear_response, mixture, re
 from numpyro_natgrad.diagnostics.importance import Draws, Fitted, FittedGuide, ImportanceWeights, Inspection, Moments
 from numpyro_natgrad.diagnostics.mixture import Mixture
 from numpyro_natgrad.diagnostics.short_chains import ShortChains
+from numpyro_natgrad.infer.arguments import check_key
 from numpyro_natgrad.infer.convergence import Judgement
 from numpyro_natgrad.infer.fisher import Estimate
 from numpyro_natgrad.infer.judge import judge_of
@@ -191,6 +192,7 @@ def verdict(
     _check_number("num_draws", num_draws, MIN_DRAWS, usual=2000)
     if num_chains is not None and num_chains != 0:
         _check_number("num_chains", num_chains, short_chains.MIN_STARTS, usual=NUM_CHAINS)
+    check_key(rng_key)
     fitted = importance.fitted_guide(svi, result, args, kwargs)
     with disk_cache(cache):
         keys = jit_for(svi, _keys, rng_key)()

@@ -28,6 +28,7 @@ from numpyro_natgrad.estimators.derivatives import derivative
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Frozen, Loss, log_ratios
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace, ModelSite, trace_loss
+from numpyro_natgrad.infer.arguments import check_key, check_state, initialised
 
 
 class Estimate(NamedTuple):
@@ -73,9 +74,11 @@ def fisher(
     :param bool forward_mode_differentiation: as for ``svi.update``.
     :param kwargs: keyword arguments of model and guide, as for ``svi.update``.
     :return: F at the parameters of the state, nats.
+    :raises TypeError: if ``state`` is no ``SVIState``.
     :raises ValueError: if ``svi.init`` has not been called.
     """
-    params = _initialised(svi).optim.get_params(state.optim_state)
+    check_state(state)
+    params = initialised(svi).optim.get_params(state.optim_state)
     return _fisher(svi, params, state, num_draws, args, kwargs, forward=forward_mode_differentiation)
 
 
@@ -113,9 +116,11 @@ def natural_gradient(
     :param bool forward_mode_differentiation: as for ``svi.update``.
     :param kwargs: keyword arguments of model and guide, as for ``svi.update``.
     :return: a tree like the unconstrained parameters.
+    :raises TypeError: if ``state`` is no ``SVIState``.
     :raises ValueError: if ``svi.init`` has not been called.
     """
-    params, forward = _initialised(svi).optim.get_params(state.optim_state), forward_mode_differentiation
+    check_state(state)
+    params, forward = initialised(svi).optim.get_params(state.optim_state), forward_mode_differentiation
     gradient = derivative(_loss(svi, params, state, args, kwargs), forward)(params)[0]
     return _fisher(svi, params, state, num_draws, args, kwargs, forward=forward).solve(gradient, damping)
 
@@ -146,10 +151,13 @@ def kl(svi: SVI, old: SVIState, new: SVIState, *args: Any, num_draws: int = 64, 
     :param int num_draws: draws of q_old, at least 2 for a standard error.
     :param kwargs: keyword arguments of the guide.
     :return: the mean and its standard error, nats.
+    :raises TypeError: if ``old`` or ``new`` is no ``SVIState``.
     :raises ValueError: if ``svi.init`` has not been called.
     :raises StructureError: if the guide has a flow without an inverse: it has no density at the draws of q_old.
     """
-    before, after = ({**_initialised(svi).get_params(s), **(s.mutable_state or {})} for s in (old, new))
+    check_state(old, "old")
+    check_state(new, "new")
+    before, after = ({**initialised(svi).get_params(s), **(s.mutable_state or {})} for s in (old, new))
     keys, kwargs = random.split(old.rng_key, num_draws), {**svi.static_kwargs, **kwargs}
     nats = lax.map(lambda key: log_ratios(svi.guide, key, before, after, args, kwargs), keys)
     return Estimate(jnp.mean(nats), jnp.std(nats, ddof=1) / jnp.sqrt(num_draws))
@@ -190,9 +198,11 @@ def scale_by_fisher(
     :param float damping: as for :meth:`.FisherOperator.solve`.
     :param kwargs: keyword arguments of model and guide.
     :return: a transformation whose ``update`` needs the parameters.
+    :raises TypeError: if ``rng_key`` is no key.
     :raises ValueError: if ``svi.init`` has not been called, or ``update`` is called without parameters.
     """
-    _initialised(svi)
+    initialised(svi)
+    check_key(rng_key)
 
     def init(params: Params) -> ScaleByFisherState:
         return ScaleByFisherState(jnp.array(0))
@@ -241,14 +251,6 @@ def _is_exact(trace: LossTrace, sites: list[GuideSite | ModelSite]) -> bool:
     arguments = [origin for site in trace.sites.values() for origin in site.arguments.values()]
     drawn = any(origin.is_drawn for origin in arguments) or any(isinstance(s, ModelSite) and s.drawn for s in sites)
     return not drawn and all(s.fisher_estimate == FisherEstimate.CLOSED_FORM and s.weight == 1 for s in sites)
-
-
-def _initialised(svi: SVI) -> SVI:
-    if svi.constrain_fn is None:
-        raise ValueError(
-            "`svi.constrain_fn` is None: expected an initialised SVI; call `svi.init(rng_key, ...)` first."
-        )
-    return svi
 
 
 class _Catch(_NumPyroOptim):

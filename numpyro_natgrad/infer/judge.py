@@ -33,8 +33,9 @@ from numpyro_natgrad.compilation.programs import in_background
 from numpyro_natgrad.estimators.relative_moves import Mirrored, moved, no_move, owned, path_sites, relative_sites
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.trace import trace_loss
+from numpyro_natgrad.infer.arguments import initialised
 from numpyro_natgrad.infer.convergence import Judgement
-from numpyro_natgrad.infer.fisher import _initialised, _loss
+from numpyro_natgrad.infer.fisher import _loss
 from numpyro_natgrad.infer.krylov import Product, conjugate_gradients, flattest_direction
 from numpyro_natgrad.infer.nonfinite import nonfinite_site
 
@@ -136,7 +137,7 @@ class Judge:
     """
 
     def __init__(self, svi: SVI, mutable_state: Any, params: Params, data: Data, batch: Arguments = ()) -> None:
-        self.svi, self.data = _single_particle(_initialised(svi)), data
+        self.svi, self.data = _single_particle(initialised(svi)), data
         self.mutable_state = mutable_state
         self.vectorized = bool(getattr(svi.loss, "vectorize_particles", True))
         # Under ``eval_shape`` no operation is compiled on its own.
@@ -472,8 +473,7 @@ def _unknown(draws: int, lost: int, cause: str) -> Judgement:
 
 
 def _held(batches: Arguments) -> int:
-    leaves = jax.tree.leaves(batches)
-    return len(leaves[0]) if leaves else 0
+    return next((len(x) for x in jax.tree.leaves(batches)), 0)
 
 
 def _single_particle(svi: SVI) -> SVI:

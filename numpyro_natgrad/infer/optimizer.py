@@ -14,7 +14,8 @@ from numpyro_natgrad import options
 from numpyro_natgrad.blocks.partition import Partition, partition_parameters
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Loss
-from numpyro_natgrad.infer.fisher import _initialised, _loss
+from numpyro_natgrad.infer.arguments import check_state, initialised
+from numpyro_natgrad.infer.fisher import _loss
 from numpyro_natgrad.step import fallback
 from numpyro_natgrad.step.natural_step import Context, natural_step
 from numpyro_natgrad.step.state import NaturalGradientState, StepInfo, initial
@@ -174,9 +175,11 @@ class NaturalGradient(_NumPyroOptim):
         :param bool forward_mode_differentiation: as for ``svi.update``.
         :param kwargs: keyword arguments of model and guide, as for ``svi.update``.
         :return: the table.
+        :raises TypeError: if ``state`` is no ``SVIState``.
         :raises ValueError: if ``svi.init`` has not been called.
         """
-        params = _initialised(svi).optim.get_params(state.optim_state)
+        check_state(state)
+        params = initialised(svi).optim.get_params(state.optim_state)
         fn = _loss(svi, params, state, args, kwargs)
         return table(self._partition(fn, params, forward_mode_differentiation).rows())
 

@@ -11,6 +11,9 @@ from numpyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_natgrad.compilation.batches import is_read_once
+from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.infer.arguments import check_key, check_parameters_of, check_state, shown
+from numpyro_natgrad.infer.fitting.outcome import FitResult
 from numpyro_natgrad.infer.optimizer import NaturalGradient
 from numpyro_natgrad.options import StructureError
 
@@ -50,9 +53,8 @@ def check_batches(args: tuple[Any, ...], batches: Any, epochs: Any, prefetch: An
             "the two. Give what is the same in every step by keyword."
         )
     if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | dict | np.ndarray | jax.Array):
-        given = repr(batches) if isinstance(batches, int | float | str) else f"<{type(batches).__name__}>"
         raise TypeError(
-            f"`batches={given}`: expected an iterable of tuples, the arguments of one step after the other."
+            f"`batches={shown(batches)}`: expected an iterable of tuples, the arguments of one step after the other."
         )
     if epochs > 1 and is_read_once(batches):
         raise ValueError(
@@ -72,6 +74,32 @@ def check_callback(callback: Any) -> None:
             f"`callback={callback!r}`: expected a function of one argument, a `Progress`. To call several of them, "
             "write one function that does."
         )
+
+
+def check_start_given(rng_key: Any, init_state: Any, init_params: Any, resume: Any) -> None:
+    """Refuse several starts, a start of the wrong type, and what is not a key where there is none."""
+    starts = {"init_state": init_state, "init_params": init_params, "resume": resume}
+    if len(several := [f"`{name}`" for name, x in starts.items() if x is not None]) > 1:
+        raise ValueError(f"{' and '.join(several)} were given: expected one of them to start from.")
+    if init_state is None and resume is None:
+        check_key(rng_key)
+    if init_state is not None:
+        check_state(init_state, "init_state")
+    if resume is not None and not isinstance(resume, FitResult):
+        raise TypeError(
+            f"`resume={shown(resume)}`: expected a `FitResult`, as `fit` or `load` returns it. To go on from a state "
+            "of `svi.update`, use `init_state`."
+        )
+
+
+def check_init_params(given: Params, expected: Params) -> None:
+    """Refuse initial values of parameters that do not exist, and values of the wrong shape."""
+    if unknown := sorted(given.keys() - expected.keys()):
+        raise ValueError(
+            f"`init_params` has {unknown}: expected names of parameters of guide and model, {list(expected)}. Leave "
+            "the others out."
+        )
+    check_parameters_of({**expected, **given}, expected, "init_params")
 
 
 def check_optimizer(svi: SVI) -> None:

@@ -20,14 +20,17 @@ from numpyro_natgrad.compilation.devices import check_processes, explained_loss,
 from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.initial import check_start, initial_state, is_set_up
 from numpyro_natgrad.compilation.threads import one_blas_thread
+from numpyro_natgrad.infer.arguments import expected_parameters, parameter_values
 from numpyro_natgrad.infer.convergence import STOPPING, converged, diverged
 from numpyro_natgrad.infer.fitting.checks import (
     check_batches,
     check_callback,
+    check_init_params,
     check_limits,
     check_mutable_state,
     check_optimizer,
     check_parameters,
+    check_start_given,
 )
 from numpyro_natgrad.infer.fitting.outcome import (
     CONVERGED,
@@ -134,6 +137,7 @@ def fit(
         num_starts, {"batches": batches, "init_state": init_state, "init_params": init_params, "resume": resume}
     )
     check_callback(callback)
+    check_start_given(rng_key, init_state, init_params, resume)
     source = BatchIterator(batches, STEPS_PER_CHUNK, epochs, prefetch)
     reporter = Reporter(max_steps, progress_bar)
     with explained_loss(), source, disk_cache(cache), reporter:
@@ -328,12 +332,18 @@ def _start(
     resume: FitResult | None,
 ) -> SVIState:
     """The state to start from."""
-    starts = {"init_state": init_state, "init_params": init_params, "resume": resume}
-    if len(several := [f"`{name}`" for name, x in starts.items() if x is not None]) > 1:
-        raise ValueError(f"{' and '.join(several)} were given: expected one of them to start from.")
     given = init_state if resume is None else resume.state
     if given is not None and svi.constrain_fn is not None:
         return given
     # With a given state, ``svi.init`` only prepares ``svi.get_params``, as in a new process.
-    fresh = initial_state(svi, rng_key, args, kwargs, init_params)
+    values = None if init_params is None else parameter_values(init_params, "init_params")
+    try:
+        fresh = initial_state(svi, rng_key, args, kwargs, values)
+    except Exception:
+        if values is not None:  # the guide may not be set up yet
+            initial_state(svi, rng_key, args, kwargs)
+            check_init_params(values, expected_parameters(svi, args, kwargs))
+        raise
+    if values is not None:
+        check_init_params(values, expected_parameters(svi, args, kwargs))
     return fresh if given is None else given

@@ -24,6 +24,7 @@ from numpyro.infer.svi import SVI
 
 from numpyro_natgrad.compilation.devices import fetch
 from numpyro_natgrad.compilation.initial import initial_state
+from numpyro_natgrad.infer.arguments import check_key
 from numpyro_natgrad.infer.convergence import Judgement
 from numpyro_natgrad.infer.fitting.checks import check_optimizer
 from numpyro_natgrad.infer.fitting.outcome import FitResult
@@ -106,6 +107,7 @@ def load(path: str | os.PathLike[str], svi: SVI, rng_key: jax.Array, *args: Any,
         listed.
     """
     check_optimizer(svi)
+    check_key(rng_key)
     header, arrays = _read(pathlib.Path(path))
     state = initial_state(svi, rng_key, args, kwargs)
     like = {"state": state, "params": jax.eval_shape(svi.get_params, state), "history": empty_history()}
