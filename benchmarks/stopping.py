@@ -4,8 +4,8 @@
 
 With ``--checkout PATH`` (of posteriordb) the cases are its posteriors, by (parts of) their names, in float64.
 
-The stopping rule of ``fit`` is applied every :data:`.STEPS_PER_CHUNK` steps to fits of :data:`STEPS` steps from several
-seeds.
+The stopping rule of ``fit``, its running estimate and its independent check, is applied every :data:`.STEPS_PER_CHUNK`
+steps to fits of :data:`STEPS` steps from several seeds. A *check* is one call of the judge.
 The true gap is the loss minus that of the reference, on the same :data:`DRAWS` draws. The reference is the best of the
 seeds' mean iterates over the last half of the fits with the most particles. A stop is *right* if the true gap is below
 twice the tolerance; *steps needed* count until it first is.
@@ -25,8 +25,10 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from numpyro_natgrad import History, NaturalGradient
+from numpyro_natgrad.compilation.data import Data, split
 from numpyro_natgrad.infer.convergence import converged
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK
+from numpyro_natgrad.infer.stop_check import StopCheck
 
 from .cases import Case, eight_schools, gaussian
 from .stress_cases import StressCase, centred_schools
@@ -44,18 +46,23 @@ class Effort(NamedTuple):
 
 
 class Fits(NamedTuple):
-    """The history of each seed, and the true gaps, nats, with one column for each ``STEPS_PER_CHUNK`` steps."""
+    """The history of each seed; states and true gaps, nats, with one column for each ``STEPS_PER_CHUNK`` steps."""
 
+    svi: SVI
+    data: Data
+    particles: int
     histories: list[History]
+    states: Any
     gaps: np.ndarray
 
 
 class Stops(NamedTuple):
-    """Per seed: the step where a fit stops (infinity: never), the true gap there, nats, and the steps needed."""
+    """Per seed: the step where a fit stops (infinity: never), the true gap there, nats, steps needed, and checks."""
 
     steps: np.ndarray
     gaps: np.ndarray
     needed: np.ndarray
+    checks: np.ndarray
 
 
 def logistic() -> Case:
@@ -116,19 +123,21 @@ def fits(model: Callable[..., Any], guide: Any, data: tuple[Any, ...], effort: E
     score = jax.jit(lambda params: jax.lax.map(lambda p: svi.loss.loss(key, p, model, guide, *data), params))
     best = None
     for count in effort.particles:
-        records, params = _runs(SVI(model, guide, NaturalGradient(), Trace_ELBO(count)), data)
+        fitted = SVI(model, guide, NaturalGradient(), Trace_ELBO(count))
+        records, params, states = _runs(fitted, data)
         if best is None:
             best = score(jax.tree.map(_settled, params)).min()
         gaps = np.stack([score(jax.tree.map(lambda x, i=i: x[i], params)) - best for i in range(SEEDS)])
-        yield count, Fits([_history(jax.tree.map(lambda x, i=i: x[i], records)) for i in range(SEEDS)], gaps)
+        histories = [_history(jax.tree.map(lambda x, i=i: x[i], records)) for i in range(SEEDS)]
+        yield count, Fits(fitted, split(fitted, data, {}), count, histories, states, gaps)
 
 
 def _settled(x: np.ndarray) -> np.ndarray:
     return x[:, x.shape[1] // 2 :].mean(1)
 
 
-def _runs(svi: SVI, data: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Loss and ``StepInfo`` of every step, and parameters every ``STEPS_PER_CHUNK`` steps; ``(seeds, …)``."""
+def _runs(svi: SVI, data: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """Loss and ``StepInfo`` of every step, parameters and states every ``STEPS_PER_CHUNK`` steps; ``(seeds, …)``."""
     svi.init(jax.random.key(0), *data)
 
     def step(state: Any, _: None) -> tuple[Any, Any]:
@@ -137,11 +146,12 @@ def _runs(svi: SVI, data: tuple[Any, ...]) -> tuple[Any, Any]:
 
     def chunk(state: Any, _: None) -> tuple[Any, Any]:
         state, records = jax.lax.scan(step, state, None, length=STEPS_PER_CHUNK)
-        return state, (records, svi.get_params(state))
+        return state, (records, state, svi.get_params(state))
 
     run = jax.jit(lambda key: jax.lax.scan(chunk, svi.init(key, *data), None, length=STEPS // STEPS_PER_CHUNK)[1])
-    runs = [jax.device_get(run(jax.random.key(seed))) for seed in range(SEEDS)]
-    return jax.tree.map(lambda *xs: np.stack(xs), *runs)
+    records, states, params = zip(*(run(jax.random.key(seed)) for seed in range(SEEDS)), strict=True)
+    stacked = lambda parts: jax.tree.map(lambda *xs: np.stack(xs), *jax.device_get(parts))
+    return stacked(records), stacked(params), states
 
 
 def _history(records: Any) -> History:
@@ -152,16 +162,25 @@ def _history(records: Any) -> History:
 
 def stops(fitted: Fits, tolerance: float) -> Stops:
     """The stops of all seeds at this tolerance."""
-    found = [_stop(history, gaps, tolerance) for history, gaps in zip(*fitted, strict=True)]
+    found = [_stop(fitted, seed, tolerance) for seed in range(SEEDS)]
     return Stops(*(np.array(x) for x in zip(*found, strict=True)))
 
 
-def _stop(history: History, gaps: np.ndarray, tolerance: float) -> tuple[float, float, float]:
-    marks = np.arange(STEPS_PER_CHUNK, STEPS + 1, STEPS_PER_CHUNK)
-    done = np.array([converged(History(*(x[:t] for x in history)), tolerance) for t in marks])
-    right = gaps < 2 * tolerance
-    needed = marks[right.argmax()] if right.any() else np.inf
-    return (marks[done.argmax()], gaps[done.argmax()], needed) if done.any() else (np.inf, np.nan, needed)
+def _stop(fitted: Fits, seed: int, tolerance: float) -> tuple[float, float, float, int]:
+    history, gaps, right = fitted.histories[seed], fitted.gaps[seed], fitted.gaps[seed] < 2 * tolerance
+    needed = STEPS_PER_CHUNK * (1 + right.argmax()) if right.any() else np.inf
+    check, checks = StopCheck(fitted.svi), set()
+    for i in range(STEPS // STEPS_PER_CHUNK):
+        steps = STEPS_PER_CHUNK * (i + 1)
+        past = History(*(x[:steps] for x in history))
+        if not converged(past, tolerance):
+            continue
+        state = jax.tree.map(lambda x, i=i: x[i], fitted.states[seed])
+        granted = check.grants(past, state, fitted.data, steps, fitted.particles, None, tolerance)
+        checks.add(check.at)
+        if granted:
+            return steps, gaps[i], needed, len(checks)
+    return np.inf, np.nan, needed, len(checks)
 
 
 def row(title: str, guide: str, particles: int, found: Stops, tolerance: float) -> str:
@@ -172,13 +191,13 @@ def row(title: str, guide: str, particles: int, found: Stops, tolerance: float) 
     counts = f"{right} of {stopped.sum()}"
     return (
         f"| {title} | {guide} | {particles} | {tolerance} | {counts} | {worst} | {np.median(found.steps):.0f} | "
-        f"{np.median(found.needed):.0f} |"
+        f"{np.median(found.needed):.0f} | {np.mean(found.checks):.1f} |"
     )
 
 
 HEAD = (
-    "| case | guide | particles | tolerance | right stops | worst gap | steps at stop | steps needed |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| case | guide | particles | tolerance | right stops | worst gap | steps at stop | steps needed | checks |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -198,7 +217,7 @@ def table(cases: Iterable[tuple[str, str, Callable[..., Any], Any, tuple[Any, ..
 
 def summary(tolerance: float, found: list[Stops]) -> str:
     """A sentence over all fits at this tolerance."""
-    steps, gaps, needed = (np.concatenate(x) for x in zip(*found, strict=True))
+    steps, gaps, needed, checks = (np.concatenate(x) for x in zip(*found, strict=True))
     stopped = np.isfinite(steps)
     right = gaps[stopped] < 2 * tolerance
     ratio = (steps[stopped] / needed[stopped])[right]
@@ -206,7 +225,8 @@ def summary(tolerance: float, found: list[Stops]) -> str:
     return (
         f"tolerance {tolerance} nats: {stopped.sum()} of {steps.size} fits stop within {STEPS} steps, "
         f"{right.mean():.1%} of them with a true gap below {2 * tolerance}; of those {within:.0%} within twice the "
-        f"steps needed, and in the median after {middle:.1f} times the steps needed.\n"
+        f"steps needed, and in the median after {middle:.2f} times the steps needed. A fit is "
+        f"checked {checks.mean():.1f} times.\n"
     )
 
 

@@ -17,10 +17,11 @@ from numpyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivari
 from numpyro.infer.initialization import init_to_value
 from oracles import spd
 
-from numpyro_natgrad import NaturalGradient, fit, verdict
+from numpyro_natgrad import History, NaturalGradient, fit, verdict
 from numpyro_natgrad.compilation.data import split
 from numpyro_natgrad.infer.judge import JUDGE, USUAL_DRAWS, Judge, _combined
 from numpyro_natgrad.infer.krylov import conjugate_gradients, flattest_direction
+from numpyro_natgrad.infer.stop_check import StopCheck
 
 D = 4
 CENTRE, COVARIANCE = np.arange(1.0, D + 1), spd(3, D, low=0.5, high=8.0)
@@ -239,17 +240,29 @@ def test_too_few_batches_are_no_convergence():
     assert "fewer than 4 batches are left for an independent check" in short.reason
 
 
+def discrete():
+    z = numpyro.sample("z", dist.Bernoulli(0.3))
+    numpyro.sample("y", dist.Normal(z * 1.0, 1.0), obs=0.5)
+
+
+def discrete_guide():
+    numpyro.sample("z", dist.Bernoulli(numpyro.param("p", 0.4, constraint=constraints.unit_interval)))
+
+
 def test_discrete_draws_have_no_hessian():
-    def model():
-        z = numpyro.sample("z", dist.Bernoulli(0.3))
-        numpyro.sample("y", dist.Normal(z * 1.0, 1.0), obs=0.5)
-
-    def guide():
-        numpyro.sample("z", dist.Bernoulli(numpyro.param("p", 0.4, constraint=constraints.unit_interval)))
-
-    found = judged(started(model, guide, TraceGraph_ELBO()), {})
+    found = judged(started(discrete, discrete_guide, TraceGraph_ELBO()), {})
     assert found.abstains
     assert "draws of `z` are not differentiable" in str(found)
+
+
+@pytest.mark.parametrize(("error", "granted"), [(0.0, True), (0.03, True), (0.05, False)])
+def test_a_stop_without_a_check_needs_the_running_estimate_beyond_its_error(error, granted):
+    svi = started(discrete, discrete_guide, TraceGraph_ELBO())
+    state, zero, no = svi.init(random.key(0)), np.zeros(3), np.zeros(3, bool)
+    history = History(zero, zero, zero, zero + 0.01, zero + error, no, no, zero)
+    check = StopCheck(svi)
+    assert check.grants(history, state, split(svi, (), {}), 10, 1.0, None, TOLERANCE) is granted
+    assert check.last.abstains
 
 
 def test_conjugate_gradients_solve_and_find_negative_curvature():

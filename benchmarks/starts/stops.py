@@ -17,8 +17,8 @@ import numpy as np
 from numpyro_natgrad import History
 from numpyro_natgrad.compilation.data import split
 from numpyro_natgrad.infer.convergence import converged
-from numpyro_natgrad.infer.judge import StopCheck
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK
+from numpyro_natgrad.infer.stop_check import StopCheck
 
 from .fitting import MARKS, Starts, Walk, gathered
 from .judging import Judge
@@ -41,11 +41,10 @@ def granted_stops(starts: Starts, walk: Walk) -> np.ndarray:
     first, steps = StopCheck(svi), []
     for start, at in enumerate(proposed):
         check = copy.copy(first)
-        granted = lambda step, check=check, start=start: check.grants(
-            _state(walk, start, step), data, step, starts.particles, None, TOLERANCE
+        granted = lambda past, check=check, start=start: check.grants(
+            past, _state(walk, start, past.steps), data, past.steps, starts.particles, None, TOLERANCE
         )
-        grants = filter(granted, at)
-        steps.append(next(grants, 0))
+        steps.append(next((past.steps for past in at if granted(past)), 0))
         first._judge = check._judge  # compiled once for all starts
     return np.array(steps)
 
@@ -55,14 +54,15 @@ def _state(walk: Walk, start: int, step: int) -> Any:
     return jax.tree.map(lambda x: x[start], states)
 
 
-def proposals(walk: Walk, start: int) -> Iterator[int]:
-    """The steps after which the running estimate proposes a stop, in their order."""
+def proposals(walk: Walk, start: int) -> Iterator[History]:
+    """The histories up to the steps after which the running estimate proposes a stop, in their order."""
     loss, info = jax.tree.map(lambda x: x[start], walk.records)
     fields = info.kl, info.step_size, info.newton_decrement, info.newton_decrement_error, info.limited, info.skipped
     history = History(loss, *fields, np.zeros(len(loss)))
     for step in range(STEPS_PER_CHUNK, len(loss) + 1, STEPS_PER_CHUNK):
-        if converged(History(*(x[:step] for x in history)), TOLERANCE):
-            yield step
+        past = History(*(x[:step] for x in history))
+        if converged(past, TOLERANCE):
+            yield past
 
 
 def judged_stops(starts: Starts, walk: Walk, judge: Judge, best: float, rate: float) -> list[dict[str, Any]]:

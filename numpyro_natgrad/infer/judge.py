@@ -12,7 +12,6 @@ step, on other draws, refutes convergence whatever the quadratic model says.
 
 import copy
 import math
-import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -229,7 +228,7 @@ class Judge:
         :param draws: the most draws for the gradients, above the least number of :class:`JudgeConstants`.
         """
         found = self._examine(params, key, tolerance, batches, draws)
-        self._last[:] = [] if _held(batches) else [(SameArrays((params, self.data.inputs)), found)]
+        self._last[:] = [] if number_held(batches) else [(SameArrays((params, self.data.inputs)), found)]
         return found
 
     def last(self, params: Params) -> Judgement | None:
@@ -238,7 +237,7 @@ class Judge:
 
     def _examine(self, params: Params, key: jax.Array, tolerance: float, batches: Arguments, draws: float) -> Judgement:
         self.compile(params, key, batches)
-        rule, held = JUDGE, _held(batches)
+        rule, held = JUDGE, number_held(batches)
         rows = min(math.ceil(rule.row_pairs * self.row_weight / (rule.group * rule.chunk)), rule.kept_chunks // 2)
         chunks = max(rule.min_chunks, 2 * math.ceil(held / rule.chunk / 2), 2 * rows)
         pairs = partial(self._pairs, key, batches)
@@ -318,7 +317,7 @@ class Judge:
 
     def _pairs(self, key: jax.Array, batches: Arguments, purpose: int, end: int, begin: int = 0) -> list[_Pairs]:
         """Independent pairs; the groups go round the minibatches, so that those of even and odd number differ."""
-        held, chunk = _held(batches), JUDGE.chunk
+        held, chunk = number_held(batches), JUDGE.chunk
         each = [np.arange(i * chunk, (i + 1) * chunk) % max(held, 1) for i in range(begin, end)]
         held_by = [jax.tree.map(lambda b, i=i: b[i], batches) for i in each]
         return [_Pairs(key, purpose, begin + k, x) for k, x in enumerate(held_by)]
@@ -374,64 +373,6 @@ class Judge:
         return self._cause
 
 
-class StopCheck:
-    """The judge of a fit: compiled beside the first steps, and consulted ever more rarely after refusals.
-
-    :ivar last: the last judgement, ``at`` the number of steps before it, and ``next`` that before the next one.
-    :ivar seconds: seconds that all judgements took, with compilation.
-    :ivar few: whether too few minibatches were left for a judgement.
-    """
-
-    def __init__(self, svi: SVI, steps: int = 0) -> None:
-        self._svi, self.next = svi, steps
-        self._judge: tuple[Any, Judge] | None = None
-        self.last: Judgement | None = None
-        self.at, self.seconds, self.few = 0, 0.0, False
-
-    def compile(self, state: SVIState, data: Data, batches: Arguments = ()) -> Judge:
-        """Start to compile the judge for these shapes, unless that was done before.
-
-        :param batches: stacked arguments of at least one minibatch, or ``()``.
-        """
-        first = jax.tree.map(lambda x: x[0], batches)
-        if self._judge is None or self._judge[0] != types(first):
-            params = self._svi.optim.get_params(state.optim_state)
-            judge = judge_of(self._svi, state.mutable_state, params, data, first)
-            judge.compile(params, state.rng_key, batches)
-            self._judge = types(first), judge
-        return self._judge[1]
-
-    def grants(
-        self,
-        state: SVIState,
-        data: Data,
-        steps: int,
-        particles: float,
-        hold: Callable[[int], Arguments] | None,
-        tolerance: float,
-    ) -> bool:
-        """Whether the stop that is proposed after so many steps is granted.
-
-        :param hold: the stacked arguments of at most so many coming steps; ``None`` for fixed data.
-        """
-        if steps < self.next:
-            return False
-        begin, batches = time.perf_counter(), ()
-        if hold is not None:
-            batches = hold(int(np.clip(steps // JUDGE.steps_per_batch, MIN_HELD, JUDGE.max_held)))
-            self.few = _held(batches) < MIN_HELD
-            if self.few:
-                return False
-        params = self._svi.optim.get_params(state.optim_state)
-        draws = JUDGE.draws * steps * (particles if math.isfinite(particles) else 1)
-        judge = self.compile(state, data, batches)
-        self.last = judge(params, state.rng_key, tolerance, batches, draws)
-        paid = float(np.clip(self.last.required / draws, JUDGE.growth, JUDGE.noisy_growth))
-        self.at, self.next = steps, math.ceil(paid * steps)
-        self.seconds += time.perf_counter() - begin
-        return self.last.grants(tolerance)
-
-
 def _required(noise: float, tolerance: float) -> int:
     """By how much draws are multiplied so that noise, nats, falls below the tolerance; 1 if it is below, or NaN."""
     return 2 ** math.ceil(math.log2(noise / tolerance)) if 0 < tolerance < noise < math.inf else 1
@@ -472,7 +413,8 @@ def _unknown(draws: int, lost: int, cause: str) -> Judgement:
     return Judgement(gain=math.nan, error=math.nan, saddle=False, draws=draws, nonfinite=lost, cause=cause)
 
 
-def _held(batches: Arguments) -> int:
+def number_held(batches: Arguments) -> int:
+    """How many minibatches are stacked."""
     return next((len(x) for x in jax.tree.leaves(batches)), 0)
 
 

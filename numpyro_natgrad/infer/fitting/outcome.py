@@ -11,8 +11,9 @@ from numpyro_natgrad.blocks.partition import Partition
 from numpyro_natgrad.infer.convergence import STOPPING, Judgement, format_interval, remaining_effort
 from numpyro_natgrad.infer.fitting.starts import Starts
 from numpyro_natgrad.infer.history import History
-from numpyro_natgrad.infer.judge import MIN_HELD, StopCheck
+from numpyro_natgrad.infer.judge import MIN_HELD
 from numpyro_natgrad.infer.optimizer import table
+from numpyro_natgrad.infer.stop_check import StopCheck
 from numpyro_natgrad.options import RuleConstants
 from numpyro_natgrad.step.newton_decrement import noise_part
 from numpyro_natgrad.step.state import NaturalGradientState
