@@ -7,7 +7,7 @@ the functions, because its import takes longer than a small fit.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from numpyro_natgrad.compilation.kept import jit_for
 from numpyro_natgrad.diagnostics.importance import FittedGuide
 from numpyro_natgrad.diagnostics.verdict import Source, Verdict
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.infer.arguments import check_key
+from numpyro_natgrad.infer.arguments import check_count, check_key
 from numpyro_natgrad.options import StructureError
 
 #: Groups that are computed from the model.
@@ -133,8 +133,9 @@ def _one_chain(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _check(groups: Any, rng_key: jax.Array | None, draws_per_chunk: Any) -> None:
-    if isinstance(groups, str) or (groups is not None and (unknown := [x for x in groups if x not in GROUPS])):
-        wrong = groups if isinstance(groups, str) else unknown
+    several = isinstance(groups, Iterable) and not isinstance(groups, str)
+    wrong = [x for x in groups or () if x not in GROUPS] if several or groups is None else groups
+    if wrong != []:
         raise ValueError(f"`groups` has {wrong!r}: expected a list of some of {list(GROUPS)}.")
     if groups is not None and "posterior_predictive" in groups and rng_key is None:
         raise ValueError(
@@ -143,12 +144,8 @@ def _check(groups: Any, rng_key: jax.Array | None, draws_per_chunk: Any) -> None
         )
     if rng_key is not None:
         check_key(rng_key)
-    if draws_per_chunk is None:
-        return
-    if isinstance(draws_per_chunk, bool) or not isinstance(draws_per_chunk, int | np.integer):
-        raise TypeError(f"`draws_per_chunk={draws_per_chunk!r}`: expected a positive integer, such as 100.")
-    if draws_per_chunk < 1:
-        raise ValueError(f"`draws_per_chunk={draws_per_chunk}`: expected a positive integer, such as 100.")
+    if draws_per_chunk is not None:
+        check_count("draws_per_chunk", draws_per_chunk, "100")
 
 
 class _Groups:

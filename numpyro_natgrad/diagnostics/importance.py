@@ -31,6 +31,7 @@ from numpyro_natgrad.distributions.wrappers import base_distribution
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.infer.arguments import (
     check_parameters_of,
+    check_state,
     expected_parameters,
     initialised,
     parameter_values,
@@ -158,8 +159,10 @@ class Moments(NamedTuple):
 def fitted_guide(svi: SVI, result: Fitted, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> FittedGuide:
     """Read the parameters of what a fit returned. Raise TypeError for anything else, ValueError before ``svi.init``."""
     if isinstance(result, SVIRunResult | FitResult):
+        check_state(svi, result.state, "result.state")
         params, state = result.params, result.state
     elif isinstance(result, SVIState):
+        check_state(svi, result, "result")
         params, state = initialised(svi).get_params(result), result
     elif isinstance(result, Mapping):
         params, state = _given(svi, result, args, kwargs), None

@@ -41,7 +41,7 @@ from numpyro_natgrad.guide.gaussian_sites import GaussianSite, Params, read_gaus
 from numpyro_natgrad.guide.handlers import mark_guide_site
 from numpyro_natgrad.guide.low_rank_sites import LowRankSite, read_low_rank_site
 from numpyro_natgrad.guide.trace import LossTrace, trace_loss
-from numpyro_natgrad.infer.arguments import check_key, initialised
+from numpyro_natgrad.infer.arguments import check_count, check_key, initialised
 from numpyro_natgrad.options import StructureError
 
 #: Entries of (m, b) up to which ∇²L is formed and decomposed: 512 × 512 entries take tenths of a second. Not tuned.
@@ -141,6 +141,7 @@ def linear_response(
     :raises ValueError: if ``svi.init`` has not been called.
     """
     check_key(rng_key)
+    check_count("num_particles", num_particles, "256")
     guide = fitted_guide(svi, result, args, kwargs)
     with disk_cache(cache):
         return respond(gaussian_latents(guide, rng_key), rng_key, num_particles)

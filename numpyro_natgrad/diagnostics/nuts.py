@@ -31,7 +31,7 @@ from numpyro_natgrad.diagnostics.linear_response import (
 )
 from numpyro_natgrad.diagnostics.recommendation import GOOD_K_HAT
 from numpyro_natgrad.diagnostics.target import DENSE_LIMIT, discrete_latents, fixed_model, model_sites, usable
-from numpyro_natgrad.infer.arguments import check_key
+from numpyro_natgrad.infer.arguments import check_count, check_key
 from numpyro_natgrad.options import StructureError
 
 
@@ -133,7 +133,7 @@ def to_nuts(
     :raises TypeError: if ``num_chains`` is not an integer, or ``result`` not the result of a fit.
     :raises ValueError: if ``num_chains`` is not positive, or too few draws have a positive importance weight.
     """
-    _check_num_chains(num_chains)
+    check_count("num_chains", num_chains, "4")
     check_key(rng_key)
     fitted = importance.fitted_guide(svi, result, args, kwargs)
     keys = random.split(rng_key, 3)
@@ -167,13 +167,6 @@ def to_nuts(
         step_size=START.step_size,
         k_hat=weights.k_hat,
     )
-
-
-def _check_num_chains(num_chains: Any) -> None:
-    if isinstance(num_chains, bool) or not isinstance(num_chains, int | np.integer):
-        raise TypeError(f"`num_chains={num_chains!r}`: expected a positive integer, such as 4.")
-    if num_chains < 1:
-        raise ValueError(f"`num_chains={num_chains}`: expected a positive integer, such as 4.")
 
 
 def _check_continuous(sites: dict[str, dict[str, Any]]) -> None:

@@ -9,13 +9,14 @@ An exponential family is stated by η as a function of NumPyro's arguments, by A
 η. Its mean, Fisher matrix and KL follow by automatic differentiation.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from numpyro.distributions import Distribution
 
 from numpyro_natgrad.distributions.gaussian import positive_ratio, scaled_cholesky_solve
 
@@ -134,6 +135,8 @@ def register_exponential_family(
     :param move: ``move(eta, change, margin)`` returns the new η if the domain is not a product of half-lines. The
         default is η + change within ``lower``.
     :return: None
+    :raises TypeError: if ``cls`` is not a class of distributions, or a function is none.
+    :raises ValueError: if a name is not an argument of ``cls``.
 
     .. doctest::
 
@@ -153,6 +156,8 @@ def register_exponential_family(
         >>> print(find_exponential_family(Rayleigh).fisher(jnp.array([2.0])))  # ∇²A = η⁻²
         [[0.25]]
     """
+    functions = {"natural": natural, "log_normalizer": log_normalizer, "arguments": arguments}
+    check_registration(cls, fixed, functions | {name: f for name, f in (("solve", solve), ("move", move)) if f})
     _EXPONENTIAL_FAMILIES[cls] = ExponentialFamily(natural, log_normalizer, arguments, lower, fixed, solve, move)
 
 
@@ -165,6 +170,8 @@ def register_fisher(cls: type, metric: Metric, *, fixed: tuple[str, ...] = ()) -
     :param tuple fixed: names of the arguments that the metric does not cover. If one of them is computed from
         parameters, the Fisher matrix is estimated from draws.
     :return: None
+    :raises TypeError: if ``cls`` is not a class of distributions, or a function is none.
+    :raises ValueError: if a name is not an argument of ``cls``.
 
     .. doctest::
 
@@ -181,7 +188,23 @@ def register_fisher(cls: type, metric: Metric, *, fixed: tuple[str, ...] = ()) -
         >>> is_registered(Secant)
         True
     """
+    check_registration(cls, fixed, {"metric": metric})
     _METRICS[cls] = metric, fixed
+
+
+def check_registration(cls: Any, arguments: Iterable[str], functions: Mapping[str, Any]) -> None:
+    """Refuse what is not a class of distributions, names that are not its arguments, and what is not a function."""
+    is_distribution = isinstance(cls, type) and issubclass(cls, Distribution)
+    if not is_distribution:
+        raise TypeError(f"`cls={cls!r}`: expected a class of distributions, such as `dist.Gamma`.")
+    if isinstance(arguments, str) or not set(arguments) <= set(cls.arg_constraints):
+        raise ValueError(
+            f"{arguments!r}: expected a tuple of arguments of `{cls.__name__}`, some of {list(cls.arg_constraints)}. "
+            "They are the names in its `arg_constraints`."
+        )
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"`{name}={function!r}`: expected a function.")
 
 
 def find_exponential_family(cls: type) -> ExponentialFamily | None:

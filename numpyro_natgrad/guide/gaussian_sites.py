@@ -17,6 +17,7 @@ from jax.scipy.linalg import cho_solve
 from numpyro import distributions as dist
 from numpyro.distributions import transforms
 
+from numpyro_natgrad.distributions.exponential_family import check_registration
 from numpyro_natgrad.distributions.gaussian import diagonal, inverse_lower, lower_factor
 from numpyro_natgrad.guide.handlers import Params as Params
 from numpyro_natgrad.guide.provenance import Origin
@@ -79,6 +80,8 @@ def register_gaussian(cls: type[dist.Distribution], *, loc: str = "loc", forms: 
         the argument is a parameter with NumPyro's constraint for it (positive, lower Cholesky, positive definite);
         with other constraints the Hessian of KL is used instead.
     :return: ``None``; the class is known to every optimizer from now on.
+    :raises TypeError: if ``cls`` is not a class of distributions, or a form is no :class:`CovarianceForm`.
+    :raises ValueError: if a name is not an argument of ``cls``.
 
     .. doctest::
 
@@ -95,6 +98,9 @@ def register_gaussian(cls: type[dist.Distribution], *, loc: str = "loc", forms: 
         >>> print(form.forward(jnp.array([4.0, 0.25])), form.inverse(jnp.array([0.5, 2.0])))
         [0.5 2. ] [4.   0.25]
     """
+    check_registration(cls, (loc, *forms), {})
+    if wrong := {name: form for name, form in forms.items() if not isinstance(form, CovarianceForm)}:
+        raise TypeError(f"`forms={wrong!r}`: expected a `CovarianceForm` for each argument.")
     _REGISTRY[cls] = (loc, dict(forms))
 
 

@@ -4,6 +4,7 @@
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -35,13 +36,29 @@ def check_key(rng_key: Any, name: str = "rng_key") -> None:
         raise TypeError(f"`{name}={shown(rng_key)}`: expected one key, such as `jax.random.key(0)`.")
 
 
-def check_state(state: Any, name: str = "state") -> None:
-    """Refuse what is not a state of an ``SVI``."""
+def check_state(svi: SVI, state: Any, name: str = "state") -> None:
+    """Refuse what is not a state of this ``SVI``; of one that is not initialised the parameters are not known."""
     if not isinstance(state, SVIState):
         raise TypeError(
             f"`{name}={shown(state)}`: expected an `SVIState`, as `svi.init` or `svi.update` returns it, or "
             "`result.state`."
         )
+    if not isinstance(svi.constrain_fn, partial):
+        return
+    given, expected = (sorted(x) for x in (svi.optim.get_params(state.optim_state), svi.constrain_fn.args[0]))
+    if given != expected:
+        raise ValueError(
+            f"`{name}` has the parameters {given}: expected those of this `svi`, {expected}. It is a state of another "
+            "model or guide."
+        )
+
+
+def check_count(name: str, value: Any, example: str) -> None:
+    """Refuse what is not a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"`{name}={value!r}`: expected a positive integer, such as {example}.")
+    if value < 1:
+        raise ValueError(f"`{name}={value!r}`: expected a positive integer, such as {example}.")
 
 
 def parameter_values(given: Any, name: str) -> Params:

@@ -28,7 +28,7 @@ from numpyro_natgrad.estimators.derivatives import derivative
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Frozen, Loss, log_ratios
 from numpyro_natgrad.guide.trace import GuideSite, LossTrace, ModelSite, trace_loss
-from numpyro_natgrad.infer.arguments import check_key, check_state, initialised
+from numpyro_natgrad.infer.arguments import check_count, check_key, check_state, initialised
 
 
 class Estimate(NamedTuple):
@@ -77,7 +77,8 @@ def fisher(
     :raises TypeError: if ``state`` is no ``SVIState``.
     :raises ValueError: if ``svi.init`` has not been called.
     """
-    check_state(state)
+    check_state(svi, state)
+    check_count("num_draws", num_draws, "64")
     params = initialised(svi).optim.get_params(state.optim_state)
     return _fisher(svi, params, state, num_draws, args, kwargs, forward=forward_mode_differentiation)
 
@@ -119,7 +120,8 @@ def natural_gradient(
     :raises TypeError: if ``state`` is no ``SVIState``.
     :raises ValueError: if ``svi.init`` has not been called.
     """
-    check_state(state)
+    check_state(svi, state)
+    check_count("num_draws", num_draws, "64")
     params, forward = initialised(svi).optim.get_params(state.optim_state), forward_mode_differentiation
     gradient = derivative(_loss(svi, params, state, args, kwargs), forward)(params)[0]
     return _fisher(svi, params, state, num_draws, args, kwargs, forward=forward).solve(gradient, damping)
@@ -155,8 +157,9 @@ def kl(svi: SVI, old: SVIState, new: SVIState, *args: Any, num_draws: int = 64, 
     :raises ValueError: if ``svi.init`` has not been called.
     :raises StructureError: if the guide has a flow without an inverse: it has no density at the draws of q_old.
     """
-    check_state(old, "old")
-    check_state(new, "new")
+    check_state(svi, old, "old")
+    check_state(svi, new, "new")
+    check_count("num_draws", num_draws, "1000")
     before, after = ({**initialised(svi).get_params(s), **(s.mutable_state or {})} for s in (old, new))
     keys, kwargs = random.split(old.rng_key, num_draws), {**svi.static_kwargs, **kwargs}
     nats = lax.map(lambda key: log_ratios(svi.guide, key, before, after, args, kwargs), keys)
@@ -203,6 +206,7 @@ def scale_by_fisher(
     """
     initialised(svi)
     check_key(rng_key)
+    check_count("num_draws", num_draws, "64")
 
     def init(params: Params) -> ScaleByFisherState:
         return ScaleByFisherState(jnp.array(0))

@@ -14,7 +14,7 @@ from numpyro_natgrad import options
 from numpyro_natgrad.blocks.partition import Partition, partition_parameters
 from numpyro_natgrad.guide.gaussian_sites import Params
 from numpyro_natgrad.guide.handlers import Loss
-from numpyro_natgrad.infer.arguments import check_state, initialised
+from numpyro_natgrad.infer.arguments import check_state, initialised, shown
 from numpyro_natgrad.infer.fisher import _loss
 from numpyro_natgrad.step import fallback
 from numpyro_natgrad.step.natural_step import Context, natural_step
@@ -143,8 +143,11 @@ class NaturalGradient(_NumPyroOptim):
         """The figures of the last step.
 
         :param state: an ``SVIState`` of ``svi.update`` or ``svi.run(...).state``, or this optimizer's own state.
+        :raises TypeError: if it is neither.
         """
         optim_state = state.optim_state if isinstance(state, SVIState) else state
+        if not (isinstance(optim_state, tuple) and isinstance(optim_state[-1], NaturalGradientState)):
+            raise TypeError(f"`state={shown(state)}`: expected a state of an `SVI` with this optimizer.")
         return optim_state[1].info
 
     def report(
@@ -178,7 +181,7 @@ class NaturalGradient(_NumPyroOptim):
         :raises TypeError: if ``state`` is no ``SVIState``.
         :raises ValueError: if ``svi.init`` has not been called.
         """
-        check_state(state)
+        check_state(svi, state)
         params = initialised(svi).optim.get_params(state.optim_state)
         fn = _loss(svi, params, state, args, kwargs)
         return table(self._partition(fn, params, forward_mode_differentiation).rows())

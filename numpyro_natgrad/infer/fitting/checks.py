@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Refusals of arguments of ``fit`` before the first step, by name and with the remedy."""
 
-from collections.abc import Iterable
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_natgrad.compilation.batches import is_read_once
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.infer.arguments import check_key, check_parameters_of, check_state, shown
+from numpyro_natgrad.infer.arguments import check_count, check_key, check_parameters_of, check_state, shown
 from numpyro_natgrad.infer.fitting.outcome import FitResult
 from numpyro_natgrad.infer.optimizer import NaturalGradient
 from numpyro_natgrad.options import StructureError
@@ -25,14 +27,6 @@ def check_limits(max_steps: Any, tolerance: Any) -> None:
         raise TypeError(f"`tolerance={tolerance!r}`: expected a number of nats, such as 0.01; 0 takes all steps.")
     if not 0 <= tolerance < np.inf:
         raise ValueError(f"`tolerance={tolerance!r}`: expected a number of nats, such as 0.01; 0 takes all steps.")
-
-
-def check_count(name: str, value: Any, example: str) -> None:
-    """Refuse what is not a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"`{name}={value!r}`: expected a positive integer, such as {example}.")
-    if value < 1:
-        raise ValueError(f"`{name}={value!r}`: expected a positive integer, such as {example}.")
 
 
 def check_batches(args: tuple[Any, ...], batches: Any, epochs: Any, prefetch: Any) -> None:
@@ -76,7 +70,7 @@ def check_callback(callback: Any) -> None:
         )
 
 
-def check_start_given(rng_key: Any, init_state: Any, init_params: Any, resume: Any) -> None:
+def check_start_given(svi: SVI, rng_key: Any, init_state: Any, init_params: Any, resume: Any) -> None:
     """Refuse several starts, a start of the wrong type, and what is not a key where there is none."""
     starts = {"init_state": init_state, "init_params": init_params, "resume": resume}
     if len(several := [f"`{name}`" for name, x in starts.items() if x is not None]) > 1:
@@ -84,12 +78,14 @@ def check_start_given(rng_key: Any, init_state: Any, init_params: Any, resume: A
     if init_state is None and resume is None:
         check_key(rng_key)
     if init_state is not None:
-        check_state(init_state, "init_state")
+        check_state(svi, init_state, "init_state")
     if resume is not None and not isinstance(resume, FitResult):
         raise TypeError(
             f"`resume={shown(resume)}`: expected a `FitResult`, as `fit` or `load` returns it. To go on from a state "
             "of `svi.update`, use `init_state`."
         )
+    if resume is not None:
+        check_state(svi, resume.state, "resume.state")
 
 
 def check_init_params(given: Params, expected: Params) -> None:
@@ -102,8 +98,26 @@ def check_init_params(given: Params, expected: Params) -> None:
     check_parameters_of({**expected, **given}, expected, "init_params")
 
 
+def check_keywords(svi: SVI, kwargs: dict[str, Any], function: Callable[..., Any]) -> None:
+    """Refuse a keyword that is like an argument of this function, and that the model does not take."""
+    own = [name for name, x in inspect.signature(function).parameters.items() if x.kind is x.KEYWORD_ONLY]
+    try:
+        taken = inspect.signature(svi.model).parameters.values()
+    except (TypeError, ValueError):  # some callables have no signature
+        return
+    if any(x.kind is x.VAR_KEYWORD for x in taken):
+        return
+    for name in kwargs.keys() - {x.name for x in taken}:
+        if near := difflib.get_close_matches(name, own, n=2, cutoff=0.7):
+            like = " or ".join(f"`{x}`" for x in near)
+            raise TypeError(
+                f"`{name}={shown(kwargs[name])}` goes to model and guide, and the model does not take it: expected one "
+                f"of its arguments, or of those of `{function.__name__}`, such as {like}."
+            )
+
+
 def check_optimizer(svi: SVI) -> None:
-    """Refuse optimizers that do not estimate the remaining gain."""
+    """Refuse optimizers that do not estimate the remaining gain, and classes in the place of a guide or a loss."""
     if not isinstance(svi, SVI):
         raise TypeError(
             f"`fit({type(svi).__name__}, ...)`: expected a `numpyro.infer.SVI`, such as "
@@ -114,6 +128,11 @@ def check_optimizer(svi: SVI) -> None:
             f"the optimizer of this `SVI` is `{type(svi.optim).__name__}`: expected `NaturalGradient`, which estimates "
             "the remaining gain. Use `SVI(model, guide, NaturalGradient(), loss)`, or call `svi.run`."
         )
+    for name, given, example in (("guide", svi.guide, "AutoNormal(model)"), ("loss", svi.loss, "Trace_ELBO()")):
+        if isinstance(given, type):
+            raise TypeError(
+                f"the {name} of this `SVI` is the class `{given.__name__}`: expected an object, such as `{example}`."
+            )
 
 
 def check_parameters(state: SVIState) -> None:

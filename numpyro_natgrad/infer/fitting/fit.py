@@ -26,6 +26,7 @@ from numpyro_natgrad.infer.fitting.checks import (
     check_batches,
     check_callback,
     check_init_params,
+    check_keywords,
     check_limits,
     check_mutable_state,
     check_optimizer,
@@ -47,9 +48,9 @@ from numpyro_natgrad.infer.fitting.outcome import (
 from numpyro_natgrad.infer.fitting.progress import Callback, Reporter, message_of_stop, progress_of
 from numpyro_natgrad.infer.fitting.starts import SeveralStarts, Starts, check_num_starts
 from numpyro_natgrad.infer.history import History, HistoryRecorder, empty_history
-from numpyro_natgrad.infer.judge import StopCheck
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, Chunk, Program, history_of, program_of
 from numpyro_natgrad.infer.nonfinite import nonfinite_site
+from numpyro_natgrad.infer.stop_check import StopCheck
 
 #: Seconds between two updates of the progress bar while programs are compiled.
 REFRESH = 0.5
@@ -131,13 +132,14 @@ def fit(
     :raises StructureError: if model or guide have mutable state that the loss would drop.
     """
     check_optimizer(svi)
+    check_keywords(svi, kwargs, fit)
     check_limits(max_steps, tolerance)
     check_batches(args, batches, epochs, prefetch)
     check_num_starts(
         num_starts, {"batches": batches, "init_state": init_state, "init_params": init_params, "resume": resume}
     )
     check_callback(callback)
-    check_start_given(rng_key, init_state, init_params, resume)
+    check_start_given(svi, rng_key, init_state, init_params, resume)
     source = BatchIterator(batches, STEPS_PER_CHUNK, epochs, prefetch)
     reporter = Reporter(max_steps, progress_bar)
     with explained_loss(), source, disk_cache(cache), reporter:
@@ -188,7 +190,7 @@ class _Run:
         self._svi, self._program, self._state, self._arguments = svi, program, state, arguments
         self._source, self._tolerance, self._reporter, self._callback = source, tolerance, reporter, callback
         history = past.history if past else empty_history()
-        self._recorder, self._first = HistoryRecorder(history, STOPPING.memory), history.steps
+        self._recorder, self._first = HistoryRecorder(history, STOPPING.patience), history.steps
         self._check = StopCheck(svi, max(history.steps, past.next_check) if past else 0)
         self.starts: Starts | None = None
         self.check_start: Callable[[], None] | None = None
@@ -269,8 +271,8 @@ class _Run:
         assert self._partition is not None
         assert self._data is not None
         hold, steps = None if self._source.fixed else self._source.hold, self._recorder.steps
-        particles = self._partition.particles
-        return self._check.grants(self._state, self._data, steps, particles, hold, self._tolerance)
+        particles, history = self._partition.particles, self._recorder.recent
+        return self._check.grants(history, self._state, self._data, steps, particles, hold, self._tolerance)
 
     def _advance(self, steps: int, batches: Arguments) -> History:
         begin = time.perf_counter() - self._begin

@@ -26,7 +26,7 @@ from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.initial import initial_state
 from numpyro_natgrad.compilation.threads import one_blas_thread
 from numpyro_natgrad.infer.convergence import STOPPING, converged, diverged, format_interval
-from numpyro_natgrad.infer.fitting.checks import check_limits, check_optimizer, check_parameters
+from numpyro_natgrad.infer.fitting.checks import check_keywords, check_limits, check_optimizer, check_parameters
 from numpyro_natgrad.infer.fitting.fit import REFRESH
 from numpyro_natgrad.infer.fitting.outcome import CONVERGED, DIVERGED, INTERRUPTED, MAX_STEPS, FitResult, outcome
 from numpyro_natgrad.infer.fitting.progress import Reporter
@@ -40,9 +40,9 @@ from numpyro_natgrad.infer.fitting.starts import (
     stacked_starts,
 )
 from numpyro_natgrad.infer.history import HistoryRecorder, empty_history
-from numpyro_natgrad.infer.judge import StopCheck
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK, StackedChunk, StepRecords, history_of, program_of
 from numpyro_natgrad.infer.optimizer import table
+from numpyro_natgrad.infer.stop_check import StopCheck
 from numpyro_natgrad.options import StructureError
 
 #: Columns of :meth:`FitManyResult.table`.
@@ -162,6 +162,7 @@ def fit_many(
     :raises StructureError: if the model has mutable state, or needs values of mapped arguments while it is traced.
     """
     check_optimizer(svi)
+    check_keywords(svi, kwargs, fit_many)
     check_limits(max_steps, tolerance)
     count = _count(rng_keys)
     mapped = _Mapped.of(args, kwargs, in_axes, count)
@@ -290,7 +291,7 @@ class _ManyRun:
         self._one, found = traceable(svi, first, kwargs, trace)
         self._states, self._data, self._axes, (self._partition, self._chunk) = found
         self._checks = [StopCheck(svi) for _ in range(len(keys))]
-        self._recorders = [HistoryRecorder(empty_history(), STOPPING.memory) for _ in self._checks]
+        self._recorders = [HistoryRecorder(empty_history(), STOPPING.patience) for _ in self._checks]
         self._ends: list[str | None] = [None] * len(keys)
         if tolerance:
             self._checks[0].compile(self._state_of(0), self._data_of(0))
@@ -329,9 +330,8 @@ class _ManyRun:
             return DIVERGED
         if not converged(recorder.recent, self._tolerance):
             return None
-        state, data = self._state_of(i), self._data_of(i)
-        granted = self._checks[i].grants(state, data, recorder.steps, particles, None, self._tolerance)
-        return CONVERGED if granted else None
+        at = recorder.recent, self._state_of(i), self._data_of(i), recorder.steps
+        return CONVERGED if self._checks[i].grants(*at, particles, None, self._tolerance) else None
 
     def _state_of(self, i: int) -> SVIState:
         return entry(self._program, self._states, i)

@@ -67,6 +67,7 @@ def save(path: str | os.PathLike[str], result: FitResult) -> None:
     :param path: the file; an existing one is replaced.
     :param FitResult result: what :func:`.fit` returned, or ``progress.result()`` in a callback.
     :raises TypeError: if it is another result.
+    :raises FileNotFoundError: if there is no such folder.
     """
     if not isinstance(result, FitResult):
         raise TypeError(
@@ -83,6 +84,8 @@ def save(path: str | os.PathLike[str], result: FitResult) -> None:
     text = json.dumps(header, default=lambda x: np.asarray(x).tolist())
     content: dict[str, Any] = {HEADER: np.array(text)} | {name: _storable(x) for name, x in arrays.items()}
     path = pathlib.Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"`{path}`: expected a file in an existing folder, but there is no `{path.parent}`.")
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     with beside.open("wb") as file:
         np.savez(file, **content)
