@@ -41,10 +41,14 @@ def granted_stops(starts: Starts, walk: Walk) -> np.ndarray:
     first, steps = StopCheck(svi), []
     for start, at in enumerate(proposed):
         check = copy.copy(first)
-        granted = lambda past, check=check, start=start: check.grants(
-            past, _state(walk, start, past.steps), data, past.steps, starts.particles, None, TOLERANCE
-        )
-        steps.append(next((past.steps for past in at if granted(past)), 0))
+
+        def stops(past: History, check: StopCheck = check, start: int = start) -> bool:
+            if not check.proposes(past, past.steps, TOLERANCE):
+                return False
+            state = _state(walk, start, past.steps)
+            return check.grants(past, state, data, past.steps, starts.particles, None, TOLERANCE)
+
+        steps.append(next((past.steps for past in at if stops(past)), 0))
         first._judge = check._judge  # compiled once for all starts
     return np.array(steps)
 
@@ -55,13 +59,13 @@ def _state(walk: Walk, start: int, step: int) -> Any:
 
 
 def proposals(walk: Walk, start: int) -> Iterator[History]:
-    """The histories up to the steps after which the running estimate proposes a stop, in their order."""
+    """The histories up to the steps after which a stop may be proposed, in their order."""
     loss, info = jax.tree.map(lambda x: x[start], walk.records)
     fields = info.kl, info.step_size, info.newton_decrement, info.newton_decrement_error, info.limited, info.skipped
     history = History(loss, *fields, np.zeros(len(loss)))
     for step in range(STEPS_PER_CHUNK, len(loss) + 1, STEPS_PER_CHUNK):
         past = History(*(x[:step] for x in history))
-        if converged(past, TOLERANCE):
+        if converged(past, TOLERANCE, errors=0.0):
             yield past
 
 

@@ -45,6 +45,11 @@ class StopCheck:
             self._judge = types(first), judge
         return self._judge[1]
 
+    def proposes(self, history: History, steps: int, tolerance: float) -> bool:
+        """Whether the last steps propose a stop, after so many in all; rarely, noise may hide whether they do."""
+        is_rare = steps >= max(JUDGE.unasked, JUDGE.noisy_growth * self.next)
+        return converged(history, tolerance, 0.0 if is_rare else STOPPING.decrement_errors)
+
     def grants(
         self,
         history: History,
@@ -74,5 +79,4 @@ class StopCheck:
         paid = float(np.clip(self.last.required / draws, JUDGE.growth, JUDGE.noisy_growth))
         self.at, self.next = steps, math.ceil(paid * steps)
         self.seconds += time.perf_counter() - begin
-        errors = STOPPING.unchecked_errors if self.last.abstains else 0.0
-        return self.last.grants(tolerance) and converged(history, tolerance, errors)
+        return self.last.grants(tolerance) and (not self.last.abstains or converged(history, tolerance))

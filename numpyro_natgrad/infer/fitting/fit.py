@@ -21,7 +21,7 @@ from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.initial import check_start, initial_state, is_set_up
 from numpyro_natgrad.compilation.threads import one_blas_thread
 from numpyro_natgrad.infer.arguments import expected_parameters, parameter_values
-from numpyro_natgrad.infer.convergence import STOPPING, converged, diverged
+from numpyro_natgrad.infer.convergence import STOPPING, diverged
 from numpyro_natgrad.infer.fitting.checks import (
     check_batches,
     check_callback,
@@ -191,7 +191,7 @@ class _Run:
         self._source, self._tolerance, self._reporter, self._callback = source, tolerance, reporter, callback
         history = past.history if past else empty_history()
         self._recorder, self._first = HistoryRecorder(history, STOPPING.patience), history.steps
-        self._check = StopCheck(svi, max(history.steps, past.next_check) if past else 0)
+        self._check = StopCheck(svi, past.next_check if past else 0)
         self.starts: Starts | None = None
         self.check_start: Callable[[], None] | None = None
         self._partition: Partition | None = None
@@ -257,7 +257,7 @@ class _Run:
         """The reason to stop now, if the losses or the judge are one."""
         if diverged(self._recorder.recent):
             return DIVERGED
-        return CONVERGED if converged(self._recorder.recent, self._tolerance) and self._is_granted() else None
+        return CONVERGED if self._stops() else None
 
     def _told(self, part: History, end: str) -> str | None:
         """Call the user's function, if there is one, and return the message with which it stops the fit."""
@@ -267,11 +267,14 @@ class _Run:
         result = partial(self.result, end)
         return message_of_stop(self._callback, progress_of(part, self._recorder.steps, seconds, self._state, result))
 
-    def _is_granted(self) -> bool:
+    def _stops(self) -> bool:
+        """Whether a stop is proposed and granted."""
+        history, steps = self._recorder.recent, self._recorder.steps
+        if not self._check.proposes(history, steps, self._tolerance):
+            return False
         assert self._partition is not None
         assert self._data is not None
-        hold, steps = None if self._source.fixed else self._source.hold, self._recorder.steps
-        particles, history = self._partition.particles, self._recorder.recent
+        hold, particles = None if self._source.fixed else self._source.hold, self._partition.particles
         return self._check.grants(history, self._state, self._data, steps, particles, hold, self._tolerance)
 
     def _advance(self, steps: int, batches: Arguments) -> History:

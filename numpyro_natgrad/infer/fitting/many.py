@@ -25,7 +25,7 @@ from numpyro_natgrad.compilation.devices import fetch
 from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.initial import initial_state
 from numpyro_natgrad.compilation.threads import one_blas_thread
-from numpyro_natgrad.infer.convergence import STOPPING, converged, diverged, format_interval
+from numpyro_natgrad.infer.convergence import STOPPING, diverged, format_interval
 from numpyro_natgrad.infer.fitting.checks import check_keywords, check_limits, check_optimizer, check_parameters
 from numpyro_natgrad.infer.fitting.fit import REFRESH
 from numpyro_natgrad.infer.fitting.outcome import CONVERGED, DIVERGED, INTERRUPTED, MAX_STEPS, FitResult, outcome
@@ -328,10 +328,11 @@ class _ManyRun:
         recorder, particles = self._recorders[i], self._partition.particles
         if diverged(recorder.recent):
             return DIVERGED
-        if not converged(recorder.recent, self._tolerance):
+        check, history, steps = self._checks[i], recorder.recent, recorder.steps
+        if not check.proposes(history, steps, self._tolerance):
             return None
-        at = recorder.recent, self._state_of(i), self._data_of(i), recorder.steps
-        return CONVERGED if self._checks[i].grants(*at, particles, None, self._tolerance) else None
+        at = self._state_of(i), self._data_of(i), steps
+        return CONVERGED if check.grants(history, *at, particles, None, self._tolerance) else None
 
     def _state_of(self, i: int) -> SVIState:
         return entry(self._program, self._states, i)
