@@ -312,8 +312,9 @@ def last(value, count, dtype=float):
     [
         ({}, True),
         ({"newton_decrement": last(0.02, 1)}, False),  # now
-        ({"newton_decrement": np.r_[np.zeros(36), 0.02, np.zeros(3)]}, True),
-        ({"newton_decrement": np.r_[np.zeros(37), 0.02, np.zeros(2)]}, False),
+        ({"newton_decrement": np.r_[np.zeros(35), 0.02, np.zeros(4)]}, True),  # one draw from a heavy tail
+        ({"newton_decrement": last(0.0, 0) + np.r_[np.zeros(34), 0.02, 0.02, np.zeros(4)]}, False),
+        ({"newton_decrement_error": last(0.007, 40)}, False),
         ({"limited": last(1, 2, bool), "kl": np.full(40, 0.01)}, False),
         ({"limited": last(1, 2, bool), "kl": np.full(40, 0.009)}, True),
         ({"skipped": last(1, 2, bool)}, False),
@@ -321,12 +322,8 @@ def last(value, count, dtype=float):
         ({"newton_decrement": last(np.nan, 40)}, False),
     ],
 )
-def test_a_stop_is_proposed_after_three_regular_steps_below_the_tolerance(changes, done):
+def test_convergence_needs_the_gain_below_tolerance_beyond_noise_for_the_patience(changes, done):
     assert convergence.converged(flat(**changes), 0.01) is done
-
-
-def test_two_steps_propose_no_stop():
-    assert not convergence.converged(History(*(x[-2:] for x in flat())), 0.01)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +334,12 @@ def test_noise_delays_the_proposal_of_a_stop(svi, after, steps, proposed):
     check = StopCheck(svi, after)
     assert check.proposes(flat(newton_decrement_error=np.full(40, 0.007)), steps, 0.01) is proposed
     assert check.proposes(flat(newton_decrement_error=np.full(40, 0.005)), steps, 0.01)
+
+
+@pytest.mark.parametrize(("steps", "held", "done"), [(12, 3, True), (12, 2, False), (24, 6, True), (24, 5, False)])
+def test_patience_is_a_quarter_of_the_steps(steps, held, done):
+    history = flat(newton_decrement=np.r_[np.ones(40 - held), np.full(held, 0.004)])
+    assert convergence.converged(History(*(x[-steps:] for x in history)), 0.01) is done
 
 
 @pytest.mark.parametrize(

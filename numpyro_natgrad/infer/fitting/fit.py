@@ -190,7 +190,7 @@ class _Run:
         self._svi, self._program, self._state, self._arguments = svi, program, state, arguments
         self._source, self._tolerance, self._reporter, self._callback = source, tolerance, reporter, callback
         history = past.history if past else empty_history()
-        self._recorder, self._first = HistoryRecorder(history, STOPPING.patience), history.steps
+        self._recorder, self._first = HistoryRecorder(history, STOPPING.memory), history.steps
         self._check = StopCheck(svi, past.next_check if past else 0)
         self.starts: Starts | None = None
         self.check_start: Callable[[], None] | None = None

@@ -291,7 +291,7 @@ class _ManyRun:
         self._one, found = traceable(svi, first, kwargs, trace)
         self._states, self._data, self._axes, (self._partition, self._chunk) = found
         self._checks = [StopCheck(svi) for _ in range(len(keys))]
-        self._recorders = [HistoryRecorder(empty_history(), STOPPING.patience) for _ in self._checks]
+        self._recorders = [HistoryRecorder(empty_history(), STOPPING.memory) for _ in self._checks]
         self._ends: list[str | None] = [None] * len(keys)
         if tolerance:
             self._checks[0].compile(self._state_of(0), self._data_of(0))
