@@ -3,6 +3,7 @@
 """Refusals of what most public functions take, before any work: the ``SVI``, a key, a state, values of parameters."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from numbers import Real
@@ -84,7 +85,8 @@ def parameter_values(given: Any, name: str) -> Params:
 def expected_parameters(svi: SVI, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Params:
     """Shapes of the parameters that ``svi.get_params`` returns for these data; the guide is set up."""
     other = copy.copy(svi)
-    return jax.eval_shape(lambda key: other.get_params(other.init(key, *args, **kwargs)), random.key(0))
+    with warnings.catch_warnings(action="ignore"):  # NumPyro's, which the first ``svi.init`` has shown
+        return jax.eval_shape(lambda key: other.get_params(other.init(key, *args, **kwargs)), random.key(0))
 
 
 def check_parameters_of(values: Params, expected: Params, name: str) -> None:
