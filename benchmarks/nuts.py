@@ -218,8 +218,8 @@ def table(stored: dict[str, Stored]) -> str:
         rows = {name: runs for name, runs in both.items() if runs}
         if not rows:
             continue
-        means = [np.divide(*np.mean([(total(b), total(a)) for a, b in runs], axis=0)) for runs in rows.values()]
-        single = [total(b) / total(a) for runs in rows.values() for a, b in runs]
+        means = [ratio(runs) for runs in rows.values()]
+        single = [ratio([pair]) for runs in rows.values() for pair in runs]
         summary.append(
             f"* `{GUIDES[method].__name__}`: {len(rows)} posteriors, {len(single)} pairs of runs; median ratio "
             f"{np.median(means):.2f}, largest {max(means):.2f} ({max(single):.2f} for a single pair), "
@@ -228,6 +228,12 @@ def table(stored: dict[str, Stored]) -> str:
         lines += ["", f"With `{GUIDES[method].__name__}`:", "", f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
         lines += [_line(*row) for row in rows.items()]
     return "\n".join([*summary, *lines]) + "\n"
+
+
+def ratio(runs: list[tuple[Run, Run]]) -> float:
+    """Gradients with a fit, of all runs together, by those of the default."""
+    default, warm = zip(*runs, strict=True)
+    return sum(map(total, warm)) / sum(map(total, default))
 
 
 def _common(default: dict[str, Run], warm: dict[str, Run]) -> list[tuple[Run, Run]]:
@@ -244,14 +250,14 @@ def _line(name: str, runs: list[tuple[Run, Run]]) -> str:
     default, warm = zip(*runs, strict=True)
     mean = lambda runs, what: float(np.mean([x[what] for x in runs]))
     count = lambda runs, what: f"{mean(runs, what):,.0f}"
-    ratio = sum(map(total, warm)) / sum(map(total, default))
+    whole = ratio(runs)
     length = lambda runs: f"{'' if all(x['reached'] for x in runs) else '> '}{mean(runs, 'length'):.0f}"
     cells = [
         *(f"`{name}`", str(warm[0]["latents"]), f"{mean(warm, 'k_hat'):.2f}"),
         *(count(default, "warmup"), count(default, "draws")),
         *(count(warm, "fit"), count(warm, "warmup"), count(warm, "draws")),
-        f"**{ratio:.2f}**" if ratio > 1 / 3 else f"{ratio:.2f}",
-        " ".join(f"{total(b) / total(a):.2f}" for a, b in runs),
+        f"**{whole:.2f}**" if whole > 1 / 3 else f"{whole:.2f}",
+        " ".join(f"{ratio([pair]):.2f}" for pair in runs),
         *(length(default), length(warm), count(default, "divergences"), count(warm, "divergences")),
     ]
     return f"| {' | '.join(cells)} |"

@@ -157,7 +157,8 @@ def register_exponential_family(
         [[0.25]]
     """
     functions = {"natural": natural, "log_normalizer": log_normalizer, "arguments": arguments}
-    check_registration(cls, fixed, functions | {name: f for name, f in (("solve", solve), ("move", move)) if f})
+    optional = {"solve": solve, "move": move}
+    check_registration(cls, fixed, functions | {name: f for name, f in optional.items() if f is not None})
     _EXPONENTIAL_FAMILIES[cls] = ExponentialFamily(natural, log_normalizer, arguments, lower, fixed, solve, move)
 
 

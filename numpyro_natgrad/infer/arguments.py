@@ -29,12 +29,12 @@ def initialised(svi: SVI) -> SVI:
     return svi
 
 
-def check_key(rng_key: Any, name: str = "rng_key") -> None:
+def check_key(rng_key: Any) -> None:
     """Refuse what is not one key, typed or of integers."""
     shape, dtype = getattr(rng_key, "shape", None), getattr(rng_key, "dtype", np.dtype(object))
     typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if shape is None or not (shape == () if typed else dtype == np.uint32 and len(shape) == 1):
-        raise TypeError(f"`{name}={shown(rng_key)}`: expected one key, such as `jax.random.key(0)`.")
+        raise TypeError(f"`rng_key={shown(rng_key)}`: expected one key, such as `jax.random.key(0)`.")
 
 
 def check_state(svi: SVI, state: Any, name: str = "state") -> None:

@@ -14,7 +14,14 @@ from numpyro.infer.svi import SVI, SVIState
 
 from numpyro_natgrad.compilation.batches import is_read_once
 from numpyro_natgrad.guide.gaussian_sites import Params
-from numpyro_natgrad.infer.arguments import check_count, check_key, check_parameters_of, check_state, shown
+from numpyro_natgrad.infer.arguments import (
+    check_count,
+    check_key,
+    check_parameters_of,
+    check_state,
+    expected_parameters,
+    shown,
+)
 from numpyro_natgrad.infer.fitting.outcome import FitResult
 from numpyro_natgrad.infer.optimizer import NaturalGradient
 from numpyro_natgrad.options import StructureError
@@ -75,21 +82,22 @@ def check_start_given(svi: SVI, rng_key: Any, init_state: Any, init_params: Any,
     starts = {"init_state": init_state, "init_params": init_params, "resume": resume}
     if len(several := [f"`{name}`" for name, x in starts.items() if x is not None]) > 1:
         raise ValueError(f"{' and '.join(several)} were given: expected one of them to start from.")
-    if init_state is None and resume is None:
-        check_key(rng_key)
     if init_state is not None:
         check_state(svi, init_state, "init_state")
-    if resume is not None and not isinstance(resume, FitResult):
+    elif resume is None:
+        check_key(rng_key)
+    elif isinstance(resume, FitResult):
+        check_state(svi, resume.state, "resume.state")
+    else:
         raise TypeError(
             f"`resume={shown(resume)}`: expected a `FitResult`, as `fit` or `load` returns it. To go on from a state "
             "of `svi.update`, use `init_state`."
         )
-    if resume is not None:
-        check_state(svi, resume.state, "resume.state")
 
 
-def check_init_params(given: Params, expected: Params) -> None:
-    """Refuse initial values of parameters that do not exist, and values of the wrong shape."""
+def check_init_params(svi: SVI, given: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse initial values of parameters that do not exist, and values of the wrong shape; the guide is set up."""
+    expected = expected_parameters(svi, args, kwargs)
     if unknown := sorted(given.keys() - expected.keys()):
         raise ValueError(
             f"`init_params` has {unknown}: expected names of parameters of guide and model, {list(expected)}. Leave "

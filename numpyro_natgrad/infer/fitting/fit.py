@@ -20,7 +20,7 @@ from numpyro_natgrad.compilation.devices import check_processes, explained_loss,
 from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.initial import check_start, initial_state, is_set_up
 from numpyro_natgrad.compilation.threads import one_blas_thread
-from numpyro_natgrad.infer.arguments import expected_parameters, parameter_values
+from numpyro_natgrad.infer.arguments import parameter_values
 from numpyro_natgrad.infer.convergence import STOPPING, diverged
 from numpyro_natgrad.infer.fitting.checks import (
     check_batches,
@@ -347,8 +347,8 @@ def _start(
     except Exception:
         if values is not None:  # the guide may not be set up yet
             initial_state(svi, rng_key, args, kwargs)
-            check_init_params(values, expected_parameters(svi, args, kwargs))
+            check_init_params(svi, values, args, kwargs)
         raise
     if values is not None:
-        check_init_params(values, expected_parameters(svi, args, kwargs))
+        check_init_params(svi, values, args, kwargs)
     return fresh if given is None else given
