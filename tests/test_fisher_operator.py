@@ -242,6 +242,11 @@ def test_fisher_operator_of_point_parameters_is_that_of_the_likelihood(x64):
 
 def test_fisher_of_an_uninitialised_svi_raises():
     svi = SVI(model, AutoNormal(model), optax.sgd(0.1), Trace_ELBO())
-    for call in (lambda: scale_by_fisher(svi, random.key(0)), lambda: fisher(svi, None), lambda: kl(svi, None, None)):
+    _, state = started(model, AutoNormal(model), NaturalGradient())
+    calls = (lambda: scale_by_fisher(svi, random.key(0)), lambda: fisher(svi, state), lambda: kl(svi, state, state))
+    for call in calls:
         with pytest.raises(ValueError, match="svi.init"):
+            call()
+    for call in (lambda: fisher(svi, None), lambda: kl(svi, None, None)):
+        with pytest.raises(TypeError, match="svi.init"):
             call()
