@@ -19,7 +19,9 @@ from oracles import spd
 
 from numpyro_natgrad import History, NaturalGradient, fit, verdict
 from numpyro_natgrad.compilation.data import split
-from numpyro_natgrad.infer.judge import JUDGE, USUAL_DRAWS, Judge, _combined
+from numpyro_natgrad.infer.convergence import Judgement
+from numpyro_natgrad.infer.judge import Judge
+from numpyro_natgrad.infer.judge_rule import JUDGE, USUAL_DRAWS, combined
 from numpyro_natgrad.infer.krylov import conjugate_gradients, flattest_direction
 from numpyro_natgrad.infer.stop_check import StopCheck
 
@@ -111,16 +113,34 @@ def test_more_draws_are_taken_where_a_fit_has_paid_for_them():
     """The error, which is inversely proportional to the draws, falls below the tolerance; memory does not grow."""
     svi = started(gaussian, AutoNormal(gaussian))
     right = {"z_auto_loc": CENTRE, "z_auto_scale": np.diag(np.linalg.inv(COVARIANCE)) ** -0.5}
-    usual = judged(svi, right, tolerance=1e-9, key=1)  # where no chance makes it seem that there is something to gain
+    usual = judged(svi, right, tolerance=0.0, key=1)  # where no chance makes it seem that there is something to gain
     assert usual.draws == USUAL_DRAWS
     tolerance = usual.error / 3
     refused = judged(svi, right, tolerance=tolerance, key=1)
     assert (refused.draws, refused.required, refused.grants(tolerance)) == (USUAL_DRAWS, 4 * USUAL_DRAWS, False)
+    # What no draws at hand could decide is not begun.
+    hopeless = judged(svi, right, tolerance=1e-9, key=1)
+    assert hopeless.draws == usual.draws / JUDGE.kept_chunks * JUDGE.min_chunks
+    assert hopeless.required > 1e3 * usual.draws
     paid = judged(svi, right, tolerance=tolerance, key=1, draws=16 * USUAL_DRAWS)
     assert 4 * USUAL_DRAWS <= paid.draws <= 16 * USUAL_DRAWS
     # The errors are those of 128 groups, 6 % each.
     assert paid.error < 1.3 * usual.error * USUAL_DRAWS / paid.draws
     assert abs(paid.gain) < 4 * paid.error
+
+
+def test_a_full_gaussian_of_many_latents_needs_more_pairs_than_latents():
+    """With 32 pairs the Hessian of 48 latents is singular, and its inverse makes a noise of eleven nats."""
+
+    def rates() -> None:
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([48]).to_event(1))
+        numpyro.sample("y", dist.Poisson(jnp.exp(z)).to_event(1), obs=jnp.arange(48.0) % 4)
+
+    svi = started(rates, AutoMultivariateNormal(rates), Trace_ELBO(8))
+    fitted = fit(svi, random.key(0), max_steps=50, tolerance=0, progress_bar=False)
+    found = judged(svi, fitted.params)
+    assert found.grants(TOLERANCE)
+    assert found.draws <= 1024
 
 
 def test_gradients_of_chunks_that_are_averaged_are_their_means():
@@ -354,10 +374,11 @@ def test_a_fall_of_the_loss_behind_a_rise_is_no_gain():
     """The loss of a step that is much too long can overflow to any number, or lie in another basin."""
     noise = 1e-3 * np.random.default_rng(0).standard_normal((8, 8))
     lengths = np.array([-170.0, -180.0, -1e3, -1e3, -1e4, -1e4, 7e17, np.nan])
-    found = _combined(0.02, 0.01, noise + lengths, np.zeros(8, bool), 256)
+    model = Judgement(gain=0.02, error=0.01, saddle=False, draws=256, nonfinite=0, cause="")
+    found = combined(model, noise + lengths, np.zeros(8, bool))
     assert (found.gain, found.error) == (0.02, 0.01)
     falling = np.array([0.1, -0.1, 0.3, -0.4, 0.8, -2.0, -1e3, 1e6])
-    assert _combined(0.02, 0.01, noise + falling, np.zeros(8, bool), 256).gain == pytest.approx(0.8, abs=0.01)
+    assert combined(model, noise + falling, np.zeros(8, bool)).gain == pytest.approx(0.8, abs=0.01)
 
 
 def test_a_stop_costs_few_draws_and_is_reproducible():

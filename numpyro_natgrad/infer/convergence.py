@@ -137,6 +137,10 @@ class Judgement(NamedTuple):
             not self.nonfinite and not self.saddle and max(self.gain, 0.0) + self.error < tolerance
         )
 
+    def is_known(self, tolerance: float, errors: float) -> bool:
+        """Whether a stop is granted, or refused by a gain so many standard errors above the tolerance."""
+        return self.grants(tolerance) or self.gain - errors * self.error > tolerance
+
     def __str__(self) -> str:
         if self.nonfinite:
             cause = f": {self.cause}" if self.cause else ""

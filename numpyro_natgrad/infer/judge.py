@@ -31,72 +31,33 @@ from numpyro_natgrad.compilation.initial import without_validation
 from numpyro_natgrad.compilation.programs import in_background
 from numpyro_natgrad.estimators.relative_moves import Mirrored, moved, no_move, owned, path_sites, relative_sites
 from numpyro_natgrad.guide.gaussian_sites import Params
+from numpyro_natgrad.guide.low_rank_sites import LowRankSite
 from numpyro_natgrad.guide.trace import trace_loss
 from numpyro_natgrad.infer.arguments import initialised
 from numpyro_natgrad.infer.convergence import Judgement
 from numpyro_natgrad.infer.fisher import _loss
-from numpyro_natgrad.infer.krylov import Product, conjugate_gradients, flattest_direction
+from numpyro_natgrad.infer.judge_rule import (
+    JUDGE,
+    LENGTHS,
+    MOST_CHUNKS,
+    USUAL_DRAWS,
+    Hessian,
+    NewtonStep,
+    combined,
+    newton_step,
+    plan_after,
+)
+from numpyro_natgrad.infer.krylov import flattest_direction
 from numpyro_natgrad.infer.nonfinite import nonfinite_site
 
-
-class JudgeConstants(NamedTuple):
-    """Every number of the judge."""
-
-    #: Pairs of draws m ± Kε in a group; the scatter of the groups gives the standard error.
-    group: int = 8
-    #: Groups in a call of the compiled program: the Hessian is a mean over 32 pairs.
-    chunk: int = 4
-    #: Chunks of pairs for the gradients, at least: 256 draws. While noise hides whether the gain is below the
-    #: tolerance, the number is multiplied by ``more``.
-    min_chunks: int = 4
-    more: int = 4
-    #: Chunks whose groups are kept apart, 4096 draws. With more, groups are averaged, so that memory does not grow, and
-    #: no more of them are taken than the noise requires, whose standard error is inversely proportional to them.
-    kept_chunks: int = 64
-    #: Pairs of draws that see each row of a subsampled plate with latents of its own, in the mean.
-    row_pairs: int = 8
-    #: Products with the Hessian, at most, and the relative residual at which conjugate gradients stop.
-    products: int = 64
-    residual: float = 1e-2
-    #: Curvature, in units of these scales, that counts as none: the error of differenced gradients.
-    flat: float = 1e-3
-    #: Products from a random vector that look for the direction of least curvature.
-    flat_products: int = 8
-    #: Random vectors from which the scale of every parameter is estimated, for preconditioning.
-    probes: int = 4
-    #: Gradients are differenced over a distance, in the metric of these scales, of the precision to this power.
-    difference: float = 0.2
-    #: Draws for the gradients, at most, as a multiple of the fit's, whose steps also take Hessian-vector products.
-    draws: float = 8.0
-    #: After a refusal, the factor by which the number of steps has to grow before the next judgement; and, at most, if
-    #: noise was the reason and the fit has not paid for the draws that would help.
-    growth: float = 1.25
-    noisy_growth: float = 2.0
-    #: Steps after which a stop is proposed though the noise of the running estimate hides whether the gain is below the
-    #: tolerance, and again after ``noisy_growth`` times the steps before which no further one is granted: a mean field
-    #: of 130 latents has 0.03 ± 0.04 nats for thousands of steps. Not tuned.
-    unasked: int = 250
-    #: Steps of the fit for each minibatch that a judgement holds, and the most minibatches.
-    steps_per_batch: int = 5
-    max_held: int = 64
-    #: Standard errors by which a measured reduction of the loss has to exceed the quadratic model's.
-    errors: float = 2.0
-
-
-JUDGE = JudgeConstants()
 #: Minibatches that a judgement needs: two independent halves with a standard error each.
 MIN_HELD = 4
-#: Draws of a judgement for which no fit has paid.
-USUAL_DRAWS = 2 * JUDGE.group * JUDGE.chunk * JUDGE.kept_chunks
 #: The first number that is folded into the key of the run; the draws are then independent of those of the steps.
 JUDGE_KEY = 0x6A756467
+#: Chunks that are computed before the first of them is read, for their memory.
+_IN_FLIGHT = 16
 #: What pairs are drawn for.
 _SLOPES, _HESSIAN, _REDUCTIONS = 0, 1, 2
-#: The most chunks of a judgement for one purpose: beyond, their keys would be those of another.
-_CHUNKS = 2**16
-#: Lengths, in units of the Newton step and of √nats along the flattest direction, at which the real reduction of the
-#: loss is measured; both signs.
-LENGTHS = (0.1, 0.3, 1.0, 3.0)
 EPS = float(np.finfo(np.float64).eps)
 _MEAN_OVER_PARTICLES = (Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
 
@@ -115,21 +76,6 @@ class _Pairs(NamedTuple):
     purpose: int
     number: int
     batches: Arguments
-
-
-class _Hessian(NamedTuple):
-    """The Hessian of the loss at common draws.
-
-    :ivar product: ``v -> Hv``.
-    :ivar scale: the scale of its rows.
-    :ivar flattest: the direction of least curvature that was found, of length 1 in the metric of ``scale``.
-    :ivar least: the curvature there; NaN if a product with H is not finite.
-    """
-
-    product: Product
-    scale: np.ndarray
-    flattest: np.ndarray
-    least: float
 
 
 class Judge:
@@ -156,6 +102,10 @@ class Judge:
         self.rough = sorted(name for name, s in found.sites.items() if s.is_score_function)
         self.row_weight = max([1.0, *(s.weight or 1.0 for s in found.sites.values())])
         self.sites = relative_sites(found)
+        # A Hessian at fewer pairs than latents that vary together is singular, and its inverse noise.
+        together = max([1, *(s.rank if isinstance(s, LowRankSite) else s.block_size for s in self.sites)])
+        needed = math.ceil(JUDGE.latent_pairs * together / (JUDGE.group * JUDGE.chunk))
+        self.hessian_chunks = max(needed, JUDGE.min_chunks)
         zero = no_move(params, self.sites)
         self._like = jax.eval_shape(lambda: zero)
         leaves = jax.tree.leaves(self._like)
@@ -196,7 +146,7 @@ class Judge:
         :param score: 1 to include the score term of the gradient, 0 for path gradients.
         """
         signs = jnp.array([1.0, -1.0], self.dtype)
-        first = JUDGE_KEY + (pairs.purpose * _CHUNKS + pairs.number) * JUDGE.chunk * JUDGE.group
+        first = JUDGE_KEY + (pairs.purpose * MOST_CHUNKS + pairs.number) * JUDGE.chunk * JUDGE.group
         number = jnp.arange(JUDGE.chunk * JUDGE.group).reshape(JUDGE.chunk, JUDGE.group)
         keys = jax.vmap(jax.vmap(partial(random.fold_in, pairs.key)))(first + number)
 
@@ -232,11 +182,12 @@ class Judge:
         :param draws: the most draws for the gradients, above the least number of :class:`JudgeConstants`.
         """
         found = self._examine(params, key, tolerance, batches, draws)
-        self._last[:] = [] if number_held(batches) else [(SameArrays((params, self.data.inputs)), found)]
+        is_final = not (number_held(batches) or found.required)
+        self._last[:] = [(SameArrays((params, self.data.inputs)), found)] if is_final else []
         return found
 
     def last(self, params: Params) -> Judgement | None:
-        """The last judgement, if these very arrays were judged: a fit and its verdict then give the same number."""
+        """The last judgement, if it decided about these very arrays: fit and verdict then give the same number."""
         return next((x for judged, x in self._last if judged.are((params, self.data.inputs))), None)
 
     def _examine(self, params: Params, key: jax.Array, tolerance: float, batches: Arguments, draws: float) -> Judgement:
@@ -246,26 +197,30 @@ class Judge:
         chunks = max(rule.min_chunks, 2 * math.ceil(held / rule.chunk / 2), 2 * rows)
         pairs = partial(self._pairs, key, batches)
         losses, slopes = self._evaluate(params, np.zeros(self.size), 0.0, pairs(_SLOPES, chunks))
-        hessian: _Hessian | None = None
+        hessian: Hessian | None = None
         while True:
             problem = self._problem(params, losses, slopes, key, batches)
             if problem is not None:
                 return problem
             if hessian is None:
-                common = pairs(_HESSIAN, max(math.ceil(held / rule.chunk), rows, 1))
-                hessian = self._hessian(params, common)
+                least = max(math.ceil(held / rule.chunk), rows)
+                common = pairs(_HESSIAN, max(least, self.hessian_chunks))
+                hessian = self._hessian(params, common, max(least, min(self.hessian_chunks, rule.min_chunks)))
             if not math.isfinite(hessian.least):
                 return _unknown(losses.size, 0, "derivatives of the loss are not finite")
             count = len(losses) // rule.chunk
-            others = pairs(_REDUCTIONS, min(count, rule.kept_chunks) // 2)
-            found, noise = self._judged(params, losses, slopes, hessian, others)
-            apart = rule.more * count <= rule.kept_chunks
-            more = rule.more if apart else 1 if held else _required(noise, tolerance)
-            known = found.grants(tolerance) or found.gain - rule.errors * found.error > tolerance
-            if known or more == 1:
+            newton = newton_step(slopes, hessian)
+            found = newton.judgement(losses.size)
+            plan = plan_after(count, newton.noise, tolerance, draws, bool(held))
+            # To measure reductions takes eight times as long as all before: not while noise hides what the model says.
+            if newton.is_flat or found.is_known(tolerance, rule.errors) or (plan.is_last and not tolerance):
+                others = pairs(_REDUCTIONS, min(count, rule.kept_chunks) // 2)
+                found = self._measured(params, newton, hessian, others, found)
+            if found.is_known(tolerance, rule.errors):
                 return found
-            if more * losses.size > draws or more * count > _CHUNKS:
-                return found if apart else found._replace(required=more * losses.size)
+            if plan.is_last:
+                return found._replace(required=plan.required)
+            more, apart = plan.more, plan.more * count <= rule.kept_chunks
             extra = pairs(_SLOPES, more * count, count)
             each = 1 if apart else (more - 1) * len(losses) // len(slopes)
             parts = self._evaluate(params, np.zeros(self.size), 0.0, extra, each)
@@ -285,39 +240,40 @@ class Judge:
             return _unknown(count, 0, cause)._replace(abstains=True)
         return None if np.isfinite(slopes).all() else _unknown(count, 0, "derivatives of the loss are not finite")
 
-    def _judged(
-        self, params: Params, losses: np.ndarray, slopes: np.ndarray, hessian: "_Hessian", others: list[_Pairs]
-    ) -> tuple[Judgement, float]:
-        """The cross-validated Newton decrement, corrected by reductions of the loss at ``others``; and its own error.
+    def _measured(
+        self,
+        params: Params,
+        newton: NewtonStep,
+        hessian: Hessian,
+        others: list[_Pairs],
+        found: Judgement,
+    ) -> Judgement:
+        """The judgement of the quadratic model, corrected by reductions of the loss at ``others``.
 
         Noise in a gradient is largest, in nats, where the curvature is least, and a gradient that happens to have no
         component there looks exact. So the loss is measured along the flattest direction too.
         """
-        x, direction, curvature = conjugate_gradients(
-            hessian.product, slopes[::2].mean(0), hessian.scale, JUDGE.products, JUDGE.residual, JUDGE.flat
-        )
-        gain, error = _mean(0.5 * slopes[1::2] @ x)
-        flat, unit = curvature <= JUDGE.flat, math.sqrt(max(abs(hessian.least), JUDGE.flat))
-        along = [(direction if flat else x, flat), (hessian.flattest / unit, hessian.least < -JUDGE.flat)]
+        unit = math.sqrt(max(abs(hessian.least), JUDGE.flat))
+        along = [(newton.longest, newton.is_flat), (hessian.flattest / unit, hessian.least < -JUDGE.flat)]
         moves = [(s * t * v, falls) for v, falls in along for t in LENGTHS for s in (1, -1)]
         at = lambda move: self._evaluate(params, -move, 0.0, others)[0].mean((1, 2))
-        reductions = at(0 * x)[:, None] - np.stack([at(move) for move, _ in moves], axis=1)
-        known = math.nan if flat else gain  # where the curvature is not positive there is no Newton step
-        noise = math.sqrt(2) * error
-        return _combined(known, noise, reductions, np.array([x for _, x in moves]), losses.size), noise
+        reductions = at(0 * newton.longest)[:, None] - np.stack([at(move) for move, _ in moves], axis=1)
+        return combined(found, reductions, np.array([x for _, x in moves]))
 
-    def _hessian(self, params: Params, pairs: list[_Pairs]) -> "_Hessian":
+    def _hessian(self, params: Params, pairs: list[_Pairs], few: int) -> Hessian:
         """Products with H, and a direction of little or negative curvature.
 
         Conjugate gradients from the gradient miss a saddle whose direction is orthogonal to it, as by symmetry.
+
+        :param few: chunks that suffice where H is not inverted.
         """
-        product = lambda v, scale: self._product(params, v, scale, pairs)
+        product = lambda v, scale: self._product(params, v, scale, pairs[:few])
         scale = self._scales(product)
         if not np.isfinite(scale).all():
-            return _Hessian(lambda v: v, scale, np.zeros(self.size), math.nan)
-        own = lambda v: product(v, scale)
+            return Hessian(lambda v: v, scale, np.zeros(self.size), math.nan)
         start = np.random.default_rng(1).standard_normal(self.size) / np.sqrt(scale)
-        return _Hessian(own, scale, *flattest_direction(own, start, scale, JUDGE.flat_products))
+        flattest = flattest_direction(lambda v: product(v, scale), start, scale, JUDGE.flat_products)
+        return Hessian(lambda v: self._product(params, v, scale, pairs), scale, *flattest)
 
     def _pairs(self, key: jax.Array, batches: Arguments, purpose: int, end: int, begin: int = 0) -> list[_Pairs]:
         """Independent pairs; the groups go round the minibatches, so that those of even and odd number differ."""
@@ -332,15 +288,17 @@ class Judge:
         """Losses and gradients of the groups; the gradients are means over so many chunks that follow each other."""
         program, move = self._programs[types(params)].result(), self._move(params, x)
         run = lambda chunk: program(params, move, np.asarray(score, self.dtype), chunk, self.data)
-        flat = lambda tree: np.concatenate([g.reshape(len(g), -1) for g in jax.tree.leaves(tree)], axis=1)
         losses: list[Any] = []
-        means, at_once = [], len(pairs) if each == 1 else each
-        for begin in range(0, len(pairs), at_once):
-            some, slopes = zip(*fetch([run(chunk) for chunk in pairs[begin : begin + at_once]]), strict=True)
-            joined = np.stack([flat(tree) for tree in slopes]).astype(np.float64)
-            losses += some
-            means.append(joined.reshape(-1, each, *joined.shape[1:]).mean(1))
-        return np.concatenate(losses).astype(np.float64), np.concatenate(np.concatenate(means))
+        means: list[np.ndarray] = []
+        for begin in range(0, len(pairs), _IN_FLIGHT):
+            for some, slopes in fetch([run(chunk) for chunk in pairs[begin : begin + _IN_FLIGHT]]):
+                flat, is_first = _flat(slopes), len(losses) % each == 0
+                if is_first:
+                    means.append(flat.astype(np.float64))
+                else:
+                    means[-1] += flat
+                losses.append(some)
+        return np.concatenate(losses).astype(np.float64), np.concatenate(means) / each
 
     def _move(self, params: Params, x: np.ndarray) -> Params:
         """The vector x as a tree, spread over devices as the parameters are."""
@@ -352,7 +310,7 @@ class Judge:
     def _product(self, params: Params, v: np.ndarray, scale: np.ndarray, pairs: list[_Pairs]) -> np.ndarray:
         """Hv by a difference of gradients at common draws, which needs no second derivatives of the model."""
         step = float(np.finfo(self.dtype).eps) ** JUDGE.difference / math.sqrt(max(v @ (scale * v), EPS))
-        ahead, behind = (self._evaluate(params, s * step * v, 1.0, pairs)[1].mean(0) for s in (1, -1))
+        ahead, behind = (self._evaluate(params, s * step * v, 1.0, pairs, len(pairs))[1].mean(0) for s in (1, -1))
         return (ahead - behind) / (2 * step)
 
     def _scales(self, product: Callable) -> np.ndarray:
@@ -377,40 +335,9 @@ class Judge:
         return self._cause
 
 
-def _required(noise: float, tolerance: float) -> int:
-    """By how much draws are multiplied so that noise, nats, falls below the tolerance; 1 if it is below, or NaN."""
-    return 2 ** math.ceil(math.log2(noise / tolerance)) if 0 < tolerance < noise < math.inf else 1
-
-
-def _combined(gain: float, error: float, reductions: np.ndarray, falls: np.ndarray, count: int) -> Judgement:
-    """Correct the quadratic model by the reductions ``(groups, moves)`` that were measured on other draws.
-
-    At least the largest reduction remains, whatever the quadratic model says.
-
-    :param falls: of each move, whether its curvature is negative; then a reduction shows a saddle.
-    """
-    reached = _reached(reductions)
-    real, noise = reductions[:, reached].mean(0), reductions[:, reached].std(0, ddof=1) / math.sqrt(len(reductions))
-    beyond, saddle = real - JUDGE.errors * noise, False
-    if reached.any():
-        best = int(np.argmax(beyond))
-        saddle = bool((beyond[falls[reached]] > 0).any())
-        if not beyond[best] <= gain:  # also if it is not known
-            gain, error = float(real[best]), max(error, float(noise[best]))
-    return Judgement(gain=gain, error=error, saddle=saddle, draws=count, nonfinite=0, cause="")
-
-
-def _reached(reductions: np.ndarray) -> np.ndarray:
-    """Which moves are reached without a rise of the loss: beyond one lies another basin, or an overflow."""
-    with np.errstate(all="ignore"):
-        falls = reductions.mean(0) >= -JUDGE.errors * reductions.std(0, ddof=1) / math.sqrt(len(reductions))
-    before = np.roll(falls.reshape(-1, len(LENGTHS), 2), 1, axis=1)
-    before[:, 0] = True
-    return np.logical_and.accumulate(before, axis=1).ravel() & np.isfinite(reductions).all(0)
-
-
-def _mean(x: np.ndarray) -> tuple[float, float]:
-    return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x)))
+def _flat(groups: Params) -> np.ndarray:
+    """The leaves of a tree, of a row for each group, side by side."""
+    return np.concatenate([x.reshape(len(x), -1) for x in jax.tree.leaves(groups)], axis=1)
 
 
 def _unknown(draws: int, lost: int, cause: str) -> Judgement:

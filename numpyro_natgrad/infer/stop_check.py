@@ -15,7 +15,8 @@ from numpyro.infer.svi import SVIState
 from numpyro_natgrad.compilation.data import Arguments, Data, types
 from numpyro_natgrad.infer.convergence import STOPPING, Judgement, converged
 from numpyro_natgrad.infer.history import History
-from numpyro_natgrad.infer.judge import JUDGE, MIN_HELD, Judge, judge_of, number_held
+from numpyro_natgrad.infer.judge import MIN_HELD, Judge, judge_of, number_held
+from numpyro_natgrad.infer.judge_rule import JUDGE
 
 
 class StopCheck:
