@@ -21,8 +21,8 @@ class JudgeConstants(NamedTuple):
     group: int = 8
     #: Groups in a call of the compiled program.
     chunk: int = 4
-    #: Chunks of pairs for the gradients, and for the Hessian, at least: 256 draws. While noise hides whether the gain is
-    #: below the tolerance, the number for the gradients is multiplied by ``more`` or more.
+    #: Chunks of pairs for the gradients, and for the Hessian, at least: 256 draws. While noise hides whether the gain
+    #: is below the tolerance, the number for the gradients is multiplied by ``more``, or by more.
     min_chunks: int = 4
     more: int = 4
     #: Chunks whose groups are kept apart, 4096 draws. With more, groups are averaged, so that memory does not grow, and
