@@ -26,6 +26,7 @@ from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from numpyro_natgrad import History, NaturalGradient
 from numpyro_natgrad.compilation.data import Data, split
+from numpyro_natgrad.infer.convergence import converged
 from numpyro_natgrad.infer.loop import STEPS_PER_CHUNK
 from numpyro_natgrad.infer.stop_check import StopCheck
 
@@ -172,7 +173,7 @@ def _stop(fitted: Fits, seed: int, tolerance: float) -> tuple[float, float, floa
     for i in range(STEPS // STEPS_PER_CHUNK):
         steps = STEPS_PER_CHUNK * (i + 1)
         past = History(*(x[:steps] for x in history))
-        if not check.proposes(past, steps, tolerance):
+        if not converged(past, tolerance):
             continue
         state = jax.tree.map(lambda x, i=i: x[i], fitted.states[seed])
         granted = check.grants(past, state, fitted.data, steps, fitted.particles, None, tolerance)

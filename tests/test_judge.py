@@ -278,7 +278,7 @@ def test_discrete_draws_have_no_hessian():
 @pytest.mark.parametrize(("error", "granted"), [(0.0, True), (0.03, True), (0.05, False)])
 def test_a_stop_without_a_check_needs_the_running_estimate_beyond_its_error(error, granted):
     svi = started(discrete, discrete_guide, TraceGraph_ELBO())
-    state, zero, no = svi.init(random.key(0)), np.zeros(3), np.zeros(3, bool)
+    state, zero, no = svi.init(random.key(0)), np.zeros(8), np.zeros(8, bool)
     history = History(zero, zero, zero, zero + 0.01, zero + error, no, no, zero)
     check = StopCheck(svi)
     assert check.grants(history, state, split(svi, (), {}), 10, 1.0, None, TOLERANCE) is granted

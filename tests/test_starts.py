@@ -124,7 +124,7 @@ def test_a_stop_is_proposed_at_the_chunks_where_the_rule_of_fit_holds():
     steps = [past.steps for past in found]
     assert steps == list(range(steps[0], 41, 5))
     assert steps[0] > 17
-    assert converged(found[0], stops.TOLERANCE, 0.0)
+    assert converged(found[0], stops.TOLERANCE)
     assert not converged(stops.History(*(x[: steps[0] - 5] for x in history)), stops.TOLERANCE)
     assert not list(stops.proposals(Walk([], records(np.ones(40))), 0))
 

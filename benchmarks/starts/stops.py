@@ -43,8 +43,6 @@ def granted_stops(starts: Starts, walk: Walk) -> np.ndarray:
         check = copy.copy(first)
 
         def stops(past: History, check: StopCheck = check, start: int = start) -> bool:
-            if not check.proposes(past, past.steps, TOLERANCE):
-                return False
             state = _state(walk, start, past.steps)
             return check.grants(past, state, data, past.steps, starts.particles, None, TOLERANCE)
 
@@ -65,7 +63,7 @@ def proposals(walk: Walk, start: int) -> Iterator[History]:
     history = History(loss, *fields, np.zeros(len(loss)))
     for step in range(STEPS_PER_CHUNK, len(loss) + 1, STEPS_PER_CHUNK):
         past = History(*(x[:step] for x in history))
-        if converged(past, TOLERANCE, errors=0.0):
+        if converged(past, TOLERANCE):
             yield past
 
 

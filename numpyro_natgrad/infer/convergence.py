@@ -1,13 +1,12 @@
 # Copyright Contributors to the numpyro_natgrad project.
 # SPDX-License-Identifier: Apache-2.0
-"""When a fit has converged, and how many more steps it needs if it has not; computed in NumPy after a chunk of steps.
+"""When a stop is proposed, and how many more steps a fit needs otherwise; computed in NumPy after a chunk of steps.
 
-    Newton decrement + its standard error < tolerance,   over the last quarter of the steps, but 3 to 8 of them
+    Newton decrement < tolerance   over the last three steps
 
 The Newton decrement (:mod:`.newton_decrement`) rests on a quadratic model of the loss, which can be wrong far from the
-optimum. The criterion therefore has to hold over a window of steps that were neither skipped nor shortened, and in
-which the losses do not fall significantly. The window grows with the number of steps, because a long window would
-double the length of short fits. All this only proposes a stop, and an independent check (:mod:`.judge`) grants it.
+optimum. The steps must therefore have been neither skipped nor shortened, and their losses must not fall significantly.
+All this only proposes a stop, and an independent check (:mod:`.judge`), which knows the noise, grants it.
 """
 
 from typing import NamedTuple
@@ -20,38 +19,29 @@ from numpyro_natgrad.infer.history import History
 class StoppingConstants(NamedTuple):
     """Every number of the stopping rule; measurements are those of ``docs/benchmarks/stopping.md``."""
 
-    #: The window has the number of steps taken divided by this. Chosen on posteriordb: a fixed window of eight made
-    #: short fits longer, and a third of the steps was no better than a quarter. A fixed window of three is no earlier
-    #: in the median, and has 4 false stops in 300 starts of fifteen hard rows of the random starts, where this has 3.
-    steps_per_window_step: int = 4
-    #: Steps of the shortest window: the slope of the losses needs three. Not tuned.
-    min_window: int = 3
-    #: Steps of the longest window. Longer ones were not tried.
-    max_window: int = 8
-    #: Steps of the longest window that may violate the criterion, by a draw from a heavy tail. Not tuned.
-    exceptions: int = 1
-    #: Standard errors by which the decrement has to be below the tolerance. Without them checks are 1.6 times as many,
-    #: and the check is fallible in the neck of a funnel.
-    decrement_errors: float = 1.0
+    #: Steps of the window: the slope of the losses needs three. Windows that grow to eight steps, and a standard error
+    #: on top of the decrement, stop later, and no more rightly.
+    window: int = 3
+    #: Steps of the window, and standard errors on top, where no check is possible. Not tuned.
+    unjudged_window: int = 8
+    unjudged_errors: float = 1.0
     #: Standard errors by which the slope of the losses has to be negative to count as a fall. Without this criterion
     #: checks take half as much time again. Not tuned.
     slope_errors: float = 2.5
     #: Steps in a row without a finite loss after which a fit has diverged. Not tuned.
     patience: int = 20
 
-    @property
-    def memory(self) -> int:
-        """Steps that the rule looks back over: from this many steps on the window has its full length."""
-        return max(self.patience, self.steps_per_window_step * self.max_window)
-
 
 STOPPING = StoppingConstants()
 
 
-def converged(history: History, tolerance: float, errors: float = STOPPING.decrement_errors) -> bool:
-    """Whether the expected remaining gain and so many standard errors were below the tolerance over the window."""
+def converged(history: History, tolerance: float, *, is_judged: bool = True) -> bool:
+    """Whether the expected remaining gain was below the tolerance over the window.
+
+    :param is_judged: whether a check will judge it. Otherwise the rule is stricter.
+    """
     rule = STOPPING
-    window = int(np.clip(history.steps // rule.steps_per_window_step, rule.min_window, rule.max_window))
+    window, errors = (rule.window, 0.0) if is_judged else (rule.unjudged_window, rule.unjudged_errors)
     if history.steps < window:
         return False
     last = History(*(x[-window:] for x in history))
@@ -59,8 +49,7 @@ def converged(history: History, tolerance: float, errors: float = STOPPING.decre
     # A trust region that shortens a step to less than the tolerance limits noise, not progress.
     shortened = last.limited & (last.kl >= tolerance)
     regular = np.isfinite(last.loss) & ~last.skipped & ~shortened
-    required = window - (rule.exceptions if window == rule.max_window else 0)
-    return bool(below[-1] and np.sum(below & regular) >= required and not _is_falling(last.loss))
+    return bool(np.all(below & regular)) and not _is_falling(last.loss)
 
 
 def diverged(history: History) -> bool:
@@ -85,14 +74,14 @@ def remaining_effort(history: History, tolerance: float, noise: float, memory: f
     stationary steps, which is twice the ``memory`` of the running means.
     """
     gain, error = history.newton_decrement[-1], history.newton_decrement_error[-1]
-    ratio = (gain + STOPPING.decrement_errors * error) / tolerance
+    ratio = (gain + error) / tolerance
     if np.isnan(ratio):  # no parameter has a Fisher matrix
         return ""
     if ratio < 1:
-        return ", but not yet over a whole window of steps"
+        return f", but not yet over {STOPPING.window} steps"
     if noise < gain / 2:
         return "; the parameters are still moving towards the optimum"
-    more = int(np.ceil(max(2 * memory, STOPPING.max_window) * (ratio - 1)))
+    more = int(np.ceil(max(2 * memory, STOPPING.unjudged_window) * (ratio - 1)))
     return f"; about {_two_digits(more)} further steps, or {ratio:.2g} times the particles"
 
 

@@ -50,10 +50,6 @@ class JudgeConstants(NamedTuple):
     #: noise was the reason and the fit has not paid for the draws that would help.
     growth: float = 1.25
     noisy_growth: float = 2.0
-    #: Steps after which a stop is proposed though the noise of the running estimate hides whether the gain is below the
-    #: tolerance, and again after ``noisy_growth`` times the steps before which no further one is granted: a mean field
-    #: of 130 latents has 0.03 ± 0.04 nats for thousands of steps. Not tuned.
-    unasked: int = 250
     #: Steps of the fit for each minibatch that a judgement holds, and the most minibatches.
     steps_per_batch: int = 5
     max_held: int = 64

@@ -13,7 +13,7 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
 from numpyro_natgrad.compilation.data import Arguments, Data, types
-from numpyro_natgrad.infer.convergence import STOPPING, Judgement, converged
+from numpyro_natgrad.infer.convergence import Judgement, converged
 from numpyro_natgrad.infer.history import History
 from numpyro_natgrad.infer.judge import MIN_HELD, Judge, judge_of, number_held
 from numpyro_natgrad.infer.judge_rule import JUDGE
@@ -46,11 +46,6 @@ class StopCheck:
             self._judge = types(first), judge
         return self._judge[1]
 
-    def proposes(self, history: History, steps: int, tolerance: float) -> bool:
-        """Whether the last steps propose a stop, after so many in all; rarely, noise may hide whether they do."""
-        is_rare = steps >= max(JUDGE.unasked, JUDGE.noisy_growth * self.next)
-        return converged(history, tolerance, 0.0 if is_rare else STOPPING.decrement_errors)
-
     def grants(
         self,
         history: History,
@@ -80,4 +75,6 @@ class StopCheck:
         paid = float(np.clip(self.last.required / draws, JUDGE.growth, JUDGE.noisy_growth))
         self.at, self.next = steps, math.ceil(paid * steps)
         self.seconds += time.perf_counter() - begin
-        return self.last.grants(tolerance) and (not self.last.abstains or converged(history, tolerance))
+        return self.last.grants(tolerance) and (
+            not self.last.abstains or converged(history, tolerance, is_judged=False)
+        )

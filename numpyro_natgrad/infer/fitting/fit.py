@@ -21,7 +21,7 @@ from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.initial import check_start, initial_state, is_set_up
 from numpyro_natgrad.compilation.threads import one_blas_thread
 from numpyro_natgrad.infer.arguments import parameter_values
-from numpyro_natgrad.infer.convergence import STOPPING, diverged
+from numpyro_natgrad.infer.convergence import STOPPING, converged, diverged
 from numpyro_natgrad.infer.fitting.checks import (
     check_batches,
     check_callback,
@@ -190,7 +190,7 @@ class _Run:
         self._svi, self._program, self._state, self._arguments = svi, program, state, arguments
         self._source, self._tolerance, self._reporter, self._callback = source, tolerance, reporter, callback
         history = past.history if past else empty_history()
-        self._recorder, self._first = HistoryRecorder(history, STOPPING.memory), history.steps
+        self._recorder, self._first = HistoryRecorder(history, STOPPING.patience), history.steps
         self._check = StopCheck(svi, past.next_check if past else 0)
         self.starts: Starts | None = None
         self.check_start: Callable[[], None] | None = None
@@ -270,7 +270,7 @@ class _Run:
     def _stops(self) -> bool:
         """Whether a stop is proposed and granted."""
         history, steps = self._recorder.recent, self._recorder.steps
-        if not self._check.proposes(history, steps, self._tolerance):
+        if not converged(history, self._tolerance):
             return False
         assert self._partition is not None
         assert self._data is not None

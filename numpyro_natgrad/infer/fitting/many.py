@@ -25,7 +25,7 @@ from numpyro_natgrad.compilation.devices import fetch
 from numpyro_natgrad.compilation.disk_cache import disk_cache
 from numpyro_natgrad.compilation.initial import initial_state
 from numpyro_natgrad.compilation.threads import one_blas_thread
-from numpyro_natgrad.infer.convergence import STOPPING, diverged, format_interval
+from numpyro_natgrad.infer.convergence import STOPPING, converged, diverged, format_interval
 from numpyro_natgrad.infer.fitting.checks import check_keywords, check_limits, check_optimizer, check_parameters
 from numpyro_natgrad.infer.fitting.fit import REFRESH
 from numpyro_natgrad.infer.fitting.outcome import CONVERGED, DIVERGED, INTERRUPTED, MAX_STEPS, FitResult, outcome
@@ -291,7 +291,7 @@ class _ManyRun:
         self._one, found = traceable(svi, first, kwargs, trace)
         self._states, self._data, self._axes, (self._partition, self._chunk) = found
         self._checks = [StopCheck(svi) for _ in range(len(keys))]
-        self._recorders = [HistoryRecorder(empty_history(), STOPPING.memory) for _ in self._checks]
+        self._recorders = [HistoryRecorder(empty_history(), STOPPING.patience) for _ in self._checks]
         self._ends: list[str | None] = [None] * len(keys)
         if tolerance:
             self._checks[0].compile(self._state_of(0), self._data_of(0))
@@ -329,7 +329,7 @@ class _ManyRun:
         if diverged(recorder.recent):
             return DIVERGED
         check, history, steps = self._checks[i], recorder.recent, recorder.steps
-        if not check.proposes(history, steps, self._tolerance):
+        if not converged(history, self._tolerance):
             return None
         at = self._state_of(i), self._data_of(i), steps
         return CONVERGED if check.grants(history, *at, particles, None, self._tolerance) else None
