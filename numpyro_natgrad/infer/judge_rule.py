@@ -32,6 +32,7 @@ class JudgeConstants(NamedTuple):
     row_pairs: int = 8
     #: Pairs of draws of the Hessian for each latent of a full covariance, and at least those of ``min_chunks``: with n
     #: times as many pairs as latents its inverse is n/(n − 1) times too large in the mean (as of a Wishart matrix).
+    #: Chosen among 2, 3, 4 and 8 on three posteriors and on guides of 130 latents (``docs/benchmarks/stopping.md``).
     latent_pairs: int = 4
     #: Products with the Hessian, at most, and the relative residual at which conjugate gradients stop.
     products: int = 64
