@@ -28,7 +28,7 @@ class StoppingConstants(NamedTuple):
     #: Standard errors by which the slope of the losses has to be negative to count as a fall. Without this criterion
     #: checks take half as much time again. Not tuned.
     slope_errors: float = 2.5
-    #: Steps in a row without a finite loss after which a fit has diverged. Not tuned.
+    #: Steps in a row without a finite loss after which a fit has diverged; no rule looks back further. Not tuned.
     patience: int = 20
 
 

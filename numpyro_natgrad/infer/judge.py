@@ -104,7 +104,7 @@ class Judge:
         self.sites = relative_sites(found)
         # A Hessian at fewer pairs than latents that vary together is singular, and its inverse noise.
         together = max([1, *(s.rank if isinstance(s, LowRankSite) else s.block_size for s in self.sites)])
-        needed = math.ceil(JUDGE.latent_pairs * together / (JUDGE.group * JUDGE.chunk))
+        needed = math.ceil(JUDGE.latent_pairs * together / JUDGE.chunk_pairs)
         self.hessian_chunks = max(needed, JUDGE.min_chunks)
         zero = no_move(params, self.sites)
         self._like = jax.eval_shape(lambda: zero)
@@ -146,8 +146,8 @@ class Judge:
         :param score: 1 to include the score term of the gradient, 0 for path gradients.
         """
         signs = jnp.array([1.0, -1.0], self.dtype)
-        first = JUDGE_KEY + (pairs.purpose * MOST_CHUNKS + pairs.number) * JUDGE.chunk * JUDGE.group
-        number = jnp.arange(JUDGE.chunk * JUDGE.group).reshape(JUDGE.chunk, JUDGE.group)
+        first = JUDGE_KEY + (pairs.purpose * MOST_CHUNKS + pairs.number) * JUDGE.chunk_pairs
+        number = jnp.arange(JUDGE.chunk_pairs).reshape(JUDGE.chunk, JUDGE.group)
         keys = jax.vmap(jax.vmap(partial(random.fold_in, pairs.key)))(first + number)
 
         def group(inputs: tuple[jax.Array, Arguments]) -> tuple[jax.Array, Params]:
@@ -193,7 +193,7 @@ class Judge:
     def _examine(self, params: Params, key: jax.Array, tolerance: float, batches: Arguments, draws: float) -> Judgement:
         self.compile(params, key, batches)
         rule, held = JUDGE, number_held(batches)
-        rows = min(math.ceil(rule.row_pairs * self.row_weight / (rule.group * rule.chunk)), rule.kept_chunks // 2)
+        rows = min(math.ceil(rule.row_pairs * self.row_weight / rule.chunk_pairs), rule.kept_chunks // 2)
         chunks = max(rule.min_chunks, 2 * math.ceil(held / rule.chunk / 2), 2 * rows)
         pairs = partial(self._pairs, key, batches)
         losses, slopes = self._evaluate(params, np.zeros(self.size), 0.0, pairs(_SLOPES, chunks))

@@ -57,10 +57,15 @@ class JudgeConstants(NamedTuple):
     #: Standard errors by which a measured reduction of the loss has to exceed the quadratic model's.
     errors: float = 2.0
 
+    @property
+    def chunk_pairs(self) -> int:
+        """Pairs of draws in a call of the compiled program."""
+        return self.group * self.chunk
+
 
 JUDGE = JudgeConstants()
 #: Draws of a judgement for which no fit has paid.
-USUAL_DRAWS = 2 * JUDGE.group * JUDGE.chunk * JUDGE.kept_chunks
+USUAL_DRAWS = 2 * JUDGE.chunk_pairs * JUDGE.kept_chunks
 #: Lengths, in units of the Newton step and of √nats along the flattest direction, at which the real reduction of the
 #: loss is measured; both signs.
 LENGTHS = (0.1, 0.3, 1.0, 3.0)
@@ -127,7 +132,7 @@ def plan_after(count: int, noise: float, tolerance: float, draws: float, held: b
     :param draws: the most draws. What they cannot decide is not begun; noise may fall faster than draws grow, by
         ``more``.
     """
-    required, taken = _required(noise, tolerance), count * JUDGE.chunk * JUDGE.group * 2
+    required, taken = _required(noise, tolerance), 2 * count * JUDGE.chunk_pairs
     more = 1 if held else required
     if JUDGE.more * count <= JUDGE.kept_chunks:
         more = min(max(required, JUDGE.more), JUDGE.kept_chunks // count, int(draws // taken))
